@@ -1,0 +1,34 @@
+# demo and test work on a fresh machine with Python >= 3.11, make and a C compiler; no GPU needed.
+PYTHON ?= python3
+BIN := .venv/bin
+export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
+
+.PHONY: demo test lint clean
+
+demo: .venv/.demo
+	$(BIN)/bitknap quantize reference:mixtral --budget 2.5bpw -o build/demo --overwrite
+	$(BIN)/bitknap evaluate build/demo --reference reference:mixtral --uniform
+	$(BIN)/bitknap show build/demo
+
+test: .venv/.test
+	$(BIN)/python -m pytest
+
+lint: .venv/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build
+
+.venv/bin/python:
+	$(PYTHON) -m venv .venv
+
+.venv/.demo: .venv/bin/python pyproject.toml constraints.txt
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .
+	touch $@
+
+.venv/.test: .venv/.demo
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e '.[test]'
+	touch $@

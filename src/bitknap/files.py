@@ -1,0 +1,91 @@
+"""Files appear whole or not at all, and say which version they are."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from bitknap.errors import FileError, InputError
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` to `path` by a temporary name, fsync and rename."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        Path(name).chmod(0o644)
+        Path(name).replace(path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `path` if the block ends without an error.
+
+    Raises:
+        InputError: `path` exists and `overwrite` is false.
+    """
+    if path.exists() and not overwrite:
+        raise InputError(f"{path} exists; choose another folder or pass --overwrite")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield part
+        for file in part.iterdir():
+            descriptor = os.open(file, os.O_RDONLY)
+            os.fsync(descriptor)
+            os.close(descriptor)
+        part.chmod(0o755)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+        part.replace(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def read_json(path: Path) -> Any:
+    """Return the parsed JSON file, or raise FileError in one line."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise FileError(f"{path}: not valid JSON ({error})") from None
+
+
+def check_version(header: Mapping[str, Any], kind: str, version: str, path: Path) -> None:
+    """Check the `format` and `version` keys: another major is an error, a newer minor a warning.
+
+    Args:
+        header: the mapping that should hold `format` and `version`.
+        kind: the wanted format, such as "bitknap.plan".
+        version: what this library writes, "major.minor".
+        path: named in messages.
+    """
+    if header.get("format") != kind:
+        raise FileError(f"{path}: format: {header.get('format')!r} is not {kind!r}")
+    found = str(header.get("version", ""))
+    if not re.fullmatch(r"\d+\.\d+", found):
+        raise FileError(f"{path}: version: {found!r} is not MAJOR.MINOR")
+    (major, minor), (ours, known) = (tuple(map(int, v.split("."))) for v in (found, version))
+    if major != ours:
+        raise FileError(f"{path}: version: {found} cannot be read by this library ({version})")
+    if minor > known:
+        warnings.warn(f"{path}: version {found} is newer than {version}", stacklevel=2)
