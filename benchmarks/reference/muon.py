@@ -18,7 +18,7 @@ _A, _B, _C = 3.4445, -4.7750, 2.0315
 def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
     """Return the nearest semi-orthogonal matrices to `g` [..., m, n], approximately."""
     wide = g.shape[-2] > g.shape[-1]
-    x = g.mT if wide else g
+    x: Tensor = g.mT if wide else g
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -27,10 +27,14 @@ def orthogonalise(g: Tensor, steps: int = 5) -> Tensor:
 
 
 class StackedMuon(torch.optim.Optimizer):
-    """Muon over parameters [m, n] or [experts, m, n]; `halves` = 2 splits a fused gate_up in two."""
+    """Muon over parameters [m, n] or [experts, m, n]; `halves` = 2 splits a fused gate_up."""
 
     def __init__(
-        self, params: Iterable[dict[str, Any]], lr: float, momentum: float = 0.95, decay: float = 0.1
+        self,
+        params: Iterable[dict[str, Any]],
+        lr: float,
+        momentum: float = 0.95,
+        decay: float = 0.1,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "decay": decay, "halves": 1})
 

@@ -26,7 +26,7 @@ _COMMON: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 32,
-    "max_position_embeddings": 1024,
+    "max_position_embeddings": CONTEXT,
     "tie_word_embeddings": True,
     "router_aux_loss_coef": BALANCE,
     "output_router_logits": False,

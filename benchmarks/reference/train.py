@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -86,7 +85,9 @@ def validate(model: Any, valid: dict[str, np.ndarray], rows: int = 32) -> dict[s
 
 def optimizers_of(model: Any) -> list[torch.optim.Optimizer]:
     """Muon for hidden matrices, AdamW for embedding, routers and norms."""
-    hidden, fused, rest = [], [], []
+    hidden: list[torch.nn.Parameter] = []
+    fused: list[torch.nn.Parameter] = []
+    rest: list[torch.nn.Parameter] = []
     for name, p in model.named_parameters():
         router = name.endswith(("mlp.gate.weight", "router.weight"))
         if p.ndim < 2 or "embed" in name or "lm_head" in name or router:
@@ -104,7 +105,7 @@ def rate_at(step: int, steps: int) -> float:
 
 def save_atomically(state: dict[str, Any], path: Path) -> None:
     torch.save(state, path.with_suffix(".part"))
-    os.replace(path.with_suffix(".part"), path)
+    path.with_suffix(".part").replace(path)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -118,9 +119,7 @@ def train(args: argparse.Namespace) -> None:
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     files = {d: tokens_of(tokenizer, args.corpus / f"{d}.train.txt") for d in DOMAINS}
     data = windows(np.concatenate([np.tile(files[d], n) for d, n in DOMAINS.items()]))
-    valid = {
-        d: windows(tokens_of(tokenizer, args.corpus / f"{d}.valid.txt"))[:64] for d in DOMAINS
-    }
+    valid = {d: windows(tokens_of(tokenizer, args.corpus / f"{d}.valid.txt"))[:64] for d in DOMAINS}
     recipe = RECIPES[args.model]
     config = getattr(transformers, recipe.config_class)(**recipe.settings)
     model = getattr(transformers, recipe.model_class)(config).train()
@@ -155,9 +154,10 @@ def train(args: argparse.Namespace) -> None:
             mean = sum(losses.values()) / len(losses)
             entry = {"step": step + 1, "tokens": (step + 1) * rows * CONTEXT, "valid": losses}
             log.append(entry | {"mean": mean, "train": loss.item()})
+            speed = (step + 1 - first) * rows * CONTEXT / (time.monotonic() - start)
             print(
                 f"{step + 1}/{steps} train {loss.item():.3f} valid {mean:.4f} "
-                f"ppl {math.exp(mean):.2f} {(step + 1 - first) * rows * CONTEXT / (time.monotonic() - start):.0f} tok/s",
+                f"ppl {math.exp(mean):.2f} {speed:.0f} tok/s",
                 flush=True,
             )
             state = {"model": model.state_dict(), "step": step + 1, "log": log, "initial": initial}

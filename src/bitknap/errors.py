@@ -1,11 +1,11 @@
 """Every error Bitknap raises on purpose.
 
-    BitknapError                  one line: what, the value, the limit, the remedy
-    ├── InputError (ValueError)   an argument, a text or a name that cannot be used
-    ├── FileError (ValueError)    a file that is missing, truncated, corrupt or of another version
-    ├── ModelError (ValueError)   a model that cannot be walked, read or calibrated
-    ├── MismatchError             two things that do not belong together: a plan and another model
-    └── InfeasibleError           no plan satisfies the limits; says the least reachable
+BitknapError                  one line: what, the value, the limit, the remedy
+├── InputError (ValueError)   an argument, a text or a name that cannot be used
+├── FileError (ValueError)    a file that is missing, truncated, corrupt or of another version
+├── ModelError (ValueError)   a model that cannot be walked, read or calibrated
+├── MismatchError             two things that do not belong together: a plan and another model
+└── InfeasibleError           no plan satisfies the limits; says the least reachable
 """
 
 from __future__ import annotations

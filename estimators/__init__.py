@@ -1,0 +1,1 @@
+"""Signals that fill cost tables: one file each, and the evidence they run from."""

@@ -1,0 +1,139 @@
+"""Measured group gains: costs of any estimator brought to the KL that is really there.
+
+All experts of one layer's one projection go to one format at a time, and the KL is read. An
+estimator ranks experts well but its scale over bits is wrong by 2 to 4 times (methods.md 11), and
+that curve is what a few group measurements repair. A group's true KL is taken as a function of
+its predicted sum: read at a few anchor formats, interpolated in logarithms between them, with a
+constant gain beyond. So the measurements do not grow with the number of formats or of experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from bitknap.allocation.format import Format
+from bitknap.allocation.table import CostTable
+from bitknap.errors import InputError
+from bitknap.estimators.calibrate import Progress
+from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.moments import SecondMoments
+from bitknap.estimators.replay import Replay
+from bitknap.quantize.apply import replaced, round_trip, stacks
+from bitknap.quantize.views import Layout
+
+# KL below this, in nats a token, is rounding noise of float32 logits.
+_FLOOR = 1e-9
+
+
+class Estimator(Protocol):
+    """Anything that fills a cost table from evidence.
+
+    Attributes:
+        name: what the CLI calls it.
+        needs: which evidence it uses: "moments", "full", "curvature"; empty for weights alone.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the CLI calls it."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be recorded."""
+        ...
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the costs of every unit in every format."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """Another estimator's costs × gains measured on groups of units.
+
+    Attributes:
+        base: ranks units within a group.
+        progress: called with (what, done, of).
+    """
+
+    base: Estimator = field(default_factory=SecondMoments)
+    progress: Progress | None = None
+
+    @property
+    def name(self) -> str:
+        """The base's name, marked as calibrated."""
+        return f"calibrated({self.base.name})"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the base needs, and a live model to measure."""
+        return self.base.needs | {"replay"}
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the costs of every unit in every format, nats per token.
+
+        Raises:
+            InputError: the evidence has no live model to measure.
+        """
+        if evidence.replay is None:
+            raise InputError("group gains need the live model; calibrate it in this process")
+        table = self.base.estimate(evidence, formats)
+        chosen = anchors(formats, table.nbytes)
+        runs = stacks(evidence.units)
+        cost = table.cost.copy()
+        for done, run in enumerate(runs):
+            if self.progress:
+                self.progress("measure groups", done, len(runs))
+            sums = cost[run].sum(0)
+            layer = int(evidence.units.layer[run[0]])
+            measured = [
+                group_kl(evidence.replay, evidence.layout, run, formats[f], layer) for f in chosen
+            ]
+            cost[run] *= gains(sums, sums[chosen], np.array(measured))
+        provenance = {
+            **table.provenance,
+            "estimator": self.name,
+            "unit": "nats/token",
+            "measurements": len(runs) * len(chosen),
+        }
+        return replace(table, cost=cost, provenance=provenance)
+
+
+def anchors(formats: Sequence[Format], nbytes: np.ndarray) -> list[int]:
+    """Return the columns to measure: the median size of each width to 4 bits and of the widest."""
+    grids = [i for i, f in enumerate(formats) if f.kind != "keep"]
+    if not grids:
+        raise InputError("formats: only kept precisions; nothing to measure")
+    size = nbytes.sum(0)
+    widths = sorted({formats[i].bits for i in grids})
+    wanted = [b for b in widths if b <= 4] + [b for b in widths[-1:] if b > 4]
+    picked = []
+    for bits in wanted:
+        same = sorted((i for i in grids if formats[i].bits == bits), key=lambda i: (size[i], i))
+        picked.append(same[len(same) // 2])
+    return picked
+
+
+def gains(sums: np.ndarray, anchor_sums: np.ndarray, anchor_kl: np.ndarray) -> np.ndarray:
+    """Return true over predicted, for predicted sums [F], from measurements at some of them.
+
+    KL is made non-decreasing in the predicted sum, then interpolated in logarithms; outside the
+    measured range the nearest gain holds.
+    """
+    order = np.argsort(anchor_sums)
+    x = np.log(np.maximum(anchor_sums[order], 1e-300))
+    y = np.log(np.maximum.accumulate(np.maximum(anchor_kl[order], _FLOOR)))
+    at = np.log(np.maximum(sums, 1e-300))
+    found: np.ndarray = np.exp(np.interp(at, x, y - x))
+    return found
+
+
+def group_kl(replay: Replay, layout: Layout, run: np.ndarray, format: Format, layer: int) -> float:
+    """Return the KL of the model with the units of `run` stored in `format`, nats per token."""
+    with replaced(replay.model, layout, run, lambda weights: round_trip(weights, format)):
+        return replay.kl(layer)

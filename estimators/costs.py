@@ -1,0 +1,83 @@
+"""Rounding errors weighed: the shared shape of every estimator that charges a real round trip.
+
+A cost is sum over a matrix of weight × ΔW², where ΔW is the round trip of the quantizer that is
+deployed and the weights say how much each squared error hurts, in nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from bitknap.allocation.format import Format
+from bitknap.allocation.table import CostTable
+from bitknap.allocation.units import ROLES, Units
+from bitknap.estimators.evidence import Evidence
+from bitknap.quantize.apply import round_trip, stacks
+
+# What one squared rounding error costs: from ΔW [n, out, in] to nats a token [n].
+Charge = Callable[[Tensor], Tensor]
+# From a stack of units and their weights to their charge.
+Weigh = Callable[[np.ndarray, Tensor], Charge]
+
+
+def weighed_table(
+    evidence: Evidence,
+    formats: Sequence[Format],
+    weigh: Weigh,
+    provenance: Mapping[str, Any],
+) -> CostTable:
+    """Round every unit to every format and charge the errors.
+
+    Args:
+        evidence: gives the units and their weights.
+        formats: the options; a kept precision costs nothing.
+        weigh: how a stack of equally shaped units charges its errors.
+        provenance: what the table says of its origin, beside the evidence's own.
+    """
+    units = evidence.units
+    cost = np.zeros((len(units), len(formats)))
+    for run in stacks(units):
+        weights = evidence.weights(run)
+        charge = weigh(run, weights)
+        known: dict[Format, np.ndarray] = {}
+        for column, format in enumerate(formats):
+            if format.kind == "keep":
+                continue
+            same = plainest(format, weights.shape[2])
+            if same not in known:
+                known[same] = charge(round_trip(weights, same) - weights).double().numpy()
+            cost[run, column] = known[same]
+    return CostTable.from_arrays(
+        cost,
+        format_bytes(units, formats),
+        units=units,
+        formats=tuple(formats),
+        provenance={**evidence.provenance, "method": "rtn", "unit": "nats/token", **provenance},
+    )
+
+
+def plainest(format: Format, cols: int) -> Format:
+    """Return the simplest format that stores rows of `cols` weights in the same way."""
+    size = 0 if format.group_size >= cols else format.group_size
+    one_scale = format.symmetric and size == 0
+    return replace(format, group_size=size, metadata="fp16" if one_scale else format.metadata)
+
+
+def format_bytes(units: Units, formats: Sequence[Format]) -> np.ndarray:
+    """Return the exact bytes of every unit in every format, int64 [U, F]."""
+    return np.stack([f.nbytes(units.rows, units.cols) for f in formats], axis=1)
+
+
+def role_of(units: Units, run: np.ndarray) -> str:
+    """Return the role that a stack's units share."""
+    return ROLES[units.role[run[0]]]
+
+
+def projection_of(units: Units, run: np.ndarray) -> str:
+    """Return the projection that a stack's units share."""
+    return str(units.projections[units.projection[run[0]]])

@@ -1,0 +1,132 @@
+"""What one calibration pass saw; estimators run from it.
+
+Sums run over the tokens routed to an expert, with a the routing weight of the token for it. They
+are per token of the whole text once divided by `tokens`. An expert with few tokens is shrunk to
+its layer's mean, and never to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.allocation.units import Units
+from bitknap.estimators.replay import Replay
+from bitknap.quantize.views import Layout
+
+# Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens they count alike.
+PRIOR_TOKENS = 16
+# Below this many tokens an expert is listed in the coverage report.
+FEW_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerEvidence:
+    """Routing and second moments of one MoE layer; E experts, H hidden, I intermediate.
+
+    Attributes:
+        tokens: tokens of the text.
+        count: tokens routed to each expert, int64 [E].
+        gate_sum: sum of routing weights a, float64 [E].
+        gate_square: sum of a², float64 [E].
+        input_square: sum of a² x², the input of gate and up, float64 [E, H].
+        middle_square: sum of a² h², the input of down, float64 [E, I].
+        slopes: for "gate" and "up", sum of a² (dh/dz)² over the projection's output z, [E, I].
+        input_full: sum of a² x xᵀ, float32 [E, H, H]; None unless asked for.
+        middle_full: sum of a² h hᵀ, float32 [E, I, I]; None unless asked for.
+        curvature: for each projection the sum of (dL/dz)² x², squared gradients of each weight with
+            labels drawn from the model, float32 [E, out, in]; empty unless asked for.
+        output_square: mean squared norm of the layer's expert output, a token.
+        gain: nats per unit of squared output error a token, measured with noise.
+    """
+
+    tokens: int
+    count: Tensor
+    gate_sum: Tensor
+    gate_square: Tensor
+    input_square: Tensor
+    middle_square: Tensor
+    slopes: Mapping[str, Tensor]
+    input_full: Tensor | None
+    middle_full: Tensor | None
+    curvature: Mapping[str, Tensor]
+    output_square: float
+    gain: float
+
+    def shrunk(self, total: Tensor) -> Tensor:
+        """Return a sum over routed tokens [E, ...], per token of the text, shrunk.
+
+        The mean over an expert's tokens moves towards the layer's by PRIOR_TOKENS, then is
+        multiplied by its share of tokens, PRIOR_TOKENS / E pseudo-tokens included.
+        """
+        experts = len(self.count)
+        shape = (experts,) + (1,) * (total.ndim - 1)
+        count = self.count.double()
+        layer_mean = total.double().sum(0, keepdim=True) / count.sum().clamp_min(1)
+        seen = (count + PRIOR_TOKENS).view(shape)
+        mean = (total.double() + PRIOR_TOKENS * layer_mean) / seen
+        share = (count + PRIOR_TOKENS / experts) / (self.tokens + PRIOR_TOKENS)
+        return mean * share.view(shape)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearEvidence:
+    """Second moments at one ordinary linear projection (attention, shared, dense).
+
+    Attributes:
+        tokens: tokens of the text.
+        input_square: sum of x², float64 [in].
+    """
+
+    tokens: int
+    input_square: Tensor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """One calibration pass over one model.
+
+    Attributes:
+        layout: the live model's units.
+        layers: by layer number, what its routed experts saw.
+        linears: by unit, what other projections saw.
+        weights: reads units' weights, float32 [n, rows, cols].
+        replay: measures the live model's KL; None when only weights are at hand.
+        provenance: text hash, tokens, seed, model fingerprint.
+    """
+
+    layout: Layout
+    layers: Mapping[int, LayerEvidence]
+    linears: Mapping[int, LinearEvidence]
+    weights: Callable[[np.ndarray], Tensor]
+    replay: Replay | None
+    provenance: Mapping[str, Any]
+
+    @property
+    def units(self) -> Units:
+        """The units, in the order of the layout."""
+        return self.layout.units
+
+    def coverage(self) -> list[tuple[int, int, int]]:
+        """Return (layer, expert, tokens) of experts that saw fewer than FEW_TOKENS tokens."""
+        return [
+            (layer, expert, seen)
+            for layer, evidence in sorted(self.layers.items())
+            for expert, seen in enumerate(evidence.count.tolist())
+            if seen < FEW_TOKENS
+        ]
+
+
+def routing_frequency(evidence: LayerEvidence) -> Tensor:
+    """Return the share of tokens routed to each expert, float64 [E]; sums to top-k."""
+    return evidence.count.double() / max(1, evidence.tokens)
+
+
+def zeros(*shape: int) -> Tensor:
+    """Return a float64 accumulator."""
+    return torch.zeros(*shape, dtype=torch.float64)

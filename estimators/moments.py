@@ -1,0 +1,107 @@
+"""Rung C: output error from second moments, times the layer's measured gain.
+
+For the down projection the squared output error a token is tr(ΔW S ΔWᵀ) with S = Σ a² h hᵀ / T.
+For gate and up an error dz_k moves the output by (dh_k/dz_k) dz_k W_down[:, k]; so row k weighs
+its mean squared slope times ‖W_down[:, k]‖² (methods.md 9.1, GEMQ's expansion carried one matrix
+further; slopes and inputs are taken as independent). Costs are 1/1 of the KL that the layer's
+gain predicts: the gain was read as KL over squared error.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.errors import InputError
+from bitknap.estimators.costs import Charge, projection_of, role_of, weighed_table
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from bitknap.allocation.format import Format
+    from bitknap.allocation.table import CostTable
+    from bitknap.estimators.evidence import Evidence, LayerEvidence
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoments:
+    """Second moments of each projection's input × the layer's gain (ladder rung C).
+
+    Attributes:
+        full: use whole matrices S where the evidence has them, not their diagonals.
+    """
+
+    full: bool = False
+    name = "moments"
+    needs = frozenset({"moments"})
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the costs of every unit in every format, nats per token.
+
+        Raises:
+            InputError: full moments were not recorded.
+        """
+
+        def weigh(run: np.ndarray, weights: Tensor) -> Charge:
+            if role_of(evidence.units, run) != "routed":
+                return _linear_charge(evidence, run)
+            layer = evidence.layers[int(evidence.units.layer[run[0]])]
+            experts = torch.from_numpy(evidence.units.expert[run].astype(np.int64))
+            name = projection_of(evidence.units, run)
+            rows = _row_weights(evidence, layer, run, name)[experts]
+            if self.full:
+                return _full_charge(layer, name, rows, experts)
+            moments = layer.middle_square if name == "down" else layer.input_square
+            columns = layer.shrunk(moments)[experts]
+            if name != "down":
+                columns = columns / _gate_mass(layer)[experts, None]
+            grid = (rows[:, :, None] * columns[:, None, :]).float()
+            return lambda delta: (delta.square() * grid).sum((1, 2))
+
+        return weighed_table(evidence, formats, weigh, {"estimator": self.name})
+
+
+def _gate_mass(layer: LayerEvidence) -> Tensor:
+    """Return Σ a² / T by expert, shrunk, never zero: [E]."""
+    return layer.shrunk(layer.gate_square).clamp_min(1e-30)
+
+
+def _row_weights(evidence: Evidence, layer: LayerEvidence, run: np.ndarray, name: str) -> Tensor:
+    """Return what a unit of squared error at each output of the projection costs, [E, out]."""
+    if name == "down":
+        return torch.full((len(layer.count), int(evidence.units.rows[run[0]])), layer.gain).double()
+    down = _down_column_square(evidence, int(evidence.units.layer[run[0]]))
+    return layer.shrunk(layer.slopes[name]) * down * layer.gain
+
+
+def _down_column_square(evidence: Evidence, layer: int) -> Tensor:
+    """Return ‖W_down[:, k]‖² of every expert of a layer, [E, I]."""
+    units = evidence.units
+    down = units.projections.index("down")
+    routed = evidence.units.role == 0
+    run = np.flatnonzero((units.layer == layer) & (units.projection == down) & routed)
+    return evidence.weights(run).double().square().sum(1)
+
+
+def _full_charge(layer: LayerEvidence, name: str, rows: Tensor, experts: Tensor) -> Charge:
+    whole = layer.middle_full if name == "down" else layer.input_full
+    if whole is None:
+        raise InputError("full second moments were not recorded; calibrate with full=True")
+    s = layer.shrunk(whole)[experts]
+    if name != "down":
+        s = s / _gate_mass(layer)[experts, None, None]
+    moments, weight = s.float(), rows.float()
+    return lambda delta: ((delta @ moments * delta).sum(2) * weight).sum(1)
+
+
+def _linear_charge(evidence: Evidence, run: np.ndarray) -> Charge:
+    """Charge an ordinary linear projection as if its output met the layer's mean gain."""
+    gains = [layer.gain for layer in evidence.layers.values()]
+    gain = float(np.mean(gains)) if gains else 1.0
+    found = [evidence.linears[int(unit)] for unit in run]
+    columns = torch.stack([x.input_square / max(1, x.tokens) for x in found]).float() * gain
+    return lambda delta: (delta.square() * columns[:, None, :]).sum((1, 2))

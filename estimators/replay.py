@@ -1,0 +1,181 @@
+"""Measure a changed model against itself: KL on fixed text, from the first changed layer on.
+
+The reference pass keeps each decoder layer's output and the next-token distribution. Measuring a
+change in layer l then runs layers l, l + 1, ... only; the layers before answer from memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitknap.quantize.views import Layout
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Means over the tokens of each window, float64 [windows].
+
+    Attributes:
+        nll: negative log-likelihood of the text, nats a token.
+        kl: KL(reference ‖ model) of the next-token distributions, nats a token.
+        top1: share of tokens whose most likely successor is the reference's.
+    """
+
+    nll: np.ndarray
+    kl: np.ndarray
+    top1: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean negative log-likelihood."""
+        return float(np.exp(self.nll.mean()))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of the mean over windows, which are nearly independent blocks."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def log_probabilities(model: Any, batch: Tensor) -> Tensor:
+    """Return next-token log-probabilities, float32 [windows * (length - 1), vocabulary]."""
+    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
+    return torch.log_softmax(logits.float().flatten(0, 1), dim=-1)
+
+
+def kl_of(model_log: Tensor, reference_log: Tensor) -> Tensor:
+    """Return KL(reference ‖ model) of each token, nats, float32 [tokens]; overwrites `model_log`.
+
+    Differences are taken before they are weighed, so that small divergences keep their digits.
+    """
+    difference = torch.sub(reference_log, model_log, out=model_log)
+    divergence: Tensor = torch.linalg.vecdot(reference_log.exp(), difference)
+    return divergence
+
+
+def losses_of(model_log: Tensor, reference_log: Tensor, batch: Tensor) -> Tensor:
+    """Return nll, kl and top-1 agreement by window, float64 [3, windows]."""
+    nll = -model_log.gather(1, batch[:, 1:].reshape(-1, 1))[:, 0]
+    top1 = (model_log.argmax(1) == reference_log.argmax(1)).float()
+    kl = kl_of(model_log.clone(), reference_log)
+    return torch.stack([nll, kl, top1]).double().view(3, len(batch), -1).mean(2)
+
+
+def decoder_layers(model: nn.Module, layout: Layout) -> tuple[nn.ModuleList | None, dict[int, int]]:
+    """Return the list of decoder layers and each MoE layer's place in it.
+
+    (None, {}) when the MoE layers do not lie in one list, as in an encoder-decoder model.
+    """
+    places: dict[int, int] = {}
+    lists: set[str] = set()
+    for expert in layout.layers:
+        parts = expert.module.split(".")
+        at = next(
+            i
+            for i in range(1, len(parts))
+            if parts[i].isdigit()
+            and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)
+        )
+        lists.add(".".join(parts[:at]))
+        places[expert.layer] = int(parts[at])
+    if len(lists) != 1:
+        return None, {}
+    found = model.get_submodule(lists.pop())
+    return (found, places) if isinstance(found, nn.ModuleList) else (None, {})
+
+
+class Replay:
+    """A model, fixed windows, and what the unchanged model made of them.
+
+    Args:
+        model: a causal language model; measured as it is now, changed by the caller later.
+        layout: its units, to find the decoder layers.
+        windows: int64 [windows, length].
+        cache: keep layer outputs, so that later measurements start at the changed layer.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, model: Any, layout: Layout, windows: Tensor, *, cache: bool = True) -> None:
+        self.model, self.windows = model, windows
+        self._layers, self._places = decoder_layers(model, layout) if cache else (None, {})
+        self._batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self._logs: list[Tensor] = []
+        self._outputs: list[list[Any]] = []
+        for batch in self._batches:
+            outputs: list[Any] = []
+            with self._listening(outputs):
+                self._logs.append(log_probabilities(model, batch))
+            self._outputs.append(outputs)
+
+    @torch.inference_mode()
+    def measure(self, layer: int | None = None) -> Losses:
+        """Measure the model as it is now.
+
+        Args:
+            layer: the first MoE layer that differs from the reference pass; None for any.
+        """
+        parts = [losses_of(mine, log, batch) for mine, log, batch in self._runs(layer)]
+        nll, kl, top1 = torch.cat(parts, dim=1).numpy()
+        return Losses(nll=nll, kl=kl, top1=top1)
+
+    @torch.inference_mode()
+    def kl(self, layer: int | None = None) -> float:
+        """Return the mean KL of the model as it is now, nats a token; cheaper than `measure`.
+
+        Args:
+            layer: the first MoE layer that differs from the reference pass; None for any.
+        """
+        total = sum(float(kl_of(mine, log).double().sum()) for mine, log, _ in self._runs(layer))
+        return total / (self.windows.shape[0] * (self.windows.shape[1] - 1))
+
+    def _runs(self, layer: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (log-probabilities now, in the reference pass, token ids) of each batch."""
+        first = self._places.get(layer, 0) if layer is not None else 0
+        for batch, log, outputs in zip(self._batches, self._logs, self._outputs, strict=True):
+            with self._remembering(outputs, first):
+                mine = log_probabilities(self.model, batch)
+            yield mine, log, batch
+
+    @contextlib.contextmanager
+    def _listening(self, outputs: list[Any]) -> Iterator[None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output)
+
+        handles = [layer.register_forward_hook(keep) for layer in self._layers or ()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _remembering(self, outputs: list[Any], first: int) -> Iterator[None]:
+        """Let layers before `first` answer at once, with their answers in the reference pass."""
+        skipped = list(self._layers or ())[:first]
+        for layer, output in zip(skipped, outputs, strict=False):
+            layer.forward = lambda *args, _output=output, **kwargs: _output
+        try:
+            yield
+        finally:
+            for layer in skipped:
+                del layer.forward
+
+
+@torch.inference_mode()
+def compare(model: Any, reference: Any, windows: Tensor) -> Losses:
+    """Measure `model` on windows int64 [windows, length] against a reference model."""
+    parts = []
+    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+        log = log_probabilities(reference, batch)
+        mine = log if model is reference else log_probabilities(model, batch)
+        parts.append(losses_of(mine, log, batch))
+    nll, kl, top1 = torch.cat(parts, dim=1).numpy()
+    return Losses(nll=nll, kl=kl, top1=top1)

@@ -1,0 +1,167 @@
+"""A plan meets weights: quantize every unit in its format, wherever the weights come from."""
+
+from __future__ import annotations
+
+import contextlib
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitknap.allocation.format import Format
+from bitknap.allocation.plan import BitPlan
+from bitknap.allocation.units import Units
+from bitknap.errors import MismatchError, ModelError
+from bitknap.quantize.rtn import Quantized, quantize
+from bitknap.quantize.views import Layout
+
+
+def stacks(units: Units) -> list[np.ndarray]:
+    """Return the units in runs that can be worked on together, each int64 [n].
+
+    A stack is one layer's one projection of one role, all of one shape: for routed experts, all
+    experts of the layer.
+    """
+    keys = np.stack([units.layer, units.role, units.projection, units.rows, units.cols])
+    _, stack_of = np.unique(keys, axis=1, return_inverse=True)
+    order = np.argsort(stack_of, kind="stable")
+    cuts = np.flatnonzero(np.diff(stack_of[order])) + 1
+    runs = np.split(order, cuts)
+    return sorted(runs, key=lambda run: int(run[0]))
+
+
+def read_units(layout: Layout, which: np.ndarray, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Return the weights of equally shaped units, float32 [n, rows, cols].
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
+    """
+    weights = torch.stack([layout.views[i].of(tensors[layout.views[i].tensor]) for i in which])
+    weights = weights.float()
+    if not torch.isfinite(weights).all():
+        bad = which[int((~torch.isfinite(weights)).flatten(1).any(1).nonzero()[0])]
+        raise ModelError(
+            f"{layout.views[bad].tensor}: NaN or infinite weight in "
+            f"{layout.units.label(int(bad))}; "
+            "repair the checkpoint before quantizing it"
+        )
+    return weights
+
+
+def round_trip(weights: Tensor, format: Format) -> Tensor:
+    """Return what `weights` [n, rows, cols] become when stored in `format`, float32."""
+    if format.kind == "keep":
+        return weights
+    return quantize(weights.flatten(0, 1), format).dequantize().view_as(weights)
+
+
+def quantize_plan(
+    plan: BitPlan, read: Callable[[np.ndarray], Tensor]
+) -> Iterator[tuple[np.ndarray, Quantized | Tensor]]:
+    """Yield (units of one format, their stacked rows quantized) over the whole plan.
+
+    Units that keep their source precision come as the weights that `read` gave.
+    """
+    for run in stacks(plan.units):
+        by_format: defaultdict[int, list[int]] = defaultdict(list)
+        for unit in run:
+            by_format[int(plan.choice[unit])].append(int(unit))
+        for choice, members in sorted(by_format.items()):
+            which, format = np.array(members), plan.formats[choice]
+            weights = read(which)
+            kept = format.kind == "keep"
+            yield which, weights if kept else quantize(weights.flatten(0, 1), format)
+
+
+def aligned(plan: BitPlan, layout: Layout) -> BitPlan:
+    """Return the plan with its units in the layout's order.
+
+    Raises:
+        MismatchError: the plan has other units, or units of other shapes.
+    """
+    ours, theirs = layout.units, plan.units
+    place = {theirs.label(i): i for i in range(len(theirs))}
+    order = [place.get(ours.label(i), -1) for i in range(len(ours))]
+    if len(ours) != len(theirs) or -1 in order:
+        raise MismatchError(
+            f"the plan has {len(theirs)} units and the model {len(ours)}, or others; "
+            "make a plan from a table of this model"
+        )
+    if not all(
+        np.array_equal(getattr(ours, n), getattr(theirs, n)[order]) for n in ("rows", "cols")
+    ):
+        raise MismatchError(
+            "the plan's units have other shapes than the model's; make a plan for it"
+        )
+    return BitPlan.from_choice(
+        ours, plan.formats, plan.choice[order], model=plan.model, header=plan.header
+    )
+
+
+@torch.no_grad()
+def apply(model: nn.Module, layout: Layout, plan: BitPlan) -> None:
+    """Replace the model's weights by what the plan makes of them, in place.
+
+    Args:
+        model: the model that `layout` was walked on.
+        layout: its units and their views.
+        plan: a plan over the same units.
+    """
+    plan = aligned(plan, layout)
+    tensors = dict(model.named_parameters())
+
+    def read(which: np.ndarray) -> Tensor:
+        return read_units(layout, which, tensors)
+
+    for which, quantized in quantize_plan(plan, read):
+        if isinstance(quantized, Tensor):
+            continue
+        rows = int(plan.units.rows[which[0]])
+        for unit, weight in zip(which, quantized.dequantize().split(rows), strict=True):
+            view = layout.views[unit]
+            view.of(tensors[view.tensor]).copy_(weight)
+
+
+@contextlib.contextmanager
+def replaced(
+    model: nn.Module, layout: Layout, which: Iterable[int], change: Callable[[Tensor], Tensor]
+) -> Iterator[None]:
+    """Change the weights of some units while the block runs; then put them back.
+
+    Args:
+        model: the model that `layout` was walked on.
+        layout: its units and their views.
+        which: equally shaped units.
+        change: from their weights [n, rows, cols], float32, to the new ones.
+    """
+    tensors = dict(model.named_parameters())
+    with torch.no_grad():
+        targets = [layout.views[i].of(tensors[layout.views[i].tensor]) for i in which]
+        before = [target.clone() for target in targets]
+        after = change(torch.stack(before).float())
+    try:
+        _write(targets, after)
+        yield
+    finally:
+        _write(targets, before)
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, layout: Layout, plan: BitPlan) -> Iterator[None]:
+    """Apply a plan while the block runs; then put the weights back."""
+    names = {view.tensor for view in layout.views}
+    tensors = [p for name, p in model.named_parameters() if name in names]
+    before = [p.detach().clone() for p in tensors]
+    try:
+        apply(model, layout, plan)
+        yield
+    finally:
+        _write(tensors, before)
+
+
+@torch.no_grad()
+def _write(targets: Sequence[Tensor], values: Iterable[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)

@@ -1,0 +1,75 @@
+"""One unit's bytes: codes, then scales, then zeros, with nothing in between.
+
+    codes   dense bit stream of rows × cols codes (kernels/layout)
+    scale   fp16, one a group; or one a row when metadata is compact
+    share   uint8, one a group: compact metadata with more than one group a row
+    zero    fp16, one a group; or a dense bit stream of b-bit integers when compact
+
+A unit that keeps its source precision is its matrix, as it was.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from bitknap.allocation.format import Format
+from bitknap.errors import FileError
+from bitknap.kernels.layout import pack_bits, packed_bytes, unpack_bits
+from bitknap.quantize.rtn import Quantized
+
+
+def encode(unit: Quantized) -> Tensor:
+    """Return the unit's bytes, uint8 [format.nbytes(rows, cols)]."""
+    parts = [pack_bits(unit.codes, unit.format.bits), _raw(unit.scale)]
+    if unit.share is not None:
+        parts.append(_raw(unit.share))
+    if unit.zero is not None:
+        integer = unit.zero.dtype == torch.uint8
+        parts.append(pack_bits(unit.zero, unit.format.bits) if integer else _raw(unit.zero))
+    return torch.cat(parts)
+
+
+def decode(stream: Tensor, format: Format, rows: int, cols: int) -> Quantized:
+    """Undo `encode`.
+
+    Raises:
+        FileError: the stream does not have the bytes that the format needs.
+    """
+    needed = int(format.nbytes(rows, cols))
+    if len(stream) != needed:
+        raise FileError(
+            f"packed unit {rows}x{cols} {format.name}: {len(stream)} bytes, not {needed}"
+        )
+    cut = _Cutter(stream)
+    groups = int(format.groups(cols))
+    codes = unpack_bits(cut.take(packed_bytes(rows * cols, format.bits)), format.bits, rows * cols)
+    compact = format.metadata == "compact"
+    across = 1 if compact else groups
+    scale = cut.take(rows * across * 2).view(torch.float16).view(rows, across)
+    share = zero = None
+    if compact and groups > 1:
+        share = cut.take(rows * groups).view(rows, groups)
+    if not format.symmetric and compact:
+        packed = cut.take(packed_bytes(rows * groups, format.bits))
+        zero = unpack_bits(packed, format.bits, rows * groups).view(rows, groups)
+    elif not format.symmetric:
+        zero = cut.take(rows * groups * 2).view(torch.float16).view(rows, groups)
+    return Quantized(
+        format=format, codes=codes.view(rows, cols), scale=scale, share=share, zero=zero
+    )
+
+
+def _raw(tensor: Tensor) -> Tensor:
+    return tensor.contiguous().view(torch.uint8).reshape(-1)
+
+
+class _Cutter:
+    """Takes consecutive pieces off a stream, each copied so that wider types are aligned."""
+
+    def __init__(self, stream: Tensor) -> None:
+        self._stream, self._at = stream, 0
+
+    def take(self, count: int) -> Tensor:
+        self._at += count
+        return self._stream[self._at - count : self._at].clone()

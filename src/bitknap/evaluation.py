@@ -1,0 +1,103 @@
+"""Losses of a checkpoint, its original and the best uniform recipe, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from bitknap.allocation import BitPlan, uniform_plans
+from bitknap.api import default_formats, evaluate, evaluation_windows
+from bitknap.errors import InputError
+from bitknap.estimators.replay import Losses, Replay, standard_error
+from bitknap.quantize.apply import applied
+from bitknap.quantize.checkpoint import PLAN, load, roles_of
+from bitknap.quantize.experts import walk
+from bitknap.quantize.source import resolve
+from bitknap.quantize.views import Layout
+
+Progress = Callable[[str, int, int], None]
+
+
+def rows_for(
+    model: str,
+    reference: str | None,
+    text: str,
+    tokens: int,
+    *,
+    uniform: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Return one row a model: the reference, the best uniform recipe if asked for, and `model`.
+
+    Raises:
+        InputError: a uniform recipe is asked for, but `model` is not a packed checkpoint.
+    """
+    ours = evaluate(model, reference, text=text, tokens=tokens)
+    if reference is None:
+        return {model: summary(ours)}
+    folder = resolve(model)
+    plan = BitPlan.load(folder / PLAN) if (folder / PLAN).is_file() else None
+    original = evaluate(reference, text=text, tokens=tokens)
+    rows = {"original": summary(original)}
+    if uniform:
+        if plan is None:
+            raise InputError(f"{model}: not a packed checkpoint; --uniform compares at its bytes")
+        windows = evaluation_windows(resolve(reference), text, tokens)
+        name, at, losses = best_uniform_of(reference, plan, windows, progress)
+        rows[f"uniform {name}"] = summary(losses, at.total_bytes)
+    rows["ours" if plan else model] = summary(ours, plan.total_bytes if plan else None)
+    if uniform and plan is not None:
+        paired = losses.kl - ours.kl
+        rows["ours"] |= {"kl_gain": float(paired.mean()), "kl_gain_se": standard_error(paired)}
+    return rows
+
+
+def summary(losses: Losses, nbytes: int | None = None) -> dict[str, Any]:
+    """Return losses as JSON values, `bytes` of the units with them if known."""
+    row = {
+        "perplexity": losses.perplexity,
+        "kl": float(losses.kl.mean()),
+        "kl_se": standard_error(losses.kl),
+        "top1": float(losses.top1.mean()),
+    }
+    return row if nbytes is None else row | {"bytes": nbytes}
+
+
+def best_uniform_of(
+    reference: str, plan: BitPlan, windows: torch.Tensor, progress: Progress | None = None
+) -> tuple[str, BitPlan, Losses]:
+    """Return the best uniform recipe for a model at a plan's bytes: name, plan, losses."""
+    live = load(resolve(reference), torch.float32)
+    layout = walk(live, roles_of(plan.units))
+    return best_uniform(
+        Replay(live, layout, windows, cache=False), layout, plan.total_bytes, progress
+    )
+
+
+def best_uniform(
+    replay: Replay, layout: Layout, nbytes: int, progress: Progress | None = None
+) -> tuple[str, BitPlan, Losses]:
+    """Return the uniform recipe of the lowest KL on the replayed text, at `nbytes` or so.
+
+    The choice is made on the very text it is judged on, which favours the recipe.
+    """
+    best: tuple[str, BitPlan, Losses] | None = None
+    plans = uniform_plans(layout.units, default_formats(), nbytes)
+    if not plans:
+        raise InputError(f"no uniform recipe fits {nbytes:,} bytes")
+    for done, plan in enumerate(plans):
+        if progress:
+            progress("uniform recipes", done, len(plans))
+        with applied(replay.model, layout, plan):
+            losses = replay.measure()
+        if best is None or losses.kl.mean() < best[2].kl.mean():
+            best = name_of(plan), plan, losses
+    assert best is not None
+    return best
+
+
+def name_of(plan: BitPlan) -> str:
+    """Return the formats that a plan uses, joined by "+"."""
+    return "+".join(plan.formats[c].name for c in sorted({int(c) for c in plan.choice}))

@@ -1,0 +1,135 @@
+"""Plans, tables and losses as tables for people; the CLI prints them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from rich.table import Table
+
+from bitknap.allocation import ROLES, BitPlan, CostTable, Units
+from bitknap.allocation.budget import human
+
+
+def bits_table(plan: BitPlan) -> Table:
+    """Return average bits per weight by layer and projection, metadata counted."""
+    units = plan.units
+    kinds = _kinds(units)
+    table = Table(title=f"bits per weight, {plan.bpw:.4g} on average")
+    for head in ("layer", *kinds, "all", "bytes"):
+        table.add_column(head, justify="right")
+    for layer in np.unique(units.layer):
+        here = units.layer == layer
+        cells = [_bpw(plan, here & of_kind) for of_kind in kinds.values()]
+        table.add_row(str(layer), *cells, _bpw(plan, here), f"{plan.nbytes[here].sum():,}")
+    table.add_section()
+    everything = np.ones(len(units), dtype=bool)
+    cells = [_bpw(plan, of_kind) for of_kind in kinds.values()]
+    table.add_row("all", *cells, _bpw(plan, everything), f"{plan.total_bytes:,}")
+    return table
+
+
+def widths_table(plan: BitPlan) -> Table:
+    """Return how many units and weights each format has."""
+    table = Table(title="formats")
+    for head in ("format", "units", "weights", "bytes"):
+        table.add_column(head, justify="left" if head == "format" else "right")
+    weights = plan.units.numel
+    for index in np.unique(plan.choice):
+        chosen = plan.choice == index
+        share = 100 * weights[chosen].sum() / max(1, weights.sum())
+        name = plan.formats[index].name
+        table.add_row(name, f"{chosen.sum():,}", f"{share:.1f} %", f"{plan.nbytes[chosen].sum():,}")
+    return table
+
+
+def cost_table(table: CostTable) -> Table:
+    """Return what each format would cost if every unit had it."""
+    view = Table(title=f"{len(table.units):,} units, nats per token if all had one format")
+    for head in ("format", "bpw", "bytes", "cost"):
+        view.add_column(head, justify="left" if head == "format" else "right")
+    for index, item in enumerate(table.formats):
+        size = int(table.nbytes[:, index].sum())
+        bpw = f"{8 * size / table.weights:.3f}" if table.weights else "–"
+        view.add_row(item.name, bpw, f"{size:,}", f"{table.cost[:, index].sum():.5g}")
+    return view
+
+
+def losses_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return perplexity, KL and agreement of named models, one a row."""
+    table = Table(title="on held-out text")
+    for head in ("", "bytes of units", "perplexity", "KL, nats/token", "same top token"):
+        table.add_column(head, justify="left" if not head else "right")
+    for name, row in rows.items():
+        size = row.get("bytes")
+        table.add_row(
+            name,
+            "" if size is None else f"{size:,}",
+            f"{row['perplexity']:.2f}",
+            f"{row['kl']:.5f} ± {row['kl_se']:.5f}",
+            f"{100 * row['top1']:.1f} %",
+        )
+    return table
+
+
+def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
+    """Return names and values, one a row."""
+    table = Table(title=title, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for name, value in facts.items():
+        table.add_row(name, _said(name, value))
+    return table
+
+
+def plan_summary(plan: BitPlan) -> dict[str, Any]:
+    """Return what a plan is, as JSON values: totals, header, bits by layer and projection."""
+    units = plan.units
+    by_layer = {
+        str(layer): {
+            kind: _number(plan, of_kind & (units.layer == layer))
+            for kind, of_kind in _kinds(units).items()
+        }
+        for layer in np.unique(units.layer)
+    }
+    return {
+        "kind": "plan",
+        "model": plan.model,
+        "totals": plan.totals,
+        "header": dict(plan.header),
+        "formats": {
+            plan.formats[i].name: int((plan.choice == i).sum()) for i in np.unique(plan.choice)
+        },
+        "bits_per_weight": by_layer,
+    }
+
+
+def _kinds(units: Units) -> dict[str, np.ndarray]:
+    """Return a mask of the units of each projection, roles other than routed named with it."""
+    kinds = {}
+    for role, projection in sorted(
+        {*zip(units.role.tolist(), units.projection.tolist(), strict=True)}
+    ):
+        name = units.projections[projection]
+        title = name if ROLES[role] == "routed" else f"{ROLES[role]} {name}"
+        kinds[title] = (units.role == role) & (units.projection == projection)
+    return kinds
+
+
+def _number(plan: BitPlan, mask: np.ndarray) -> float | None:
+    weights = int(plan.units.numel[mask].sum())
+    return round(8 * int(plan.nbytes[mask].sum()) / weights, 6) if weights else None
+
+
+def _bpw(plan: BitPlan, mask: np.ndarray) -> str:
+    number = _number(plan, mask)
+    return "–" if number is None else f"{number:.3f}"
+
+
+def _said(name: str, value: Any) -> str:
+    if isinstance(value, int) and ("bytes" in name or "size" in name):
+        return f"{human(value)} ({value:,})"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

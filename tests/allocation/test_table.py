@@ -1,0 +1,182 @@
+import json
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitknap.allocation import CostTable, Format, Units, formats, profile
+from bitknap.errors import FileError, InputError
+
+FORMATS = formats(bits=(2, 3, 4), group_size=32)
+
+
+def small(**changes: Any) -> CostTable:
+    units = Units.build(
+        layer=[0, 0, 0, 1, 1, 1],
+        role=["routed"] * 6,
+        expert=[0] * 6,
+        projection=["gate", "up", "down"] * 2,
+        rows=[64] * 6,
+        cols=[32] * 6,
+    )
+    cost = np.arange(18.0)[::-1].reshape(6, 3)
+    settings: dict[str, Any] = {"cost": cost, "units": units, "formats": FORMATS} | changes
+    return CostTable.from_arrays(**settings)
+
+
+def test_bare_numbers_make_a_table():
+    table = CostTable.from_arrays([[3.0, 2.0], [5.0, np.inf]], [[10, 20], [10, 20]])
+    assert [item.name for item in table.formats] == ["option-0", "option-1"]
+    assert table.cost.dtype == np.float64
+    assert table.nbytes.dtype == np.int64
+    assert table.weights == 0
+
+
+def test_bytes_follow_from_shapes_and_formats():
+    table = small()
+    assert table.nbytes[0].tolist() == [512 + 256, 768 + 256, 1024 + 256]
+    assert table.weights == 6 * 64 * 32
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: small(cost=np.full((6, 3), np.nan)),
+            "cost: layer=0 role=routed expert=0 proj=gate int2-g32-asym has nan; use inf to forbid",
+        ),
+        (lambda: small(cost=np.full((6, 3), -np.inf)), "has -inf; costs must be above -inf"),
+        (lambda: small(nbytes=np.full((6, 3), 7)), "has 7; the format stores 768"),
+        (lambda: small(nbytes=np.full((6, 3), 7.5)), "nbytes: some values are not whole numbers"),
+        (lambda: small(spread=-np.ones((6, 3))), "has -1.0; a spread is a number from 0"),
+        (lambda: small(cost=np.zeros((5, 3))), "cost: shape (5, 3), expected (6, 3)"),
+        (lambda: small(cost=np.zeros(3)), "cost: shape (3,), expected [units, formats]"),
+        (lambda: small(formats=[Format(2)] * 3), "must be distinct"),
+        (lambda: small(provenance={"seed": object()}), "provenance: not plain JSON"),
+        (lambda: CostTable.from_arrays([[1.0]]), "nbytes: give them, or units with shapes"),
+    ],
+)
+def test_wrong_numbers_are_named(make, message):
+    with pytest.raises(InputError) as error:
+        make()
+    assert message in str(error.value)
+
+
+def test_pin_leaves_only_some_formats():
+    table = small().pin("layer=0,proj=down", bits=4)
+    assert np.isinf(table.cost[2]).tolist() == [True, True, False]
+    assert np.isfinite(table.cost[[0, 1, 3, 4, 5]]).all()
+    table = small().pin("layer=1", format="int2-g32-asym")
+    assert np.isinf(table.cost[3:]).tolist() == [[False, True, True]] * 3
+
+
+@pytest.mark.parametrize(
+    ("pin", "message"),
+    [
+        ({"bits": 8}, "pin 'layer=0': no format has 8 bits; there are 2, 3, 4"),
+        ({"format": "int8-row-sym"}, "no format is int8-row-sym; there are int2-g32-asym, int3"),
+        ({}, "pin 'layer=0': give bits or format, one of them"),
+        ({"bits": 2}, "leaves no format for layer=0 role=routed expert=0 proj=down"),
+    ],
+)
+def test_a_pin_that_cannot_hold_says_so(pin, message):
+    table = small().pin("layer=0,proj=down", bits=4)
+    with pytest.raises(InputError) as error:
+        table.pin("layer=0", **pin)
+    assert message in str(error.value)
+
+
+def test_ties_combine_to_connected_groups():
+    table = small().tie(profile("gate_eq_up"))
+    assert table.ties is not None
+    assert table.ties.tolist() == [0, 0, 1, 2, 2, 3]
+    table = table.tie([7, 1, 2, 3, 4, 7])
+    assert table.ties is not None
+    assert table.ties.tolist() == [0, 0, 1, 2, 2, 0]
+    with pytest.raises(InputError, match=r"ties: shape \(2,\), expected \(6,\)"):
+        table.tie([0, 0])
+
+
+def test_saving_and_loading_keeps_everything(tmp_path):
+    path = tmp_path / "table.safetensors"
+    table = small(spread=np.ones((6, 3)), provenance={"estimator": "fisher", "seed": 3})
+    table = table.tie(profile("gate_eq_up")).pin("layer=0", bits=3)
+    table.save(path)
+    again = CostTable.load(path)
+    for name in ("cost", "nbytes", "spread", "ties"):
+        assert np.array_equal(getattr(again, name), getattr(table, name))
+    assert again.formats == table.formats
+    assert dict(again.provenance) == dict(table.provenance)
+    assert again.units.label(5) == table.units.label(5)
+    first = path.read_bytes()
+    again.save(path)
+    assert path.read_bytes() == first
+
+
+def rewritten(path: Path, change: Callable[[Any, Any], object]) -> None:
+    """Apply `change` to the safetensors header and to Bitknap's JSON in it."""
+    content = path.read_bytes()
+    (size,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + size])
+    ours = json.loads(header["__metadata__"]["bitknap"])
+    change(header, ours)
+    header["__metadata__"]["bitknap"] = json.dumps(ours)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + size :])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda header, ours: ours.update(version="2.0"), "version: 2.0 cannot be read"),
+        (
+            lambda header, ours: ours.update(format="other"),
+            "format: 'other' is not 'bitknap.table'",
+        ),
+        (lambda header, ours: ours.update(formats="int2"), "formats: missing or not a list"),
+        (lambda header, ours: ours.update(formats=["x", "y", "z"]), "format 'x' is unknown"),
+        (lambda header, ours: ours.pop("provenance"), "provenance: missing or not an object"),
+        (lambda header, ours: ours.update(projections=["gate"]), "projection[1]: 1 is outside"),
+        (lambda header, ours: header.update(other=header.pop("cost")), "cost: missing"),
+        (
+            lambda header, ours: header["cost"].update(dtype="I64"),
+            "cost: dtype int64, expected float64",
+        ),
+        (
+            lambda header, ours: header["cost"].update(shape=[3, 6]),
+            "cost: shape (3, 6), expected (6, 3)",
+        ),
+    ],
+)
+def test_a_wrong_file_names_the_field(tmp_path, change, message):
+    path = tmp_path / "table.safetensors"
+    small().save(path)
+    rewritten(path, change)
+    with pytest.raises(FileError) as error:
+        CostTable.load(path)
+    assert message in str(error.value)
+    assert str(path) in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_newer_minor_version_warns(tmp_path):
+    path = tmp_path / "table.safetensors"
+    small().save(path)
+    rewritten(path, lambda header, ours: ours.update(version="1.9"))
+    with pytest.warns(UserWarning, match=r"version 1\.9 is newer than 1\.0"):
+        CostTable.load(path)
+
+
+def test_a_truncated_or_missing_file_is_one_line(tmp_path):
+    path = tmp_path / "table.safetensors"
+    with pytest.raises(FileError, match="not a readable safetensors file"):
+        CostTable.load(path)
+    small().save(path)
+    content = path.read_bytes()
+    for size in (0, 5, 100, len(content) - 1):
+        path.write_bytes(content[:size])
+        with pytest.raises(FileError, match="not a readable safetensors file"):
+            CostTable.load(path)
