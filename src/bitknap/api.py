@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitknap.allocation import BitPlan, CostTable, Format
+from bitknap.allocation import BitPlan, CostTable, Format, Units
 from bitknap.allocation import formats as make_formats
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.calibrate import Progress, calibrate
 from bitknap.estimators.calibrated import Calibrated, Estimator
+from bitknap.estimators.costs import plainest
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.replay import Losses, compare
 from bitknap.estimators.text import BUILTIN, read_text, token_windows
@@ -25,14 +26,20 @@ from bitknap.quantize.experts import walk
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.source import Checkpoint, resolve
 
-CALIBRATION_TOKENS = 16_384
+CALIBRATION_TOKENS = 8_192
 EVALUATION_TOKENS = 32_768
 GROUP_SIZES = (32, 64, 128, 256, "row")
 
 
-def default_formats() -> tuple[Format, ...]:
-    """Return the options of the main job: widths × group sizes × zero point × metadata."""
-    return make_formats(range(1, 9), GROUP_SIZES, (False, True), ("fp16", "compact"))
+def default_formats(units: Units | None = None) -> tuple[Format, ...]:
+    """Return the options of the main job: widths × group sizes × zero point × metadata.
+
+    Args:
+        units: leave out formats that another one equals on every row of these units.
+    """
+    every = make_formats(range(1, 9), GROUP_SIZES, (False, True), ("fp16", "compact"))
+    widths = () if units is None else np.unique(units.cols).tolist()
+    return tuple(f for f in every if not widths or any(plainest(f, w) == f for w in widths))
 
 
 def estimate(
@@ -66,7 +73,7 @@ def estimate(
     chosen = estimator or Calibrated(progress=progress)
     source = Checkpoint.open(resolve(model))
     evidence = gather(source, chosen, text, tokens, include, seed, progress)
-    table = chosen.estimate(evidence, formats or default_formats())
+    table = chosen.estimate(evidence, formats or default_formats(evidence.units))
     on_disk = walk_headers(source.config, source.shapes, include)
     folder_bytes = sum(f.stat().st_size for f in source.folder.iterdir() if f.is_file())
     provenance = {

@@ -125,7 +125,7 @@ _estimating = _options(
         default="",
         help="fp16, compact or both. Default: both, with and without zero.",
     ),
-    click.option("--tokens", type=int, default=None, help="Calibration tokens. Default: 16384."),
+    click.option("--tokens", type=int, default=None, help="Calibration tokens. Default: 8192."),
     _text("Calibration"),
     _include,
     _seed,
@@ -145,10 +145,10 @@ def _list(text: str) -> list[str]:
 
 def _formats(bits: str, group_size: str, metadata: str) -> Any:
     from bitknap.allocation import formats
-    from bitknap.api import GROUP_SIZES, default_formats
+    from bitknap.api import GROUP_SIZES
 
     if not (bits or group_size or metadata):
-        return default_formats()
+        return None
     try:
         widths = [int(b) for b in _list(bits)] or list(range(1, 9))
     except ValueError:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 
 from bitknap.allocation import BitPlan, uniform_plans
@@ -83,19 +84,18 @@ def best_uniform(
 
     The choice is made on the very text it is judged on, which favours the recipe.
     """
-    best: tuple[str, BitPlan, Losses] | None = None
-    plans = uniform_plans(layout.units, default_formats(), nbytes)
+    plans = uniform_plans(layout.units, default_formats(layout.units), nbytes)
     if not plans:
         raise InputError(f"no uniform recipe fits {nbytes:,} bytes")
+    divergence = []
     for done, plan in enumerate(plans):
         if progress:
             progress("uniform recipes", done, len(plans))
         with applied(replay.model, layout, plan):
-            losses = replay.measure()
-        if best is None or losses.kl.mean() < best[2].kl.mean():
-            best = name_of(plan), plan, losses
-    assert best is not None
-    return best
+            divergence.append(replay.kl())
+    best = plans[int(np.argmin(divergence))]
+    with applied(replay.model, layout, best):
+        return name_of(best), best, replay.measure()
 
 
 def name_of(plan: BitPlan) -> str:

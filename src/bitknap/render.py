@@ -31,16 +31,22 @@ def bits_table(plan: BitPlan) -> Table:
 
 
 def widths_table(plan: BitPlan) -> Table:
-    """Return how many units and weights each format has."""
+    """Return how many units and weights each format has, and where groups do not divide rows.
+
+    "short" counts the weights by which last groups of rows are shorter than the group size: their
+    scales are stored all the same, codes are never padded.
+    """
     table = Table(title="formats")
-    for head in ("format", "units", "weights", "bytes"):
+    for head in ("format", "units", "weights", "bytes", "short"):
         table.add_column(head, justify="left" if head == "format" else "right")
     weights = plan.units.numel
     for index in np.unique(plan.choice):
         chosen = plan.choice == index
         share = 100 * weights[chosen].sum() / max(1, weights.sum())
-        name = plan.formats[index].name
-        table.add_row(name, f"{chosen.sum():,}", f"{share:.1f} %", f"{plan.nbytes[chosen].sum():,}")
+        item = plan.formats[index]
+        short = int((plan.units.rows * item.padding(plan.units.cols))[chosen].sum())
+        size = f"{plan.nbytes[chosen].sum():,}"
+        table.add_row(item.name, f"{chosen.sum():,}", f"{share:.1f} %", size, f"{short:,}")
     return table
 
 
