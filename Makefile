@@ -7,8 +7,7 @@ export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
 demo: .venv/.demo
 	$(BIN)/bitknap quantize reference:mixtral --budget 2.5bpw -o build/demo --overwrite
-	$(BIN)/bitknap evaluate build/demo --reference reference:mixtral --uniform
-	$(BIN)/bitknap show build/demo
+	$(BIN)/bitknap evaluate build/demo --reference reference:mixtral --uniform --tokens 16384
 
 test: .venv/.test
 	$(BIN)/python -m pytest

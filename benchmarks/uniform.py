@@ -16,12 +16,12 @@ from typing import Any
 
 import torch
 
-from bitknap.allocation import Budget
-from bitknap.api import estimate, evaluation_windows
+from bitknap.allocation import BitPlan, Budget, Format
+from bitknap.api import CALIBRATION_TOKENS, estimate, evaluation_windows
 from bitknap.estimators.replay import Replay, standard_error
 from bitknap.evaluation import best_uniform
 from bitknap.planning import plan_for
-from bitknap.quantize.apply import applied
+from bitknap.quantize.apply import applied, apply
 from bitknap.quantize.checkpoint import load
 from bitknap.quantize.experts import walk
 from bitknap.quantize.source import resolve
@@ -73,6 +73,15 @@ def compare_model(name: str, tokens: int, calibration: int) -> list[dict[str, An
     return rows
 
 
+def rounding_rate(name: str) -> float:
+    """Return bytes of bf16 weights a second that rounding takes for one format, int3-g64-sym."""
+    model = load(resolve(f"reference:{name}"), torch.float32)
+    layout = walk(model)
+    start = time.perf_counter()
+    apply(model, layout, BitPlan.uniform(layout.units, Format.parse("int3-g64-sym")))
+    return float(2 * layout.units.numel.sum() / (time.perf_counter() - start))
+
+
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [
         "# Ours against the best uniform recipe",
@@ -83,7 +92,10 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
         "pure or mixed round robin, chosen on this very text, at our bytes or more.",
         "",
         f"torch {about['torch']}, {about['device']}, calibration on "
-        f"{about['calibration_tokens']:,} tokens, profile gate_eq_up.",
+        f"{about['calibration_tokens']:,} tokens, profile gate_eq_up. "
+        "Rounding to one format, clipping search "
+        f"and all, takes {about['rounding_bytes_per_second'] / 1e6:.0f} MB of bf16 weights a "
+        "second.",
         "",
         "| model | budget | bpw | KL ours | KL uniform | ratio | uniform − ours | uniform recipe | "
         "its bpw | perplexity: original, ours, uniform |",
@@ -105,13 +117,14 @@ def main() -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--models", nargs="+", default=["mixtral", "qwen3moe"])
     parser.add_argument("--tokens", type=int, default=32_768)
-    parser.add_argument("--calibration-tokens", type=int, default=16_384)
+    parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
     args = parser.parse_args()
     rows = [r for m in args.models for r in compare_model(m, args.tokens, args.calibration_tokens)]
     args.out.mkdir(parents=True, exist_ok=True)
     about = {
         "tokens": args.tokens,
         "calibration_tokens": args.calibration_tokens,
+        "rounding_bytes_per_second": round(rounding_rate(args.models[0])),
         "torch": torch.__version__,
         "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
     }

@@ -10,6 +10,7 @@ everything else        the tokenizer and its like, copied
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import defaultdict
@@ -35,6 +36,7 @@ PLAN = "bitknap_plan.json"
 SOURCE = "bitknap_source.json"
 VERSION = "1.0"
 _PREFIX = "bitknap."
+_KEPT = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
@@ -85,8 +87,9 @@ def fixed_bytes(source: Checkpoint, layout: Layout) -> int:
         source.headers[n].stop - source.headers[n].start for n in kept_tensors(source, layout)
     )
     copied = sum(f.stat().st_size for f in copied_files(source))
-    text = 2 * len(json.dumps(source.config)) + 320 * (len(layout.units) + len(source.headers))
-    return kept + copied + text + 16384
+    # A plan's row takes about 140 bytes; a tensor's name stands in a header and maybe an index.
+    text = 192 * len(layout.units) + sum(2 * len(name) + 160 for name in source.headers)
+    return kept + copied + text + 2 * len(json.dumps(dict(source.config))) + 8192
 
 
 def save(
@@ -98,7 +101,7 @@ def save(
         predicted and written bytes of the units, and bytes of the whole folder.
 
     Raises:
-        MismatchError: the plan was made for another model.
+        MismatchError: the plan was made for another model, or keeps a precision it does not have.
         ModelError: a weight is NaN or infinite.
         InputError: `out` exists and `overwrite` is false.
         BitknapError: the bytes on disk are not the plan's.
@@ -110,6 +113,7 @@ def save(
         )
     layout = walk_headers(source.config, source.shapes, include=roles_of(plan.units))
     plan = aligned(plan, layout)
+    _check_kept(source, layout, plan)
     with whole_folder(out, overwrite=overwrite) as part:
         kept = {name: _finite(source, name) for name in kept_tensors(source, layout)}
         streams = dict(_streams(source, layout, plan))
@@ -125,6 +129,17 @@ def save(
 def roles_of(units: Units) -> tuple[str, ...]:
     """Return the roles beside routed experts that occur: what a walker must include."""
     return tuple(ROLES[r] for r in np.unique(units.role) if ROLES[r] != "routed")
+
+
+def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
+    """Refuse a plan that keeps units in a precision other than the one they are stored in."""
+    for unit, view in enumerate(layout.views):
+        format, stored = plan.format_of(unit), source.headers[view.tensor].dtype
+        if format.kind == "keep" and stored != _KEPT.get(format.source):
+            raise MismatchError(
+                f"{plan.units.label(unit)}: the plan says {format.name}, but {view.tensor} is "
+                f"stored as {stored}; keep that precision or quantize"
+            )
 
 
 def _finite(source: Checkpoint, name: str) -> Tensor:
@@ -166,12 +181,17 @@ def _write_texts(source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path
     ours = {"quant_method": "bitknap", "version": VERSION}
     write_whole(folder / "config.json", _json({**source.config, "quantization_config": ours}))
     plan.save(folder / PLAN)
+    digest = _digest(folder / PLAN)
     replaced = sorted({view.tensor for view in layout.views})
     info = {
         name: [source.headers[name].dtype, list(source.headers[name].shape)] for name in replaced
     }
-    header = {"format": "bitknap.source", "version": VERSION, "model": source.fingerprint}
+    header = {"format": "bitknap.source", "version": VERSION, "plan": digest}
     write_whole(folder / SOURCE, _json(header | {"tensors": info}))
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _json(value: Any) -> bytes:
@@ -192,10 +212,8 @@ def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
         FileError: a file is missing, truncated, corrupt or of an unknown version.
     """
     plan = BitPlan.load(folder / PLAN)
-    header = read_json(folder / SOURCE)
-    check_version(header, "bitknap.source", VERSION, folder / SOURCE)
+    shapes = _source_shapes(folder)
     packed = Checkpoint.open(folder)
-    shapes = {n: (dtype, tuple(shape)) for n, (dtype, shape) in header["tensors"].items()}
     plain = {k: v for k, v in packed.config.items() if k != "quantization_config"}
     layout = walk_headers(plain, shapes, include=roles_of(plan.units))
     plan = aligned(plan, layout)
@@ -205,6 +223,12 @@ def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
         name = stream_name(plan.units, int(run[0]))
         if name not in packed.headers:
             raise FileError(f"{folder}: tensor {name} is missing; write the checkpoint again")
+        info, size = packed.headers[name], int(plan.nbytes[run].sum())
+        if (info.dtype, info.shape) != ("U8", (size,)):
+            raise FileError(
+                f"{folder}: tensor {name}: {info.dtype} {list(info.shape)}, the plan says U8 "
+                f"[{size}]; write the checkpoint again"
+            )
         stream, at = packed.read(name), 0
         for unit, size in zip(run, plan.nbytes[run].tolist(), strict=True):
             view = layout.views[unit]
@@ -212,6 +236,26 @@ def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
             view.of(tensors[view.tensor]).copy_(matrix)
             at += size
     return plan, tensors
+
+
+def _source_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Return dtype and shape of the tensors that streams replace; the plan must be as written."""
+    path = folder / SOURCE
+    header = read_json(path)
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: not an object")
+    check_version(header, "bitknap.source", VERSION, path)
+    if header.get("plan") != _digest(folder / PLAN):
+        raise FileError(
+            f"{folder / PLAN}: changed since the checkpoint was written; a plan cannot be edited "
+            "there, quantize the source with the other plan"
+        )
+    try:
+        tensors = header["tensors"].items()
+        shapes = {n: (DTYPES[dtype] and dtype, tuple(map(int, s))) for n, (dtype, s) in tensors}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise FileError(f"{path}: tensors: not names with dtype and shape") from None
+    return shapes
 
 
 def _unit_weight(stream: Tensor, plan: BitPlan, unit: int, dtype: str) -> Tensor:
@@ -228,18 +272,36 @@ def load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     Args:
         folder: the checkpoint.
         dtype: "auto" is what config.json says; quantized weights are rounded to it once.
+
+    Raises:
+        FileError: a file is damaged, or the model needs tensors that are not there.
+        ModelError: transformers does not know the architecture.
     """
+    config, architecture = _architecture(folder)
+    if is_packed(folder):
+        _, tensors = read_packed(folder)
+        del config.quantization_config
+        wanted = config.dtype if dtype == "auto" else dtype
+        where = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+    else:
+        Checkpoint.open(folder)  # a damaged file is told in one line, before transformers reads it
+        wanted, where = dtype, {"pretrained_model_name_or_path": folder}
+    model, report = architecture.from_pretrained(**where, dtype=wanted, output_loading_info=True)
+    if missing := sorted(report["missing_keys"]):
+        raise FileError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}")
+    return model.eval()
+
+
+def _architecture(folder: Path) -> tuple[Any, Any]:
+    """Return a folder's transformers configuration and model class."""
     import transformers
 
-    config = transformers.AutoConfig.from_pretrained(folder)
+    try:
+        config = transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: transformers cannot read its config.json ({reason})") from None
     names = config.architectures or []
     if not names or not hasattr(transformers, names[0]):
         raise ModelError(f"{folder}: unknown architecture {names}; transformers has no such class")
-    architecture = getattr(transformers, names[0])
-    if not is_packed(folder):
-        return architecture.from_pretrained(folder, dtype=dtype).eval()
-    _, tensors = read_packed(folder)
-    del config.quantization_config
-    wanted = config.dtype if dtype == "auto" else dtype
-    model = architecture.from_pretrained(None, config=config, state_dict=tensors, dtype=wanted)
-    return model.eval()
+    return config, getattr(transformers, names[0])

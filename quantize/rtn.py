@@ -28,6 +28,7 @@ _LEAST_RANGE = {2: 0.25, 3: 0.35, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.9}
 _CANDIDATES = {2: 8, 3: 8, 4: 6, 5: 4, 6: 3, 7: 2, 8: 2}
 _POLISH = 2
 _LEAST_SCALE = 2.0**-24  # the smallest positive fp16
+_LARGEST = 2.0**25  # beyond every value that an fp16 scale and zero can stand for at 8 bits
 _CHUNK = 1 << 15  # weights worked on at a time: all temporaries stay in the second-level cache
 
 
@@ -85,7 +86,8 @@ def quantize(weight: Tensor, format: Format) -> Quantized:
     cols = weight.shape[1]
     size = min(format.group_size or cols, cols)
     parts = [
-        _quantize_groups(block, format, size) for block in weight.split(max(1, _CHUNK // cols))
+        _quantize_groups(block.clamp(-_LARGEST, _LARGEST), format, size)  # sums stay finite
+        for block in weight.split(max(1, _CHUNK // cols))
     ]
     codes, scale, share, zero = zip(*parts, strict=True)
     return Quantized(

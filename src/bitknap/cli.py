@@ -332,11 +332,14 @@ def quantize(
         raise InputError("give --plan or --budget, one of them")
     _free(out, overwrite)
     facts: dict[str, Any] = {}
+    notes = []
     if plan is not None:
         chosen = BitPlan.load(plan)
     else:
-        solution = _solve(_estimate(model, options), str(budget), options)
+        table = _estimate(model, options)
+        solution = _solve(table, str(budget), options)
         chosen, facts = solution.plan, _solved(solution)
+        notes.append(_coverage(table))
     sizes = api.quantize(model, chosen, out, overwrite=overwrite)
     facts |= {
         "bytes predicted": sizes["predicted"],
@@ -344,7 +347,8 @@ def quantize(
         "checkpoint bytes": sizes["checkpoint"],
     }
     document = {name.replace(" ", "_"): value for name, value in facts.items()} | {"path": out}
-    _print(as_json, document, bits_table(chosen), widths_table(chosen), facts_table(out, facts))
+    tables = bits_table(chosen), widths_table(chosen), facts_table(out, facts)
+    _print(as_json, document, *tables, *notes)
 
 
 @bitknap.command()
