@@ -36,10 +36,13 @@ class DataFree:
         """Return relative costs of every unit in every format."""
         units = evidence.units
         cost = np.zeros((len(units), len(formats)))
+        known: dict[int, np.ndarray] = {}
         for run in stacks(units):
             size = evidence.weights(run).double().var((1, 2)).numpy() * units.numel[run]
             cols = int(units.cols[run[0]])
-            cost[run] = size[:, None] * np.array([distortion(f, cols) for f in formats])
+            if cols not in known:
+                known[cols] = np.array([distortion(f, cols) for f in formats])
+            cost[run] = size[:, None] * known[cols]
         return CostTable.from_arrays(
             cost,
             format_bytes(units, formats),

@@ -142,6 +142,13 @@ def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
             )
 
 
+def check_finite(source: Checkpoint) -> None:
+    """Raise ModelError for the first tensor with a NaN or infinite weight; reads them all."""
+    for name in source.headers:
+        if not name.startswith(_PREFIX):
+            _finite(source, name)
+
+
 def _finite(source: Checkpoint, name: str) -> Tensor:
     tensor = source.read(name)
     if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
@@ -223,11 +230,11 @@ def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
         name = stream_name(plan.units, int(run[0]))
         if name not in packed.headers:
             raise FileError(f"{folder}: tensor {name} is missing; write the checkpoint again")
-        info, size = packed.headers[name], int(plan.nbytes[run].sum())
-        if (info.dtype, info.shape) != ("U8", (size,)):
+        info, total = packed.headers[name], int(plan.nbytes[run].sum())
+        if (info.dtype, info.shape) != ("U8", (total,)):
             raise FileError(
                 f"{folder}: tensor {name}: {info.dtype} {list(info.shape)}, the plan says U8 "
-                f"[{size}]; write the checkpoint again"
+                f"[{total}]; write the checkpoint again"
             )
         stream, at = packed.read(name), 0
         for unit, size in zip(run, plan.nbytes[run].tolist(), strict=True):
@@ -252,9 +259,11 @@ def _source_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         )
     try:
         tensors = header["tensors"].items()
-        shapes = {n: (DTYPES[dtype] and dtype, tuple(map(int, s))) for n, (dtype, s) in tensors}
+        shapes = {n: (str(dtype), tuple(map(int, shape))) for n, (dtype, shape) in tensors}
     except (KeyError, TypeError, ValueError, AttributeError):
         raise FileError(f"{path}: tensors: not names with dtype and shape") from None
+    if unknown := {dtype for dtype, _ in shapes.values()} - set(DTYPES):
+        raise FileError(f"{path}: tensors: dtype {min(unknown)!r} is not known")
     return shapes
 
 
@@ -292,15 +301,26 @@ def load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
     return model.eval()
 
 
+def config_of(folder: Path) -> Any:
+    """Return a folder's transformers configuration.
+
+    Raises:
+        ModelError: transformers does not know the architecture.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoConfig.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{folder}: transformers cannot read its config.json ({reason})") from None
+
+
 def _architecture(folder: Path) -> tuple[Any, Any]:
     """Return a folder's transformers configuration and model class."""
     import transformers
 
-    try:
-        config = transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: transformers cannot read its config.json ({reason})") from None
+    config = config_of(folder)
     names = config.architectures or []
     if not names or not hasattr(transformers, names[0]):
         raise ModelError(f"{folder}: unknown architecture {names}; transformers has no such class")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from bitknap.allocation import BitPlan, CostTable, Format, Units
 from bitknap.allocation import formats as make_formats
-from bitknap.errors import InputError, MismatchError
+from bitknap.errors import InputError, MismatchError, ModelError
 from bitknap.estimators.calibrate import Progress, calibrate
 from bitknap.estimators.calibrated import Calibrated, Estimator
 from bitknap.estimators.costs import plainest
@@ -113,6 +113,7 @@ def gather(
             provenance={"seed": seed},
         )
     words = read_text(text, "calibration")
+    checkpoint.check_finite(source)
     model = checkpoint.load(source.folder, torch.float32)
     layout = walk(model, include)
     windows = token_windows(tokenizer_of(source.folder), words, tokens, context_of(model))
@@ -177,9 +178,11 @@ def evaluate(
 
     Raises:
         MismatchError: the two have different tokenizers.
+        ModelError: a weight is NaN or infinite.
     """
     folder = resolve(model)
     windows = evaluation_windows(folder, text, tokens)
+    checkpoint.check_finite(Checkpoint.open(folder))
     measured = checkpoint.load(folder, torch.float32)
     if reference is None:
         return compare(measured, measured, windows)
@@ -193,9 +196,10 @@ def evaluate(
 
 def evaluation_windows(folder: Path, text: str, tokens: int) -> Tensor:
     """Return the windows of an evaluation text for the model in `folder`."""
-    from transformers import AutoConfig
-
-    longest = longest_of(AutoConfig.from_pretrained(folder))
+    config = checkpoint.config_of(folder)
+    if config.is_encoder_decoder:
+        raise ModelError(f"{folder}: an encoder-decoder; losses are those of decoder-only models")
+    longest = longest_of(config)
     return token_windows(tokenizer_of(folder), read_text(text, "evaluation"), tokens, longest)
 
 

@@ -139,6 +139,10 @@ _solving = _options(
 )
 
 
+def _given(count: int | None, default: int) -> int:
+    return default if count is None else count
+
+
 def _list(text: str) -> list[str]:
     return [part.strip() for part in text.split(",") if part.strip()]
 
@@ -187,7 +191,7 @@ def _estimate(model: str, options: dict[str, Any]) -> Any:
             _estimator(options["estimator"], progress),
             _formats(options["bits"], options["group_size"], options["metadata"]),
             text=options["text"],
-            tokens=options["tokens"] or api.CALIBRATION_TOKENS,
+            tokens=_given(options["tokens"], api.CALIBRATION_TOKENS),
             include=_list(options["include"]),
             seed=options["seed"],
             progress=progress,
@@ -200,7 +204,7 @@ def _solve(table: Any, budget: str, options: dict[str, Any]) -> Any:
 
     for pin in options["pin"]:
         pattern, _, bits = pin.rpartition("=")
-        if not pattern or not bits.isdigit():
+        if "=" not in pattern or not bits.isdigit():
             raise InputError(f"--pin {pin!r}: write PATTERN=BITS, such as layer=0,proj=down=8")
         table = table.pin(pattern, bits=int(bits))
     return plan_for(table, Budget.parse(budget), profile_name=options["profile"])
@@ -380,7 +384,7 @@ def evaluate(
     if uniform and reference is None:
         raise InputError("--uniform needs --reference, the model that recipes are applied to")
     with _progress() as progress:
-        count = tokens or api.EVALUATION_TOKENS
+        count = _given(tokens, api.EVALUATION_TOKENS)
         rows = rows_for(model, reference, text, count, uniform=uniform, progress=progress)
     _print(as_json, rows, losses_table(rows))
 
