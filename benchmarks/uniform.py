@@ -22,8 +22,8 @@ from bitknap.estimators.replay import Replay, standard_error
 from bitknap.evaluation import best_uniform
 from bitknap.planning import plan_for
 from bitknap.quantize.apply import applied, apply
-from bitknap.quantize.checkpoint import load
 from bitknap.quantize.experts import walk
+from bitknap.quantize.loading import load
 from bitknap.quantize.source import resolve
 
 BUDGETS = (2.0, 2.1, 2.25, 2.5, 3.0, 4.0)

@@ -20,8 +20,8 @@ from transformers import AutoTokenizer
 from bitknap.benchmarks.reference.recipe import CONTEXT, DOMAINS
 from bitknap.estimators.recording import recording
 from bitknap.estimators.text import token_windows
-from bitknap.quantize.checkpoint import load
 from bitknap.quantize.experts import walk
+from bitknap.quantize.loading import load
 
 HERE = Path(__file__).parent
 EXCERPT = 7_000  # bytes

@@ -20,7 +20,7 @@ from bitknap.estimators.costs import plainest
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.replay import Losses, compare
 from bitknap.estimators.text import BUILTIN, read_text, token_windows
-from bitknap.quantize import checkpoint
+from bitknap.quantize import checkpoint, loading
 from bitknap.quantize.apply import read_units
 from bitknap.quantize.experts import walk
 from bitknap.quantize.names import walk_headers
@@ -114,7 +114,7 @@ def gather(
         )
     words = read_text(text, "calibration")
     checkpoint.check_finite(source)
-    model = checkpoint.load(source.folder, torch.float32)
+    model = loading.load(source.folder, torch.float32)
     layout = walk(model, include)
     windows = token_windows(tokenizer_of(source.folder), words, tokens, context_of(model))
     needs = estimator.needs
@@ -158,7 +158,7 @@ def load(model: str | Path, dtype: torch.dtype | str = "auto") -> Any:
         model: a folder, a hub id, or "reference:NAME".
         dtype: "auto" is the checkpoint's own.
     """
-    return checkpoint.load(resolve(model), dtype)
+    return loading.load(resolve(model), dtype)
 
 
 def evaluate(
@@ -183,7 +183,7 @@ def evaluate(
     folder = resolve(model)
     windows = evaluation_windows(folder, text, tokens)
     checkpoint.check_finite(Checkpoint.open(folder))
-    measured = checkpoint.load(folder, torch.float32)
+    measured = loading.load(folder, torch.float32)
     if reference is None:
         return compare(measured, measured, windows)
     other = resolve(reference)
@@ -191,12 +191,12 @@ def evaluate(
         raise MismatchError(
             f"{model} and {reference} split the text differently; compare models of one tokenizer"
         )
-    return compare(measured, checkpoint.load(other, torch.float32), windows)
+    return compare(measured, loading.load(other, torch.float32), windows)
 
 
 def evaluation_windows(folder: Path, text: str, tokens: int) -> Tensor:
     """Return the windows of an evaluation text for the model in `folder`."""
-    config = checkpoint.config_of(folder)
+    config = loading.config_of(folder)
     if config.is_encoder_decoder:
         raise ModelError(f"{folder}: an encoder-decoder; losses are those of decoder-only models")
     longest = longest_of(config)

@@ -13,8 +13,9 @@ from bitknap.api import default_formats, evaluate, evaluation_windows
 from bitknap.errors import InputError
 from bitknap.estimators.replay import Losses, Replay, standard_error
 from bitknap.quantize.apply import applied
-from bitknap.quantize.checkpoint import PLAN, load, roles_of
+from bitknap.quantize.checkpoint import PLAN, roles_of
 from bitknap.quantize.experts import walk
+from bitknap.quantize.loading import load
 from bitknap.quantize.source import resolve
 from bitknap.quantize.views import Layout
 

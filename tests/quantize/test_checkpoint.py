@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 import bitknap
 from bitknap.allocation import BitPlan, Format, formats
 from bitknap.errors import BitknapError, FileError, InputError, MismatchError, ModelError
-from bitknap.quantize import checkpoint
+from bitknap.quantize import checkpoint, loading
 from bitknap.quantize.apply import apply
 from bitknap.quantize.experts import walk
 from bitknap.quantize.names import walk_headers
@@ -94,7 +94,7 @@ def check(folder, plan, out, dtype=torch.float32):
     on_disk = walk_headers(source.config, source.shapes, roles)
     assert folder_bytes(out) <= checkpoint.fixed_bytes(source, on_disk) + plan.total_bytes
 
-    expected = checkpoint.load(folder)
+    expected = loading.load(folder)
     assert expected.dtype == dtype
     original = logits(expected)
     apply(expected, walk(expected, roles), plan)

@@ -1,0 +1,178 @@
+"""Options that commands share, and what their words mean."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bitknap.errors import InputError
+from bitknap.terminal import Progress, progress_bars, silence_transformers
+
+as_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON document on stdout."
+)
+seed_option = click.option(
+    "--seed", default=0, show_default=True, help="Seed of all that is drawn."
+)
+include_option = click.option(
+    "--include", default="", help="Roles beside routed experts: attention,shared,dense."
+)
+overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+
+
+def text_option(purpose: str) -> Callable[[Any], Any]:
+    """Return the --text option of a purpose."""
+    return click.option(
+        "--text", default="builtin", show_default=True, help=f"{purpose} text: a file or builtin."
+    )
+
+
+def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def add(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+estimating = _options(
+    click.option(
+        "--estimator",
+        default="calibrated",
+        show_default=True,
+        help="calibrated[,BASE], or one of moments, fisher, weight-error, data-free.",
+    ),
+    click.option("--formats", "bits", default="", help="Widths, such as 2,3,4,8. Default: 1-8."),
+    click.option("--group-size", default="", help="Group sizes, such as 64,128,row. Default: all."),
+    click.option(
+        "--metadata",
+        default="",
+        help="fp16, compact or both. Default: both, with and without zero.",
+    ),
+    click.option("--tokens", type=int, default=None, help="Calibration tokens. Default: 8192."),
+    text_option("Calibration"),
+    include_option,
+    seed_option,
+)
+solving = _options(
+    click.option("--solver", type=click.Choice(["knapsack"]), default="knapsack"),
+    click.option("--profile", default="gate_eq_up", show_default=True, help="Which units share."),
+    click.option(
+        "--pin", multiple=True, metavar="PATTERN=BITS", help="Such as layer=0,proj=down=8."
+    ),
+)
+
+
+def given(count: int | None, default: int) -> int:
+    """Return what was given, or the default: 0 is given."""
+    return default if count is None else count
+
+
+def listed(text: str) -> list[str]:
+    """Split at commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def _formats(bits: str, group_size: str, metadata: str) -> Any:
+    from bitknap.allocation import formats
+    from bitknap.api import GROUP_SIZES
+
+    if not (bits or group_size or metadata):
+        return None
+    try:
+        widths = [int(b) for b in listed(bits)] or list(range(1, 9))
+    except ValueError:
+        raise InputError(f"--formats {bits!r}: widths are numbers, such as 2,3,4,8") from None
+    sizes = listed(group_size) or GROUP_SIZES
+    return formats(widths, sizes, (False, True), listed(metadata) or ("fp16", "compact"))
+
+
+def _estimator(names: str, progress: Progress | None) -> Any:
+    from bitknap.estimators.calibrated import Calibrated
+    from bitknap.estimators.data_free import DataFree
+    from bitknap.estimators.fisher import Fisher
+    from bitknap.estimators.moments import SecondMoments
+    from bitknap.estimators.weight_error import WeightError
+
+    known = {e.name: e for e in (SecondMoments(), Fisher(), WeightError(), DataFree())}
+    parts = listed(names)
+    bases = [known[p] for p in parts if p in known]
+    unknown = [p for p in parts if p not in known and p != "calibrated"]
+    if unknown or len(bases) > 1 or not parts:
+        raise InputError(
+            f"--estimator {names!r}: give one of {', '.join(known)}, or calibrated with one of them"
+        )
+    if "calibrated" not in parts:
+        return bases[0]
+    return Calibrated(base=bases[0] if bases else SecondMoments(), progress=progress)
+
+
+def run_estimate(model: str, options: dict[str, Any]) -> Any:
+    """Return the cost table that the options ask for."""
+    from bitknap import api
+
+    silence_transformers()
+    with progress_bars() as progress:
+        return api.estimate(
+            model,
+            _estimator(options["estimator"], progress),
+            _formats(options["bits"], options["group_size"], options["metadata"]),
+            text=options["text"],
+            tokens=given(options["tokens"], api.CALIBRATION_TOKENS),
+            include=listed(options["include"]),
+            seed=options["seed"],
+            progress=progress,
+        )
+
+
+def check_solving(budget: str, options: dict[str, Any]) -> None:
+    """Refuse words that solving could not use, before minutes go into estimating."""
+    from bitknap.allocation import Budget, profile
+
+    Budget.parse(budget)
+    profile(options["profile"])
+    for pin in options["pin"]:
+        _pin(pin)
+
+
+def _pin(text: str) -> tuple[str, int]:
+    pattern, _, bits = text.rpartition("=")
+    if "=" not in pattern or not bits.isdigit():
+        raise InputError(f"--pin {text!r}: write PATTERN=BITS, such as layer=0,proj=down=8")
+    return pattern, int(bits)
+
+
+def run_solve(table: Any, budget: str, options: dict[str, Any]) -> Any:
+    """Return the solution that the options ask for."""
+    from bitknap.allocation import Budget
+    from bitknap.planning import plan_for
+
+    for pin in options["pin"]:
+        pattern, bits = _pin(pin)
+        table = table.pin(pattern, bits=bits)
+    return plan_for(table, Budget.parse(budget), profile_name=options["profile"])
+
+
+def solved(solution: Any) -> dict[str, Any]:
+    """Return a solution as JSON values."""
+    return {
+        "status": solution.status.name,
+        "cost": solution.cost,
+        "bound": solution.bound,
+        "gap": solution.gap,
+        "seconds": round(solution.seconds, 6),
+        "solver": solution.solver,
+        **solution.plan.totals,
+    }
+
+
+def free_path(path: str, overwrite: bool) -> Path:
+    """Return the path if it may be written."""
+    out = Path(path)
+    if out.exists() and not overwrite:
+        raise InputError(f"{out} exists; choose another name or pass --overwrite")
+    return out
