@@ -1,7 +1,7 @@
 """The packed checkpoint: a transformers folder whose expert weights are streams of bits.
 
     config.json            the source's, with quantization_config.quant_method = "bitknap"
-    *.safetensors          kept tensors under their own names; one uint8 tensor a stack of units,
+    bitknap*.safetensors   kept tensors under their own names; one uint8 tensor a stack of units,
                            named bitknap.<layer>.<role>.<projection>: their bytes, back to back
     bitknap_plan.json      the plan; with it every offset follows from `Format.nbytes`
     bitknap_source.json    name, dtype and shape of the tensors that the streams replace
@@ -31,7 +31,7 @@ from bitknap.files import whole_folder, write_whole
 from bitknap.quantize.apply import aligned, quantize_plan, read_units, stacks
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.packed import encode
-from bitknap.quantize.source import Checkpoint
+from bitknap.quantize.source import PACKED, Checkpoint
 from bitknap.quantize.views import Layout
 
 PLAN = "bitknap_plan.json"
@@ -43,8 +43,8 @@ _NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth",
 
 
 def is_packed(folder: Path) -> bool:
-    """Return whether `folder` holds a packed checkpoint."""
-    return (folder / PLAN).is_file()
+    """Return whether `folder` holds a packed checkpoint, be it damaged."""
+    return (folder / PLAN).is_file() or any(folder.glob(f"{PACKED}*.safetensors"))
 
 
 def stream_name(units: Units, unit: int) -> str:
@@ -181,7 +181,8 @@ def _streams(source: Checkpoint, layout: Layout, plan: BitPlan) -> Iterator[tupl
 def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
     from huggingface_hub import save_torch_state_dict
 
-    save_torch_state_dict(tensors, folder, metadata={"format": "pt"})
+    pattern = f"{PACKED}{{suffix}}.safetensors"
+    save_torch_state_dict(tensors, folder, filename_pattern=pattern, metadata={"format": "pt"})
 
 
 def _write_texts(source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path) -> None:

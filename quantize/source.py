@@ -26,6 +26,9 @@ _BUNDLED = "bitknap.benchmarks.reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # What a checkpoint needs: weights, configuration, tokenizer. No code, no pickle.
 _WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+# How weights are called: transformers' own name, and ours for packed ones. Under its own name
+# transformers would load a packed checkpoint without a word and make up all experts at random.
+PLAIN, PACKED = "model", "bitknap"
 # A fingerprint reads this much of each tensor: enough to tell two trainings apart, and cheap.
 _SAMPLE = 256
 
@@ -102,16 +105,17 @@ class Checkpoint:
         config = read_json(folder / "config.json")
         if not isinstance(config, dict):
             raise FileError(f"{folder / 'config.json'}: not a JSON object")
-        single = folder / "model.safetensors"
-        if single.is_file():
-            return cls(folder=folder, config=config, headers=read_header(single))
-        index = folder / "model.safetensors.index.json"
-        if not index.is_file():
-            raise FileError(
-                f"{folder}: neither {single.name} nor {index.name}; "
-                "save the model with safetensors first"
-            )
-        return cls(folder=folder, config=config, headers=_read_shards(index))
+        for stem in (PLAIN, PACKED):
+            single = folder / f"{stem}.safetensors"
+            if single.is_file():
+                return cls(folder=folder, config=config, headers=read_header(single))
+            index = folder / f"{stem}.safetensors.index.json"
+            if index.is_file():
+                return cls(folder=folder, config=config, headers=_read_shards(index))
+        raise FileError(
+            f"{folder}: neither {PLAIN}.safetensors nor {PLAIN}.safetensors.index.json; "
+            "save the model with safetensors first"
+        )
 
     @property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:

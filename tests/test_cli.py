@@ -517,7 +517,7 @@ def test_a_folder_that_cannot_be_written(made, capsys, tmp_path):
 
 def test_a_damaged_packed_checkpoint(made, capsys, tmp_path):
     folder = shutil.copytree(made.out, tmp_path / "packed")
-    file = folder / "model.safetensors"
+    file = folder / "bitknap.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     assert "truncated" in refused(capsys, tmp_path, "evaluate", folder, "--tokens", 64, *TEXT)
 

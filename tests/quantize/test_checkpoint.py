@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import bitknap
 from bitknap.allocation import BitPlan, Format, formats
@@ -263,9 +264,9 @@ def edit_json(path, change):
 
 
 def edit_tensors(folder, change):
-    tensors = load_file(folder / "model.safetensors")
+    tensors = load_file(folder / "bitknap.safetensors")
     change(tensors)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    save_file(tensors, folder / "bitknap.safetensors", metadata={"format": "pt"})
 
 
 def first_stream(tensors):
@@ -294,12 +295,12 @@ def retype_stream(folder):
 
 
 def truncate_shard(folder):
-    file = folder / "model.safetensors"
+    file = folder / "bitknap.safetensors"
     file.write_bytes(file.read_bytes()[:-5])
 
 
 def remove_shard(folder):
-    (folder / "model.safetensors").unlink()
+    (folder / "bitknap.safetensors").unlink()
 
 
 def truncate_plan(folder):
@@ -412,3 +413,9 @@ def test_a_damaged_checkpoint_is_one_line(damage, mixtral, tmp_path):
     assert "\n" not in str(error.value)
     if damage in (drop_stream, shorten_stream, truncate_shard, truncate_plan, remove_source):
         assert isinstance(error.value, FileError)
+
+
+def test_transformers_alone_refuses_rather_than_make_up_experts(mixtral, tmp_path):
+    bitknap.quantize(mixtral.folder, mixtral.plan, tmp_path / "packed")
+    with pytest.raises(OSError, match=r"model\.safetensors"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
