@@ -78,6 +78,13 @@ def card(name: str, folder: Path, corpus: Path) -> str:
         + ", ".join(f"{k} {v}" for k, v in record["versions"].items())
         + ".",
         "",
+        "Data: books, code, speeches and wiki, training files only; sources and licences in "
+        "`NOTICE.md` one folder up. Weights: Apache-2.0. Own byte-level BPE of 4,096 tokens. "
+        "`initial_routers.safetensors` holds the routers before the first step. To repeat it:",
+        "",
+        f"    python -m bitknap.benchmarks.reference.train {name} --corpus CORPUS --out DIR "
+        f"--tokens {record['tokens']:.0f} --batch {record['batch_tokens']}",
+        "",
         "| validation text | perplexity |",
         "|---|---|",
         *(f"| {d} | {perplexity(model, tokenizer, t):.1f} |" for d, t in texts.items()),
