@@ -123,7 +123,7 @@ def test_uniform_recipes_beside_ours(made, capsys):
 def test_every_command_has_one_json_document(made, capsys, tmp_path):
     report = document(capsys, "inspect", made.model)
     assert report["units"] == 24
-    assert report["least bpw"] < report["most bpw"]
+    assert report["least_bpw"] < report["most_bpw"]
     table = document(
         capsys, "estimate", made.model, *FAST, "--estimator", "data-free", "-o", tmp_path / "t"
     )
@@ -201,7 +201,7 @@ def test_a_group_size_that_does_not_divide_the_row_is_counted_and_said(made, cap
     # Rows of 16 (gate, up) and 24 (down): in groups of 32 each row is 16 or 8 weights short.
     report = document(capsys, "inspect", made.model)
     short = 2 * 4 * (24 * 16 + 24 * 16 + 16 * 8)
-    assert f"g32: {short:,}" in report["short of a whole last group"]
+    assert f"g32: {short:,}" in report["short_of_a_whole_last_group"]
     out = tmp_path / "out"
     sizes = document(
         capsys,

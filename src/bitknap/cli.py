@@ -166,13 +166,12 @@ def quantize(
         notes.append(_coverage(table))
     sizes = api.quantize(model, chosen, out, overwrite=overwrite)
     facts |= {
-        "bytes predicted": sizes["predicted"],
-        "bytes on disk": sizes["written"],
-        "checkpoint bytes": sizes["checkpoint"],
+        "bytes_predicted": sizes["predicted"],
+        "bytes_on_disk": sizes["written"],
+        "checkpoint_bytes": sizes["checkpoint"],
     }
-    document = {name.replace(" ", "_"): value for name, value in facts.items()} | {"path": out}
     tables = bits_table(chosen), widths_table(chosen), facts_table(out, facts)
-    present(as_json, document, *tables, *notes)
+    present(as_json, facts | {"path": out}, *tables, *notes)
 
 
 @bitknap.command()

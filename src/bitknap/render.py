@@ -85,7 +85,7 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     table.add_column()
     table.add_column(justify="right")
     for name, value in facts.items():
-        table.add_row(name, _said(name, value))
+        table.add_row(name.replace("_", " "), _said(name, value))
     return table
 
 
