@@ -88,7 +88,10 @@ class Budget:
             InputError: the table lacks what the budget refers to.
             InfeasibleError: the parts of the checkpoint that are not units fill the budget.
         """
-        return Limit(name="memory", weight=table.nbytes, bound=self._bound(table), unit="bytes")
+        bound, note = self._bound(table), ""
+        if self.kind in ("checkpoint", "share"):
+            note = f" beside {human(self._known(table, 'fixed_bytes'))} that is not quantized"
+        return Limit(name="memory", weight=table.nbytes, bound=bound, unit="bytes", note=note)
 
     def _bound(self, table: CostTable) -> int:
         if self.kind == "bytes":

@@ -22,12 +22,14 @@ class Limit:
             numbers are summed exactly up to 2**53.
         bound: in the unit of `weight`; +inf means no limit.
         unit: "bytes" to have messages speak of GiB and bits per weight.
+        note: said after the bound in messages, such as what else the memory holds.
     """
 
     name: str
     weight: npt.NDArray[Any]
     bound: float
     unit: str = field(default="", kw_only=True)
+    note: str = field(default="", kw_only=True)
 
     def __post_init__(self) -> None:
         weight = frozen(f"limit {self.name}: weight", self.weight, np.float64)

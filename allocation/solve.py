@@ -92,7 +92,7 @@ def _check_each_reachable(problem: Problem) -> None:
         if least.sum() > bound + 0.1 * slack(least):
             raise InfeasibleError(
                 f"{limit.name}: smallest plan needs {_amount(problem, limit, least.sum())}, "
-                f"limit is {_amount(problem, limit, bound, rate=False)}; "
+                f"limit is {_amount(problem, limit, bound, rate=False)}{limit.note}; "
                 f"raise the limit or add {'a narrower format' if limit.unit else 'formats'}"
             )
 

@@ -249,6 +249,8 @@ def _table_summary(table: Any) -> dict[str, Any]:
 
 def _coverage(table: Any) -> str:
     few = table.provenance.get("coverage", [])
+    if "text" not in table.provenance:
+        return "no calibration text was read"
     if not few:
         return "every expert saw enough tokens"
     named = ", ".join(f"{layer}/{expert} ({seen})" for layer, expert, seen in few[:12])

@@ -16,8 +16,8 @@ from bitknap.quantize.source import Checkpoint, resolve
 
 # What the table of uniform sizes shows: every width, in a usual and in the smallest form.
 _SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")
-# Bytes of bf16 weights a second that round-to-nearest with its clipping search takes on two CPU
-# cores for one format, measured on the bundled models (benchmarks/results/uniform.md).
+# Bytes of bf16 weights a second that rounding to one format takes, clipping search and all, on two
+# CPU cores: measured on the bundled models (benchmarks/results/uniform.md).
 _RTN_RATE = 2e7
 
 

@@ -52,7 +52,8 @@ def widths_table(plan: BitPlan) -> Table:
 
 def cost_table(table: CostTable) -> Table:
     """Return what each format would cost if every unit had it."""
-    view = Table(title=f"{len(table.units):,} units, nats per token if all had one format")
+    unit = table.provenance.get("unit", "nats/token")
+    view = Table(title=f"{len(table.units):,} units: {unit} if all had one format")
     for head in ("format", "bpw", "bytes", "cost"):
         view.add_column(head, justify="left" if head == "format" else "right")
     for index, item in enumerate(table.formats):
