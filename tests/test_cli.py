@@ -150,7 +150,7 @@ def test_tables_for_people(made, capsys):
 
 
 def test_a_budget_of_the_whole_checkpoint_is_kept(made, capsys, tmp_path):
-    least = document(capsys, "inspect", made.model)["smallest checkpoint bytes"]
+    least = document(capsys, "inspect", made.model)["smallest_checkpoint_bytes"]
     budget = ("--budget", f"{least + 5000}B")
     main(["solve", str(made.table), *budget, "-o", str(tmp_path / "plan.json")])
     out = tmp_path / "out"
