@@ -83,7 +83,7 @@ def card(name: str, folder: Path, corpus: Path) -> str:
         "`initial_routers.safetensors` holds the routers before the first step. To repeat it:",
         "",
         f"    python -m bitknap.benchmarks.reference.train {name} --corpus CORPUS --out DIR "
-        f"--tokens {record['tokens']:.0f} --batch {record['batch_tokens']}",
+        f"--tokens {record['tokens']:.0f} --batch {record['batch_tokens']} --compile",
         "",
         "| validation text | perplexity |",
         "|---|---|",
