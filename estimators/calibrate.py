@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,13 @@ from bitknap.allocation.units import ROLES
 from bitknap.estimators.evidence import Evidence, LayerEvidence, LinearEvidence, zeros
 from bitknap.estimators.recording import LayerSums, check_seen, recording
 from bitknap.estimators.replay import BATCH_TOKENS, Replay
+from bitknap.progress import Progress
 from bitknap.quantize.apply import read_units
 from bitknap.quantize.views import ExpertLayer, Layout
 
 # Noise that measures a layer's gain, relative to its output's size: small enough for KL to be
 # quadratic in it, large enough to stand above float32 rounding.
 _NOISE = 0.05
-
-Progress = Callable[[str, int, int], None]
 
 
 def calibrate(

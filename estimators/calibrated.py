@@ -18,10 +18,10 @@ import numpy as np
 from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
 from bitknap.errors import InputError
-from bitknap.estimators.calibrate import Progress
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.moments import SecondMoments
 from bitknap.estimators.replay import Replay
+from bitknap.progress import Progress
 from bitknap.quantize.apply import replaced, round_trip, stacks
 from bitknap.quantize.views import Layout
 

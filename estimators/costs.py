@@ -11,12 +11,13 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
 from bitknap.allocation.units import ROLES, Units
-from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.evidence import Evidence, LayerEvidence
 from bitknap.quantize.apply import round_trip, stacks
 
 # What one squared rounding error costs: from ΔW [n, out, in] to nats a token [n].
@@ -76,6 +77,12 @@ def format_bytes(units: Units, formats: Sequence[Format]) -> np.ndarray:
 def role_of(units: Units, run: np.ndarray) -> str:
     """Return the role that a stack's units share."""
     return ROLES[units.role[run[0]]]
+
+
+def experts_of(evidence: Evidence, run: np.ndarray) -> tuple[LayerEvidence, Tensor]:
+    """Return what the layer of a stack of routed units saw, and their experts, int64 [n]."""
+    layer = evidence.layers[int(evidence.units.layer[run[0]])]
+    return layer, torch.from_numpy(evidence.units.expert[run].astype(np.int64))
 
 
 def projection_of(units: Units, run: np.ndarray) -> str:

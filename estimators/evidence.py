@@ -122,11 +122,6 @@ class Evidence:
         ]
 
 
-def routing_frequency(evidence: LayerEvidence) -> Tensor:
-    """Return the share of tokens routed to each expert, float64 [E]; sums to top-k."""
-    return evidence.count.double() / max(1, evidence.tokens)
-
-
 def zeros(*shape: int) -> Tensor:
     """Return a float64 accumulator."""
     return torch.zeros(*shape, dtype=torch.float64)

@@ -11,13 +11,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
 from bitknap.errors import InputError
-from bitknap.estimators.costs import Charge, projection_of, role_of, weighed_table
+from bitknap.estimators.costs import Charge, experts_of, projection_of, role_of, weighed_table
 from bitknap.estimators.evidence import Evidence
 
 
@@ -38,10 +37,9 @@ class Fisher:
         def weigh(run: np.ndarray, weights: Tensor) -> Charge:
             if role_of(evidence.units, run) != "routed":
                 raise InputError("fisher covers routed experts only; use moments with --include")
-            layer = evidence.layers[int(evidence.units.layer[run[0]])]
+            layer, experts = experts_of(evidence, run)
             if not layer.curvature:
                 raise InputError("gradients were not recorded; calibrate with curvature=True")
-            experts = torch.from_numpy(evidence.units.expert[run].astype(np.int64))
             squares = layer.curvature[projection_of(evidence.units, run)]
             grid = 0.5 * layer.shrunk(squares)[experts].float()
             return lambda delta: (delta.square() * grid).sum((1, 2))

@@ -3,28 +3,24 @@
 For the down projection the squared output error a token is tr(ΔW S ΔWᵀ) with S = Σ a² h hᵀ / T.
 For gate and up an error dz_k moves the output by (dh_k/dz_k) dz_k W_down[:, k]; so row k weighs
 its mean squared slope times ‖W_down[:, k]‖² (methods.md 9.1, GEMQ's expansion carried one matrix
-further; slopes and inputs are taken as independent). Costs are 1/1 of the KL that the layer's
-gain predicts: the gain was read as KL over squared error.
+further; slopes and inputs are taken as independent). The gain was read as KL over squared
+error, so the product is nats a token.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bitknap.allocation.format import Format
+from bitknap.allocation.table import CostTable
 from bitknap.errors import InputError
-from bitknap.estimators.costs import Charge, projection_of, role_of, weighed_table
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from bitknap.allocation.format import Format
-    from bitknap.allocation.table import CostTable
-    from bitknap.estimators.evidence import Evidence, LayerEvidence
+from bitknap.estimators.costs import Charge, experts_of, projection_of, role_of, weighed_table
+from bitknap.estimators.evidence import Evidence, LayerEvidence
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +33,11 @@ class SecondMoments:
 
     full: bool = False
     name = "moments"
-    needs = frozenset({"moments"})
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Moments, whole matrices of them if `full`."""
+        return frozenset({"moments", "full"} if self.full else {"moments"})
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
         """Return the costs of every unit in every format, nats per token.
@@ -49,8 +49,7 @@ class SecondMoments:
         def weigh(run: np.ndarray, weights: Tensor) -> Charge:
             if role_of(evidence.units, run) != "routed":
                 return _linear_charge(evidence, run)
-            layer = evidence.layers[int(evidence.units.layer[run[0]])]
-            experts = torch.from_numpy(evidence.units.expert[run].astype(np.int64))
+            layer, experts = experts_of(evidence, run)
             name = projection_of(evidence.units, run)
             rows = _row_weights(evidence, layer, run, name)[experts]
             if self.full:

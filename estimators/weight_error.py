@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
-from bitknap.estimators.costs import Charge, role_of, weighed_table
+from bitknap.estimators.costs import Charge, experts_of, role_of, weighed_table
 from bitknap.estimators.evidence import Evidence
 
 
@@ -28,8 +28,7 @@ class WeightError:
         def weigh(run: np.ndarray, weights: Tensor) -> Charge:
             mass = torch.ones(len(run), dtype=torch.float64)
             if role_of(evidence.units, run) == "routed":
-                layer = evidence.layers[int(evidence.units.layer[run[0]])]
-                experts = torch.from_numpy(evidence.units.expert[run].astype(np.int64))
+                layer, experts = experts_of(evidence, run)
                 size = layer.input_square.sum() / layer.gate_square.sum().clamp_min(1e-30)
                 white = size / layer.input_square.shape[1]
                 mass = layer.shrunk(layer.gate_square)[experts] * white * layer.gain

@@ -15,6 +15,7 @@ from bitknap.allocation.plan import BitPlan
 from bitknap.allocation.units import Units
 from bitknap.errors import MismatchError, ModelError
 from bitknap.quantize.rtn import Quantized, quantize
+from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.views import Layout
 
 
@@ -48,6 +49,12 @@ def read_units(layout: Layout, which: np.ndarray, tensors: Mapping[str, Tensor])
             "repair the checkpoint before quantizing it"
         )
     return weights
+
+
+def read_stored(layout: Layout, which: np.ndarray, source: Checkpoint) -> Tensor:
+    """Return `read_units` of a checkpoint on disk, reading no tensor but those."""
+    names = {layout.views[i].tensor for i in which}
+    return read_units(layout, which, {name: source.read(name) for name in names})
 
 
 def round_trip(weights: Tensor, format: Format) -> Tensor:

@@ -28,7 +28,7 @@ from bitknap.allocation.plan import BitPlan
 from bitknap.allocation.units import ROLES, Units
 from bitknap.errors import BitknapError, MismatchError, ModelError
 from bitknap.files import whole_folder, write_whole
-from bitknap.quantize.apply import aligned, quantize_plan, read_units, stacks
+from bitknap.quantize.apply import aligned, quantize_plan, read_stored, stacks
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.packed import encode
 from bitknap.quantize.source import PACKED, Checkpoint
@@ -162,8 +162,7 @@ def _finite(source: Checkpoint, name: str) -> Tensor:
 
 def _streams(source: Checkpoint, layout: Layout, plan: BitPlan) -> Iterator[tuple[str, Tensor]]:
     def read(which: np.ndarray) -> Tensor:
-        names = {layout.views[i].tensor for i in which}
-        return read_units(layout, which, {name: source.read(name) for name in names})
+        return read_stored(layout, which, source)
 
     pieces: dict[int, Tensor] = {}
     for which, quantized in quantize_plan(plan, read):

@@ -49,3 +49,16 @@ def test_main_job_beats_the_best_uniform_recipe(tmp_path):
     _, recipe, losses = best_uniform_of("reference:mixtral", solution.plan, windows)
     assert recipe.total_bytes >= 0.9 * solution.plan.total_bytes
     assert summary(ours)["kl"] < 0.5 * summary(losses)["kl"]
+
+
+def test_full_moments_are_recorded_when_asked_for():
+    options = bitknap.formats((2, 4), "row", True)
+    diagonal, full = (
+        bitknap.estimate(
+            "reference:mixtral", bitknap.SecondMoments(full=full), options, tokens=1024
+        )
+        for full in (False, True)
+    )
+    assert (full.cost > 0).all()
+    # Rounding errors of one row are nearly uncorrelated, so both see about the same.
+    assert 0.5 < full.cost.sum() / diagonal.cost.sum() < 2

@@ -14,14 +14,15 @@ from torch import Tensor
 from bitknap.allocation import BitPlan, CostTable, Format, Units
 from bitknap.allocation import formats as make_formats
 from bitknap.errors import InputError, MismatchError, ModelError
-from bitknap.estimators.calibrate import Progress, calibrate
+from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.calibrated import Calibrated, Estimator
 from bitknap.estimators.costs import plainest
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.replay import Losses, compare
 from bitknap.estimators.text import BUILTIN, read_text, token_windows
+from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading
-from bitknap.quantize.apply import read_units
+from bitknap.quantize.apply import read_stored
 from bitknap.quantize.experts import walk
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.source import Checkpoint, resolve
@@ -101,8 +102,7 @@ def gather(
         layout = walk_headers(source.config, source.shapes, include)
 
         def weights(which: np.ndarray) -> Tensor:
-            names = {layout.views[i].tensor for i in which}
-            return read_units(layout, which, {name: source.read(name) for name in names})
+            return read_stored(layout, which, source)
 
         return Evidence(
             layout=layout,
@@ -116,7 +116,7 @@ def gather(
     checkpoint.check_finite(source)
     model = loading.load(source.folder, torch.float32)
     layout = walk(model, include)
-    windows = token_windows(tokenizer_of(source.folder), words, tokens, context_of(model))
+    windows = token_windows(tokenizer_of(source.folder), words, tokens, longest_of(model.config))
     needs = estimator.needs
     return calibrate(
         model,
@@ -201,11 +201,6 @@ def evaluation_windows(folder: Path, text: str, tokens: int) -> Tensor:
         raise ModelError(f"{folder}: an encoder-decoder; losses are those of decoder-only models")
     longest = longest_of(config)
     return token_windows(tokenizer_of(folder), read_text(text, "evaluation"), tokens, longest)
-
-
-def context_of(model: Any) -> int:
-    """Return the longest window a live model takes."""
-    return longest_of(model.config)
 
 
 def longest_of(config: Any) -> int:

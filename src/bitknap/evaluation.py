@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,14 +11,13 @@ from bitknap.allocation import BitPlan, uniform_plans
 from bitknap.api import default_formats, evaluate, evaluation_windows
 from bitknap.errors import InputError
 from bitknap.estimators.replay import Losses, Replay, standard_error
+from bitknap.progress import Progress
 from bitknap.quantize.apply import applied
 from bitknap.quantize.checkpoint import PLAN, roles_of
 from bitknap.quantize.experts import walk
 from bitknap.quantize.loading import load
 from bitknap.quantize.source import resolve
 from bitknap.quantize.views import Layout
-
-Progress = Callable[[str, int, int], None]
 
 
 def rows_for(

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from bitknap.errors import InputError
-from bitknap.terminal import Progress, progress_bars, silence_transformers
+from bitknap.progress import Progress
+from bitknap.terminal import progress_bars, silence_transformers
 
 as_json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on stdout."

@@ -6,10 +6,10 @@ import contextlib
 import json
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-Progress = Callable[[str, int, int], None]
+from bitknap.progress import Progress
 
 
 def fail(message: str) -> None:
