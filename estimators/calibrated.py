@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -21,10 +22,8 @@ from bitknap.errors import InputError
 from bitknap.estimators.costs import token_share
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.moments import SecondMoments
-from bitknap.estimators.replay import Replay
 from bitknap.progress import Progress
-from bitknap.quantize.apply import replaced, round_trip, stacks
-from bitknap.quantize.views import Layout
+from bitknap.quantize.apply import replaced, stacks
 
 if TYPE_CHECKING:
     from bitknap.estimators.signals import Signal
@@ -99,11 +98,9 @@ class Calibrated:
         split = 2 * len(runs) if self.signals else 0
         if self.measurements is not None:
             chosen = fewer(chosen, self.measurements - split, len(runs))
-        replay, layout = evidence.replay, evidence.layout
 
         def measure(units: np.ndarray, column: int) -> float:
-            layer = int(evidence.units.layer[units[0]])
-            return group_kl(replay, layout, units, formats[column], layer)
+            return group_kl(evidence, units, formats[column])
 
         cost = table.cost.copy()
         for done, run in enumerate(runs):
@@ -174,7 +171,15 @@ def gains(sums: np.ndarray, anchor_sums: np.ndarray, anchor_kl: np.ndarray) -> n
     return found
 
 
-def group_kl(replay: Replay, layout: Layout, run: np.ndarray, format: Format, layer: int) -> float:
-    """Return the KL of the model with the units of `run` stored in `format`, nats per token."""
-    with replaced(replay.model, layout, run, lambda weights: round_trip(weights, format)):
-        return replay.kl(layer)
+def group_kl(evidence: Evidence, run: np.ndarray, format: Format) -> float:
+    """Return the KL of the live model with a stack of units stored in `format`, nats per token.
+
+    Raises:
+        InputError: the evidence has no live model to measure.
+    """
+    replay = evidence.replay
+    if replay is None:
+        raise InputError("group gains need the live model; calibrate it in this process")
+    rounded = partial(evidence.round_trip, run, format=format)
+    with replaced(replay.model, evidence.layout, run, rounded):
+        return replay.kl(int(evidence.units.layer[run[0]]))

@@ -42,7 +42,7 @@ from bitknap.estimators.costs import format_bytes, plainest, token_share
 from bitknap.estimators.data_free import distortion
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.signals import by_matrix, curvature, routed
-from bitknap.quantize.apply import round_trip, stacks
+from bitknap.quantize.apply import stacks
 
 
 def channel_scores(weights: Tensor, alpha: float = 0.5, k: float = 3.0) -> Tensor:
@@ -162,7 +162,7 @@ def channel_table(
         cost[members] = summed
     provenance = {
         **evidence.provenance,
-        "method": "rtn",
+        "method": evidence.rounding.name,
         "unit": "nats/token" if fisher else "score",
         "estimator": "channel-fisher" if fisher else "channel",
         "blocks": blocks,
@@ -203,7 +203,7 @@ def _fisher_rows(
             continue
         same = plainest(format, weights.shape[2])
         if same not in known:
-            delta = round_trip(weights, same) - weights
+            delta = evidence.round_trip(run, weights, same) - weights
             known[same] = (delta.square() * grid).sum(2).double()
         found[:, :, column] = known[same]
     return found

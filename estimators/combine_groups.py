@@ -212,7 +212,7 @@ def readings(
     Raises:
         InputError: the evidence has no live model to measure.
     """
-    from bitknap.quantize.apply import replaced, round_trip, stacks
+    from bitknap.quantize.apply import replaced, stacks
 
     if evidence.replay is None:
         raise InputError("groups need the live model; calibrate it in this process")
@@ -222,11 +222,12 @@ def readings(
         if progress:
             progress("measure groups", done, len(found))
         changed = plan.units(done)
-        rounded = partial(round_trip, format=formats[plan.format(done)])
+        format = formats[plan.format(done)]
         with contextlib.ExitStack() as stack:
             for run in runs:
                 some = run[np.isin(run, changed)]
                 if len(some):
+                    rounded = partial(evidence.round_trip, some, format=format)
                     part = replaced(evidence.replay.model, evidence.layout, some, rounded)
                     stack.enter_context(part)
             found[done] = evidence.replay.kl(int(evidence.units.layer[changed].min()))

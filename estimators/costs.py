@@ -18,7 +18,7 @@ from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
 from bitknap.allocation.units import ROLES, Units
 from bitknap.estimators.evidence import Evidence, LayerEvidence
-from bitknap.quantize.apply import round_trip, stacks
+from bitknap.quantize.apply import stacks
 
 # What one squared rounding error costs: from ΔW [n, out, in] to nats a token [n].
 Charge = Callable[[Tensor], Tensor]
@@ -51,7 +51,8 @@ def weighed_table(
                 continue
             same = plainest(format, weights.shape[2])
             if same not in known:
-                known[same] = charge(round_trip(weights, same) - weights).double().numpy()
+                error = evidence.round_trip(run, weights, same) - weights
+                known[same] = charge(error).double().numpy()
             cost[run, column] = known[same]
     return CostTable.from_arrays(
         cost,
@@ -59,7 +60,12 @@ def weighed_table(
         units=units,
         formats=tuple(formats),
         frequency=token_share(evidence),
-        provenance={**evidence.provenance, "method": "rtn", "unit": "nats/token", **provenance},
+        provenance={
+            **evidence.provenance,
+            "method": evidence.rounding.name,
+            "unit": "nats/token",
+            **provenance,
+        },
     )
 
 

@@ -17,7 +17,8 @@ from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
 from bitknap.estimators.costs import format_bytes
 from bitknap.estimators.evidence import Evidence
-from bitknap.quantize.apply import round_trip, stacks
+from bitknap.quantize.apply import stacks
+from bitknap.quantize.rounding import round_trip
 
 _SAMPLE = 1 << 16  # weights; the distortion is then known to about 1 %
 

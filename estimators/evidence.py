@@ -15,8 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitknap.allocation.units import Units
+from bitknap.allocation.format import Format
+from bitknap.allocation.units import ROLES, Units
+from bitknap.errors import InputError
 from bitknap.estimators.replay import Replay
+from bitknap.quantize.rounding import RTN, Inputs, Rounding, round_trip
 from bitknap.quantize.views import Layout
 
 # Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens they count alike.
@@ -117,6 +120,7 @@ class Evidence:
         replay: measures the live model's KL; None when only weights are at hand.
         provenance: text hash, tokens, seed, model fingerprint.
         traces: by layer number, what its experts were given; empty unless asked for.
+        rounding: how weights will be rounded, which is what costs are of.
     """
 
     layout: Layout
@@ -126,11 +130,41 @@ class Evidence:
     replay: Replay | None
     provenance: Mapping[str, Any]
     traces: Mapping[int, LayerTrace] = field(default_factory=dict)
+    rounding: Rounding = RTN
 
     @property
     def units(self) -> Units:
         """The units, in the order of the layout."""
         return self.layout.units
+
+    def inputs(self, run: np.ndarray) -> Inputs:
+        """Return what the inputs of a stack of routed units were like.
+
+        Second moments are weighted by squared routing weights, so that ΔW S ΔWᵀ is the error of
+        the layer's output.
+
+        Raises:
+            InputError: whole second moments were not recorded for these units.
+        """
+        layer = self.layers.get(int(self.units.layer[run[0]]))
+        role = ROLES[self.units.role[run[0]]]
+        down = self.units.projections[self.units.projection[run[0]]] == "down"
+        full = None if layer is None else layer.middle_full if down else layer.input_full
+        if layer is None or full is None or role != "routed":
+            raise InputError(
+                f"{self.units.label(int(run[0]))}: second moments of its inputs were not recorded; "
+                "calibrate with full moments"
+            )
+        experts = torch.from_numpy(self.units.expert[run].astype(np.int64))
+        tokens = layer.count[experts]
+        return Inputs(
+            moments=full[experts] / tokens.clamp_min(1).view(-1, 1, 1).float(), tokens=tokens
+        )
+
+    def round_trip(self, run: np.ndarray, weights: Tensor, format: Format) -> Tensor:
+        """Return what the weights [n, rows, cols] of a stack become when stored in `format`."""
+        known = self.inputs(run) if self.rounding.needs_inputs else None
+        return round_trip(weights, format, self.rounding, known)
 
     def coverage(self) -> list[tuple[int, int, int]]:
         """Return (layer, expert, tokens) of experts that saw fewer than FEW_TOKENS tokens."""

@@ -30,7 +30,6 @@ from bitknap.estimators.costs import (
 )
 from bitknap.estimators.evidence import Evidence, shrink, zeros
 from bitknap.estimators.traces import Block, block_of
-from bitknap.quantize.apply import round_trip
 
 Space = Literal["weight", "output"]
 
@@ -123,7 +122,7 @@ def row_costs(
             continue
         same = plainest(format, weights.shape[2])
         if same not in known:
-            changed = round_trip(weights, same)
+            changed = evidence.round_trip(run, weights, same)
             if block is not None:
                 known[same] = _output_costs(block, evidence, run, changed).numpy()
             elif grid is not None:

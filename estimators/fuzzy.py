@@ -81,7 +81,8 @@ class Fuzzy:
             MismatchError: the samples are of another model, quantizer, or other formats.
         """
         samples = self.samples
-        samples.check(evidence.units, formats, {"method": "rtn", **evidence.provenance})
+        origin = {"method": evidence.rounding.name, **evidence.provenance}
+        samples.check(evidence.units, formats, origin)
         rules = FuzzyRules(kind=self.kind, neighbours=self.neighbours)
         predictor: Predictor = Residual(inner=rules) if self.residual else rules
         antecedents = features(evidence, samples.formats)
@@ -110,7 +111,7 @@ class Fuzzy:
             frequency=token_share(evidence),
             provenance={
                 **evidence.provenance,
-                "method": "rtn",
+                "method": evidence.rounding.name,
                 "unit": "nats/token",
                 "estimator": self.name,
                 "rules": kind,
@@ -170,8 +171,7 @@ def unit_losses(evidence: Evidence, formats: Sequence[Format]) -> Callable[[int,
         raise InputError("samples need the live model; calibrate it in this process")
 
     def measure(unit: int, column: int) -> float:
-        layer = int(evidence.units.layer[unit])
-        return group_kl(replay, evidence.layout, np.array([unit]), formats[column], layer)
+        return group_kl(evidence, np.array([unit]), formats[column])
 
     return measure
 

@@ -32,9 +32,9 @@ from bitknap.estimators.layer_output import LayerOutput, window_norms
 from bitknap.estimators.moments import SecondMoments
 from bitknap.estimators.replay import Replay
 from bitknap.estimators.super_experts import super_experts
-from bitknap.estimators.traces import Block, block_of
+from bitknap.estimators.traces import Block, block_of, runs
 from bitknap.progress import Progress
-from bitknap.quantize.apply import replaced, round_trip, stacks
+from bitknap.quantize.apply import replaced, stacks
 
 Kind = Literal["kl", "layer", "block"]
 
@@ -117,7 +117,7 @@ class Measured:
             frequency=token_share(evidence),
             provenance={
                 **evidence.provenance,
-                "method": "rtn",
+                "method": evidence.rounding.name,
                 "unit": self._unit(),
                 "estimator": self.name,
                 "measurements": sum(len(np.unique(evidence.units.expert[run])) for run in hit),
@@ -188,7 +188,7 @@ class Measured:
         """Return what measures the parts of one layer."""
         if self.kind == "block":
             block, window = block_of(evidence, layer), replay.windows.shape[1] - 1
-            return lambda part: _blocks(block, evidence.units, part, window, self.squared)
+            return lambda part: _blocks(evidence, block, part, window, self.squared)
         if self.kind == "layer":
             output, power = LayerOutput(replay, evidence.layout, layer), 2 if self.squared else 1
             return lambda part: _each(evidence, replay, part, lambda: output.change() ** power)
@@ -267,7 +267,7 @@ def _each(evidence: Evidence, replay: Replay, part: _Part, measure: Callable[[],
     An expert without tokens changes nothing, which needs no run.
     """
     seen = token_share(evidence)[part.run] > 0
-    rounded = round_trip(evidence.weights(part.run), part.format)
+    rounded = evidence.round_trip(part.run, evidence.weights(part.run), part.format)
     values = np.zeros(len(part.run))
     for i in np.flatnonzero(seen):
         change = _constant(rounded[i : i + 1])
@@ -280,9 +280,13 @@ def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda _: value
 
 
-def _blocks(block: Block, units: Units, part: _Part, window: int, squared: bool) -> Floats:
+def _blocks(evidence: Evidence, block: Block, part: _Part, window: int, squared: bool) -> Floats:
     """Return each matrix's share of what its whole expert does to the output, float64 [n]."""
-    changed = {name: round_trip(matrices, part.format) for name, matrices in block.weights.items()}
+    units = evidence.units
+    changed = {
+        name: evidence.round_trip(run, block.weights[name], part.format)
+        for name, run in runs(units, block.layer.layer).items()
+    }
     whole = np.zeros(block.layer.experts)
     for expert, token, change in block.changes(changed):
         norms = window_norms(change, token // window)

@@ -33,7 +33,8 @@ from bitknap.estimators.costs import (
 )
 from bitknap.estimators.data_free import DataFree
 from bitknap.estimators.evidence import Evidence, LayerEvidence
-from bitknap.quantize.apply import round_trip, stacks
+from bitknap.quantize.apply import stacks
+from bitknap.quantize.rounding import round_trip
 
 # Share of the mean that a score of 0 becomes.
 LEAST = 1e-6

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitknap.allocation.units import ROLES
+from bitknap.allocation.units import ROLES, Units
 from bitknap.errors import InputError
 from bitknap.estimators.evidence import Evidence, LayerTrace
 from bitknap.estimators.recording import activate, bias_row, first_bias
@@ -88,7 +88,8 @@ def block_of(evidence: Evidence, layer: int) -> Block:
         raise InputError("running experts again needs the live model; calibrate it in this process")
     found = next(x for x in evidence.layout.layers if x.layer == layer)
     module = evidence.replay.model.get_submodule(found.module)
-    trace, weights = evidence.traces[layer], _weights(evidence, layer)
+    trace = evidence.traces[layer]
+    weights = {name: evidence.weights(run) for name, run in runs(evidence.units, layer).items()}
     seen = []
     for expert in range(found.experts):
         routed = trace.index == expert
@@ -100,15 +101,13 @@ def block_of(evidence: Evidence, layer: int) -> Block:
     return Block(layer=found, module=module, trace=trace, weights=weights, seen=tuple(seen))
 
 
-def _weights(evidence: Evidence, layer: int) -> dict[str, Tensor]:
-    """Return the matrices of a layer's routed experts, in the order of experts."""
-    units = evidence.units
+def runs(units: Units, layer: int) -> dict[str, np.ndarray]:
+    """Return a layer's routed units by projection, in the order of experts, each int64 [E]."""
     there = (units.layer == layer) & (units.role == ROLES.index("routed"))
     found = {}
     for projection in np.unique(units.projection[there]):
         run = np.flatnonzero(there & (units.projection == projection))
-        run = run[np.argsort(units.expert[run])]
-        found[str(units.projections[projection])] = evidence.weights(run)
+        found[str(units.projections[projection])] = run[np.argsort(units.expert[run])]
     return found
 
 

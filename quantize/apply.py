@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitknap.allocation.format import Format
 from bitknap.allocation.plan import BitPlan
 from bitknap.allocation.units import Units
 from bitknap.errors import MismatchError, ModelError
-from bitknap.quantize.rtn import Quantized, quantize
+from bitknap.quantize.quantized import Quantized
+from bitknap.quantize.rounding import RTN, Inputs, Rounding
 from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.views import Layout
 
@@ -57,19 +57,25 @@ def read_stored(layout: Layout, which: np.ndarray, source: Checkpoint) -> Tensor
     return read_units(layout, which, {name: source.read(name) for name in names})
 
 
-def round_trip(weights: Tensor, format: Format) -> Tensor:
-    """Return what `weights` [n, rows, cols] become when stored in `format`, float32."""
-    if format.kind == "keep":
-        return weights
-    return quantize(weights.flatten(0, 1), format).dequantize().view_as(weights)
+# From equally shaped units to what their inputs were like.
+Watched = Callable[[np.ndarray], Inputs]
 
 
 def quantize_plan(
-    plan: BitPlan, read: Callable[[np.ndarray], Tensor]
+    plan: BitPlan,
+    read: Callable[[np.ndarray], Tensor],
+    rounding: Rounding = RTN,
+    inputs: Watched | None = None,
 ) -> Iterator[tuple[np.ndarray, Quantized | Tensor]]:
     """Yield (units of one format, their stacked rows quantized) over the whole plan.
 
     Units that keep their source precision come as the weights that `read` gave.
+
+    Args:
+        plan: what to do.
+        read: weights of equally shaped units, float32 [n, rows, cols].
+        rounding: how.
+        inputs: what units' inputs were like, for ways of rounding that ask.
     """
     for run in stacks(plan.units):
         by_format: defaultdict[int, list[int]] = defaultdict(list)
@@ -78,8 +84,11 @@ def quantize_plan(
         for choice, members in sorted(by_format.items()):
             which, format = np.array(members), plan.formats[choice]
             weights = read(which)
-            kept = format.kind == "keep"
-            yield which, weights if kept else quantize(weights.flatten(0, 1), format)
+            if format.kind == "keep":
+                yield which, weights
+            else:
+                known = inputs(which) if inputs and rounding.needs_inputs else None
+                yield which, rounding.quantize(weights, format, known)
 
 
 def aligned(plan: BitPlan, layout: Layout) -> BitPlan:
@@ -108,13 +117,21 @@ def aligned(plan: BitPlan, layout: Layout) -> BitPlan:
 
 
 @torch.no_grad()
-def apply(model: nn.Module, layout: Layout, plan: BitPlan) -> None:
+def apply(
+    model: nn.Module,
+    layout: Layout,
+    plan: BitPlan,
+    rounding: Rounding = RTN,
+    inputs: Watched | None = None,
+) -> None:
     """Replace the model's weights by what the plan makes of them, in place.
 
     Args:
         model: the model that `layout` was walked on.
         layout: its units and their views.
         plan: a plan over the same units.
+        rounding: how to round.
+        inputs: what units' inputs were like, for ways of rounding that ask.
     """
     plan = aligned(plan, layout)
     tensors = dict(model.named_parameters())
@@ -122,7 +139,7 @@ def apply(model: nn.Module, layout: Layout, plan: BitPlan) -> None:
     def read(which: np.ndarray) -> Tensor:
         return read_units(layout, which, tensors)
 
-    for which, quantized in quantize_plan(plan, read):
+    for which, quantized in quantize_plan(plan, read, rounding, inputs):
         if isinstance(quantized, Tensor):
             continue
         rows = int(plan.units.rows[which[0]])
@@ -156,13 +173,19 @@ def replaced(
 
 
 @contextlib.contextmanager
-def applied(model: nn.Module, layout: Layout, plan: BitPlan) -> Iterator[None]:
-    """Apply a plan while the block runs; then put the weights back."""
+def applied(
+    model: nn.Module,
+    layout: Layout,
+    plan: BitPlan,
+    rounding: Rounding = RTN,
+    inputs: Watched | None = None,
+) -> Iterator[None]:
+    """`apply` a plan while the block runs; then put the weights back."""
     names = {view.tensor for view in layout.views}
     tensors = [p for name, p in model.named_parameters() if name in names]
     before = [p.detach().clone() for p in tensors]
     try:
-        apply(model, layout, plan)
+        apply(model, layout, plan, rounding, inputs)
         yield
     finally:
         _write(tensors, before)

@@ -16,17 +16,18 @@ from torch import Tensor
 from bitknap.allocation.format import Format
 from bitknap.errors import FileError
 from bitknap.kernels.layout import pack_bits, packed_bytes, unpack_bits
-from bitknap.quantize.rtn import Quantized
+from bitknap.quantize.quantized import Grid, Quantized
 
 
 def encode(unit: Quantized) -> Tensor:
     """Return the unit's bytes, uint8 [format.nbytes(rows, cols)]."""
-    parts = [pack_bits(unit.codes, unit.format.bits), _raw(unit.scale)]
-    if unit.share is not None:
-        parts.append(_raw(unit.share))
-    if unit.zero is not None:
-        integer = unit.zero.dtype == torch.uint8
-        parts.append(pack_bits(unit.zero, unit.format.bits) if integer else _raw(unit.zero))
+    grid, bits = unit.grid, unit.format.bits
+    parts = [pack_bits(unit.codes, bits), _raw(grid.scale)]
+    if grid.share is not None:
+        parts.append(_raw(grid.share))
+    if grid.zero is not None:
+        integer = grid.zero.dtype == torch.uint8
+        parts.append(pack_bits(grid.zero, bits) if integer else _raw(grid.zero))
     return torch.cat(parts)
 
 
@@ -55,9 +56,8 @@ def decode(stream: Tensor, format: Format, rows: int, cols: int) -> Quantized:
         zero = unpack_bits(packed, format.bits, rows * groups).view(rows, groups)
     elif not format.symmetric:
         zero = cut.take(rows * groups * 2).view(torch.float16).view(rows, groups)
-    return Quantized(
-        format=format, codes=codes.view(rows, cols), scale=scale, share=share, zero=zero
-    )
+    grid = Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
+    return Quantized(grid=grid, codes=codes.view(rows, cols))
 
 
 def _raw(tensor: Tensor) -> Tensor:

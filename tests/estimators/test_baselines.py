@@ -26,8 +26,9 @@ from bitknap.estimators.baselines_weights import hill
 from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.signals import Scored, checked, routed
-from bitknap.quantize.apply import read_units, round_trip
+from bitknap.quantize.apply import read_units
 from bitknap.quantize.experts import walk
+from bitknap.quantize.rounding import round_trip
 from bitknap.testing import tiny_model
 
 UNSEEN = 4

@@ -395,8 +395,7 @@ def test_readings_change_the_groups_of_a_set_and_put_them_back(case):
     found = readings(plan, case.evidence, FORMATS, lambda *told: seen.append(told))
     evidence = case.evidence
     for kl, (run, f) in zip(found, groups, strict=True):
-        layer = int(evidence.units.layer[run[0]])
-        alone = group_kl(evidence.replay, evidence.layout, run, FORMATS[f], layer)
+        alone = group_kl(evidence, run, FORMATS[f])
         assert kl == pytest.approx(alone, rel=1e-6)
     together = readings(design(groups, 4), evidence, FORMATS)
     assert (together > found.reshape(2, -1).min(axis=1).repeat(2)).all()

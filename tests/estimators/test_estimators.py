@@ -17,8 +17,9 @@ from bitknap.estimators.fisher import Fisher
 from bitknap.estimators.moments import SecondMoments
 from bitknap.estimators.replay import Replay
 from bitknap.estimators.weight_error import WeightError
-from bitknap.quantize.apply import applied, read_units, round_trip, stacks
+from bitknap.quantize.apply import applied, read_units, stacks
 from bitknap.quantize.experts import walk
+from bitknap.quantize.rounding import round_trip
 from bitknap.testing import tiny_model
 
 FORMATS = formats((1, 2, 3, 4, 6, 8), (8, "row"), (False, True), ("fp16", "compact"), keep="fp32")
@@ -146,8 +147,7 @@ def test_calibrated_groups_cost_what_was_measured(case):
             plan = table_plan(table, choice)
             with applied(case.model, case.layout, plan):
                 measured[column] = replay.kl()
-            layer = int(case.layout.units.layer[run[0]])
-            kl = group_kl(case.evidence.replay, case.layout, run, FORMATS[column], layer)
+            kl = group_kl(case.evidence, run, FORMATS[column])
             assert kl == pytest.approx(measured[column], rel=1e-3, abs=1e-9)
         highest = 0.0
         for column in sorted(chosen, key=lambda c: sums[c]):

@@ -12,8 +12,9 @@ from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.evidence import PRIOR_TOKENS
 from bitknap.estimators.fisher import Fisher, row_costs
 from bitknap.estimators.measured import Measured
-from bitknap.quantize.apply import replaced, round_trip, stacks
+from bitknap.quantize.apply import replaced, stacks
 from bitknap.quantize.experts import walk
+from bitknap.quantize.rounding import round_trip
 from bitknap.testing import tiny_model
 
 FORMATS = (Format(2, 8), Format(3, 0), Format(4, 8), Format.keep("fp32"))

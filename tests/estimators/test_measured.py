@@ -15,8 +15,9 @@ from bitknap.estimators.measured import Measured
 from bitknap.estimators.moments import SecondMoments
 from bitknap.estimators.replay import Replay
 from bitknap.estimators.super_experts import super_experts
-from bitknap.quantize.apply import replaced, round_trip, stacks
+from bitknap.quantize.apply import replaced, stacks
 from bitknap.quantize.experts import walk
+from bitknap.quantize.rounding import round_trip
 from bitknap.testing import tiny_model
 
 # Rows of 16 and 24 weights: the third format stores gate and up as the second does, not down.

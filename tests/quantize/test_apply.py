@@ -14,10 +14,10 @@ from bitknap.quantize.apply import (
     apply,
     read_units,
     replaced,
-    round_trip,
     stacks,
 )
 from bitknap.quantize.experts import matrix, walk
+from bitknap.quantize.rounding import round_trip
 from bitknap.testing import tiny_model
 
 FORMATS = (*formats((1, 2, 3, 5, 8), (8, "row"), (False, True), ("fp16", "compact"), keep="fp32"),)

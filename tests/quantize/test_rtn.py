@@ -104,7 +104,7 @@ def test_a_short_last_group_is_a_group_of_its_own(format):
     if size == 0 or format.metadata == "compact":  # share a scale with the rest
         assert torch.isfinite(got.dequantize()).all()
         return
-    assert got.scale.shape == (6, int(format.groups(67)))
+    assert got.grid.scale.shape == (6, int(format.groups(67)))
     assert torch.equal(got.dequantize()[:, :64], round_trip(x[:, :64], format))
     tail = round_trip(x[:, 64:], Format(format.bits, 0, symmetric=format.symmetric))
     assert torch.equal(got.dequantize()[:, 64:], tail)
@@ -125,7 +125,7 @@ def test_any_magnitude_is_finite(format):
     for size in (1e-38, 1e-12, 1e-6, 1e4, 1e30, 3e38):
         got = quantize((gauss(4, 40).clamp(-1, 1)) * size, format)
         assert torch.isfinite(got.dequantize()).all(), size
-        assert torch.isfinite(got.scale).all()
+        assert torch.isfinite(got.grid.scale).all()
         assert int(got.codes.max()) < 2**format.bits
     outlier = torch.full((2, 40), 1e-6)
     outlier[:, 3] = 6e4

@@ -1,0 +1,168 @@
+"""What rounding makes of a matrix: codes, and the grid of each group that reads them back.
+
+A group of weights x becomes codes q and, by format:
+
+    symmetric            x ≈ s (q - (2^b - 1) / 2)  mid-rise grid; 1 bit is sign × scale
+    asymmetric, fp16     x ≈ s q + m    m: fp16 value of code 0; 1 bit is sign × scale + mean
+    asymmetric, compact  x ≈ s (q - z)  z: integer zero of b bits
+
+`compact` stores s as an 8-bit share of one fp16 scale a row. Every way of rounding ends here:
+scales and zeros are rounded as they are stored before codes are chosen, so that the error charged
+is the error deployed.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitknap.allocation.format import Format
+
+LEAST_SCALE = 2.0**-24  # the smallest positive fp16
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The stored scales and zeros of rows; G groups a row.
+
+    Attributes:
+        format: the storage format.
+        cols: weights of a row.
+        scale: fp16 [rows, G] ("fp16" metadata) or fp16 [rows, 1], the row scale ("compact").
+        share: uint8 [rows, G], group scale over row scale in 255ths; None unless compact with
+            more than one group a row.
+        zero: fp16 [rows, G] value of code 0, or uint8 [rows, G] integer zero; None when symmetric.
+    """
+
+    format: Format
+    cols: int
+    scale: Tensor
+    share: Tensor | None
+    zero: Tensor | None
+
+    @classmethod
+    def stored(cls, format: Format, cols: int, scale: Tensor, zero: Tensor) -> Grid:
+        """Round scales and zeros as they are stored.
+
+        Args:
+            format: a grid.
+            cols: weights of a row.
+            scale: step s of each group, above 0, float32 [rows, G].
+            zero: real or integer code that stands for 0, float32 [rows, G]: x ≈ s (q - zero);
+                not read when symmetric.
+        """
+        top = torch.finfo(torch.float16).max
+        share = kept = None
+        if format.metadata == "compact":
+            row = scale.amax(1, keepdim=True).clamp(LEAST_SCALE, top).half()
+            if scale.shape[1] > 1:
+                share = (scale / row.float() * 255).round_().clamp_(1, 255).to(torch.uint8)
+        else:
+            row = scale.clamp(LEAST_SCALE, top).half()
+        if not format.symmetric and format.metadata == "compact":
+            kept = zero.round().clamp(0, 2**format.bits - 1).to(torch.uint8)
+        elif not format.symmetric:
+            kept = (-scale * zero).clamp(-top, top).half()
+        return cls(format=format, cols=cols, scale=row, share=share, zero=kept)
+
+    @property
+    def size(self) -> int:
+        """Weights of a whole group."""
+        return self.format.group_size or self.cols
+
+    def steps(self) -> Tensor:
+        """Return s of every group, float32 [rows, G or 1]."""
+        scale = self.scale.float()
+        return scale if self.share is None else scale * (self.share.float() / 255)
+
+    def codes(self, x: Tensor) -> Tensor:
+        """Return the nearest codes of `x` float32 [rows, cols], uint8."""
+        levels, steps = 2**self.format.bits - 1, self.steps()
+        codes = torch.empty_like(x)
+        for at, group in enumerate(codes.split(self.size, dim=1)):
+            s = steps[:, at : at + 1]
+            torch.div(x[:, at * self.size : at * self.size + group.shape[1]], s, out=group)
+            if self.zero is None:
+                group.add_(levels / 2)
+            elif self.zero.dtype == torch.uint8:
+                group.add_(self.zero[:, at : at + 1].float())
+            else:
+                group.sub_(self.zero[:, at : at + 1].float() / s)
+            group.round_().clamp_(0, levels)
+        return codes.to(torch.uint8)
+
+    def values(self, codes: Tensor) -> Tensor:
+        """Return the weights that `codes` uint8 [rows, cols] stand for, float32."""
+        steps, x = self.steps(), codes.float()
+        for at, group in enumerate(x.split(self.size, dim=1)):  # views: x is changed in place
+            s = steps[:, at : at + 1]
+            if self.zero is None:
+                group.sub_((2**self.format.bits - 1) / 2).mul_(s)
+            elif self.zero.dtype == torch.uint8:
+                group.sub_(self.zero[:, at : at + 1].float()).mul_(s)
+            else:
+                group.mul_(s).add_(self.zero[:, at : at + 1].float())
+        return x
+
+    def rows(self, start: int, stop: int) -> Grid:
+        """Return the grid of rows start .. stop - 1."""
+        return Grid(
+            format=self.format,
+            cols=self.cols,
+            scale=self.scale[start:stop],
+            share=None if self.share is None else self.share[start:stop],
+            zero=None if self.zero is None else self.zero[start:stop],
+        )
+
+    @staticmethod
+    def stack(grids: list[Grid]) -> Grid:
+        """Return the grids of the same format and width as one, row after row."""
+        first = grids[0]
+        return Grid(
+            format=first.format,
+            cols=first.cols,
+            scale=torch.cat([grid.scale for grid in grids]),
+            share=_stack([grid.share for grid in grids]),
+            zero=_stack([grid.zero for grid in grids]),
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Quantized:
+    """The codes of a stack of rows and the grid that reads them back.
+
+    Attributes:
+        grid: scales and zeros.
+        codes: uint8 [rows, cols].
+    """
+
+    grid: Grid
+    codes: Tensor
+
+    @property
+    def format(self) -> Format:
+        """The storage format."""
+        return self.grid.format
+
+    def dequantize(self) -> Tensor:
+        """Return the weights that the codes stand for, float32 [rows, cols]."""
+        return self.grid.values(self.codes)
+
+    def rows(self, start: int, stop: int) -> Quantized:
+        """Return the part that holds rows start .. stop - 1."""
+        return Quantized(grid=self.grid.rows(start, stop), codes=self.codes[start:stop])
+
+    @staticmethod
+    def stack(parts: list[Quantized]) -> Quantized:
+        """Return parts of one format and width as one, row after row."""
+        return Quantized(
+            grid=Grid.stack([part.grid for part in parts]),
+            codes=torch.cat([part.codes for part in parts]),
+        )
+
+
+def _stack(parts: list[Tensor | None]) -> Tensor | None:
+    found = [part for part in parts if part is not None]
+    return torch.cat(found) if found else None
