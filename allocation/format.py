@@ -14,9 +14,12 @@ import numpy.typing as npt
 from bitknap.allocation.arrays import Longs
 from bitknap.errors import InputError
 
-_KEPT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp8": 8}
-_METADATA = ("fp16", "compact")
-_EXAMPLES = "int3-g64-sym, int4-row-asym-compact, keep-bf16"
+_KEPT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp8": 8, "fp8-block": 8, "mxfp4": 4}
+# Rows and weights of a row that share a scale, and its bytes.
+_KEPT_SCALES = {"fp8-block": (128, 128, 4), "mxfp4": (1, 32, 1)}
+# Bits of a group's scale as a share of its row's; 0 is a scale of its own.
+_SHARE_BITS = {"fp16": 0, "compact": 8, "compact6": 6}
+_EXAMPLES = "int3-g64-sym, int4-row-asym-compact, int2-g32-asym-compact6, keep-bf16"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +31,7 @@ class Format:
         group_size: weights along a row that share a scale; 0 is the whole row.
         symmetric: no zero point; at 1 bit, no mean.
         metadata: "fp16", one fp16 scale (and zero) a group; or "compact", one fp16 scale a row,
-            an 8-bit scale a group, and zeros as wide as the codes.
+            an 8-bit scale a group, and zeros as wide as the codes; "compact6" has 6-bit scales.
         kind: "grid", "keep" (source precision) or "made-up" (no storage at all).
         source: the kept precision ("bf16", …) or the number of the made-up option.
     """
@@ -51,9 +54,9 @@ class Format:
             raise InputError(
                 f"group_size: {size} is not a multiple of 8 (32, 64, 128, ...) or 0 (row)"
             )
-        if self.metadata not in _METADATA:
-            raise InputError(f"metadata: {self.metadata!r} is not one of {', '.join(_METADATA)}")
-        if self.bits == 1 and not self.symmetric and self.metadata == "compact":
+        if self.metadata not in _SHARE_BITS:
+            raise InputError(f"metadata: {self.metadata!r} is not one of {', '.join(_SHARE_BITS)}")
+        if self.bits == 1 and not self.symmetric and self.compact:
             raise InputError(
                 f"{self.name}: 1 bit is sign times scale, and its mean has no compact form; "
                 "use symmetric or fp16 metadata"
@@ -63,8 +66,8 @@ class Format:
     def keep(cls, source: str) -> Format:
         """Return the format that leaves a matrix in its source precision, such as "bf16".
 
-        Its bytes are those of the values alone: scales that an fp8 checkpoint keeps beside them
-        do not change with the plan and count among the fixed bytes.
+        Bytes of "fp8-block" (128 × 128, fp32 scales) and "mxfp4" (32 along a row) include their
+        scales; those of plain "fp8" do not, since one scale a tensor does not change with the plan.
 
         Raises:
             InputError: the precision is unknown.
@@ -79,6 +82,16 @@ class Format:
         return cls(0, 0, kind="made-up", source=str(number))
 
     @property
+    def share_bits(self) -> int:
+        """Bits of a group's scale as a share of its row's; 0 if it is an fp16 of its own."""
+        return _SHARE_BITS[self.metadata]
+
+    @property
+    def compact(self) -> bool:
+        """Whether scales are shares of a row's scale, and zeros integers among the codes."""
+        return self.share_bits > 0
+
+    @property
     def name(self) -> str:
         """The text that `parse` reads back, such as "int3-g64-sym"."""
         if self.kind == "keep":
@@ -86,8 +99,8 @@ class Format:
         if self.kind == "made-up":
             return f"option-{self.source}"
         group = f"g{self.group_size}" if self.group_size else "row"
-        compact = "-compact" if self.metadata == "compact" else ""
-        return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}{compact}"
+        metadata = f"-{self.metadata}" if self.compact else ""
+        return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}{metadata}"
 
     def __str__(self) -> str:
         return self.name
@@ -99,12 +112,12 @@ class Format:
         Raises:
             InputError: the name is malformed.
         """
-        if found := re.fullmatch(r"int(\d)-(?:g([1-9]\d{0,8})|row)-(a?)sym(-compact)?", name):
+        if found := re.fullmatch(r"int(\d)-(?:g([1-9]\d{0,8})|row)-(a?)sym(?:-(compact6?))?", name):
             return cls(
                 int(found[1]),
                 int(found[2] or 0),
                 symmetric=not found[3],
-                metadata="compact" if found[4] else "fp16",
+                metadata=found[4] or "fp16",
             )
         if name.startswith("keep-"):
             return cls.keep(name.removeprefix("keep-"))
@@ -135,12 +148,14 @@ class Format:
         height, width = np.asarray(rows, dtype=np.int64), np.asarray(cols, dtype=np.int64)
         codes = _ceil(height * width * self.bits, 8)
         if self.kind == "keep":
-            return codes
+            tall, wide, size = _KEPT_SCALES.get(self.source, (1, 1, 0))
+            return np.asarray(codes + size * _ceil(height, tall) * _ceil(width, wide))
         per_row = self.groups(width)
-        if self.metadata == "fp16":
+        if not self.compact:
             return codes + height * per_row * (2 if self.symmetric else 4)
         # With one group a row the fp16 row scale says it all.
-        scales = height * (2 * np.sign(width) + np.where(per_row > 1, per_row, 0))
+        shares = _ceil(height * np.where(per_row > 1, per_row, 0) * self.share_bits, 8)
+        scales = height * 2 * np.sign(width) + shares
         zeros = 0 if self.symmetric else _ceil(height * per_row * self.bits, 8)
         return np.asarray(codes + scales + zeros, dtype=np.int64)
 
@@ -158,7 +173,7 @@ def formats(
         bits: code widths, 1 to 8.
         group_size: weights that share a scale; "row" or 0 is the whole row.
         symmetric: without or with a zero point, or both.
-        metadata: "fp16", "compact", or both.
+        metadata: "fp16", "compact", "compact6", or several.
         keep: a source precision such as "bf16" to offer as well; it comes last.
 
     Raises:
@@ -172,8 +187,8 @@ def formats(
         [symmetric] if isinstance(symmetric, bool) else list(symmetric),
         [metadata] if isinstance(metadata, str) else list(metadata),
     ):
-        # The one combination of valid values that has no storage.
-        if (width, even, meta) != (1, False, "compact"):
+        # The combinations of valid values that have no storage.
+        if (width, even) != (1, False) or not _SHARE_BITS.get(meta):
             found.add(Format(width, size, symmetric=even, metadata=meta))
     if not found:
         raise InputError("formats: no valid combination; 1 bit with compact metadata is symmetric")

@@ -14,8 +14,8 @@ import argparse
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -23,15 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from bitknap.allocation import BitPlan, Budget, CostTable, Problem, formats, solve
-from bitknap.allocation.arrays import Floats
+from bitknap.allocation import BitPlan, Budget, CostTable, Problem
+from bitknap.allocation.format import Format
 from bitknap.allocation.price import under
 from bitknap.allocation.profiles import profile
-from bitknap.api import evaluation_windows, longest_of, tokenizer_of
 from bitknap.benchmarks.profiling_report import markdown
+from bitknap.benchmarks.setting import BUDGETS, FORMATS, MODELS, Judge, reference
 from bitknap.estimators import baselines, neuron_variance
 from bitknap.estimators.anchors import AtRandom
-from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.calibrated import Calibrated, Estimator
 from bitknap.estimators.channel import ChannelScore
 from bitknap.estimators.combine import check_plans, plans_for_check
@@ -39,54 +38,26 @@ from bitknap.estimators.data_free import DataFree
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.fisher import Fisher
 from bitknap.estimators.fitting import rank_correlation
-from bitknap.estimators.fuzzy import Fuzzy, features
+from bitknap.estimators.fuzzy import Fuzzy, unit_losses
+from bitknap.estimators.fuzzy_rules import FuzzyRules
 from bitknap.estimators.measured import Measured
 from bitknap.estimators.moments import SecondMoments
 from bitknap.estimators.predictors import GradientBoosting, LogLinear
-from bitknap.estimators.replay import Losses, Replay, standard_error
+from bitknap.estimators.replay import Losses, standard_error
 from bitknap.estimators.router_norm import RouterNorm, router_norms
 from bitknap.estimators.samples import LossSamples
 from bitknap.estimators.signals import Scored, Signal
-from bitknap.estimators.text import BUILTIN, read_text, token_windows
 from bitknap.estimators.weight_error import WeightError
 from bitknap.planning import DEFAULT_PROFILE
-from bitknap.quantize.apply import applied
-from bitknap.quantize.experts import walk
-from bitknap.quantize.loading import load
-from bitknap.quantize.source import resolve
 
-FORMATS = formats(bits=(1, 2, 3, 4), group_size="row", symmetric=True)
-BUDGETS = (2.0, 2.25, 2.5, 3.0)
-# Sparse estimators are drawn anew so often, and judged at these budgets.
-SEEDS, SPARSE_BUDGETS = 10, (2.0, 2.5)
-# Dense measurements for each sparse one.
-SPARSITY = 15
+# Sparse estimators are drawn anew so often.
+SEEDS = 10
+# Dense measurements for each sparse one: with what the base takes, 1/15 of the time and less.
+SPARSITY = 20
+# Measurements that are timed.
+_TIMED = 32
 # Plans that check predictions, and their sizes.
 CHECKS, CHECK_BUDGETS = 12, (2.0, 2.5)
-MODELS = ("mixtral", "qwen3moe")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Judge:
-    """Solves tables and measures their plans on held-out text, each plan once."""
-
-    replay: Replay
-    evidence: Evidence
-    known: dict[bytes, Losses] = field(default_factory=dict)
-
-    def losses(self, table: CostTable, bits: float) -> tuple[BitPlan, Losses]:
-        """Return the table's plan at a budget, and what it loses."""
-        tied = under(table, profile(DEFAULT_PROFILE))
-        plan = solve(Problem(tied, Budget.bits(bits))).plan
-        return plan, self.of(plan)
-
-    def of(self, plan: BitPlan) -> Losses:
-        """Return what a plan loses."""
-        key = plan.choice.tobytes()
-        if key not in self.known:
-            with applied(self.replay.model, self.evidence.layout, plan):
-                self.known[key] = self.replay.measure()
-        return self.known[key]
 
 
 def signals(evidence: Evidence, model: Any) -> Iterator[Estimator]:
@@ -122,6 +93,9 @@ def dense_free(evidence: Evidence, model: Any) -> Iterator[tuple[Estimator, int]
     yield from ((estimator, 0) for estimator in ladder)
     for base in ladder[2:]:
         yield Calibrated(base=base), groups * len(FORMATS)
+    for each in (1, 2):  # readings a group, down to 1/128 of dense profiling
+        few = Calibrated(base=ladder[-1], measurements=groups * each)
+        yield few, groups * each
     proxies = (baselines.Kurtosis(), baselines.Frequency(), neuron_variance.MaxVar())
     yield Calibrated(base=ladder[-1], signals=proxies), groups * (len(FORMATS) + 2)
     yield from ((estimator, 0) for estimator in signals(evidence, model))
@@ -129,10 +103,13 @@ def dense_free(evidence: Evidence, model: Any) -> Iterator[tuple[Estimator, int]
 
 
 def drawn(dense: CostTable, seed: int) -> LossSamples:
-    """Return random cells of the dense table, one in `SPARSITY`."""
-    free = np.ones(dense.cost.shape, dtype=np.bool_)
-    count = dense.cost.size // SPARSITY
-    cells = AtRandom().pick(dense.units, free, None, count, seed)
+    """Return random cells of the dense table, one in `SPARSITY` of those that had to be measured.
+
+    An expert without tokens changes nothing, so neither dense nor sparse profiling runs it.
+    """
+    free = np.zeros(dense.cost.shape, dtype=np.bool_)
+    free[np.asarray(dense.frequency) > 0] = True
+    cells = AtRandom().pick(dense.units, free, None, int(free.sum()) // SPARSITY, seed)
     return LossSamples(
         units=dense.units,
         formats=dense.formats,
@@ -143,24 +120,34 @@ def drawn(dense: CostTable, seed: int) -> LossSamples:
     )
 
 
-def sparse(evidence: Evidence) -> Mapping[str, Callable[[LossSamples], Floats]]:
-    """Return, by name, how costs [U,F] follow from samples."""
-    antecedents = features(evidence, FORMATS)
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """An estimator whose table is there already, so that every seed shares it."""
 
-    def fuzzy(**settings: Any) -> Callable[[LossSamples], Floats]:
-        return lambda samples: Fuzzy(samples, **settings).estimate(evidence, FORMATS).cost
+    name: str
+    needs: frozenset[str]
+    table: CostTable
 
-    def fitted(predictor: Any) -> Callable[[LossSamples], Floats]:
-        return lambda samples: predictor.fit(samples, antecedents).predict(antecedents)[0]
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the table."""
+        return self.table
 
-    return {
-        "fuzzy, as published": fuzzy(kind="idw", residual=False),
-        "fuzzy (scale and move)": fuzzy(residual=False),
-        "fuzzy on log-linear": fuzzy(),
-        "fuzzy on fisher": fuzzy(base=Fisher()),
-        "log-linear": fitted(LogLinear()),
-        "gradient boosting": fitted(GradientBoosting()),
+
+def sparse(evidence: Evidence, base: Estimator) -> Mapping[str, Callable[[LossSamples], CostTable]]:
+    """Return, by name, how a table follows from samples, alone and over a base."""
+    learners: dict[str, Any] = {
+        "fuzzy, as published": FuzzyRules(kind="idw"),
+        "fuzzy, scale and move": FuzzyRules(),
+        "log-linear": LogLinear(),
+        "gradient boosting": GradientBoosting(),
     }
+
+    def way(predictor: Any, under: Estimator | None) -> Callable[[LossSamples], CostTable]:
+        return lambda samples: Fuzzy(samples, predictor, under).estimate(evidence, FORMATS)
+
+    alone = {name: way(learner, None) for name, learner in learners.items()}
+    over = {f"{name}, over {base.name}": way(x, base) for name, x in learners.items()}
+    return {**alone, **over}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -179,26 +166,19 @@ class Setting:
 
 def prepared(name: str, out: Path, tokens: int, judged: int) -> Setting:
     """Calibrate on a reference model, and measure every unit or read what was measured."""
-    folder = resolve(f"reference:{name}")
-    model = load(folder, torch.float32)
-    layout = walk(model)
-    text = read_text(BUILTIN, "calibration")
-    windows = token_windows(tokenizer_of(folder), text, tokens, longest_of(model.config))
-    evidence = calibrate(model, layout, windows, curvature=True, gradients=True)
+    found = reference(name, tokens, judged)
     journal = out / f"profiling.{name}.journal"
     begun, start = journal.exists(), time.perf_counter()
-    dense = Measured(progress=_say, journal=journal).estimate(evidence, FORMATS)
+    dense = Measured(progress=_say, journal=journal).estimate(found.evidence, FORMATS)
     seconds = None if begun else time.perf_counter() - start
-    windows = evaluation_windows(folder, BUILTIN, judged)
-    judge = Judge(replay=Replay(model, layout, windows, cache=False), evidence=evidence)
     return Setting(
         name=name,
         tokens=tokens,
         judged=judged,
-        model=model,
-        evidence=evidence,
+        model=found.model,
+        evidence=found.evidence,
         dense=dense,
-        judge=judge,
+        judge=found.judge,
         seconds=seconds,
     )
 
@@ -216,14 +196,7 @@ def ranked(setting: Setting) -> dict[str, Any]:
         row = _row(estimator.name, table, dense, judge, best, BUDGETS, measurements)
         rows.append(row | {"seconds": seconds, "unit": table.provenance.get("unit")})
         print(json.dumps(rows[-1]), flush=True)
-    ways = sparse(evidence)
-    for seed in range(SEEDS):
-        samples = drawn(dense, seed)
-        for way, costs in ways.items():
-            table = replace(dense, cost=costs(samples), ties=None)
-            row = _row(way, table, dense, judge, best, SPARSE_BUDGETS, len(samples))
-            rows.append(row | {"seed": seed})
-        print(json.dumps(rows[-1]), flush=True)
+    rows += _sampled(setting, best)
     return {
         "model": setting.name,
         "tokens": setting.tokens,
@@ -232,6 +205,52 @@ def ranked(setting: Setting) -> dict[str, Any]:
         "unseen": int((np.asarray(dense.frequency) == 0).sum()),
         "rows": rows,
     }
+
+
+def _sampled(
+    setting: Setting, best: Mapping[float, tuple[BitPlan, Losses]]
+) -> Iterator[dict[str, Any]]:
+    """Yield how tables from samples rank and lose, seed by seed; seconds as all would take."""
+    evidence, dense, judge = setting.evidence, setting.dense, setting.judge
+    chosen, start = Fisher(space="output"), time.perf_counter()
+    table = chosen.estimate(evidence, FORMATS)
+    base = Known(name=chosen.name, needs=chosen.needs, table=table)
+    before = time.perf_counter() - start
+    each = _seconds_a_cell(setting)
+    # As many readings as the samples, spent on groups.
+    few = Calibrated(base=base, measurements=len(drawn(dense, 0)))
+    start = time.perf_counter()
+    table = few.estimate(evidence, FORMATS)
+    seconds = before + time.perf_counter() - start
+    count = int(table.provenance["measurements"])
+    row = _row(few.name, table, dense, judge, best, BUDGETS, count)
+    yield row | {"seed": 0, "share": seconds / (each * _cells(dense))}
+    for way, costs in sparse(evidence, base).items():
+        for seed in range(SEEDS):
+            samples = drawn(dense, seed)
+            start = time.perf_counter()
+            table = costs(samples)
+            seconds = time.perf_counter() - start + len(samples) * each
+            seconds += before if "over" in way else 0.0
+            row = _row(way, table, dense, judge, best, BUDGETS, len(samples))
+            yield row | {"seed": seed, "share": seconds / (each * _cells(dense))}
+            print(json.dumps(row), flush=True)
+
+
+def _cells(dense: CostTable) -> int:
+    """Return how many cells dense profiling had to measure."""
+    return int((np.asarray(dense.frequency) > 0).sum() * dense.cost.shape[1])
+
+
+def _seconds_a_cell(setting: Setting) -> float:
+    """Return what one measurement takes in this process, mean of some."""
+    measure = unit_losses(setting.evidence, FORMATS)
+    samples = drawn(setting.dense, SEEDS)
+    count = min(_TIMED, len(samples))
+    start = time.perf_counter()
+    for unit, column in zip(samples.unit[:count], samples.column[:count], strict=True):
+        measure(int(unit), int(column))
+    return (time.perf_counter() - start) / count
 
 
 def checked(setting: Setting) -> list[dict[str, Any]]:

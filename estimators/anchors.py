@@ -158,6 +158,7 @@ def grow(
     step: int,
     stop: int,
     provenance: Mapping[str, Any],
+    measurable: Bools | None = None,
     anchors: Anchors | None = None,
     seed: int = 0,
     progress: Progress | None = None,
@@ -178,6 +179,8 @@ def grow(
         step: measurements a round.
         stop: most measurements, held-out ones included.
         provenance: of the samples.
+        measurable: which units to measure, bool[U]; all when not given. An expert that no token
+            reaches changes nothing, so measuring it says nothing.
         anchors: how to pick cells; at random if not given, since as many cells of separable
             tables rank better when they are not whole experts.
         seed: of all that is drawn.
@@ -190,6 +193,8 @@ def grow(
         whole(name, value, 1)
     free = np.zeros((len(units), len(formats)), dtype=np.bool_)
     free[:, [f.kind != "keep" for f in formats]] = True
+    if measurable is not None:
+        free[~measurable] = False
     budget = min(stop, int(free.sum()))
     judged = max(_FEWEST, round(_HELD_OUT * budget))
     if judged + start > budget:

@@ -11,18 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitknap.allocation.units import ROLES
 from bitknap.errors import InputError
-from bitknap.estimators.evidence import Evidence, LayerEvidence, LinearEvidence, zeros
-from bitknap.estimators.recording import LayerSums, caught_alone, check_seen, recording
+from bitknap.estimators.evidence import Evidence, LayerEvidence, LinearEvidence
+from bitknap.estimators.gains import gain_of, noisy
+from bitknap.estimators.recording import (
+    LayerSums,
+    caught_alone,
+    check_seen,
+    recording,
+    recording_linears,
+)
 from bitknap.estimators.replay import BATCH_TOKENS, Replay
+from bitknap.estimators.windows import logits_of
 from bitknap.progress import Progress
 from bitknap.quantize.apply import read_units
-from bitknap.quantize.views import ExpertLayer, Layout
-
-# Noise that measures a layer's gain, relative to its output's size: small enough for KL to be
-# quadratic in it, large enough to stand above float32 rounding.
-_NOISE = 0.05
+from bitknap.quantize.views import Layout
 
 
 def calibrate(
@@ -44,7 +47,7 @@ def calibrate(
     Traces take 4 H bytes a token and MoE layer, gradients as much again (see `LayerTrace`).
 
     Args:
-        model: a causal language model in evaluation mode.
+        model: a language model in evaluation mode, decoder-only or encoder-decoder.
         layout: its units, from `walk`.
         windows: token ids, int64 [windows, length].
         full: also record whole second-moment matrices.
@@ -68,18 +71,14 @@ def calibrate(
     batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     generator = torch.Generator().manual_seed(seed)
     linears: dict[int, LinearEvidence] = {}
+    traced = (trace_tokens or windows.numel()) if traces or gradients else 0
     with recording(
-        model,
-        layout,
-        full=full,
-        curvature=curvature,
-        trace_tokens=(trace_tokens or windows.numel()) if traces or gradients else 0,
-        gradients=gradients,
+        model, layout, full=full, curvature=curvature, trace_tokens=traced, gradients=gradients
     ) as sums:
         drawn = generator if curvature or gradients else None
         # A model whose parameters are all frozen has no graph of its own.
         alone = by_layer or not any(p.requires_grad for p in model.parameters())
-        with _linears(model, layout, linears):
+        with recording_linears(model, layout, linears, full=full):
             labels = _run(model, batches, drawn, backward=not alone, progress=progress)
         if labels and alone:
             _backward_by_layer(model, batches, labels, sums, progress)
@@ -90,23 +89,21 @@ def calibrate(
     def weights(which: np.ndarray) -> Tensor:
         return read_units(layout, which, tensors).detach()
 
-    layers = {}
-    for done, expert in enumerate(layout.layers):
-        if progress:
-            progress("gains", done, len(layout.layers))
-        gain = _gain(model, expert, sums[expert.layer], replay, generator)
-        layers[expert.layer] = _frozen(sums[expert.layer], gain)
-    kept = {number: found for number, layer in sums.items() if (found := layer.trace())}
-    text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:32]
     return Evidence(
         layout=layout,
-        layers=layers,
+        layers=_layers(model, layout, sums, replay, generator, progress),
         linears=linears,
         weights=weights,
         replay=replay,
-        provenance={"text": text, "tokens": windows.numel(), "seed": seed},
-        traces=kept,
+        provenance=provenance_of(windows, seed),
+        traces={number: kept for number, layer in sums.items() if (kept := layer.trace())},
     )
+
+
+def provenance_of(windows: Tensor, seed: int) -> dict[str, Any]:
+    """Return what a pass over `windows` says of itself."""
+    text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:32]
+    return {"text": text, "tokens": windows.numel(), "seed": seed}
 
 
 def _run(
@@ -132,7 +129,7 @@ def _run(
         if progress:
             progress("calibrate", done, len(batches))
         with torch.enable_grad() if backward else torch.no_grad():
-            logits = _logits(model, batch)
+            logits = logits_of(model, batch)
             if generator is not None:
                 labels.append(_drawn_labels(logits, generator))
             if backward:
@@ -140,12 +137,6 @@ def _run(
                 first = next(p for p in model.parameters() if p.requires_grad)
                 _backward(logits, labels[-1], first)
     return labels
-
-
-def _logits(model: Any, batch: Tensor) -> Tensor:
-    """Return next-token logits, float32 [tokens, vocabulary]."""
-    logits: Tensor = model(input_ids=batch[:, :-1], use_cache=False).logits
-    return logits.float().flatten(0, 1)
 
 
 @torch.no_grad()
@@ -174,7 +165,7 @@ def _backward_by_layer(
                 progress("gradients", done, len(sums))
             with caught_alone(sums, number) as layer:
                 for batch, drawn in zip(batches, labels, strict=True):
-                    logits = _logits(model, batch)
+                    logits = logits_of(model, batch)
                     if layer.root is not None:
                         _backward(logits, drawn, layer.root)
 
@@ -192,7 +183,28 @@ def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _frozen(sums: LayerSums, gain: float) -> LayerEvidence:
+def _layers(
+    model: Any,
+    layout: Layout,
+    sums: dict[int, LayerSums],
+    replay: Replay,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> dict[int, LayerEvidence]:
+    """Return what each layer saw, with its gain."""
+    found = {}
+    for done, layer in enumerate(layout.layers):
+        if progress:
+            progress("gains", done, len(layout.layers))
+        watched = sums[layer.layer]
+        with noisy(model, watched, generator):
+            gain = gain_of(replay.kl(layer.layer), watched)
+        found[layer.layer] = layer_evidence(watched, gain)
+    return found
+
+
+def layer_evidence(sums: LayerSums, gain: float) -> LayerEvidence:
+    """Return what was summed over one layer, with its gain."""
     return LayerEvidence(
         tokens=sums.tokens,
         count=sums.count,
@@ -208,49 +220,3 @@ def _frozen(sums: LayerSums, gain: float) -> LayerEvidence:
         gain=gain,
         output_max=sums.output_max,
     )
-
-
-def _gain(
-    model: Any, layer: ExpertLayer, sums: LayerSums, replay: Replay, generator: torch.Generator
-) -> float:
-    """Return nats per unit of squared error at the layer's expert output, read with noise."""
-    variance = float(sums.output_square) / max(1, sums.tokens) / layer.hidden * _NOISE**2
-    scale = max(variance, 1e-30) ** 0.5
-
-    def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        noise: Tensor = torch.randn(output.shape, generator=generator) * scale
-        noisy: Tensor = output + noise.to(output.dtype)
-        return noisy
-
-    handle = model.get_submodule(layer.module).register_forward_hook(add_noise)
-    try:
-        kl = replay.kl(layer.layer)
-    finally:
-        handle.remove()
-    return float(max(kl, 1e-12) / (scale**2 * layer.hidden))
-
-
-@contextlib.contextmanager
-def _linears(model: nn.Module, layout: Layout, found: dict[int, LinearEvidence]) -> Iterator[None]:
-    """Record the input second moments of units that are ordinary linear layers."""
-    handles = []
-    sums: dict[int, tuple[list[int], Tensor]] = {}
-    for unit, view in enumerate(layout.views):
-        if ROLES[layout.units.role[unit]] == "routed":
-            continue
-        module = model.get_submodule(view.tensor.removesuffix(".weight"))
-        sums[unit] = ([0], zeros(int(layout.units.cols[unit])))
-
-        def keep(module: nn.Module, args: Any, _unit: int = unit) -> None:
-            x = args[0].detach().flatten(0, -2)
-            sums[_unit][0][0] += len(x)
-            sums[_unit][1].add_(x.double().square().sum(0))
-
-        handles.append(module.register_forward_pre_hook(keep))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for unit, (tokens, square) in sums.items():
-            found[unit] = LinearEvidence(tokens=tokens[0], input_square=square)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from bitknap.allocation.checks import whole
 from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
 from bitknap.errors import InputError
@@ -66,12 +67,24 @@ class Calibrated:
             group. All that `anchors` names when not given.
         signals: proxies whose exponents are fitted on halves of the groups, two more readings a
             group; see `bitknap.estimators.proxies`.
+        check: after fitting, the KL of so many held-out plans is read and compared with what the
+            table predicts; 0 for none. See `bitknap.estimators.held_out`.
+        check_bits: bits per weight of those plans; 2.5 or the middle of the feasible range when
+            not given.
     """
 
     base: Estimator = field(default_factory=SecondMoments)
     progress: Progress | None = None
     measurements: int | None = None
     signals: tuple[Signal, ...] = ()
+    check: int = 0
+    check_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        if whole("check", self.check) in (1, 2):
+            raise InputError(
+                f"check: {self.check} is below 3, the least that can be ranked; 0 is for none"
+            )
 
     @property
     def name(self) -> str:
@@ -87,8 +100,8 @@ class Calibrated:
         """Return the costs of every unit in every format, nats per token.
 
         Raises:
-            InputError: the evidence has no live model to measure, or there are more groups than
-            measurements.
+            InputError: the evidence has no live model to measure, there are more groups than
+                measurements, or too few plans differ to check the table.
         """
         if evidence.replay is None:
             raise InputError("group gains need the live model; calibrate it in this process")
@@ -117,12 +130,22 @@ class Calibrated:
         }
         frequency = token_share(evidence) if table.frequency is None else table.frequency
         found = replace(table, cost=cost, frequency=frequency, provenance=provenance)
-        if not self.signals:
-            return found
-        from bitknap.estimators.proxies import with_proxies
+        if self.signals:
+            from bitknap.estimators.proxies import with_proxies
 
-        middle = chosen[len(chosen) // 2]
-        return with_proxies(found, evidence, self.signals, runs, middle, measure)
+            middle = chosen[len(chosen) // 2]
+            found = with_proxies(found, evidence, self.signals, runs, middle, measure)
+        return self._checked(found, evidence)
+
+    def _checked(self, table: CostTable, evidence: Evidence) -> CostTable:
+        """Return the table, saying how well it predicts held-out plans if that is asked for."""
+        if not self.check:
+            return table
+        from bitknap.estimators.held_out import on_held_out_plans
+
+        found = on_held_out_plans(table, evidence, self.check, self.check_bits, self.progress)
+        said = {"check": found, "check_measurements": found["plans"]}
+        return replace(table, provenance={**table.provenance, **said})
 
 
 def anchors(formats: Sequence[Format], nbytes: np.ndarray) -> list[int]:

@@ -18,6 +18,7 @@ from bitknap.estimators.measured import Measured
 from bitknap.estimators.moments import SecondMoments
 from bitknap.estimators.neuron_variance import MaxVar, RowVariance
 from bitknap.estimators.router_norm import RouterNorm
+from bitknap.estimators.sampled import Sampled
 from bitknap.estimators.signals import Scored, Signal
 from bitknap.estimators.weight_error import WeightError
 from bitknap.progress import Progress
@@ -58,6 +59,8 @@ SIGNALS: Mapping[str, Callable[[], Signal]] = MappingProxyType(
 # Made from router weights, which evidence does not hold.
 ROUTER = "router-norm"
 CALIBRATED = "calibrated"
+# Rules over a base.
+FUZZY = "fuzzy"
 
 
 def names() -> tuple[str, ...]:
@@ -69,32 +72,72 @@ def named(
     words: Sequence[str],
     *,
     routers: Callable[[], RouterNorm] | None = None,
-    measurements: int | None = None,
+    calibrate: int | None = None,
+    check: int = 0,
     journal: Path | None = None,
+    samples: Path | None = None,
+    measurements: int | None = None,
     progress: Progress | None = None,
 ) -> Estimator:
-    """Return the estimator of a name, or its calibration if "calibrated" stands with it.
+    """Return the estimator of a name, its calibration, or fuzzy rules over either.
 
     Args:
-        words: "calibrated", a base, and under calibration signals that it fits exponents of.
+        words: "calibrated", a base, and under calibration signals that it fits exponents of; or
+            "fuzzy" and then any of these, or nothing for the usual base.
         routers: makes the router-norm signal when that is named.
-        measurements: at most so many group measurements; given, it asks for calibration.
+        calibrate: at most so many group measurements; given, it asks for calibration.
+        check: so many held-out plans are measured after calibration.
         journal: where dense profiling keeps what it measured, to continue there.
+        samples: of fuzzy rules: the file of measured cells.
+        measurements: of fuzzy rules: at most so many cells are measured.
         progress: of measurements.
 
     Raises:
         InputError: a name is unknown or there twice, or words do not go together.
     """
+    settings: dict[str, Any] = {
+        "routers": routers,
+        "calibrate": calibrate,
+        "check": check,
+        "journal": journal,
+        "progress": progress,
+    }
+    if words[:1] == [FUZZY]:
+        alone = len(words) == 1
+        if alone and (calibrate is not None or check or journal is not None):
+            raise InputError(
+                f"--estimator {FUZZY}: --calibrate, --check and --journal are of its base; "
+                f"name one: {FUZZY},{CALIBRATED},fisher"
+            )
+        found = Sampled(file=samples, measurements=measurements, progress=progress)
+        return found if alone else replace(found, base=_plain(words[1:], **settings))
+    for flag, value in {"--samples": samples, "--measurements": measurements}.items():
+        if value is not None:
+            raise InputError(f"{flag}: only --estimator {FUZZY} takes it")
+    return _plain(words, **settings)
+
+
+def _plain(
+    words: Sequence[str],
+    *,
+    routers: Callable[[], RouterNorm] | None,
+    calibrate: int | None,
+    check: int,
+    journal: Path | None,
+    progress: Progress | None,
+) -> Estimator:
+    """Return a base or its calibration."""
     plain = [word for word in words if word != CALIBRATED]
     unknown = [word for word in plain if word not in names()]
     asked = f"--estimator {','.join(words)!r}"
     if unknown or not words or len(set(words)) < len(words):
         raise InputError(
-            f"{asked}: give one of {', '.join(names())}, or {CALIBRATED} with a base and signals"
+            f"{asked}: give one of {', '.join(names())}, {CALIBRATED} with a base and signals, "
+            f"or {FUZZY} with a base"
         )
-    calibrate = CALIBRATED in words or measurements is not None
+    calibrated = CALIBRATED in words or calibrate is not None
     wrong = [word for word in plain[1:] if word in COSTS]
-    if wrong or (len(plain) > 1 and not calibrate):
+    if wrong or (len(plain) > 1 and not calibrated):
         raise InputError(
             f"{asked}: one base, then signals whose exponents calibration fits: "
             f"{CALIBRATED},fisher,kurtosis; signals are {', '.join(sorted({*SIGNALS, ROUTER}))}"
@@ -104,10 +147,16 @@ def named(
         base = replace(base, progress=progress, journal=journal)
     elif journal is not None:
         raise InputError("--journal: only measured-kl, measured-layer and measured-block keep one")
-    if not calibrate:
+    if not calibrated:
+        if check:
+            raise InputError(
+                f"--check: only calibrated tables are; write --estimator {CALIBRATED},{words[0]}"
+            )
         return base
     signals = tuple(_signal(word, routers) for word in plain[1:])
-    return Calibrated(base=base, measurements=measurements, signals=signals, progress=progress)
+    return Calibrated(
+        base=base, measurements=calibrate, signals=signals, check=check, progress=progress
+    )
 
 
 def _base(name: str, routers: Callable[[], RouterNorm] | None) -> Any:

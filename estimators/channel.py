@@ -23,7 +23,7 @@ note of the formula; definitions ours.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -36,13 +36,13 @@ from bitknap.allocation.knapsack import Knapsack
 from bitknap.allocation.problem import Problem
 from bitknap.allocation.solve import solve
 from bitknap.allocation.table import CostTable
-from bitknap.allocation.units import Units
 from bitknap.errors import InputError
-from bitknap.estimators.costs import format_bytes, plainest, token_share
+from bitknap.estimators.costs import format_bytes, plainest, projection_of, token_share
 from bitknap.estimators.data_free import distortion
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.signals import by_matrix, curvature, routed
 from bitknap.quantize.apply import stacks
+from bitknap.quantize.blocks import block_units
 
 
 def channel_scores(weights: Tensor, alpha: float = 0.5, k: float = 3.0) -> Tensor:
@@ -126,7 +126,7 @@ def channel_table(
     over rows, and groups lie within a row, so the blocks of a matrix cost what it costs whole in
     every format. Their bytes are each block's own, rounded up to whole bytes.
 
-    Plans over blocks are for study: checkpoints store a matrix in one format.
+    A plan over blocks is applied and stored through `quantize.blocks.layout_for`.
 
     Args:
         evidence: gives the units and their weights.
@@ -137,11 +137,9 @@ def channel_table(
         k: see `channel_scores`; unused with gradients.
 
     Raises:
-        InputError: blocks is below 1, alpha or k is wrong, or gradients were recorded and a unit
-            is not a routed expert's.
+        InputError: blocks is below 1, alpha or k is wrong, gradients were recorded and a unit is
+            not a routed expert's, or the evidence is of blocks already.
     """
-    if blocks < 1:
-        raise InputError(f"blocks: {blocks} must be at least 1")
     _check(alpha, k)
     whole = evidence.units
     units, source = block_units(whole, blocks)
@@ -177,18 +175,45 @@ def channel_table(
     )
 
 
-def block_units(units: Units, blocks: int) -> tuple[Units, Longs]:
-    """Return the units cut into runs of rows, and which unit each is of, int64[B].
+def neuron_scores(
+    evidence: Evidence, format: Format, *, alpha: float = 0.5, k: float = 3.0
+) -> dict[int, Floats]:
+    """Return what storing each neuron in a format costs, by layer, float64 [experts, neurons].
 
-    A matrix's blocks follow each other; the first ones have one row more where rows do not divide.
+    A neuron is a row of gate and of up and a column of down; its cost is the sum of theirs, as
+    `channel_table` charges rows. `quantize.permute` sorts neurons by it, so that blocks are of
+    like sensitivity.
+
+    Args:
+        evidence: gives the routed experts and their weights.
+        format: a grid, of about the width that plans will have.
+        alpha: see `channel_scores`; unused with gradients.
+        k: see `channel_scores`; unused with gradients.
+
+    Raises:
+        InputError: alpha or k is wrong, or the format is no grid.
     """
-    count = np.maximum(1, np.minimum(blocks, units.rows))
-    source = np.repeat(np.arange(len(units)), count)
-    block = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)
-    each, rest = units.rows // count, units.rows % count
-    rows = each[source] + (block < rest[source])
-    columns = {name: column[source] for name, column in units.to_arrays().items()}
-    return replace(units, **columns | {"block": block.astype(np.int32), "rows": rows}), source
+    _check(alpha, k)
+    if format.kind != "grid":
+        raise InputError(f"format: {format} rounds nothing; give a grid, such as int2-g64-asym")
+    units = evidence.units
+    scores = {at.layer: np.zeros((at.experts, at.intermediate)) for at in evidence.layout.layers}
+    fisher = any(layer.curvature for layer in evidence.layers.values())
+    for run in stacks(units):
+        if not routed(units)[run[0]]:
+            continue
+        weights = evidence.weights(run)
+        is_down = projection_of(units, run) == "down"
+        if fisher:
+            same = plainest(format, weights.shape[2])
+            error = (evidence.round_trip(run, weights, same) - weights).square()
+            cost = (0.5 * curvature(evidence, run).float() * error).sum(1 if is_down else 2)
+        else:
+            neurons = weights.transpose(1, 2) if is_down else weights
+            size = channel_scores(neurons, alpha, k) * neurons.double().var(2, correction=0)
+            cost = size * neurons.shape[2] * _distortions([format], weights.shape[2])
+        scores[int(units.layer[run[0]])][units.expert[run]] += cost.double().numpy()
+    return scores
 
 
 def _fisher_rows(

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from bitknap.allocation.arrays import Bools, Floats, Longs
 from bitknap.allocation.table import CostTable
 from bitknap.errors import InputError
-from bitknap.estimators.fitting import Sums, each, isotonic, log_sums
+from bitknap.estimators.fitting import Sums, each, log_sums
 
 # KL below this, in nats a token, is rounding noise of float32 logits.
 _FLOOR = 1e-9
@@ -194,9 +194,11 @@ class _Fit:
         return found[:count], self._gains(columns, found[count:], weights)
 
     def _gains(self, columns: Sequence[int], log_gain: Floats, weights: Longs) -> Floats:
+        from scipy.optimize import isotonic_regression
+
         order = np.argsort(self.level[columns], kind="stable")
         x = self.level[columns][order]
-        y = isotonic(x + log_gain[order], weights[order])
+        y = isotonic_regression(x + log_gain[order], weights=weights[order]).x
         known = np.isfinite(self.level)
         gains = np.ones(len(self.level))
         gains[known] = np.exp(np.interp(self.level[known], x, y - x))

@@ -18,7 +18,10 @@ from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
 from bitknap.allocation.units import ROLES, Units
 from bitknap.estimators.evidence import Evidence, LayerEvidence
-from bitknap.quantize.apply import stacks
+from bitknap.quantize.apply import stack_pieces, stacks
+
+# Bytes of float32 weights rounded at a time; what charges them may read a whole stack for each.
+_PIECE = 1 << 28
 
 # What one squared rounding error costs: from ΔW [n, out, in] to nats a token [n].
 Charge = Callable[[Tensor], Tensor]
@@ -42,7 +45,9 @@ def weighed_table(
     """
     units = evidence.units
     cost = np.zeros((len(units), len(formats)))
-    for run in stacks(units):
+    # With traces a whole layer's weights are at hand anyway, and each charge runs all its experts.
+    runs = stacks(units) if evidence.traces else stack_pieces(units, _PIECE)
+    for run in runs:
         weights = evidence.weights(run)
         charge = weigh(run, weights)
         known: dict[Format, np.ndarray] = {}

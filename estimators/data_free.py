@@ -17,7 +17,7 @@ from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
 from bitknap.estimators.costs import format_bytes
 from bitknap.estimators.evidence import Evidence
-from bitknap.quantize.apply import stacks
+from bitknap.quantize.apply import stack_pieces
 from bitknap.quantize.rounding import round_trip
 
 _SAMPLE = 1 << 16  # weights; the distortion is then known to about 1 %
@@ -38,7 +38,7 @@ class DataFree:
         units = evidence.units
         cost = np.zeros((len(units), len(formats)))
         known: dict[int, np.ndarray] = {}
-        for run in stacks(units):
+        for run in stack_pieces(units):
             size = evidence.weights(run).double().var((1, 2)).numpy() * units.numel[run]
             cols = int(units.cols[run[0]])
             if cols not in known:

@@ -68,6 +68,20 @@ class LayerEvidence:
         """Return a sum over routed tokens [E, ...], per token of the text, shrunk by `shrink`."""
         return shrink(total, self.count, self.tokens)
 
+    def routed_mean(self, total: Tensor, experts: Tensor) -> Tensor:
+        """Return a sum over routed tokens [E, ...], per token that each expert saw, shrunk.
+
+        The mean moves towards the layer's by PRIOR_TOKENS, as in `shrink`; an expert without
+        tokens has the layer's.
+
+        Args:
+            total: sums over each expert's tokens, [E, ...].
+            experts: whose means to return, int64 [n].
+        """
+        seen = self.count[experts].to(total.dtype).view(-1, *[1] * (total.ndim - 1))
+        mean = total.sum(0) / max(1, int(self.count.sum()))
+        return (total[experts] + PRIOR_TOKENS * mean) / (seen + PRIOR_TOKENS)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerTrace:
@@ -102,10 +116,12 @@ class LinearEvidence:
     Attributes:
         tokens: tokens of the text.
         input_square: sum of x², float64 [in].
+        input_full: sum of x xᵀ, float32 [in, in]; None unless asked for.
     """
 
     tokens: int
     input_square: Tensor
+    input_full: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,27 +154,40 @@ class Evidence:
         return self.layout.units
 
     def inputs(self, run: np.ndarray) -> Inputs:
-        """Return what the inputs of a stack of routed units were like.
+        """Return what the inputs of a stack of units were like.
 
-        Second moments are weighted by squared routing weights, so that ΔW S ΔWᵀ is the error of
-        the layer's output.
+        Second moments of routed experts are weighted by squared routing weights, so that
+        ΔW S ΔWᵀ is the error of the layer's output, and shrunk to the layer's mean.
 
         Raises:
             InputError: whole second moments were not recorded for these units.
         """
-        layer = self.layers.get(int(self.units.layer[run[0]]))
-        role = ROLES[self.units.role[run[0]]]
-        down = self.units.projections[self.units.projection[run[0]]] == "down"
+        units = self.units
+        if ROLES[units.role[run[0]]] != "routed":
+            return self._linear_inputs(run)
+        layer = self.layers.get(int(units.layer[run[0]]))
+        down = units.projections[units.projection[run[0]]] == "down"
         full = None if layer is None else layer.middle_full if down else layer.input_full
-        if layer is None or full is None or role != "routed":
-            raise InputError(
-                f"{self.units.label(int(run[0]))}: second moments of its inputs were not recorded; "
-                "calibrate with full moments"
-            )
-        experts = torch.from_numpy(self.units.expert[run].astype(np.int64))
-        tokens = layer.count[experts]
-        return Inputs(
-            moments=full[experts] / tokens.clamp_min(1).view(-1, 1, 1).float(), tokens=tokens
+        if layer is None or full is None:
+            raise self._unrecorded(int(run[0]))
+        experts = torch.from_numpy(units.expert[run].astype(np.int64))
+        return Inputs(moments=layer.routed_mean(full, experts), tokens=layer.count[experts])
+
+    def _linear_inputs(self, run: np.ndarray) -> Inputs:
+        """Return `inputs` of ordinary linear projections."""
+        moments, tokens = [], []
+        for unit in run.tolist():
+            seen = self.linears.get(unit)
+            if seen is None or seen.input_full is None:
+                raise self._unrecorded(unit)
+            moments.append(seen.input_full / max(1, seen.tokens))
+            tokens.append(seen.tokens)
+        return Inputs(moments=torch.stack(moments), tokens=torch.tensor(tokens))
+
+    def _unrecorded(self, unit: int) -> InputError:
+        return InputError(
+            f"{self.units.label(unit)}: second moments of its inputs were not recorded; "
+            "calibrate with full moments"
         )
 
     def round_trip(self, run: np.ndarray, weights: Tensor, format: Format) -> Tensor:

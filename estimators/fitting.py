@@ -1,4 +1,4 @@
-"""Small regressions that every combination rests on: ridge, isotonic, sums of exponentials.
+"""Small regressions that every combination rests on: ridge and sums of exponentials.
 
 NumPy and SciPy only. Sizes are those of measurements (tens to thousands), not those of models;
 only `log_sums` runs over units, and does so in arrays.
@@ -84,37 +84,6 @@ def _signed(whole: Floats, wanted: Floats, signs: Bools) -> Floats:
     bounded: Floats = lsq_linear(whole, wanted, bounds=(low, np.inf), method="bvls").x
     # Active bounds may come back a rounding error off.
     return np.where(signs, np.maximum(bounded, 0.0), bounded)
-
-
-def isotonic(values: npt.ArrayLike, weights: npt.ArrayLike | None = None) -> Floats:
-    """Return the nearest non-decreasing sequence in weighted squares, float64[N].
-
-    Pool adjacent violators, O(N). For a non-increasing one give −values and turn the result.
-
-    Args:
-        values: float64[N].
-        weights: above 0, float64[N]; all alike when not given.
-
-    Raises:
-        InputError: shapes differ, a number is not finite, or a weight is not above 0.
-
-    Source: Ayer et al. (1955); Barlow et al. (1972), chapter 1.
-    """
-    given = np.asarray(values, dtype=np.float64)
-    mass = np.ones(given.shape) if weights is None else np.asarray(weights, dtype=np.float64)
-    if given.ndim != 1 or mass.shape != given.shape:
-        raise InputError(f"isotonic: values {given.shape} and weights {mass.shape} must be [N]")
-    if not (np.isfinite(given).all() and np.isfinite(mass).all() and (mass > 0).all()):
-        raise InputError("isotonic: values must be finite and weights above 0")
-    blocks: list[tuple[float, float, int]] = []  # mean, weight, length
-    for value, weight in zip(given.tolist(), mass.tolist(), strict=True):
-        size = 1
-        while blocks and blocks[-1][0] >= value:
-            mean, before, length = blocks.pop()
-            value = (mean * before + value * weight) / (before + weight)
-            weight, size = weight + before, size + length
-        blocks.append((value, weight, size))
-    return np.repeat([x[0] for x in blocks], [x[2] for x in blocks]).astype(np.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -7,8 +7,7 @@ scale, shape, projection and place. They are logarithms, turned so that larger m
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -28,9 +27,10 @@ from bitknap.estimators.costs import (
 )
 from bitknap.estimators.data_free import distortion
 from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.fisher import Fisher
 from bitknap.estimators.fuzzy_rules import FuzzyRules
-from bitknap.estimators.predictors import Residual
-from bitknap.estimators.samples import LossSamples
+from bitknap.estimators.samples import FLOOR, LossSamples
+from bitknap.estimators.shrunk import Shrunk
 from bitknap.quantize.apply import stacks
 
 # Values below this are taken for this before their logarithm.
@@ -50,24 +50,28 @@ _NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Fuzzy:
-    """Fuzzy rules from measured samples, interpolated to every unit and format.
+    """Rules from measured samples over another estimator, interpolated to every unit and format.
+
+    Rules speak of the ratio of the measured loss to the base's cost, so of what it gets wrong,
+    and are followed as far as they predict units left out (`shrunk`; ours: with the published
+    plain losses and no base, plans lose several times the KL of dense profiling).
 
     Attributes:
         samples: measured on this model with this quantizer.
-        kind: "tfri", or "idw" as FRI-MxMoE published it.
-        residual: interpolate only what the log-linear model leaves.
-        neighbours: rules that answer together.
-        base: interpolate the ratio of the measured loss to this estimator's cost, so that rules
-            speak of what it gets wrong; the loss itself when not given.
+        predictor: learns from them; fuzzy rules by scale and move, or any other to compare.
+        base: whose costs are corrected; None interpolates the loss itself, as published.
+        shrink: follow the predictor as far as cross-validation supports; with a base only.
     """
 
     samples: LossSamples
-    kind: Literal["tfri", "idw"] = "tfri"
-    residual: bool = True
-    neighbours: int = 8
-    base: Estimator | None = None
+    predictor: Predictor = field(default_factory=FuzzyRules)
+    base: Estimator | None = field(default_factory=lambda: Fisher(space="output"))
+    shrink: bool = True
 
-    name = "fuzzy"
+    @property
+    def name(self) -> str:
+        """The base's name, marked as corrected by rules."""
+        return f"fuzzy({self.base.name})" if self.base else "fuzzy"
 
     @property
     def needs(self) -> frozenset[str]:
@@ -83,14 +87,15 @@ class Fuzzy:
         samples = self.samples
         origin = {"method": evidence.rounding.name, **evidence.provenance}
         samples.check(evidence.units, formats, origin)
-        rules = FuzzyRules(kind=self.kind, neighbours=self.neighbours)
-        predictor: Predictor = Residual(inner=rules) if self.residual else rules
+        predictor = self.predictor
         antecedents = features(evidence, samples.formats)
         scale = np.ones((len(samples.units), len(samples.formats)))
         if self.base is not None:
             scale = np.maximum(self.base.estimate(evidence, samples.formats).cost, _LEAST)
             known = scale[samples.unit, samples.column]
             error = None if samples.error is None else samples.error / known
+            if self.shrink:
+                predictor = Shrunk(inner=predictor, weight=np.sqrt(np.maximum(samples.loss, FLOOR)))
             samples = replace(samples, loss=samples.loss / known, error=error)
         fitted = predictor.fit(samples, antecedents)
         mean, spread = (part * scale for part in fitted.predict(antecedents))
@@ -100,8 +105,6 @@ class Fuzzy:
             if format.kind != "keep":
                 there = samples.formats.index(format)
                 cost[:, column], unsure[:, column] = mean[:, there], spread[:, there]
-        kind = f"{self.kind} on log-linear" if self.residual else self.kind
-        kind += f" over {self.base.name}" if self.base else ""
         return CostTable.from_arrays(
             cost,
             format_bytes(evidence.units, formats),
@@ -114,7 +117,7 @@ class Fuzzy:
                 "method": evidence.rounding.name,
                 "unit": "nats/token",
                 "estimator": self.name,
-                "rules": kind,
+                "predictor": repr(self.predictor),
                 "samples": dict(samples.provenance),
                 "measurements": len(samples),
                 "note": getattr(fitted, "note", ""),

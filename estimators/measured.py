@@ -187,7 +187,7 @@ class Measured:
     def _measure(self, evidence: Evidence, replay: Replay, layer: int) -> Measure:
         """Return what measures the parts of one layer."""
         if self.kind == "block":
-            block, window = block_of(evidence, layer), replay.windows.shape[1] - 1
+            block, window = block_of(evidence, layer), replay.span
             return lambda part: _blocks(evidence, block, part, window, self.squared)
         if self.kind == "layer":
             output, power = LayerOutput(replay, evidence.layout, layer), 2 if self.squared else 1
@@ -198,7 +198,7 @@ class Measured:
         """Return nats a token of each unit's squared norm, float64 [U]; ones if not squared."""
         if not squared:
             return np.ones(len(evidence.units))
-        tokens = {number: replay.windows[:, 1:].numel() for number in evidence.layers}
+        tokens = dict.fromkeys(evidence.layers, replay.tokens)
         if self.kind == "block":
             tokens |= {number: len(trace.hidden) for number, trace in evidence.traces.items()}
         scale = {n: layer.gain / tokens[n] for n, layer in evidence.layers.items()}

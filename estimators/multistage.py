@@ -1,19 +1,19 @@
-"""Several calibration sets: MoQa's clusters as published, and robust costs of our own.
+"""MoQa: significance over several calibration sets, clustered into bit widths, as published.
 
 MoQa (later DynaMo, arXiv 2503.21135) scores experts on several calibration sets, joins the scores,
 and clusters them into bit widths; it counts no bytes. What could be read leaves open how a channel
 is scored, the fuzzifier, and what "near a boundary" is; each is defined here and marked OURS. Its
 channels kept in 16 bits for a switch of data are left out: a plan here is one for all data.
 
-`robust` keeps the useful half: costs of several sets as one table, with their spread.
+`bitknap.estimators.robust` keeps the useful half: costs of several sets as one table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,21 +22,19 @@ from bitknap.allocation.arrays import Floats, Ints, frozen
 from bitknap.allocation.checks import number, whole
 from bitknap.allocation.format import Format
 from bitknap.allocation.plan import BitPlan
-from bitknap.allocation.table import CostTable, widths
+from bitknap.allocation.table import widths
 from bitknap.allocation.units import ROLES
 from bitknap.errors import InputError, MismatchError
+from bitknap.estimators.robust import check_sets
 
 if TYPE_CHECKING:
     from bitknap.estimators.evidence import Evidence
 
-Rule = Literal["mean", "worst", "mean+sd"]
 # OURS: an expert whose two largest memberships differ by less is near a boundary.
 MARGIN = 0.1
 # Fuzzy c-means finds local optima; the best of so many starts is kept.
 _STARTS = 8
 _ERROR, _ROUNDS = 1e-8, 1000
-# What must be equal in tables of several calibration sets.
-_SAME = ("model", "method", "unit")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -112,7 +110,7 @@ def joint_significance(evidences: Sequence[Evidence]) -> Mapping[int, Significan
         InputError: fewer than two sets.
         MismatchError: the sets went through different models.
     """
-    _check_several([dict(x.provenance) for x in evidences])
+    check_sets([dict(x.provenance) for x in evidences])
     for index, evidence in enumerate(evidences[1:], 1):
         if not evidences[0].units.same_as(evidence.units):
             raise MismatchError(
@@ -267,88 +265,3 @@ def _only(formats: Sequence[Format], bits: int) -> int:
 
 def _texts(evidences: Sequence[Evidence]) -> list[str]:
     return [str(evidence.provenance.get("text", "")) for evidence in evidences]
-
-
-def robust(tables: Sequence[CostTable], rule: Rule = "mean", k: float = 1.0) -> CostTable:
-    """Return one table of the costs on several calibration sets.
-
-    Its spread is the standard deviation over the sets (n − 1); what the single tables say of
-    their own spread is not added. A format that any set forbids is forbidden. Frequencies are
-    averaged. OURS: a plan that is good on all sets, where MoQa re-quantizes at a switch.
-
-    Args:
-        tables: one a calibration set, at least two, from one model and one estimator.
-        rule: what a cost becomes: the mean, the worst (largest), or mean + k × deviation.
-        k: of "mean+sd", from 0.
-
-    Raises:
-        InputError: fewer than two tables or calibration sets, an unknown rule, or k below 0.
-        MismatchError: tables of different models, units, formats, bytes, ties, quantizers or
-            cost units.
-    """
-    if rule not in get_args(Rule):
-        raise InputError(f"rule: {rule!r} is not one of {', '.join(get_args(Rule))}")
-    number("k", k)
-    _check_several([dict(table.provenance) for table in tables])
-    first = tables[0]
-    for index, table in enumerate(tables[1:], 1):
-        _check_alike(index, first, table)
-    costs = np.stack([table.cost for table in tables])
-    allowed = np.isfinite(costs).all(axis=0)
-    known = np.where(allowed, costs, 0.0)
-    mean, spread = known.mean(axis=0), known.std(axis=0, ddof=1)
-    chosen = {"mean": mean, "worst": known.max(axis=0), "mean+sd": mean + k * spread}[rule]
-    frequencies = [table.frequency for table in tables if table.frequency is not None]
-    every = len(frequencies) == len(tables)
-    provenance = {key: value for key, value in first.provenance.items() if key != "text"}
-    own = {
-        "estimator": f"robust({first.provenance.get('estimator', 'table')})",
-        "rule": f"mean+{k:g}sd" if rule == "mean+sd" else rule,
-        "texts": [str(table.provenance.get("text", "")) for table in tables],
-    }
-    return replace(
-        first,
-        cost=np.where(allowed, chosen, np.inf),
-        spread=spread,
-        frequency=np.mean(frequencies, axis=0) if every else None,
-        provenance={**provenance, **own},
-    )
-
-
-def _check_several(provenances: Sequence[Mapping[str, object]]) -> None:
-    """Refuse what is one calibration set, whether given once or several times."""
-    remedy = "calibrate on two or more texts"
-    if len(provenances) < 2:
-        raise InputError(f"calibration sets: {len(provenances)} is below 2; {remedy}")
-    origins = {(str(x.get("text", "")), str(x.get("estimator", ""))) for x in provenances}
-    if len(origins) == 1 and origins.pop()[0]:
-        raise InputError(
-            f"calibration sets: all {len(provenances)} are of one text, so they say nothing of "
-            f"others; {remedy}"
-        )
-
-
-def _check_alike(index: int, first: CostTable, table: CostTable) -> None:
-    for key in _SAME:
-        ours, theirs = first.provenance.get(key), table.provenance.get(key)
-        if ours != theirs:
-            raise MismatchError(
-                f"table {index}: {key} is {theirs}, the first has {ours}; estimate all tables "
-                "alike but for the text"
-            )
-    same = {
-        "units": first.units.same_as(table.units),
-        "formats": first.formats == table.formats,
-        "bytes": np.array_equal(first.nbytes, table.nbytes),
-        "ties": np.array_equal(_ties(first), _ties(table)),
-    }
-    for name, equal in same.items():
-        if not equal:
-            raise MismatchError(
-                f"table {index}: its {name} are not those of the first; estimate all tables "
-                "alike but for the text"
-            )
-
-
-def _ties(table: CostTable) -> npt.NDArray[np.integer]:
-    return np.arange(len(table.units)) if table.ties is None else table.ties

@@ -1,30 +1,32 @@
-"""Watch routed experts at work: an experts function that computes what it records.
+"""Watch a model at work: routed experts by a function that computes what it records.
 
-Under transformers' `grouped_mm` no hook on a linear layer fires, so the recorder is registered as
-an experts implementation of its own and computes each hit expert in turn. Where curvature is
-asked for, gradients are caught on each projection's output; per-token squares are then a matrix
-product, (dL/dz)²ᵀ x², so nothing is squared after summing over tokens.
+Under transformers' `grouped_mm` no hook on a linear layer fires, so the recorder takes the place
+of the experts' forward and computes each hit expert in turn. Where curvature is asked for,
+gradients are caught on each projection's output; per-token squares are then a matrix product,
+(dL/dz)²ᵀ x², so nothing is squared after summing over tokens.
 
 Where traces are asked for, the experts' inputs and routing are kept token by token, and with
 gradients also dL/d(output). Gradients can be caught one layer a backward pass (`caught_alone`):
 then only that layer and those after it hold a graph.
+
+Ordinary linear projections (attention, shared, dense) are watched by hooks on their inputs.
 """
 
 from __future__ import annotations
 
 import contextlib
-import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitknap.allocation.units import ROLES
 from bitknap.errors import ModelError
-from bitknap.estimators.evidence import LayerTrace, zeros
+from bitknap.estimators.evidence import LayerTrace, LinearEvidence, zeros
+from bitknap.estimators.forward import Experts, experts_at
 from bitknap.quantize.views import ExpertLayer, Layout
-
-_IMPLEMENTATION = "bitknap_recording"
 
 
 class LayerSums:
@@ -36,6 +38,7 @@ class LayerSums:
         curvature: keep squared gradients of every weight.
         trace_tokens: the first tokens whose inputs are kept; 0 for none.
         gradients: keep gradients at the output of those tokens too.
+        copies: rows that a call has of every token.
     """
 
     def __init__(
@@ -46,6 +49,7 @@ class LayerSums:
         curvature: bool,
         trace_tokens: int = 0,
         gradients: bool = False,
+        copies: int = 1,
     ) -> None:
         e, h, i = layer.experts, layer.hidden, layer.intermediate
         self.layer, self.curved, self.graded = layer, curvature, gradients
@@ -53,7 +57,9 @@ class LayerSums:
         self.summing, self.catching, self.rooted = True, True, False
         self.root: Tensor | None = None
         self.tracing, self.room = trace_tokens > 0, trace_tokens
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
+        self.copies = copies
+        self.rows: list[Tensor] = []
+        self.kept: list[tuple[Tensor, ...]] = []
         self.gradients: dict[int, Tensor] = {}
         self.backward_calls = 0
         self.calls = self.tokens = 0
@@ -96,21 +102,36 @@ class LayerSums:
 
     def keep(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
         """Keep the inputs [T, H] and the routing [T, k] of one call, as far as there is room."""
-        rows = min(self.room, len(hidden))
-        self.room -= rows
-        copied = (hidden[:rows].float(), index[:rows].long(), weights[:rows].float())
-        self.kept.append(tuple(part.detach().clone() for part in copied))  # type: ignore[arg-type]
+        rows = self._rows_of_tokens(index)[: self.room]
+        self.room -= len(rows)
+        self.rows.append(rows)
+        copied = hidden[rows].float(), index[rows].long(), weights[rows].float()
+        self.kept.append(tuple(part.detach() for part in copied))
+
+    def _rows_of_tokens(self, index: Tensor) -> Tensor:
+        """Return the one row of each token that goes to an expert, in the order of tokens."""
+        if self.copies == 1:
+            return torch.arange(len(index), device=index.device)
+        tokens = len(index) // self.copies
+        rows = index[:, 0].ge(0).nonzero()[:, 0]
+        if len(rows) > tokens:
+            raise ModelError(
+                f"layer {self.layer.layer}: each expert scales its own input, and a token has "
+                f"{len(rows) / tokens:g} of them, but a trace keeps one; use an estimator without "
+                "traces, such as moments"
+            )
+        return rows[(rows % tokens).argsort()]
 
     def catch_output(self, output: Tensor) -> None:
         """Keep the gradient at the output [T, H] of one call, for the tokens that were kept."""
         call = self.backward_calls
         self.backward_calls += 1
-        rows = len(self.kept[call][0])
+        rows = self.rows[call]
 
         def caught(gradient: Tensor) -> None:
-            self.gradients[call] = gradient[:rows].detach().float().clone()
+            self.gradients[call] = gradient[rows].detach().float()
 
-        if rows:
+        if len(rows):
             output.register_hook(caught)
 
     def trace(self) -> LayerTrace | None:
@@ -134,72 +155,51 @@ class LayerSums:
         z.register_hook(caught)
 
 
-_watched: weakref.WeakKeyDictionary[nn.Module, LayerSums] = weakref.WeakKeyDictionary()
-
-
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    y = x @ weight if transposed else nn.functional.linear(x, weight)
-    return y if bias is None else y + bias
-
-
-def _recording_experts(self: Any, hidden: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """Compute the experts' output [tokens, H] one expert at a time, recording into its sums."""
-    sums = _watched[self]
-    hidden = hidden.view(-1, hidden.shape[-1])
+def _recorded(experts: Experts, sums: LayerSums, *args: Tensor) -> Tensor:
+    """Compute what the experts' own forward gives, one expert at a time, recording into `sums`."""
+    hidden, index, weights = experts.routed(*args)
     if sums.rooted:
         hidden = sums.root = hidden.detach().requires_grad_()
     if sums.summing and sums.tracing:
         sums.keep(hidden, index, weights)
     output = torch.zeros_like(hidden)
-    first = self.gate_up_proj if self.has_gate else self.up_proj
-    bias = first_bias(self)
     for expert in range(sums.layer.experts):
         token, place = torch.where(index == expert)
         if len(token) == 0:
             continue
-        x, a = hidden[token], weights[token, place]
-        z = _linear(x, first[expert], bias_row(self, bias, expert), self.is_transposed)
-        h = activate(self, z)
-        down = _linear(
-            h, self.down_proj[expert], bias_row(self, "down_proj_bias", expert), self.is_transposed
-        )
-        if self.has_post_expert_norm:
-            down = self.post_expert_norm(down)
-        if sums.curved and sums.catching and z.requires_grad:
-            sums.catch(expert, "first", z, x)
-            sums.catch(expert, "down", down, h)
-        added = down * a[:, None]
-        if sums.summing:
-            with torch.enable_grad():
-                leaf = z.detach().requires_grad_()
-                (slope,) = torch.autograd.grad(activate(self, leaf).sum(), leaf)
-            sums.add(expert, x.detach(), a.detach(), h.detach(), slope)
-            highest = added.detach().double().abs().max()
-            sums.output_max[expert] = torch.maximum(sums.output_max[expert], highest)
+        added = _added(experts, sums, expert, hidden[token], weights[token, place])
         output = output.index_add(0, token, added.to(output.dtype))
+    if experts.identity:
+        share = (weights * (index >= sums.layer.experts)).sum(1, keepdim=True)
+        output = output + hidden * share.to(hidden.dtype)
     if sums.summing:
         sums.calls += 1
-        sums.tokens += len(hidden)
-        sums.output_square += output.detach().double().square().sum()
+        sums.tokens += len(hidden) // experts.copies
+        sums.output_square += experts.summed(output.detach()).double().square().sum()
     if sums.graded and sums.catching and output.requires_grad:
         sums.catch_output(output)
-    return output
+    return output.view(args[0].shape)
 
 
-def activate(module: Any, z: Tensor) -> Tensor:
-    """Return the middle [n, I] of an experts module from its fused first output [n, 2I] or up."""
-    activated: Tensor = module._apply_gate(z) if module.has_gate else module.act_fn(z)
-    return activated
-
-
-def first_bias(module: Any) -> str:
-    """Return the name of the bias of an experts module's first projections."""
-    return f"{'gate_up' if module.has_gate else 'up'}_proj_bias"
-
-
-def bias_row(module: Any, name: str, expert: int) -> Tensor | None:
-    """Return one expert's bias [out]; None if the module has none."""
-    return getattr(module, name)[expert] if module.has_bias else None
+def _added(experts: Experts, sums: LayerSums, expert: int, x: Tensor, a: Tensor) -> Tensor:
+    """Return what one expert adds to its tokens [n, H], from its input and routing weights."""
+    first, last = experts.weights(expert)
+    first_bias, last_bias = experts.biases(expert)
+    z = nn.functional.linear(x, first, first_bias)
+    h = experts.activate(z)
+    down = experts.finish(nn.functional.linear(h, last, last_bias))
+    if sums.curved and sums.catching and z.requires_grad:
+        sums.catch(expert, "first", z, x)
+        sums.catch(expert, "down", down, h)
+    added = down * a[:, None]
+    if sums.summing:
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(experts.activate(leaf).sum(), leaf)
+        sums.add(expert, x.detach(), a.detach(), h.detach(), slope)
+        highest = added.detach().double().abs().max()
+        sums.output_max[expert] = torch.maximum(sums.output_max[expert], highest)
+    return added
 
 
 @contextlib.contextmanager
@@ -243,38 +243,36 @@ def recording(
     Raises:
         ModelError: an MoE layer has an experts class that cannot be watched.
     """
-    from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
+    sums, forwards = {}, []
     for layer in layout.layers:
-        if not layer.decorated:
-            kind = type(model.get_submodule(layer.module)).__name__
-            raise ModelError(
-                f"{layer.module}: experts of class {kind} do not go through transformers' experts "
-                "interface, so calibration cannot see them; use --estimator data-free"
-            )
-    sums = {
-        x.layer: LayerSums(
-            x,
+        experts = experts_at(model, layer)
+        sums[layer.layer] = LayerSums(
+            layer,
             full=full,
             curvature=curvature,
             trace_tokens=trace_tokens,
             gradients=gradients and trace_tokens > 0,
+            copies=experts.copies,
         )
-        for x in layout.layers
-    }
-    ALL_EXPERTS_FUNCTIONS.register(_IMPLEMENTATION, _recording_experts)
-    before = model.config._experts_implementation if layout.layers else None
-    for layer in layout.layers:
-        _watched[model.get_submodule(layer.module)] = sums[layer.layer]
-    try:
-        if layout.layers:
-            model.set_experts_implementation(_IMPLEMENTATION)
+        forwards.append((experts.module, partial(_recorded, experts, sums[layer.layer])))
+    with contextlib.ExitStack() as stack:
+        for module, forward in forwards:
+            stack.enter_context(_calling(module, forward))
         yield sums
+
+
+@contextlib.contextmanager
+def _calling(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `module` compute by another forward while the block runs."""
+    before = vars(module).get("forward")  # one of its own, where accelerate has put one
+    module.forward = forward
+    try:
+        yield
     finally:
-        if layout.layers:
-            model.set_experts_implementation(before)
-        for layer in layout.layers:
-            _watched.pop(model.get_submodule(layer.module), None)
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
 
 
 def check_seen(sums: dict[int, LayerSums]) -> None:
@@ -284,4 +282,48 @@ def check_seen(sums: dict[int, LayerSums]) -> None:
             raise ModelError(
                 f"layer {number} ({layer.layer.module}) saw no expert call during calibration; "
                 "its costs would be made up, so nothing was written"
+            )
+
+
+@contextlib.contextmanager
+def recording_linears(
+    model: nn.Module, layout: Layout, found: dict[int, LinearEvidence], *, full: bool = False
+) -> Iterator[None]:
+    """Record the inputs of units that are ordinary linear layers; give them when the block ends.
+
+    Args:
+        model: a live transformers model.
+        layout: its units.
+        found: gets what each of them saw, by unit.
+        full: keep whole second-moment matrices, not their diagonals only.
+    """
+    handles = []
+    tokens: dict[int, int] = {}
+    squares: dict[int, Tensor] = {}
+    whole: dict[int, Tensor] = {}
+    for unit, view in enumerate(layout.views):
+        if ROLES[layout.units.role[unit]] == "routed":
+            continue
+        cols = int(layout.units.cols[unit])
+        tokens[unit], squares[unit] = 0, zeros(cols)
+        if full:
+            whole[unit] = torch.zeros(cols, cols)
+
+        def keep(module: nn.Module, args: Any, _unit: int = unit) -> None:
+            x = args[0].detach().flatten(0, -2)
+            tokens[_unit] += len(x)
+            squares[_unit].add_(x.double().square().sum(0))
+            if full:
+                whole[_unit].addmm_(x.float().T, x.float())
+
+        module = model.get_submodule(view.tensor.removesuffix(".weight"))
+        handles.append(module.register_forward_pre_hook(keep))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for unit, square in squares.items():
+            found[unit] = LinearEvidence(
+                tokens=tokens[unit], input_square=square, input_full=whole.get(unit)
             )

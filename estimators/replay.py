@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitknap.estimators.windows import labels_of, logits_of, predicted
 from bitknap.quantize.views import Layout
 
 BATCH_TOKENS = 2048
@@ -46,9 +47,8 @@ def standard_error(values: np.ndarray) -> float:
 
 
 def log_probabilities(model: Any, batch: Tensor) -> Tensor:
-    """Return next-token log-probabilities, float32 [windows * (length - 1), vocabulary]."""
-    logits = model(input_ids=batch[:, :-1], use_cache=False).logits
-    return torch.log_softmax(logits.float().flatten(0, 1), dim=-1)
+    """Return log-probabilities of the tokens to predict, float32 [tokens, vocabulary]."""
+    return torch.log_softmax(logits_of(model, batch), dim=-1)
 
 
 def kl_of(model_log: Tensor, reference_log: Tensor) -> Tensor:
@@ -61,18 +61,25 @@ def kl_of(model_log: Tensor, reference_log: Tensor) -> Tensor:
     return divergence
 
 
-def losses_of(model_log: Tensor, reference_log: Tensor, batch: Tensor) -> Tensor:
-    """Return nll, kl and top-1 agreement by window, float64 [3, windows]."""
-    nll = -model_log.gather(1, batch[:, 1:].reshape(-1, 1))[:, 0]
+def losses_of(model_log: Tensor, reference_log: Tensor, labels: Tensor) -> Tensor:
+    """Return nll, kl and top-1 agreement by window, float64 [3, windows].
+
+    Args:
+        model_log: log-probabilities, float32 [tokens, vocabulary].
+        reference_log: those of the reference.
+        labels: the tokens, int64 [windows, predicted].
+    """
+    nll = -model_log.gather(1, labels.reshape(-1, 1))[:, 0]
     top1 = (model_log.argmax(1) == reference_log.argmax(1)).float()
     kl = kl_of(model_log.clone(), reference_log)
-    return torch.stack([nll, kl, top1]).double().view(3, len(batch), -1).mean(2)
+    return torch.stack([nll, kl, top1]).double().view(3, len(labels), -1).mean(2)
 
 
 def decoder_layers(model: nn.Module, layout: Layout) -> tuple[nn.ModuleList | None, dict[int, int]]:
     """Return the list of decoder layers and each MoE layer's place in it.
 
-    (None, {}) when the MoE layers do not lie in one list, as in an encoder-decoder model.
+    (None, {}) when the MoE layers do not lie in one list, and for an encoder-decoder: what its
+    layers pass on is not one output after the other.
     """
     places: dict[int, int] = {}
     lists: set[str] = set()
@@ -86,7 +93,7 @@ def decoder_layers(model: nn.Module, layout: Layout) -> tuple[nn.ModuleList | No
         )
         lists.add(".".join(parts[:at]))
         places[expert.layer] = int(parts[at])
-    if len(lists) != 1:
+    if len(lists) != 1 or model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return None, {}
     found = model.get_submodule(lists.pop())
     return (found, places) if isinstance(found, nn.ModuleList) else (None, {})
@@ -96,7 +103,7 @@ class Replay:
     """A model, fixed windows, and what the unchanged model made of them.
 
     Args:
-        model: a causal language model; measured as it is now, changed by the caller later.
+        model: a language model; measured as it is now, changed by the caller later.
         layout: its units, to find the decoder layers.
         windows: int64 [windows, length].
         cache: keep layer outputs, so that later measurements start at the changed layer.
@@ -115,6 +122,16 @@ class Replay:
                 self._logs.append(log_probabilities(model, batch))
             self._outputs.append(outputs)
 
+    @property
+    def span(self) -> int:
+        """Tokens of a window that are predicted, and that each layer sees."""
+        return predicted(self.model, self.windows.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted, of all windows."""
+        return len(self.windows) * self.span
+
     @torch.inference_mode()
     def measure(self, layer: int | None = None) -> Losses:
         """Measure the model as it is now.
@@ -122,7 +139,7 @@ class Replay:
         Args:
             layer: the first MoE layer that differs from the reference pass; None for any.
         """
-        parts = [losses_of(mine, log, batch) for mine, log, batch in self._runs(layer)]
+        parts = [losses_of(mine, log, labels) for mine, log, labels in self._runs(layer)]
         nll, kl, top1 = torch.cat(parts, dim=1).numpy()
         return Losses(nll=nll, kl=kl, top1=top1)
 
@@ -134,15 +151,15 @@ class Replay:
             layer: the first MoE layer that differs from the reference pass; None for any.
         """
         total = sum(float(kl_of(mine, log).double().sum()) for mine, log, _ in self._runs(layer))
-        return total / (self.windows.shape[0] * (self.windows.shape[1] - 1))
+        return total / self.tokens
 
     def _runs(self, layer: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (log-probabilities now, in the reference pass, token ids) of each batch."""
+        """Yield (log-probabilities now, in the reference pass, labels) of each batch."""
         first = self._places.get(layer, 0) if layer is not None else 0
         for batch, log, outputs in zip(self._batches, self._logs, self._outputs, strict=True):
             with self._remembering(outputs, first):
                 mine = log_probabilities(self.model, batch)
-            yield mine, log, batch
+            yield mine, log, labels_of(self.model, batch)
 
     @contextlib.contextmanager
     def _listening(self, outputs: list[Any]) -> Iterator[None]:
@@ -176,6 +193,6 @@ def compare(model: Any, reference: Any, windows: Tensor) -> Losses:
     for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
         log = log_probabilities(reference, batch)
         mine = log if model is reference else log_probabilities(model, batch)
-        parts.append(losses_of(mine, log, batch))
+        parts.append(losses_of(mine, log, labels_of(model, batch)))
     nll, kl, top1 = torch.cat(parts, dim=1).numpy()
     return Losses(nll=nll, kl=kl, top1=top1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 from bitknap.allocation.units import ROLES, Units
 from bitknap.errors import InputError
 from bitknap.estimators.evidence import Evidence, LayerTrace
-from bitknap.estimators.recording import activate, bias_row, first_bias
+from bitknap.estimators.forward import Experts, experts_at
 from bitknap.quantize.views import ExpertLayer
 
 
@@ -43,14 +43,14 @@ class Block:
 
     Attributes:
         layer: its sizes and layout.
-        module: the live experts module; gives the activation and the biases.
+        experts: the live experts; give the activation and the biases.
         trace: what the experts were given.
         weights: by projection, float32 [E, out, in].
         seen: what each expert made of its tokens.
     """
 
     layer: ExpertLayer
-    module: Any
+    experts: Experts
     trace: LayerTrace
     weights: Mapping[str, Tensor]
     seen: tuple[Seen, ...]
@@ -71,8 +71,8 @@ class Block:
             middle = seen.middle
             if set(changed) != {"down"}:
                 x = self.trace.hidden[seen.token]
-                middle = _middle(self.layer, self.module, weights, expert, x)
-            output = _output(self.module, weights, expert, middle)
+                middle = _middle(self.experts, weights, expert, x)
+            output = _output(self.experts, weights, expert, middle)
             yield expert, seen.token, (output - seen.output) * seen.share[:, None]
 
 
@@ -87,7 +87,7 @@ def block_of(evidence: Evidence, layer: int) -> Block:
     if evidence.replay is None:
         raise InputError("running experts again needs the live model; calibrate it in this process")
     found = next(x for x in evidence.layout.layers if x.layer == layer)
-    module = evidence.replay.model.get_submodule(found.module)
+    experts = experts_at(evidence.replay.model, found)
     trace = evidence.traces[layer]
     weights = {name: evidence.weights(run) for name, run in runs(evidence.units, layer).items()}
     seen = []
@@ -95,10 +95,10 @@ def block_of(evidence: Evidence, layer: int) -> Block:
         routed = trace.index == expert
         token = routed.any(1).nonzero()[:, 0]
         share = (trace.weights * routed)[token].sum(1)
-        middle = _middle(found, module, weights, expert, trace.hidden[token])
-        output = _output(module, weights, expert, middle)
+        middle = _middle(experts, weights, expert, trace.hidden[token])
+        output = _output(experts, weights, expert, middle)
         seen.append(Seen(token, share, middle, output))
-    return Block(layer=found, module=module, trace=trace, weights=weights, seen=tuple(seen))
+    return Block(layer=found, experts=experts, trace=trace, weights=weights, seen=tuple(seen))
 
 
 def runs(units: Units, layer: int) -> dict[str, np.ndarray]:
@@ -112,23 +112,18 @@ def runs(units: Units, layer: int) -> dict[str, np.ndarray]:
 
 
 @torch.no_grad()
-def _middle(
-    layer: ExpertLayer, module: Any, weights: Mapping[str, Tensor], expert: int, x: Tensor
-) -> Tensor:
+def _middle(experts: Experts, weights: Mapping[str, Tensor], expert: int, x: Tensor) -> Tensor:
     z = x @ weights["up"][expert].T
-    if layer.gated:
+    if experts.layer.gated:
         gate = x @ weights["gate"][expert].T
-        z = torch.stack((gate, z), -1).flatten(1) if layer.interleaved else torch.cat((gate, z), 1)
-    bias = bias_row(module, first_bias(module), expert)
-    return activate(module, z if bias is None else z + bias.float()).float()
+        alternate = experts.layer.interleaved
+        z = torch.stack((gate, z), -1).flatten(1) if alternate else torch.cat((gate, z), 1)
+    bias, _ = experts.biases(expert)
+    return experts.activate(z if bias is None else z + bias.float()).float()
 
 
 @torch.no_grad()
-def _output(module: Any, weights: Mapping[str, Tensor], expert: int, middle: Tensor) -> Tensor:
+def _output(experts: Experts, weights: Mapping[str, Tensor], expert: int, middle: Tensor) -> Tensor:
     output = middle @ weights["down"][expert].T
-    bias = bias_row(module, "down_proj_bias", expert)
-    if bias is not None:
-        output = output + bias.float()
-    if module.has_post_expert_norm:
-        output = module.post_expert_norm(output)
-    return output.float()
+    _, bias = experts.biases(expert)
+    return experts.finish(output if bias is None else output + bias.float()).float()

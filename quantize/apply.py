@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitknap.allocation.format import Format
 from bitknap.allocation.plan import BitPlan
 from bitknap.allocation.units import Units
 from bitknap.errors import MismatchError, ModelError
@@ -17,6 +17,9 @@ from bitknap.quantize.quantized import Quantized
 from bitknap.quantize.rounding import RTN, Inputs, Rounding
 from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.views import Layout
+
+# Weights worked on at a time, as float32: much beside the cost of a call, little beside a model.
+PIECE = 1 << 25
 
 
 def stacks(units: Units) -> list[np.ndarray]:
@@ -33,6 +36,26 @@ def stacks(units: Units) -> list[np.ndarray]:
     return sorted(runs, key=lambda run: int(run[0]))
 
 
+def stack_pieces(units: Units, most: int = PIECE) -> list[np.ndarray]:
+    """Return `stacks` cut into runs of at most `most` bytes of float32 weights, or of one unit."""
+    return [which for run in stacks(units) for which in _in_pieces(run, units, most)]
+
+
+def _in_pieces(run: np.ndarray, units: Units, most: int) -> list[np.ndarray]:
+    size = 4 * int(units.rows[run[0]]) * int(units.cols[run[0]])
+    count = max(1, most // max(1, size))
+    return np.split(run, range(count, len(run), count))
+
+
+def plan_pieces(plan: BitPlan) -> Iterator[tuple[np.ndarray, Format]]:
+    """Yield the units of a plan and their format: `stack_pieces`, each of one format."""
+    for run in stacks(plan.units):
+        choices = plan.choice[run]
+        for choice in np.unique(choices):
+            for which in _in_pieces(run[choices == choice], plan.units, PIECE):
+                yield which, plan.formats[choice]
+
+
 def read_units(layout: Layout, which: np.ndarray, tensors: Mapping[str, Tensor]) -> Tensor:
     """Return the weights of equally shaped units, float32 [n, rows, cols].
 
@@ -40,8 +63,37 @@ def read_units(layout: Layout, which: np.ndarray, tensors: Mapping[str, Tensor])
         ModelError: a weight is NaN or infinite.
     """
     weights = torch.stack([layout.views[i].of(tensors[layout.views[i].tensor]) for i in which])
-    weights = weights.float()
-    if not torch.isfinite(weights).all():
+    return _finite(layout, which, weights.float())
+
+
+def read_stored(
+    layout: Layout, which: np.ndarray, source: Checkpoint, rows: slice | None = None
+) -> Tensor:
+    """Return `read_units` of a checkpoint on disk, reading one matrix at a time and little else.
+
+    Args:
+        layout: walked on the checkpoint's headers.
+        which: equally shaped units.
+        source: the checkpoint.
+        rows: which output rows of each unit, by start and stop; all when not given.
+
+    Raises:
+        ModelError: a weight is NaN or infinite.
+        FileError: a file has shrunk since it was opened.
+    """
+    units = layout.units
+    part = slice(0, int(units.rows[which[0]])) if rows is None else rows
+    weights = torch.empty(len(which), part.stop - part.start, int(units.cols[which[0]]))
+    for place, unit in enumerate(which):
+        view = layout.views[unit]
+        weights[place] = source.read_matrix(
+            view if rows is None else view.rows(part.start, part.stop)
+        )
+    return _finite(layout, which, weights)
+
+
+def _finite(layout: Layout, which: np.ndarray, weights: Tensor) -> Tensor:
+    if not all_finite(weights):
         bad = which[int((~torch.isfinite(weights)).flatten(1).any(1).nonzero()[0])]
         raise ModelError(
             f"{layout.views[bad].tensor}: NaN or infinite weight in "
@@ -51,10 +103,10 @@ def read_units(layout: Layout, which: np.ndarray, tensors: Mapping[str, Tensor])
     return weights
 
 
-def read_stored(layout: Layout, which: np.ndarray, source: Checkpoint) -> Tensor:
-    """Return `read_units` of a checkpoint on disk, reading no tensor but those."""
-    names = {layout.views[i].tensor for i in which}
-    return read_units(layout, which, {name: source.read(name) for name in names})
+def all_finite(values: Tensor) -> bool:
+    """Return whether no value is NaN or infinite, in one sweep and without a copy."""
+    # NaN is the least and the greatest of whatever it is among.
+    return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
 # From equally shaped units to what their inputs were like.
@@ -67,7 +119,7 @@ def quantize_plan(
     rounding: Rounding = RTN,
     inputs: Watched | None = None,
 ) -> Iterator[tuple[np.ndarray, Quantized | Tensor]]:
-    """Yield (units of one format, their stacked rows quantized) over the whole plan.
+    """Yield (units of one format, their stacked rows quantized) over the whole plan, in pieces.
 
     Units that keep their source precision come as the weights that `read` gave.
 
@@ -77,18 +129,13 @@ def quantize_plan(
         rounding: how.
         inputs: what units' inputs were like, for ways of rounding that ask.
     """
-    for run in stacks(plan.units):
-        by_format: defaultdict[int, list[int]] = defaultdict(list)
-        for unit in run:
-            by_format[int(plan.choice[unit])].append(int(unit))
-        for choice, members in sorted(by_format.items()):
-            which, format = np.array(members), plan.formats[choice]
-            weights = read(which)
-            if format.kind == "keep":
-                yield which, weights
-            else:
-                known = inputs(which) if inputs and rounding.needs_inputs else None
-                yield which, rounding.quantize(weights, format, known)
+    for which, format in plan_pieces(plan):
+        weights = read(which)
+        if format.kind == "keep":
+            yield which, weights
+        else:
+            known = inputs(which) if inputs and rounding.needs_inputs else None
+            yield which, rounding.quantize(weights, format, known)
 
 
 def aligned(plan: BitPlan, layout: Layout) -> BitPlan:

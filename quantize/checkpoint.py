@@ -4,6 +4,7 @@
     bitknap*.safetensors   kept tensors under their own names; one uint8 tensor a stack of units,
                            named bitknap.<layer>.<role>.<projection>: their bytes, back to back
     bitknap_plan.json      the plan; with it every offset follows from `Format.nbytes`
+    README.md              the model card, see `card`
     bitknap_source.json    name, dtype and shape of the tensors that the streams replace
     everything else        the tokenizer and its like, copied
 
@@ -15,42 +16,58 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from bitknap.allocation.budget import parse_size
 from bitknap.allocation.plan import BitPlan
 from bitknap.allocation.units import ROLES, Units
-from bitknap.errors import BitknapError, MismatchError, ModelError
-from bitknap.files import whole_folder, write_whole
-from bitknap.quantize.apply import aligned, quantize_plan, read_stored, stacks
+from bitknap.errors import BitknapError, InputError, MismatchError
+from bitknap.files import check_free_name, check_space, move_into_place, write_whole
+from bitknap.progress import Progress
+from bitknap.quantize import card
+from bitknap.quantize.apply import Watched, aligned
+from bitknap.quantize.blocks import layout_for
 from bitknap.quantize.names import walk_headers
-from bitknap.quantize.packed import encode
+from bitknap.quantize.outline import PREFIX, identity, kept_tensors, outline, stream_name, streams
+from bitknap.quantize.packed_config import LAYOUT_VERSION, LAYOUTS, STUB, packed_config, stub
+from bitknap.quantize.pieces import COPY, Piece, Work, read_finite
+from bitknap.quantize.resume import Partial
+from bitknap.quantize.rounding import RTN, Rounding
+from bitknap.quantize.shards import MAX_SHARD_SIZE
 from bitknap.quantize.source import PACKED, Checkpoint
+from bitknap.quantize.streaming import Output, run
 from bitknap.quantize.views import Layout
+
+__all__ = [
+    "PLAN",
+    "PREFIX",
+    "SOURCE",
+    "VERSION",
+    "check_finite",
+    "copied_files",
+    "digest",
+    "fixed_bytes",
+    "is_packed",
+    "roles_of",
+    "save",
+    "stream_name",
+    "streams",
+]
 
 PLAN = "bitknap_plan.json"
 SOURCE = "bitknap_source.json"
 VERSION = "1.0"
-PREFIX = "bitknap."
-_KEPT = {"bf16": "BF16", "fp16": "F16", "fp32": "F32"}
 _NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
 def is_packed(folder: Path) -> bool:
     """Return whether `folder` holds a packed checkpoint, be it damaged."""
     return (folder / PLAN).is_file() or any(folder.glob(f"{PACKED}*.safetensors"))
-
-
-def stream_name(units: Units, unit: int) -> str:
-    """Return the name of the tensor that holds this unit's bytes."""
-    projection = units.projections[units.projection[unit]]
-    return f"{PREFIX}{units.layer[unit]}.{ROLES[units.role[unit]]}.{projection}"
 
 
 def copied_files(source: Checkpoint) -> list[Path]:
@@ -62,69 +79,129 @@ def copied_files(source: Checkpoint) -> list[Path]:
     )
 
 
-def kept_tensors(source: Checkpoint, layout: Layout) -> list[str]:
-    """Return the tensors that keep their precision.
-
-    Raises:
-        ModelError: a tensor holds units and something else; it can be neither kept nor replaced.
-    """
-    covered: defaultdict[str, int] = defaultdict(int)
-    sizes = layout.units.rows * layout.units.cols
-    for view, size in zip(layout.views, sizes.tolist(), strict=True):
-        covered[view.tensor] += size
-    for name, size in covered.items():
-        if size != int(np.prod(source.headers[name].shape)):
-            raise ModelError(
-                f"{name}: only {size} of its weights belong to units; cannot replace it"
-            )
-    return [name for name in source.headers if name not in covered]
-
-
 def fixed_bytes(source: Checkpoint, layout: Layout) -> int:
     """Return what a packed checkpoint takes on disk beside its units' bytes, at most.
 
     Kept tensors and copied files are exact; for headers, config and the plan's text it is a bound.
     """
-    kept = sum(
-        source.headers[n].stop - source.headers[n].start for n in kept_tensors(source, layout)
-    )
+    tensors = source.stored(kept_tensors(source, layout)).values()
+    kept = sum(info.stop - info.start for info in tensors)
     copied = sum(f.stat().st_size for f in copied_files(source))
     # A plan's row takes about 140 bytes; a tensor's name stands in a header and maybe an index.
     text = 192 * len(layout.units) + sum(2 * len(name) + 160 for name in source.headers)
-    return kept + copied + text + 2 * len(json.dumps(dict(source.config))) + 8192
+    config = 2 * len(json.dumps(dict(source.config))) + 2048
+    return kept + copied + text + config + card.MOST_BYTES + 8192
 
 
 def save(
-    source: Checkpoint, plan: BitPlan, out: Path, *, overwrite: bool = False
+    source: Checkpoint,
+    plan: BitPlan,
+    out: Path,
+    *,
+    rounding: Rounding = RTN,
+    inputs: Watched | None = None,
+    about: Mapping[str, Any] = MappingProxyType({}),
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Progress | None = None,
 ) -> dict[str, int]:
-    """Write `source` quantized as `plan` says, whole or not at all.
+    """Write `source` quantized as `plan` says, piece by piece; `out` appears when all is there.
+
+    Little more than the largest matrix is in memory. What is done grows in a hidden folder beside
+    `out` (see `resume`): after a kill or an error the same call goes on from there, and ends with
+    the same bytes.
+
+    Args:
+        source: the checkpoint.
+        plan: what becomes of its units.
+        out: the folder to write.
+        rounding: how to round.
+        inputs: what units' inputs were like, for ways of rounding that ask.
+        about: what `inputs` come from, such as text, tokens and seed; JSON values.
+        max_shard_size: most bytes of a file, such as "5GB"; a larger tensor has its own.
+        overwrite: replace `out`, and what a run with other inputs left.
+        progress: called with ("quantize", done, of) after each piece.
 
     Returns:
         predicted and written bytes of the units, and bytes of the whole folder.
 
     Raises:
-        MismatchError: the plan was made for another model, or keeps a precision it does not have.
+        MismatchError: the plan was made for another model, or keeps a precision it does not have;
+            or a run with other inputs was left unfinished.
         ModelError: a weight is NaN or infinite.
-        InputError: `out` exists and `overwrite` is false.
-        BitknapError: the bytes on disk are not the plan's.
+        InputError: `out` exists and `overwrite` is false, or the disk has no room for it.
+        BitknapError: the bytes on disk are not the plan's, or the disk is full.
+        KeyboardInterrupt: stopped by hand; says what is kept.
     """
+    check_plan(source, plan)
+    check_free_name(out, overwrite=overwrite)
+    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    if limit < 1:
+        raise InputError(f"max_shard_size: {max_shard_size!r} is not above 0, such as 5GB")
+    layout = walk_headers(source.config, source.shapes, include=roles_of(plan.units))
+    layout = layout_for(plan.units, layout)
+    plan = aligned(plan, layout)
+    _check_kept(source, layout, plan)
+    planned = outline(source, layout, plan, limit)
+    work = Work(
+        source=source,
+        layout=layout,
+        plan=plan,
+        kept=planned.kept,
+        places=planned.shards.places,
+        unit_places=planned.unit_places,
+        rounding=rounding,
+        inputs=inputs,
+    )
+    pieces = work.pieces()
+    known = identity(work, planned.shards, pieces) | {"max_shard_size": limit, **about}
+    lines = [{"piece": n, "source": stamp} for n, stamp in enumerate(work.stamps(pieces))]
+    partial = Partial(out=out, lines=lines)
+    check_space(out, fixed_bytes(source, layout) + plan.total_bytes - partial.allocated())
+    with partial.locked():
+        done = partial.begin(known, planned.shards, overwrite=overwrite)
+        with partial.keeping():
+            _fill(work, pieces, done, partial, progress)
+            sizes = _finish(source, layout, plan, partial.files, out)
+        move_into_place(partial.files, out)
+        shutil.rmtree(partial.folder)
+    return sizes
+
+
+def check_plan(source: Checkpoint, plan: BitPlan) -> None:
+    """Raise MismatchError unless the plan was made for this model."""
     if plan.model != source.fingerprint:
         raise MismatchError(
             f"the plan is for model {plan.model or 'unknown'}, this one is {source.fingerprint}; "
             "make a plan from a table of this model"
         )
-    layout = walk_headers(source.config, source.shapes, include=roles_of(plan.units))
-    plan = aligned(plan, layout)
-    _check_kept(source, layout, plan)
-    with whole_folder(out, overwrite=overwrite) as part:
-        kept = {name: _finite(source, name) for name in kept_tensors(source, layout)}
-        streams = dict(_streams(source, layout, plan))
-        _write_tensors(kept | streams, part)
-        _write_texts(source, layout, plan, part)
-        written = _stream_bytes(part)
-        if written != plan.total_bytes:
-            raise BitknapError(f"{out}: {written} bytes of units, the plan says {plan.total_bytes}")
-        total = sum(f.stat().st_size for f in part.iterdir())
+
+
+def _fill(
+    work: Work,
+    pieces: Sequence[Piece],
+    done: set[int],
+    partial: Partial,
+    progress: Progress | None,
+) -> None:
+    todo = {number: piece for number, piece in enumerate(pieces) if number not in done}
+
+    def tell(count: int) -> None:
+        if progress is not None:
+            progress("quantize", len(done) + count - 1, len(pieces))
+
+    with Output(partial.files, partial.journal) as output:
+        run(work, todo, partial.lines, output, tell)
+
+
+def _finish(
+    source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path, out: Path
+) -> dict[str, int]:
+    _write_texts(source, layout, plan, folder)
+    written = _stream_bytes(folder)
+    if written != plan.total_bytes:
+        raise BitknapError(f"{out}: {written} bytes of units, the plan says {plan.total_bytes}")
+    total = sum(f.stat().st_size for f in folder.iterdir())
     return {"predicted": plan.total_bytes, "written": written, "checkpoint": total}
 
 
@@ -136,60 +213,38 @@ def roles_of(units: Units) -> tuple[str, ...]:
 def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
     """Refuse a plan that keeps units in a precision other than the one they are stored in."""
     for unit, view in enumerate(layout.views):
-        format, stored = plan.format_of(unit), source.headers[view.tensor].dtype
-        if format.kind == "keep" and stored != _KEPT.get(format.source):
+        format, stored = plan.format_of(unit), source.precision(view.tensor)
+        if format.kind == "keep" and stored != format.source:
+            low = source.low_bit.get(view.tensor)
             raise MismatchError(
                 f"{plan.units.label(unit)}: the plan says {format.name}, but {view.tensor} is "
-                f"stored as {stored}; keep that precision or quantize"
+                f"stored as {low.kind if low else source.headers[view.tensor].dtype}; "
+                "keep that precision or quantize"
             )
 
 
 def check_finite(source: Checkpoint) -> None:
     """Raise ModelError for the first tensor with a NaN or infinite weight; reads them all."""
-    for name in source.headers:
-        if not name.startswith(PREFIX):
-            _finite(source, name)
-
-
-def _finite(source: Checkpoint, name: str) -> Tensor:
-    tensor = source.read(name)
-    if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-        raise ModelError(
-            f"{name}: NaN or infinite weight; repair the checkpoint before quantizing it"
-        )
-    return tensor
-
-
-def _streams(source: Checkpoint, layout: Layout, plan: BitPlan) -> Iterator[tuple[str, Tensor]]:
-    def read(which: np.ndarray) -> Tensor:
-        return read_stored(layout, which, source)
-
-    pieces: dict[int, Tensor] = {}
-    for which, quantized in quantize_plan(plan, read):
-        for place, unit in enumerate(which):
-            if isinstance(quantized, Tensor):
-                dtype = source.read(layout.views[unit].tensor).dtype
-                pieces[unit] = quantized[place].to(dtype).contiguous().view(torch.uint8).reshape(-1)
-            else:
-                rows = int(plan.units.rows[unit])
-                pieces[unit] = encode(quantized.rows(place * rows, (place + 1) * rows))
-    for run in stacks(plan.units):
-        yield stream_name(plan.units, int(run[0])), torch.cat([pieces[int(i)] for i in run])
-
-
-def _write_tensors(tensors: dict[str, Tensor], folder: Path) -> None:
-    from huggingface_hub import save_torch_state_dict
-
-    pattern = f"{PACKED}{{suffix}}.safetensors"
-    save_torch_state_dict(tensors, folder, filename_pattern=pattern, metadata={"format": "pt"})
+    names = [name for name in source.headers if not name.startswith(PREFIX)]
+    for name, info in source.stored(names).items():
+        size = info.stop - info.start
+        for start in range(0, size, COPY):
+            read_finite(name, info, start, min(size, start + COPY))
 
 
 def _write_texts(source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path) -> None:
     for file in copied_files(source):
         shutil.copyfile(file, folder / file.name)
-    ours = {"quant_method": "bitknap", "version": VERSION}
-    write_whole(folder / "config.json", _json({**source.config, "quantization_config": ours}))
+    single = f"{PACKED}.safetensors"
+    weights = single if (folder / single).is_file() else f"{single}.index.json"
+    lie = {"layout": LAYOUTS[0], "layout_version": LAYOUT_VERSION}
+    config = packed_config(source.config, weights, **lie)
+    write_whole(folder / "config.json", _json(config))
+    if text := stub(source.config):
+        write_whole(folder / STUB, text.encode())
     plan.save(folder / PLAN)
+    sizes = {"quantized weights": plan.total_bytes, "source": source.nbytes}
+    card.write(folder, plan, source=source.folder, sizes=sizes)
     checksum = digest(folder / PLAN)
     replaced = sorted({view.tensor for view in layout.views})
     info = {

@@ -11,13 +11,18 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from bitknap.errors import FileError
+from bitknap.files import read_json
+
+# How weights are called: transformers' own name, and ours for packed ones. Under its own name
+# transformers would load a packed checkpoint without a word and make up all experts at random.
+STEMS = PLAIN, PACKED = "model", "bitknap"
 
 # The bound of the safetensors library.
 _MOST_HEADER_BYTES = 100_000_000
@@ -69,7 +74,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     Raises:
         FileError: anything at all is wrong with the header; names the file and the tensor.
     """
-    entries, begin, size = _read_json(path)
+    return check_header(path, *_read_json(path))
+
+
+def check_header(
+    path: Path, entries: Mapping[str, Any], begin: int, size: int
+) -> dict[str, TensorInfo]:
+    """Return the tensors of a parsed header, checked against each other and the file's size.
+
+    Args:
+        path: the file, named in messages; it need not be here.
+        entries: the parsed JSON.
+        begin: where the data begins.
+        size: of the file.
+
+    Raises:
+        FileError: anything at all is wrong with the header; names the file and the tensor.
+    """
     found: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
         if name == "__metadata__":
@@ -90,6 +111,37 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         found[name] = TensorInfo(dtype, shape, path, begin + start, begin + stop)
     _check_tiling(path, found, begin, size)
     return found
+
+
+def read_index(index: Path) -> dict[str, str]:
+    """Return the file of every tensor, as the index of a checkpoint in several files says.
+
+    Raises:
+        FileError: it is no index, or names files outside its folder.
+    """
+    content = read_json(index)
+    where = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(where, dict) or not where:
+        raise FileError(f"{index}: weight_map: missing or empty")
+    for file in where.values():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
+            raise FileError(f"{index}: weight_map: {file!r} is not a file name in this folder")
+    return where
+
+
+def joined(files: Iterable[Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Return the tensors of all files of one checkpoint.
+
+    Raises:
+        FileError: two files hold a tensor of one name.
+    """
+    headers: dict[str, TensorInfo] = {}
+    for tensors in files:
+        for name, info in tensors.items():
+            if name in headers:
+                raise FileError(f"{info.file}: {name}: also in {headers[name].file.name}")
+            headers[name] = info
+    return headers
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -2,29 +2,84 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from bitknap.allocation.arrays import Longs
 from bitknap.allocation.plan import BitPlan
 from bitknap.errors import FileError, ModelError
 from bitknap.files import check_version, read_json
-from bitknap.quantize.apply import aligned, stacks
+from bitknap.quantize.apply import aligned
+from bitknap.quantize.blocks import layout_for
 from bitknap.quantize.checkpoint import (
     PLAN,
-    PREFIX,
     SOURCE,
     VERSION,
     digest,
     is_packed,
     roles_of,
-    stream_name,
 )
+from bitknap.quantize.convert import unit_bytes
+from bitknap.quantize.layers import CACHE_BYTES, unpacked
 from bitknap.quantize.names import walk_headers
-from bitknap.quantize.packed import decode
+from bitknap.quantize.outline import PREFIX, streams
+from bitknap.quantize.packed_config import check_config, layout_of, plain_config
 from bitknap.quantize.source import DTYPES, Checkpoint
+from bitknap.quantize.views import Layout
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedFolder:
+    """A packed checkpoint whose headers, plan and source agree with each other.
+
+    Attributes:
+        checkpoint: its tensors.
+        shapes: dtype and shape of the tensors that streams replace.
+        layout: the units in those tensors.
+        plan: the plan, with its units in the layout's order.
+        kind: how streams lie, "plain" or "tiles".
+        nbytes: what each unit has in them, int64[U].
+    """
+
+    checkpoint: Checkpoint
+    shapes: dict[str, tuple[str, tuple[int, ...]]]
+    layout: Layout
+    plan: BitPlan
+    kind: str
+    nbytes: Longs
+
+
+def open_packed(folder: Path) -> PackedFolder:
+    """Read all of a packed checkpoint but its tensors.
+
+    Raises:
+        FileError: a file is missing, truncated, corrupt or of an unknown version.
+    """
+    plan = BitPlan.load(folder / PLAN)
+    shapes = _source_shapes(folder)
+    packed = Checkpoint.open(folder)
+    check_config(packed.config, folder)
+    kind = layout_of(packed.config, folder)
+    whole = walk_headers(plain_config(packed.config), shapes, include=roles_of(plan.units))
+    layout = layout_for(plan.units, whole)
+    plan = aligned(plan, layout)
+    nbytes = unit_bytes(plan, kind)
+    for name, run in streams(plan.units).items():
+        if name not in packed.headers:
+            raise FileError(f"{folder}: tensor {name} is missing; write the checkpoint again")
+        info, total = packed.headers[name], int(nbytes[run].sum())
+        if (info.dtype, info.shape) != ("U8", (total,)):
+            raise FileError(
+                f"{folder}: tensor {name}: {info.dtype} {list(info.shape)}, the plan says U8 "
+                f"[{total}]; write the checkpoint again"
+            )
+    return PackedFolder(
+        checkpoint=packed, shapes=shapes, layout=layout, plan=plan, kind=kind, nbytes=nbytes
+    )
 
 
 def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
@@ -35,28 +90,16 @@ def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
     Raises:
         FileError: a file is missing, truncated, corrupt or of an unknown version.
     """
-    plan = BitPlan.load(folder / PLAN)
-    shapes = _source_shapes(folder)
-    packed = Checkpoint.open(folder)
-    plain = {k: v for k, v in packed.config.items() if k != "quantization_config"}
-    layout = walk_headers(plain, shapes, include=roles_of(plan.units))
-    plan = aligned(plan, layout)
-    tensors = {n: packed.read(n) for n in packed.headers if not n.startswith(PREFIX)}
-    tensors |= {n: torch.empty(shape) for n, (_, shape) in shapes.items()}
-    for run in stacks(plan.units):
-        name = stream_name(plan.units, int(run[0]))
-        if name not in packed.headers:
-            raise FileError(f"{folder}: tensor {name} is missing; write the checkpoint again")
-        info, total = packed.headers[name], int(plan.nbytes[run].sum())
-        if (info.dtype, info.shape) != ("U8", (total,)):
-            raise FileError(
-                f"{folder}: tensor {name}: {info.dtype} {list(info.shape)}, the plan says U8 "
-                f"[{total}]; write the checkpoint again"
-            )
-        stream, at = packed.read(name), 0
-        for unit, size in zip(run, plan.nbytes[run].tolist(), strict=True):
-            view = layout.views[unit]
-            matrix = _unit_weight(stream[at : at + size], plan, int(unit), shapes[view.tensor][0])
+    packed = open_packed(folder)
+    plan, headers = packed.plan, packed.checkpoint.headers
+    tensors = {n: packed.checkpoint.read(n) for n in headers if not n.startswith(PREFIX)}
+    tensors |= {n: torch.empty(shape) for n, (_, shape) in packed.shapes.items()}
+    rows, cols = plan.units.rows.tolist(), plan.units.cols.tolist()
+    for name, run in streams(plan.units).items():
+        stream, at = packed.checkpoint.read(name), 0
+        for unit, size in zip(run.tolist(), packed.nbytes[run].tolist(), strict=True):
+            view, piece = packed.layout.views[unit], stream[at : at + size]
+            matrix = unpacked(piece, plan.format_of(unit), rows[unit], cols[unit], packed.kind)
             view.of(tensors[view.tensor]).copy_(matrix)
             at += size
     return plan, tensors
@@ -84,38 +127,60 @@ def _source_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     return shapes
 
 
-def _unit_weight(stream: Tensor, plan: BitPlan, unit: int, dtype: str) -> Tensor:
-    rows, cols = int(plan.units.rows[unit]), int(plan.units.cols[unit])
-    format = plan.format_of(unit)
-    if format.kind == "keep":
-        return stream.clone().view(DTYPES[dtype]).view(rows, cols).float()
-    return decode(stream, format, rows, cols).dequantize()
-
-
-def load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+def load(
+    folder: Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    packed: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> Any:
     """Return the transformers model of a packed or of a plain checkpoint, in evaluation mode.
 
     Args:
         folder: the checkpoint.
         dtype: "auto" is what config.json says; quantized weights are rounded to it once.
+        packed: keep the weights of a packed checkpoint packed in memory and dequantize a matrix
+            when it is used: slower, in about the memory that the checkpoint has on disk. Its
+            `save_pretrained` writes a packed checkpoint; otherwise it is an ordinary model.
+        cache_bytes: how much of it may be held dequantized as well, when packed.
 
     Raises:
         FileError: a file is damaged, or the model needs tensors that are not there.
-        ModelError: transformers does not know the architecture.
+        ModelError: transformers does not know the architecture, or cannot keep it packed.
     """
     config, architecture = _architecture(folder)
-    if is_packed(folder):
-        _, tensors = read_packed(folder)
+    packed = packed and is_packed(folder)
+    where: dict[str, Any] = {"pretrained_model_name_or_path": folder}
+    if is_packed(folder) and dtype == "auto":
+        dtype = _own_dtype(folder, config)
+    if packed:
+        from bitknap.quantize.plugin import register
+
+        register()
+        open_packed(folder)  # damage is told in one line, before transformers reads anything
+    elif is_packed(folder):
+        where = {"pretrained_model_name_or_path": None, "config": to_plain(config)}
+        where["state_dict"] = read_packed(folder)[1]
+    elif (source := Checkpoint.open(folder)).low_bit:  # opened, and so checked, either way
         del config.quantization_config
-        wanted = _own_dtype(folder, config) if dtype == "auto" else dtype
+        tensors = {name: source.read(name).contiguous() for name in source.headers}
         where = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
-    else:
-        Checkpoint.open(folder)  # a damaged file is told in one line, before transformers reads it
-        wanted, where = dtype, {"pretrained_model_name_or_path": folder}
-    model, report = architecture.from_pretrained(**where, dtype=wanted, output_loading_info=True)
+    model, report = architecture.from_pretrained(**where, dtype=dtype, output_loading_info=True)
     if missing := sorted(report["missing_keys"]):
         raise FileError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}")
+    if packed:
+        model.hf_quantizer.cache.limit = cache_bytes
     return model.eval()
+
+
+def to_plain(config: Any) -> Any:
+    """Take what a packed checkpoint says of itself out of its configuration, in place."""
+    plain = plain_config(vars(config))
+    for name in set(vars(config)) - set(plain):
+        delattr(config, name)
+    if "auto_map" in plain:
+        config.auto_map = plain["auto_map"]
+    return config
 
 
 def _own_dtype(folder: Path, config: Any) -> torch.dtype:

@@ -2,7 +2,8 @@
 
     codes   dense bit stream of rows × cols codes (kernels/layout)
     scale   fp16, one a group; or one a row when metadata is compact
-    share   uint8, one a group: compact metadata with more than one group a row
+    share   dense bit stream of 8 or 6 bits, one a group: compact metadata with more than one
+            group a row
     zero    fp16, one a group; or a dense bit stream of b-bit integers when compact
 
 A unit that keeps its source precision is its matrix, as it was.
@@ -24,7 +25,7 @@ def encode(unit: Quantized) -> Tensor:
     grid, bits = unit.grid, unit.format.bits
     parts = [pack_bits(unit.codes, bits), _raw(grid.scale)]
     if grid.share is not None:
-        parts.append(_raw(grid.share))
+        parts.append(pack_bits(grid.share, unit.format.share_bits))
     if grid.zero is not None:
         integer = grid.zero.dtype == torch.uint8
         parts.append(pack_bits(grid.zero, bits) if integer else _raw(grid.zero))
@@ -44,20 +45,18 @@ def decode(stream: Tensor, format: Format, rows: int, cols: int) -> Quantized:
         )
     cut = _Cutter(stream)
     groups = int(format.groups(cols))
-    codes = unpack_bits(cut.take(packed_bytes(rows * cols, format.bits)), format.bits, rows * cols)
-    compact = format.metadata == "compact"
-    across = 1 if compact else groups
+    codes = cut.codes(rows, cols, format.bits)
+    across = 1 if format.compact else groups
     scale = cut.take(rows * across * 2).view(torch.float16).view(rows, across)
     share = zero = None
-    if compact and groups > 1:
-        share = cut.take(rows * groups).view(rows, groups)
-    if not format.symmetric and compact:
-        packed = cut.take(packed_bytes(rows * groups, format.bits))
-        zero = unpack_bits(packed, format.bits, rows * groups).view(rows, groups)
+    if format.compact and groups > 1:
+        share = cut.codes(rows, groups, format.share_bits)
+    if not format.symmetric and format.compact:
+        zero = cut.codes(rows, groups, format.bits)
     elif not format.symmetric:
         zero = cut.take(rows * groups * 2).view(torch.float16).view(rows, groups)
     grid = Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
-    return Quantized(grid=grid, codes=codes.view(rows, cols))
+    return Quantized(grid=grid, codes=codes)
 
 
 def _raw(tensor: Tensor) -> Tensor:
@@ -73,3 +72,7 @@ class _Cutter:
     def take(self, count: int) -> Tensor:
         self._at += count
         return self._stream[self._at - count : self._at].clone()
+
+    def codes(self, rows: int, cols: int, bits: int) -> Tensor:
+        packed = self.take(packed_bytes(rows * cols, bits))
+        return unpack_bits(packed, bits, rows * cols).view(rows, cols)

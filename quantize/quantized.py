@@ -6,9 +6,9 @@ A group of weights x becomes codes q and, by format:
     asymmetric, fp16     x ≈ s q + m    m: fp16 value of code 0; 1 bit is sign × scale + mean
     asymmetric, compact  x ≈ s (q - z)  z: integer zero of b bits
 
-`compact` stores s as an 8-bit share of one fp16 scale a row. Every way of rounding ends here:
-scales and zeros are rounded as they are stored before codes are chosen, so that the error charged
-is the error deployed.
+`compact` stores s as an 8-bit share of one fp16 scale a row, `compact6` as a 6-bit one. Every way
+of rounding ends here: scales and zeros are rounded as they are stored before codes are chosen, so
+that the error charged is the error deployed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,12 @@ from bitknap.allocation.format import Format
 LEAST_SCALE = 2.0**-24  # the smallest positive fp16
 
 
+def top_share(format: Format) -> int:
+    """Return the share that stands for the whole row scale."""
+    most: int = 2**format.share_bits - 1
+    return most
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Grid:
     """The stored scales and zeros of rows; G groups a row.
@@ -31,8 +37,8 @@ class Grid:
         format: the storage format.
         cols: weights of a row.
         scale: fp16 [rows, G] ("fp16" metadata) or fp16 [rows, 1], the row scale ("compact").
-        share: uint8 [rows, G], group scale over row scale in 255ths; None unless compact with
-            more than one group a row.
+        share: uint8 [rows, G], group scale over row scale in 255ths, or 63rds (`top_share`); None
+            unless compact with more than one group a row.
         zero: fp16 [rows, G] value of code 0, or uint8 [rows, G] integer zero; None when symmetric.
     """
 
@@ -55,13 +61,14 @@ class Grid:
         """
         top = torch.finfo(torch.float16).max
         share = kept = None
-        if format.metadata == "compact":
+        if format.compact:
             row = scale.amax(1, keepdim=True).clamp(LEAST_SCALE, top).half()
             if scale.shape[1] > 1:
-                share = (scale / row.float() * 255).round_().clamp_(1, 255).to(torch.uint8)
+                most = top_share(format)
+                share = (scale / row.float() * most).round_().clamp_(1, most).to(torch.uint8)
         else:
             row = scale.clamp(LEAST_SCALE, top).half()
-        if not format.symmetric and format.metadata == "compact":
+        if not format.symmetric and format.compact:
             kept = zero.round().clamp(0, 2**format.bits - 1).to(torch.uint8)
         elif not format.symmetric:
             kept = (-scale * zero).clamp(-top, top).half()
@@ -75,7 +82,9 @@ class Grid:
     def steps(self) -> Tensor:
         """Return s of every group, float32 [rows, G or 1]."""
         scale = self.scale.float()
-        return scale if self.share is None else scale * (self.share.float() / 255)
+        if self.share is None:
+            return scale
+        return scale * (self.share.float() / top_share(self.format))
 
     def codes(self, x: Tensor) -> Tensor:
         """Return the nearest codes of `x` float32 [rows, cols], uint8."""

@@ -98,11 +98,11 @@ def _range_grid(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tens
     levels = 2**format.bits - 1
     if format.symmetric:
         return _positive(torch.maximum(-low, high) * (2 / levels)), torch.full_like(low, levels / 2)
-    if format.metadata == "compact":  # an integer zero among the codes needs 0 inside the range
+    if format.compact:  # an integer zero among the codes needs 0 inside the range
         low, high = low.clamp_max(0), high.clamp_min(0)
     scale = _positive((high - low) / levels)
     zero = -low / scale
-    return scale, zero.round().clamp_(0, levels) if format.metadata == "compact" else zero
+    return scale, zero.round().clamp_(0, levels) if format.compact else zero
 
 
 def _least_squares(x: Tensor, q: Tensor, zero: Tensor, real: bool) -> tuple[Tensor, Tensor]:

@@ -6,8 +6,8 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.resources import files
 from itertools import groupby
@@ -18,19 +18,28 @@ import torch
 
 from bitknap.errors import FileError, InputError
 from bitknap.files import read_json
-from bitknap.quantize.headers import DTYPES, TensorInfo, read_header
+from bitknap.quantize import hub, lowbit
+from bitknap.quantize.headers import (
+    DTYPES,
+    PACKED,
+    PLAIN,
+    STEMS,
+    TensorInfo,
+    joined,
+    read_header,
+    read_index,
+)
+from bitknap.quantize.lowbit import LowBit
+from bitknap.quantize.ranges import read_slab, read_view
+from bitknap.quantize.views import View
 
-__all__ = ["DTYPES", "Checkpoint", "TensorInfo", "resolve"]
+__all__ = ["DTYPES", "PACKED", "PLAIN", "Checkpoint", "TensorInfo", "resolve"]
 
 _BUNDLED = "bitknap.benchmarks.reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
-# What a checkpoint needs: weights, configuration, tokenizer. No code, no pickle.
-_WANTED = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
-# How weights are called: transformers' own name, and ours for packed ones. Under its own name
-# transformers would load a packed checkpoint without a word and make up all experts at random.
-PLAIN, PACKED = "model", "bitknap"
 # A fingerprint reads this much of each tensor: enough to tell two trainings apart, and cheap.
 _SAMPLE = 256
+_PRECISIONS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8"}
 
 
 def resolve(model: str | Path) -> Path:
@@ -43,6 +52,12 @@ def resolve(model: str | Path) -> Path:
     Raises:
         InputError: there is no such model.
     """
+    found = _local(model)
+    return hub.fetch(str(model)) if found is None else found
+
+
+def _local(model: str | Path) -> Path | None:
+    """Return the folder of a model on this machine, None for a hub id."""
     if str(model).startswith("reference:"):
         return _bundled(str(model).removeprefix("reference:"))
     folder = Path(model).expanduser()
@@ -54,7 +69,7 @@ def resolve(model: str | Path) -> Path:
         raise InputError(f"{folder}: a file; pass the folder of a transformers model")
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise InputError(f"{model}: no such folder, and not a Hugging Face hub id")
-    return _download(model)
+    return None
 
 
 def _bundled(name: str) -> Path:
@@ -66,21 +81,6 @@ def _bundled(name: str) -> Path:
     return root / name
 
 
-def _download(model: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, HTTPError  # type: ignore[attr-defined]
-
-    try:
-        # Subfolders hold the same weights again, in other formats.
-        folder = snapshot_download(model, allow_patterns=list(_WANTED), ignore_patterns=["*/*"])
-        return Path(folder)
-    except (HFValidationError, HTTPError, OSError) as error:
-        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise InputError(
-            f"{model}: no such folder, and the hub cannot give it ({reason})"
-        ) from None
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Checkpoint:
     """A folder with `config.json` and safetensors, checked header by header.
@@ -88,12 +88,17 @@ class Checkpoint:
     Attributes:
         folder: where it is.
         config: the parsed `config.json`.
-        headers: tensor name to dtype, shape and place.
+        headers: tensor name to dtype, shape and place; tensors in fewer than 16 bits appear as
+            the "BF16" ones they stand for, in the place of their codes.
+        low_bit: by those names, how they are really stored.
+        elsewhere: bytes of the tokenizer and its like where they were not fetched, as in `look`.
     """
 
     folder: Path
     config: Mapping[str, Any]
     headers: Mapping[str, TensorInfo]
+    low_bit: Mapping[str, LowBit] = field(default_factory=dict)
+    elsewhere: int = 0
 
     @classmethod
     def open(cls, folder: Path) -> Checkpoint:
@@ -102,20 +107,34 @@ class Checkpoint:
         Raises:
             FileError: a file is missing, truncated or inconsistent; says which.
         """
-        config = read_json(folder / "config.json")
-        if not isinstance(config, dict):
-            raise FileError(f"{folder / 'config.json'}: not a JSON object")
-        for stem in (PLAIN, PACKED):
-            single = folder / f"{stem}.safetensors"
-            if single.is_file():
-                return cls(folder=folder, config=config, headers=read_header(single))
-            index = folder / f"{stem}.safetensors.index.json"
-            if index.is_file():
-                return cls(folder=folder, config=config, headers=_read_shards(index))
-        raise FileError(
-            f"{folder}: neither {PLAIN}.safetensors nor {PLAIN}.safetensors.index.json; "
-            "save the model with safetensors first"
-        )
+        return cls._of(folder, _config(folder), _read_headers(folder))
+
+    @classmethod
+    def look(cls, model: str | Path) -> Checkpoint:
+        """Read the configuration and all headers of a model, wherever it is.
+
+        Of a model on the hub that is not here yet nothing else is fetched: its tensors cannot be
+        read.
+
+        Raises:
+            InputError: there is no such model.
+            FileError: a file is missing, truncated or inconsistent; says which.
+        """
+        found = _local(model)
+        if found is not None:
+            return cls.open(found)
+        seen = hub.fetch_headers(str(model))
+        if isinstance(seen, Path):
+            return cls.open(seen)
+        known = cls._of(seen.folder, _config(seen.folder), seen.headers)
+        return replace(known, elsewhere=seen.beside)
+
+    @classmethod
+    def _of(
+        cls, folder: Path, config: Mapping[str, Any], stored: Mapping[str, TensorInfo]
+    ) -> Checkpoint:
+        headers, low_bit = lowbit.logical(config, stored)
+        return cls(folder=folder, config=config, headers=headers, low_bit=low_bit)
 
     @property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
@@ -124,8 +143,23 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors, without headers."""
-        return sum(info.stop - info.start for info in self.headers.values())
+        """Bytes of all tensors on disk, without headers."""
+        return sum(info.stop - info.start for info in self.stored(self.headers).values())
+
+    def stored(self, names: Iterable[str]) -> dict[str, TensorInfo]:
+        """Return the tensors on disk behind `names`: themselves, or their codes and scales."""
+        found: dict[str, TensorInfo] = {}
+        for name in names:
+            low = self.low_bit.get(name)
+            found.update({name: self.headers[name]} if low is None else low.parts)
+        return found
+
+    def precision(self, name: str) -> str:
+        """Return what `Format.keep` calls the precision a tensor is stored in; "" for others."""
+        low = self.low_bit.get(name)
+        if low is not None:
+            return low.kind if low.keepable else ""
+        return _PRECISIONS.get(self.headers[name].dtype, "")
 
     @cached_property
     def fingerprint(self) -> str:
@@ -136,56 +170,112 @@ class Checkpoint:
         """
         digest = hashlib.sha256(str(self.config.get("model_type", "")).encode())
         samples: dict[str, bytes] = {}
-        in_place = sorted(self.headers.items(), key=lambda item: item[1][2:])
+        stored = self.stored(self.headers)
+        in_place = sorted(stored.items(), key=lambda item: item[1][2:])
         for path, tensors in groupby(in_place, key=lambda item: item[1].file):
             with path.open("rb") as file:
                 for name, info in tensors:
                     file.seek(info.start)
                     samples[name] = file.read(min(_SAMPLE, info.stop - info.start))
-        for name, info in sorted(self.headers.items()):
+        for name, info in sorted(stored.items()):
             digest.update(json.dumps([name, info.dtype, info.shape]).encode())
             digest.update(samples[name])
         return digest.digest()[:16].hex()
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a copy of one tensor, in the dtype it is stored in.
+        """Return a copy of one tensor: in the dtype it is stored in, or bfloat16 if that is less.
 
         Raises:
             InputError: there is no tensor of this name.
             FileError: the file has shrunk since it was opened, or torch lacks the dtype.
         """
+        low = self.low_bit.get(name)
+        if low is not None:
+            return lowbit.decode(low, _read_both(low))
         info = self.headers.get(name)
         if info is None:
             raise InputError(f"{self.folder}: no tensor {name!r}")
-        dtype = DTYPES.get(info.dtype)
-        if dtype is None:
-            raise FileError(f"{info.file}: {name}: torch cannot hold dtype {info.dtype}")
-        if not math.prod(info.shape):
-            return torch.empty(info.shape, dtype=dtype)
-        buffer = bytearray(info.stop - info.start)
-        with info.file.open("rb") as file:
-            file.seek(info.start)
-            if file.readinto(buffer) != len(buffer):
-                raise FileError(f"{info.file}: {name}: truncated since it was opened")
-        return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
+        return _read(name, info)
+
+    def read_matrix(self, view: View) -> torch.Tensor:
+        """Return one [out, in] matrix, as `read` gives its tensor, but not the rest of the tensor.
+
+        Raises:
+            FileError: the file has shrunk since it was opened, or torch lacks the dtype.
+        """
+        low = self.low_bit.get(view.tensor)
+        if low is None:
+            return read_view(self.headers[view.tensor], view)
+        stored, inside = self._around(low, view)
+        return inside.of(lowbit.decode(low, stored))
+
+    def kept(self, view: View) -> torch.Tensor:
+        """Return the bytes of one matrix in the precision it is stored in, uint8.
+
+        Raises:
+            ModelError: it shares scales with another matrix, so that it cannot be kept alone.
+        """
+        low = self.low_bit.get(view.tensor)
+        if low is not None:
+            return lowbit.cut(low, *self._around(low, view))
+        return self.read_matrix(view).contiguous().view(torch.uint8).reshape(-1)
+
+    def _around(self, low: LowBit, view: View) -> tuple[lowbit.Stored, View]:
+        """Return the expert that holds a matrix, and where the matrix is in that."""
+        if view.index is None or view.parts is not None:
+            return _read_both(low), view
+        slabs = [read_slab(name, info, view.index) for name, info in low.parts.items()]
+        return lowbit.Stored(*slabs), replace(view, index=0)
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict):
+        raise FileError(f"{folder / 'config.json'}: not a JSON object")
+    return config
+
+
+def _read(name: str, info: TensorInfo) -> torch.Tensor:
+    dtype = DTYPES.get(info.dtype)
+    if dtype is None:
+        raise FileError(f"{info.file}: {name}: torch cannot hold dtype {info.dtype}")
+    if not math.prod(info.shape):
+        return torch.empty(info.shape, dtype=dtype)
+    buffer = bytearray(info.stop - info.start)
+    with info.file.open("rb") as file:
+        file.seek(info.start)
+        if file.readinto(buffer) != len(buffer):
+            raise FileError(f"{info.file}: {name}: truncated since it was opened")
+    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
+
+
+def _read_both(low: LowBit) -> lowbit.Stored:
+    return lowbit.Stored(*(_read(name, info) for name, info in low.parts.items()))
+
+
+def _read_headers(folder: Path) -> dict[str, TensorInfo]:
+    for stem in STEMS:
+        single = folder / f"{stem}.safetensors"
+        if single.is_file():
+            return read_header(single)
+        index = folder / f"{stem}.safetensors.index.json"
+        if index.is_file():
+            return _read_shards(index)
+    raise FileError(
+        f"{folder}: neither {PLAIN}.safetensors nor {PLAIN}.safetensors.index.json; "
+        "save the model with safetensors first"
+    )
 
 
 def _read_shards(index: Path) -> dict[str, TensorInfo]:
-    content = read_json(index)
-    where = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(where, dict) or not where:
-        raise FileError(f"{index}: weight_map: missing or empty")
-    headers: dict[str, TensorInfo] = {}
+    where = read_index(index)
+    paths = []
     for shard in dict.fromkeys(where.values()):
-        if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".", ".."):
-            raise FileError(f"{index}: weight_map: {shard!r} is not a file name in this folder")
         path = index.parent / shard
         if not path.is_file():
             raise FileError(f"{path}: missing; {index.name} names it, download it again")
-        for name, info in read_header(path).items():
-            if name in headers:
-                raise FileError(f"{path}: {name}: also in {headers[name].file.name}")
-            headers[name] = info
+        paths.append(path)
+    headers = joined(map(read_header, paths))
     for name, shard in where.items():
         if name not in headers or headers[name].file.name != shard:
             raise FileError(f"{index.parent / shard}: {name}: missing, though {index.name} says so")

@@ -47,6 +47,11 @@ class View:
             matrix = matrix.T
         return matrix[self.start : self.stop : self.step]
 
+    def rows(self, first: int, last: int) -> View:
+        """Return the view of output rows first .. last - 1 of this matrix."""
+        start, step = self.start or 0, self.step or 1
+        return replace(self, start=start + first * step, stop=start + last * step)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertLayer:
@@ -170,7 +175,8 @@ def arrange(found: Iterable[Found], layers: Iterable[ExpertLayer]) -> Layout:
     rows = sorted(found, key=_order)
     if not rows:
         raise ModelError(
-            "the model has no routed experts; pass include=('dense', 'attention') to plan the rest"
+            "the model has no routed experts; pass include=('attention', 'dense'), or --include "
+            "attention,dense, to plan the rest"
         )
     for one, other in pairwise(rows):
         if one[:4] == other[:4]:

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from bitknap.cli import main
@@ -101,7 +102,7 @@ def test_experts_stored_in_an_unknown_way(tmp_path, refused, saved):
 
 
 def test_experts_that_cannot_be_watched(tmp_path, refused, saved):
-    model = saved(tmp_path / "llama4", "llama4_text")
+    model = saved(tmp_path / "nllb", "nllb_moe")
     line = refused(*on_a_model(model, tmp_path, ON_A_MODEL[1]))
     assert "--estimator data-free" in line
     main([str(a) for a in on_a_model(model, tmp_path, ON_A_MODEL[2])])
@@ -126,3 +127,115 @@ def test_no_tokenizer(copy, tmp_path, refused):
         file.unlink()
     for command in (ON_A_MODEL[1], ON_A_MODEL[4]):
         assert "tokenizer" in refused(*on_a_model(copy, tmp_path, command))
+
+
+def rewrite(file, change):
+    """Apply `change` to the header of a file of weights."""
+    content = file.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    change(header)
+    text = json.dumps(header).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
+
+
+def first_two(header):
+    entries = [e for name, e in header.items() if name != "__metadata__"]
+    return sorted(entries, key=lambda entry: entry["data_offsets"])[:2]
+
+
+def overlapping(header):
+    one, two = first_two(header)
+    size = two["data_offsets"][1] - two["data_offsets"][0]
+    two["data_offsets"] = [one["data_offsets"][0], one["data_offsets"][0] + size]
+
+
+def of_another_dtype(header):
+    header["model.norm.weight"]["dtype"] = "F16"
+
+
+def of_no_dtype(header):
+    header["model.norm.weight"]["dtype"] = "F9"
+
+
+def of_whole_numbers(header):
+    name = next(n for n in header if ".experts." in n)
+    header[name]["dtype"] = "I32"
+
+
+ON_HEADERS = (ON_A_MODEL[0], *ON_A_MODEL[2:4])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (overlapping, "overlaps the tensor before it"),
+        (of_another_dtype, "model.norm.weight: 64 bytes do not hold F16 [16]"),
+        (of_no_dtype, "model.norm.weight: dtype: 'F9' is not known"),
+        (of_whole_numbers, "stored as I32 (quantized, method unknown)"),
+    ],
+    ids=lambda x: getattr(x, "__name__", ""),
+)
+@pytest.mark.parametrize("command", ON_HEADERS, ids=lambda c: f"{c[0]}{len(c)}")
+def test_headers_that_lie(command, damage, message, copy, tmp_path, refused):
+    rewrite(copy / "model.safetensors", damage)
+    assert message in refused(*on_a_model(copy, tmp_path, command))
+
+
+@pytest.mark.parametrize("command", ON_HEADERS, ids=lambda c: f"{c[0]}{len(c)}")
+def test_a_header_length_that_lies(command, copy, tmp_path, refused):
+    file = copy / "model.safetensors"
+    content = file.read_bytes()
+    file.write_bytes((1 << 40).to_bytes(8, "little") + content[8:])
+    line = refused(*on_a_model(copy, tmp_path, command))
+    expected = f"{file}: header of {1 << 40} bytes in a file of {len(content)}; not valid"
+    assert line == f"bitknap: {expected}"
+
+
+def in_two_files(folder):
+    """Split the weights over two files with an index; return both files and the index."""
+    tensors = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    names = sorted(tensors)
+    parts = names[::2], names[1::2]
+    files = [folder / f"model-{n}-of-2.safetensors" for n in (1, 2)]
+    for file, part in zip(files, parts, strict=True):
+        save_file({n: tensors[n] for n in part}, file, metadata={"format": "pt"})
+    where = {n: file.name for file, part in zip(files, parts, strict=True) for n in part}
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": where}))
+    return files, index, where
+
+
+@pytest.mark.parametrize("command", ON_HEADERS, ids=lambda c: f"{c[0]}{len(c)}")
+def test_a_tensor_in_two_shards(command, copy, tmp_path, refused):
+    (one, two), _, where = in_two_files(copy)
+    name = next(n for n, file in where.items() if file == one.name)
+    tensors = load_file(two)
+    save_file(tensors | {name: load_file(one)[name]}, two, metadata={"format": "pt"})
+    line = refused(*on_a_model(copy, tmp_path, command))
+    assert line == f"bitknap: {two}: {name}: also in {one.name}"
+
+
+@pytest.mark.parametrize("outside", ["../model.safetensors", "/etc/hostname", "..", []])
+def test_an_index_that_points_outside(outside, copy, tmp_path, refused):
+    _, index, where = in_two_files(copy)
+    index.write_text(json.dumps({"weight_map": where | {"lm_head.weight": outside}}))
+    for command in ON_HEADERS:
+        line = refused(*on_a_model(copy, tmp_path, command))
+        expected = f"{index}: weight_map: {outside!r} is not a file name in this folder"
+        assert line == f"bitknap: {expected}"
+
+
+def test_a_scale_that_is_missing(copy, tmp_path, refused):
+    def change(tensors):
+        name = next(n for n in tensors if ".experts." in n)
+        tensors["model.layers.0.mlp.experts.up_proj_blocks"] = torch.zeros(
+            4, 2, 3, 16, dtype=torch.uint8
+        )
+        del tensors[name]
+
+    edit(copy, change)
+    for command in ON_HEADERS:
+        line = refused(*on_a_model(copy, tmp_path, command))
+        assert "up_proj_blocks: no model.layers.0.mlp.experts.up_proj_scales" in line

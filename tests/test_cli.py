@@ -7,7 +7,7 @@ import pytest
 from bitknap.allocation import BitPlan
 from bitknap.cli import main
 
-COMMANDS = ("inspect", "estimate", "solve", "quantize", "evaluate", "show")
+COMMANDS = ("inspect", "estimate", "solve", "quantize", "evaluate", "convert", "show")
 TEXT = ("--text", str(Path(__file__).parent.parent / "LICENSE"))  # short: quick to tokenize
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "128", *TEXT)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bitknap.errors import FileError, InputError
-from bitknap.files import check_version, read_json, whole_folder, write_whole
+from bitknap.files import check_space, check_version, read_json, whole_folder, write_whole
 
 
 def names(folder):
@@ -66,6 +66,31 @@ def test_a_failed_folder_leaves_nothing_new(tmp_path, error, existing):
         raise error
     assert names(tmp_path) == (["out"] if existing else [])
     assert not existing or names(out) == ["old"]
+
+
+@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
+def test_folders_that_were_made_above_go_again(tmp_path, error):
+    (tmp_path / "mine").mkdir()
+    with (
+        pytest.raises(error),
+        whole_folder(tmp_path / "mine" / "a" / "b" / "out", overwrite=False) as part,
+    ):
+        (part / "x").write_text("x")
+        raise error
+    assert names(tmp_path / "mine") == []
+    with pytest.raises(error), whole_folder(tmp_path / "a" / "out", overwrite=False):
+        (tmp_path / "a" / "somebody's").write_text("keep me")
+        raise error
+    assert names(tmp_path / "a") == ["somebody's"]
+
+
+def test_room_is_looked_for_on_the_disk_of_a_folder_to_be(tmp_path):
+    check_space(tmp_path / "a" / "b", 1)
+    with pytest.raises(InputError) as error:
+        check_space(tmp_path / "a" / "b", 10**18)
+    assert "b: needs 1,000,000,000,000,000,000 bytes, the disk has " in str(error.value)
+    assert str(error.value).endswith("free; free some or choose a folder on another disk")
+    assert names(tmp_path) == []
 
 
 def test_an_existing_folder_or_file_is_refused(tmp_path):

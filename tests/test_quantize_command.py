@@ -3,12 +3,14 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from safetensors.torch import load_file, save_file
 
 from bitknap.allocation import BitPlan
 from bitknap.cli import main
+from bitknap.quantize.pieces import Rounded, Work
 
 TEXT = ("--text", str(Path(__file__).parent.parent / "LICENSE"))  # short: quick to tokenize
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "128", *TEXT)
@@ -47,13 +49,58 @@ def test_a_group_size_that_does_not_divide_the_row_is_counted_and_said(made, tmp
     assert sizes["bytes_predicted"] == sizes["bytes_on_disk"]
 
 
-def test_nan_found_when_quantizing_by_plan(made, tmp_path, refused):
+def test_nan_found_when_quantizing_by_plan(made, tmp_path, capsys):
     copy = shutil.copytree(made.model, tmp_path / "model")
     tensors = load_file(copy / "model.safetensors")
     tensors[sorted(n for n in tensors if ".experts." in n)[0]][-1].fill_(float("nan"))
     save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
-    arguments = ("quantize", copy, "--plan", made.plan, "-o", tmp_path / "out")
-    assert "NaN or infinite weight" in refused(*arguments)
+    with pytest.raises(SystemExit) as exit:
+        main(["quantize", str(copy), "--plan", str(made.plan), "-o", str(tmp_path / "out")])
+    line = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert line.startswith("bitknap: ")
+    assert "NaN or infinite weight" in line
+    assert line.endswith("the same command goes on from there\n")
+    assert line.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_of_a_chosen_size(made, tmp_path, document):
+    out = tmp_path / "out"
+    more = ("--max-shard-size", "100kB", "-o", out)
+    sizes = document("quantize", made.model, "--plan", made.plan, *more)
+    assert sizes["bytes_predicted"] == sizes["bytes_on_disk"]
+    index = json.loads((out / "bitknap.safetensors.index.json").read_text())
+    files = {file.name for file in out.glob("*.safetensors")}
+    assert set(index["weight_map"].values()) == files
+    assert len(files) > 2
+    assert document("show", out) == document("show", made.out)
+
+
+def test_another_file_size_does_not_go_on_from_a_stopped_run(
+    made, tmp_path, refused, capsys, monkeypatch
+):
+    words = ("quantize", made.model, "--plan", made.plan, "-o", tmp_path / "out")
+    stop = SimpleNamespace(make=Work.make)
+
+    def interrupted(work, piece, given):
+        if isinstance(piece, Rounded):
+            raise KeyboardInterrupt
+        return stop.make(work, piece, given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "make", interrupted)
+        with pytest.raises(SystemExit) as exit:
+            main([str(word) for word in words])
+    assert exit.value.code == 130
+    assert "pieces are kept in" in capsys.readouterr().err
+    line = refused(*words, "--max-shard-size", "100kB")
+    assert "the journal is of another layout, max_shard_size; give the inputs" in line
+    assert "pass --overwrite or delete" in line
+    main([str(word) for word in words])
+    assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(
+        f.name for f in made.out.iterdir()
+    )
 
 
 def test_a_plan_for_another_model(made, tmp_path, refused, saved):
@@ -89,6 +136,7 @@ def test_the_options_of_solve_are_taken(made, document, tmp_path):
         (("--frontier",), "--frontier"),
         (("--pin", "layer=0"), "PATTERN=BITS"),
         (("--profile", "mine"), "gate_eq_up"),
+        (("--max-shard-size", "5 apples"), "5 apples"),
     ],
 )
 def test_bad_words_are_refused_before_estimating(arguments, words, refused, tmp_path):

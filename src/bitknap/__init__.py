@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from bitknap.errors import BitknapError
+from bitknap.transformers_hook import install as _install
 
 if TYPE_CHECKING:
     from bitknap.allocation import (
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from bitknap.estimators.fisher import Fisher
     from bitknap.estimators.moments import SecondMoments
     from bitknap.estimators.weight_error import WeightError
+    from bitknap.quantize.rounding import Gptq, Hqq, Rtn
 
 __version__ = "0.1.0"
 
@@ -75,6 +77,7 @@ _HOMES = {
     "bitknap.estimators.fisher": ("Fisher",),
     "bitknap.estimators.moments": ("SecondMoments",),
     "bitknap.estimators.weight_error": ("WeightError",),
+    "bitknap.quantize.rounding": ("Gptq", "Hqq", "Rtn"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -89,13 +92,16 @@ __all__ = [
     "Fisher",
     "Format",
     "Frontier",
+    "Gptq",
     "Greedy",
+    "Hqq",
     "Ilp",
     "Knapsack",
     "Limit",
     "Price",
     "Problem",
     "Profile",
+    "Rtn",
     "Search",
     "SecondMoments",
     "Solution",
@@ -113,6 +119,9 @@ __all__ = [
     "quantize",
     "solve",
 ]
+
+
+_install()
 
 
 def __getattr__(name: str) -> Any:

@@ -2,36 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from bitknap import files
 from bitknap.allocation import BitPlan, CostTable, Format, Units
 from bitknap.allocation import formats as make_formats
+from bitknap.allocation.checks import number, whole
 from bitknap.errors import InputError, MismatchError, ModelError
 from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.calibrated import Calibrated, Estimator
 from bitknap.estimators.costs import plainest
 from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.memory import way_to_calibrate
 from bitknap.estimators.monotone import isotonic
+from bitknap.estimators.protect import FLOOR, protected
 from bitknap.estimators.replay import Losses, compare
+from bitknap.estimators.resident import calibrate_by_layer
+from bitknap.estimators.robust import Rule, check_sets
+from bitknap.estimators.robust import robust as as_one
 from bitknap.estimators.super_experts import super_experts
 from bitknap.estimators.text import BUILTIN, read_text, token_windows
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading
-from bitknap.quantize.apply import read_stored
+from bitknap.quantize.apply import read_stored, stacks
+from bitknap.quantize.blocks import inputs_of_blocks, layout_for
 from bitknap.quantize.experts import walk
+from bitknap.quantize.layers import CACHE_BYTES
 from bitknap.quantize.names import walk_headers
+from bitknap.quantize.rounding import RTN, Gptq, Rounding
+from bitknap.quantize.rounding import method as named_rounding
+from bitknap.quantize.shards import MAX_SHARD_SIZE
 from bitknap.quantize.source import Checkpoint, resolve
 
 CALIBRATION_TOKENS = 8_192
 EVALUATION_TOKENS = 32_768
 GROUP_SIZES = (32, 64, 128, 256, "row")
+T = TypeVar("T", int, float)
 
 
 def default_formats(units: Units | None = None) -> tuple[Format, ...]:
@@ -50,9 +64,14 @@ def estimate(
     estimator: Estimator | None = None,
     formats: Sequence[Format] | None = None,
     *,
-    text: str = BUILTIN,
+    text: str | Sequence[str] = BUILTIN,
+    robust: Rule | None = None,
+    risk: float = 1.0,
     tokens: int = CALIBRATION_TOKENS,
     include: Collection[str] = (),
+    protect: int = FLOOR,
+    method: str | Rounding = RTN,
+    max_memory: int | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> CostTable:
@@ -60,120 +79,295 @@ def estimate(
 
     Within a family of grids, costs that rise with the width are pooled; the provenance counts
     them as "repaired". Experts that saw few tokens, and those whose output is far above their
-    layer's, are listed there too.
+    layer's, are listed there too; the latter may use no narrow grid.
 
     Args:
         model: a folder, a hub id, or "reference:NAME".
         estimator: `Calibrated()` when not given.
         formats: the options; `default_formats()` when not given.
-        text: calibration text, a file or "builtin".
-        tokens: how much of it to use.
+        text: calibration text, a file or "builtin"; or several, each a calibration set.
+        robust: what a cost becomes over several texts: "mean" when not given, "worst" or
+            "mean+sd".
+        risk: standard deviations that "mean+sd" adds.
+        tokens: how much of each text to use.
         include: roles beside routed experts: "attention", "shared", "dense".
+        protect: bits below which a super expert gets no grid; 0 protects none.
+        method: how weights will be rounded, which is what costs are of: "rtn", "hqq", "gptq".
+        max_memory: bytes; when more is needed, gradients or the whole pass go layer by layer.
         seed: of everything drawn at random.
         progress: called with (what, done, of).
 
     Raises:
-        InputError: the text or a name cannot be used.
+        InputError: the text or a name cannot be used, or the memory does not suffice.
         ModelError: the model cannot be walked or calibrated.
         FileError: a file of the model is damaged.
+        MismatchError: samples or a journal are of other inputs.
     """
     chosen = estimator or Calibrated(progress=progress)
+    texts = [text] if isinstance(text, str) else list(text)
+    _check_texts(texts, chosen, robust, risk)
+    whole("protect", protect)
+    rounding = rounding_of(method)
     source = Checkpoint.open(resolve(model))
-    evidence = gather(source, chosen, text, tokens, include, seed, progress)
-    table, _ = isotonic(chosen.estimate(evidence, formats or default_formats(evidence.units)))
+    tables, passes = [], []
+    for words in texts:
+        evidence = gather(
+            source, chosen.needs, words, tokens, include, seed, progress, max_memory, rounding
+        )
+        tables.append(chosen.estimate(evidence, formats or default_formats(evidence.units)))
+        passes.append((evidence.coverage(), _standing_out(evidence)))
+        del evidence  # one model and its memory at a time
+    table = as_one(tables, robust or "mean", risk) if len(tables) > 1 else tables[0]
+    table, _ = isotonic(table)
     on_disk = walk_headers(source.config, source.shapes, include)
     folder_bytes = sum(f.stat().st_size for f in source.folder.iterdir() if f.is_file())
+    large = _union([found for _, found in passes], max)
     provenance = {
         **table.provenance,
         "model": source.fingerprint,
         "fixed_bytes": checkpoint.fixed_bytes(source, on_disk),
         "source_bytes": folder_bytes,
         "include": sorted(include),
-        "coverage": evidence.coverage(),
-        "super_experts": [[n, e, round(times, 1)] for n, e, times in _standing_out(evidence)],
+        "coverage": _union([found for found, _ in passes], min),
+        "super_experts": large,
     }
-    return replace(table, provenance=provenance)
+    return protected(replace(table, provenance=provenance), large, protect)
+
+
+def _check_texts(
+    texts: Sequence[str], estimator: Estimator, rule: Rule | None, risk: float
+) -> None:
+    """Refuse texts that are not several sets, before minutes go into calibrating on them."""
+    number("risk", risk)
+    if rule is not None and rule not in get_args(Rule):
+        raise InputError(f"robust: {rule!r} is not one of {', '.join(get_args(Rule))}")
+    if len(texts) == 1 and rule is None:
+        return
+    if not estimator.needs:
+        raise InputError(f"{estimator.name} reads no text, so several say nothing more; give one")
+    check_sets([{"text": read_text(text, "calibration")} for text in texts])
+
+
+def _union(
+    lists: Sequence[Sequence[tuple[int, int, T]]], pick: Callable[[T, T], T]
+) -> list[tuple[int, int, T]]:
+    """Return (layer, expert, value) of several passes as one list in order, each expert once."""
+    found: dict[tuple[int, int], T] = {}
+    for layer, expert, value in chain.from_iterable(lists):
+        found[layer, expert] = pick(found.get((layer, expert), value), value)
+    return [(layer, expert, value) for (layer, expert), value in sorted(found.items())]
 
 
 def _standing_out(evidence: Evidence) -> list[tuple[int, int, float]]:
     """Return the experts whose output is far above their layer's median; none without a text."""
     known = all(layer.output_max is not None for layer in evidence.layers.values())
-    return super_experts(evidence) if known else []
+    found = super_experts(evidence) if known else []
+    return [(layer, expert, round(times, 1)) for layer, expert, times in found]
 
 
 def gather(
     source: Checkpoint,
-    estimator: Estimator,
+    needs: frozenset[str],
     text: str,
     tokens: int,
     include: Collection[str],
     seed: int,
     progress: Progress | None = None,
+    max_memory: int | None = None,
+    rounding: Rounding = RTN,
 ) -> Evidence:
-    """Return the evidence an estimator needs: from weights alone, or from a pass over a text."""
-    if not estimator.needs:
-        layout = walk_headers(source.config, source.shapes, include)
+    """Return the evidence that is needed: from weights alone, or from a pass over a text.
+
+    Args:
+        source: the model.
+        needs: what an estimator needs.
+        text: calibration text, a file or "builtin".
+        tokens: how much of it to use.
+        include: roles beside routed experts.
+        seed: of everything drawn at random.
+        progress: called with (what, done, of).
+        max_memory: bytes.
+        rounding: how weights will be rounded; it may need whole second moments.
+
+    Raises:
+        InputError: a pass over the text would take more than `max_memory` bytes.
+    """
+    on_disk = walk_headers(source.config, source.shapes, include)
+    if rounding.needs_inputs:
+        needs = needs | {"full"}
+    if not needs:
 
         def weights(which: np.ndarray) -> Tensor:
-            return read_stored(layout, which, source)
+            return read_stored(on_disk, which, source)
 
         return Evidence(
-            layout=layout,
+            layout=on_disk,
             layers={},
             linears={},
             weights=weights,
             replay=None,
-            provenance={"seed": seed},
+            provenance={"model": source.fingerprint, "seed": seed},
+            rounding=rounding,
         )
+    way = way_to_calibrate(source, on_disk, tokens, needs, max_memory)
     words = read_text(text, "calibration")
     checkpoint.check_finite(source)
-    model = loading.load(source.folder, torch.float32)
-    layout = walk(model, include)
-    windows = token_windows(tokenizer_of(source.folder), words, tokens, longest_of(model.config))
-    needs = estimator.needs
-    return calibrate(
-        model,
-        layout,
-        windows,
-        full="full" in needs,
-        curvature="curvature" in needs,
-        traces="traces" in needs,
-        gradients="gradients" in needs,
-        seed=seed,
-        progress=progress,
-    )
+    longest = longest_of(loading.config_of(source.folder))
+    windows = token_windows(tokenizer_of(source.folder), words, tokens, longest)
+    full, traces = "full" in needs, "traces" in needs
+    if way == "layers":
+        found = calibrate_by_layer(
+            source,
+            windows,
+            include=include,
+            full=full,
+            traces=traces,
+            seed=seed,
+            progress=progress,
+        )
+    else:
+        model = loading.load(source.folder, torch.float32)
+        found = calibrate(
+            model,
+            walk(model, include),
+            windows,
+            full=full,
+            curvature="curvature" in needs,
+            traces=traces,
+            gradients="gradients" in needs,
+            by_layer=way == "gradients",
+            seed=seed,
+            progress=progress,
+        )
+    provenance = {**found.provenance, "model": source.fingerprint}
+    return replace(found, provenance=provenance, rounding=rounding)
 
 
 def quantize(
-    model: str | Path, plan: BitPlan, out: str | Path, *, overwrite: bool = False
-) -> dict[str, int]:
-    """Write the model quantized as the plan says.
+    model: str | Path,
+    plan: BitPlan,
+    out: str | Path,
+    *,
+    method: str | Rounding | None = None,
+    force: bool = False,
+    text: str = BUILTIN,
+    tokens: int = CALIBRATION_TOKENS,
+    seed: int = 0,
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the model quantized as the plan says, piece by piece, little of it in memory.
+
+    What is done grows in a hidden folder beside `out`: after a kill or an error the same call
+    goes on from there, and ends with the same bytes.
 
     Args:
         model: a folder, a hub id, or "reference:NAME".
         plan: made from a table of this model.
-        out: folder to write; whole or not at all.
-        overwrite: replace `out` if it exists.
+        out: folder to write; appears when all of it is there.
+        method: how to round, "rtn", "hqq" or "gptq"; what the plan was made for when not given.
+        force: round in another way than the plan's costs are of.
+        text: of methods that calibrate, a file or "builtin".
+        tokens: how much of it to use.
+        seed: of the calibration.
+        max_shard_size: most bytes of a file, such as "5GB"; a larger tensor has its own.
+        overwrite: replace `out` if it exists, and what a run with other inputs left.
+        progress: called with ("quantize", done, of).
 
     Returns:
-        "predicted" and "written" bytes of the units, which are equal, and those of the
-        "checkpoint", every file counted.
+        "predicted" and "written" bytes of the units, which are equal; those of the "checkpoint",
+        every file counted; the "method"; and, of methods that calibrate, "few_tokens": layer,
+        expert, projection and tokens of matrices that saw too few to be rounded by them.
 
     Raises:
-        MismatchError: the plan is for another model.
-        InputError: `out` exists.
+        MismatchError: the plan is for another model or method, or an unfinished run had other
+            inputs.
+        ModelError: a weight is NaN or infinite.
+        InputError: `out` exists, or the disk has no room for it.
+        BitknapError: the disk is full.
     """
-    return checkpoint.save(Checkpoint.open(resolve(model)), plan, Path(out), overwrite=overwrite)
+    rounding = planned_rounding(plan, method, force=force)
+    source = Checkpoint.open(resolve(model))
+    inputs, about, few = None, {}, []
+    if rounding.needs_inputs:
+        files.check_free_name(Path(out), overwrite=overwrite)
+        checkpoint.check_plan(source, plan)
+        roles = checkpoint.roles_of(plan.units)
+        evidence = gather(
+            source, frozenset(), text, tokens, roles, seed, progress, rounding=rounding
+        )
+        cut = layout_for(plan.units, evidence.layout)
+        inputs = inputs_of_blocks(cut.units, evidence.units, evidence.inputs)
+        about = {name: evidence.provenance[name] for name in ("text", "tokens", "seed")}
+        few = too_few_tokens(evidence, rounding) if isinstance(rounding, Gptq) else []
+    sizes = checkpoint.save(
+        source,
+        plan,
+        Path(out),
+        rounding=rounding,
+        inputs=inputs,
+        about=about,
+        max_shard_size=max_shard_size,
+        overwrite=overwrite,
+        progress=progress,
+    )
+    return {**sizes, "method": rounding.name, "few_tokens": few}
 
 
-def load(model: str | Path, dtype: torch.dtype | str = "auto") -> Any:
-    """Return the transformers model of a packed or plain checkpoint, weights dequantized.
+def rounding_of(method: str | Rounding) -> Rounding:
+    """Return a way of rounding, by its name if it is one."""
+    return named_rounding(method) if isinstance(method, str) else method
+
+
+def planned_rounding(plan: BitPlan, method: str | Rounding | None, *, force: bool) -> Rounding:
+    """Return how a plan is to be rounded.
+
+    Raises:
+        MismatchError: another way was asked for than the plan's costs are of.
+    """
+    planned = str(plan.header.get("method", RTN.name))
+    rounding = rounding_of(planned if method is None else method)
+    if rounding.name != planned and not force:
+        raise MismatchError(
+            f"the plan is made for rounding by {planned}, not by {rounding.name}; make a plan "
+            f"from costs of {rounding.name} (estimate --method {rounding.name}), or force it"
+        )
+    return rounding
+
+
+def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, str, int]]:
+    """Return (layer, expert, projection, tokens) of matrices that a method falls back on."""
+    units = evidence.units
+    found = []
+    for run in stacks(units):
+        known = evidence.inputs(run)
+        for unit, few, seen in zip(
+            run, rounding.fallbacks(known).tolist(), known.tokens.tolist(), strict=True
+        ):
+            if few:
+                name = str(units.projections[units.projection[unit]])
+                found.append((int(units.layer[unit]), int(units.expert[unit]), name, int(seen)))
+    return found
+
+
+def load(
+    model: str | Path,
+    dtype: torch.dtype | str = "auto",
+    *,
+    packed: bool = False,
+    cache_bytes: int = CACHE_BYTES,
+) -> Any:
+    """Return the transformers model of a packed or plain checkpoint.
 
     Args:
         model: a folder, a hub id, or "reference:NAME".
         dtype: "auto" is the checkpoint's own.
+        packed: keep weights packed in memory and dequantize those of an expert when it is used;
+            otherwise all are dequantized at once.
+        cache_bytes: how much may be held dequantized as well, when packed.
     """
-    return loading.load(resolve(model), dtype)
+    return loading.load(resolve(model), dtype, packed=packed, cache_bytes=cache_bytes)
 
 
 def evaluate(

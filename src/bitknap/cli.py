@@ -12,11 +12,11 @@ import click
 
 from bitknap import __version__
 from bitknap.errors import BitknapError, InputError
+from bitknap.estimating import estimating, one_text, run_estimate
 from bitknap.options import (
     as_json_option,
     check_frontier,
     check_solving,
-    estimating,
     free_path,
     given,
     include_option,
@@ -24,7 +24,6 @@ from bitknap.options import (
     overwrite_option,
     pinned,
     priced,
-    run_estimate,
     run_solve,
     seed_option,
     solved,
@@ -32,6 +31,7 @@ from bitknap.options import (
     text_option,
     uses,
 )
+from bitknap.stopping import stoppable
 from bitknap.study_commands import study
 from bitknap.terminal import fail, present, progress_bars, quiet, silence_transformers
 
@@ -74,13 +74,18 @@ def inspect(model: str, include: str, as_json: bool) -> None:
     Example: bitknap inspect reference:mixtral
     """
     from bitknap.inspect import inspect as look
-    from bitknap.render import facts_table
+    from bitknap.render import exports_table, facts_table, steps_table
 
     report = look(model, listed(include))
-    shown = dict(report)
-    sizes = shown.pop("uniform_bytes")
+    apart = ("uniform_bytes", "steps", "exports")
+    facts = {name: value for name, value in report.items() if name not in apart}
     present(
-        as_json, report, facts_table(model, shown), facts_table("all units in one format", sizes)
+        as_json,
+        report,
+        facts_table(model, facts),
+        facts_table("all units in one format", report["uniform_bytes"]),
+        steps_table(report["steps"]),
+        exports_table(report["exports"]),
     )
 
 
@@ -95,12 +100,13 @@ def estimate(model: str, out: str, overwrite: bool, as_json: bool, **options: An
 
     Example: bitknap estimate reference:mixtral --formats 2,3,4 -o table.safetensors
     """
+    from bitknap.notes import notes, table_summary
     from bitknap.render import cost_table
 
     path = free_path(out, overwrite)
     table = run_estimate(model, options)
     table.save(path)
-    present(as_json, _table_summary(table) | {"path": out}, cost_table(table), _coverage(table))
+    present(as_json, table_summary(table) | {"path": out}, cost_table(table), notes(table))
 
 
 @bitknap.command()
@@ -174,7 +180,8 @@ def _solve_frontier(
 @click.option("--budget", default=None, help="Instead of a plan: 2.5bpw, 12GiB or 40%.")
 @estimating
 @solving
-@click.option("--method", type=click.Choice(["rtn"]), default="rtn", show_default=True)
+@click.option("--force", is_flag=True, help="Round in another way than the plan is made for.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of a file of OUT.")
 @click.option("-o", "out", required=True, help="OUT folder to write.")
 @overwrite_option
 @as_json_option
@@ -182,7 +189,8 @@ def quantize(
     model: str,
     plan: Path | None,
     budget: str | None,
-    method: str,
+    force: bool,
+    max_shard_size: str,
     out: str,
     overwrite: bool,
     as_json: bool,
@@ -190,15 +198,21 @@ def quantize(
 ) -> None:
     """Write MODEL packed, by a plan or measured and solved for a budget in one go.
 
+    What is written grows beside OUT: a stopped or killed run goes on when the command is repeated.
+
     Example: bitknap quantize reference:mixtral --budget 2.5bpw -o out
     """
     from bitknap import api
     from bitknap.allocation import BitPlan
+    from bitknap.allocation.budget import parse_size
+    from bitknap.notes import few_tokens_note
+    from bitknap.notes import notes as notes_of
     from bitknap.render import bits_table, facts_table, price_table, widths_table
 
     if (plan is None) == (budget is None):
         raise InputError("give --plan or --budget, one of them")
     free_path(out, overwrite)
+    parse_size(max_shard_size)
     if budget is not None:
         check_solving(budget, options)
     facts: dict[str, Any] = {}
@@ -211,15 +225,32 @@ def quantize(
         solution, prices = run_solve(table, str(budget), options)
         chosen, facts = solution.plan, solved(solution)
         notes += [price_table(prices, options["profile"])] if prices else []
-        notes.append(_coverage(table))
-    sizes = api.quantize(model, chosen, out, overwrite=overwrite)
+        notes.append(notes_of(table))
+    with stoppable(), progress_bars() as progress:
+        sizes = api.quantize(
+            model,
+            chosen,
+            out,
+            method=options["method"],
+            force=force,
+            text=one_text(options),
+            tokens=given(options["tokens"], api.CALIBRATION_TOKENS),
+            seed=options["seed"],
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
+        )
     facts |= {
+        "method": sizes["method"],
         "bytes_predicted": sizes["predicted"],
         "bytes_on_disk": sizes["written"],
         "checkpoint_bytes": sizes["checkpoint"],
     }
     tables = bits_table(chosen), widths_table(chosen), facts_table(out, facts)
     document = facts | priced(prices, options["profile"]) | {"path": out}
+    if sizes["few_tokens"]:
+        document["few_tokens"] = sizes["few_tokens"]
+        notes.append(few_tokens_note(sizes["few_tokens"]))
     present(as_json, document, *tables, *notes)
 
 
@@ -255,6 +286,32 @@ def evaluate(
         count = given(tokens, api.EVALUATION_TOKENS)
         rows = rows_for(model, reference, text, count, uniform=uniform, progress=progress)
     present(as_json, rows, losses_table(rows))
+
+
+@bitknap.command()
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--layout", type=click.Choice(["plain", "tiles"]), required=True, help="Of streams.")
+@click.option("-o", "out", required=True, help="OUT folder to write.")
+@overwrite_option
+@as_json_option
+def convert(folder: Path, layout: str, out: str, overwrite: bool, as_json: bool) -> None:
+    """Write the packed checkpoint FOLDER in another layout, without rounding anything again.
+
+    Tiles are what kernels read; plain streams are as small as can be.
+
+    Example: bitknap convert out --layout tiles -o out-tiles
+    """
+    from bitknap.quantize.convert import convert as rewrite
+    from bitknap.render import facts_table
+
+    sizes = rewrite(folder, layout, Path(out), overwrite=overwrite)
+    facts = {
+        "layout": layout,
+        "bytes_of_plan": sizes["plan"],
+        "bytes_on_disk": sizes["written"],
+        "checkpoint_bytes": sizes["checkpoint"],
+    }
+    present(as_json, facts | {"path": out}, facts_table(out, facts))
 
 
 @bitknap.command()
@@ -302,50 +359,15 @@ def show(path: Path, picture: Path | None, overwrite: bool, as_json: bool) -> No
 
 def _show_table(table: Any, picture: Path | None, as_json: bool) -> None:
     from bitknap.allocation import ROLES
+    from bitknap.estimators.protect import comparable
     from bitknap.heat import heat, heat_figure, text_of
+    from bitknap.notes import notes, table_summary
     from bitknap.pictures import write_picture
     from bitknap.render import cost_table
 
     routed = (table.units.role == ROLES.index("routed")).any()
-    maps = heat(table) if routed or picture is not None else ()
+    maps = heat(comparable(table)) if routed or picture is not None else ()
     if picture is not None:
         write_picture(heat_figure(maps, table.provenance.get("unit", "nats/token")), picture)
     shown = [text_of(maps)] if maps else []
-    present(as_json, _table_summary(table), cost_table(table), *shown, _coverage(table))
-
-
-def _table_summary(table: Any) -> dict[str, Any]:
-    return {
-        "kind": "table",
-        "units": len(table.units),
-        "weights": table.weights,
-        "formats": {
-            f.name: {"bytes": int(size), "cost": float(cost)}
-            for f, size, cost in zip(
-                table.formats, table.nbytes.sum(0), table.cost.sum(0), strict=True
-            )
-        },
-        "provenance": dict(table.provenance),
-    }
-
-
-def _coverage(table: Any) -> str:
-    known = table.provenance
-    if "text" not in known:
-        return "no calibration text was read"
-    few, large = known.get("coverage", []), known.get("super_experts", [])
-    lines = ["every expert saw enough tokens"]
-    if few:
-        named = _some([f"{layer}/{expert} ({seen})" for layer, expert, seen in few])
-        lines = [f"few tokens, shrunk to the layer's mean: layer/expert (tokens) {named}"]
-    if large:
-        named = _some([f"{layer}/{expert} ({times:g} x)" for layer, expert, times in large])
-        lines.append(f"output far above the layer's median: layer/expert (times) {named}")
-    if known.get("repaired"):
-        lines.append(f"{known['repaired']:,} costs rose with the width and were pooled")
-    return "\n".join(lines)
-
-
-def _some(names: list[str]) -> str:
-    more = f" and {len(names) - 12} more" if len(names) > 12 else ""
-    return ", ".join(names[:12]) + more
+    present(as_json, table_summary(table), cost_table(table), *shown, notes(table))

@@ -16,20 +16,35 @@ from typing import Any
 from bitknap.errors import FileError, InputError
 
 
+@contextlib.contextmanager
+def folders_above(path: Path) -> Iterator[None]:
+    """Make the folders above `path`; those that were made go again if the block fails."""
+    above = path.absolute().parents
+    missing = [folder for folder in above if not folder.exists()]
+    above[0].mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):  # somebody else's file in it: let it stand
+            for folder in missing:
+                folder.rmdir()
+        raise
+
+
 def write_whole(path: Path, content: bytes) -> None:
     """Write `content` to `path` by a temporary name, fsync and rename."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(name).chmod(0o644)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with folders_above(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(name).chmod(0o644)
+            Path(name).replace(path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
 
 
 @contextlib.contextmanager
@@ -39,25 +54,50 @@ def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
     Raises:
         InputError: `path` exists and `overwrite` is false.
     """
+    check_free_name(path, overwrite=overwrite)
+    with folders_above(path):
+        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        try:
+            yield part
+            move_into_place(part, path)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def check_free_name(path: Path, *, overwrite: bool) -> None:
+    """Raise InputError if the folder `path` exists and may not be overwritten."""
     if path.exists() and not overwrite:
         raise InputError(f"{path} exists; choose another folder or pass --overwrite")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield part
-        for file in part.iterdir():
-            descriptor = os.open(file, os.O_RDONLY)
-            os.fsync(descriptor)
-            os.close(descriptor)
-        part.chmod(0o755)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink(missing_ok=True)
-        part.replace(path)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
+
+
+def move_into_place(part: Path, path: Path) -> None:
+    """Make the finished folder `part` become `path`, in the place of what is there."""
+    for file in part.iterdir():
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
+    part.chmod(0o755)
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+    part.replace(path)
+
+
+def check_space(path: Path, needed: int) -> None:
+    """Refuse to start what the disk of `path`, which need not exist yet, has no room for.
+
+    Raises:
+        InputError: fewer than `needed` bytes are free.
+    """
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(
+            f"{path}: needs {needed:,} bytes, the disk has {free:,} free; "
+            "free some or choose a folder on another disk"
+        )
 
 
 def read_json(path: Path) -> Any:

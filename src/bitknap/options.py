@@ -8,9 +8,7 @@ from typing import Any
 
 import click
 
-from bitknap.errors import InputError
-from bitknap.progress import Progress
-from bitknap.terminal import progress_bars, silence_transformers
+from bitknap.errors import InfeasibleError, InputError
 
 as_json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on stdout."
@@ -31,7 +29,9 @@ def text_option(purpose: str) -> Callable[[Any], Any]:
     )
 
 
-def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+def options_of(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return some options as one decorator, in this order."""
+
     def add(function: Any) -> Any:
         for decorator in reversed(decorators):
             function = decorator(function)
@@ -40,45 +40,6 @@ def _options(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return add
 
 
-estimating = _options(
-    click.option(
-        "--estimator",
-        default="calibrated",
-        show_default=True,
-        help="calibrated[,BASE[,SIGNAL…]] or BASE alone: moments, fisher, fisher-output, "
-        "weight-error, data-free, measured-kl, …; a wrong name lists them all.",
-    ),
-    click.option(
-        "--calibrate",
-        type=int,
-        default=None,
-        metavar="N",
-        help="Calibrate with at most N group measurements. Default: a few widths of each.",
-    ),
-    click.option(
-        "--journal",
-        type=click.Path(path_type=Path),
-        default=None,
-        help="Of measured-…: what is measured is kept here, and a killed run goes on.",
-    ),
-    click.option(
-        "--initial-router",
-        default=None,
-        metavar="MODEL",
-        help="Of router-norm: the model before training.",
-    ),
-    click.option("--formats", "bits", default="", help="Widths, such as 2,3,4,8. Default: 1-8."),
-    click.option("--group-size", default="", help="Group sizes, such as 64,128,row. Default: all."),
-    click.option(
-        "--metadata",
-        default="",
-        help="fp16, compact or both. Default: both, with and without zero.",
-    ),
-    click.option("--tokens", type=int, default=None, help="Calibration tokens. Default: 8192."),
-    text_option("Calibration"),
-    include_option,
-    seed_option,
-)
 # Names of solvers at the command line, and where their classes are; imported when asked for.
 SOLVERS = {
     "knapsack": "bitknap.allocation.knapsack:Knapsack",
@@ -86,7 +47,7 @@ SOLVERS = {
     "greedy": "bitknap.allocation.greedy:Greedy",
     "search": "bitknap.allocation.search:Search",
 }
-solving = _options(
+solving = options_of(
     click.option(
         "--solver", type=click.Choice(list(SOLVERS)), default=None, help="Default: knapsack."
     ),
@@ -122,63 +83,6 @@ def given(count: int | None, default: int) -> int:
 def listed(text: str) -> list[str]:
     """Split at commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _formats(bits: str, group_size: str, metadata: str) -> Any:
-    from bitknap.allocation import formats
-    from bitknap.api import GROUP_SIZES
-
-    if not (bits or group_size or metadata):
-        return None
-    try:
-        widths = [int(b) for b in listed(bits)] or list(range(1, 9))
-    except ValueError:
-        raise InputError(f"--formats {bits!r}: widths are numbers, such as 2,3,4,8") from None
-    sizes = listed(group_size) or GROUP_SIZES
-    return formats(widths, sizes, (False, True), listed(metadata) or ("fp16", "compact"))
-
-
-def _estimator(model: str, options: dict[str, Any], progress: Progress | None) -> Any:
-    from bitknap.estimators.catalog import named
-
-    return named(
-        listed(options["estimator"]),
-        routers=lambda: _routers(model, options["initial_router"]),
-        measurements=options["calibrate"],
-        journal=options["journal"],
-        progress=progress,
-    )
-
-
-def _routers(model: str, initial: str | None) -> Any:
-    """Return the router-norm signal of a model, against the routers of another if given."""
-    from bitknap.estimators.router_norm import RouterNorm, router_norms
-    from bitknap.quantize.names import walk_headers
-    from bitknap.quantize.source import Checkpoint, resolve
-
-    def norms(name: str) -> Any:
-        source = Checkpoint.open(resolve(name))
-        return router_norms(source, walk_headers(source.config, source.shapes, ()))
-
-    return RouterNorm(final=norms(model), initial=None if initial is None else norms(initial))
-
-
-def run_estimate(model: str, options: dict[str, Any]) -> Any:
-    """Return the cost table that the options ask for."""
-    from bitknap import api
-
-    silence_transformers()
-    with progress_bars() as progress:
-        return api.estimate(
-            model,
-            _estimator(model, options, progress),
-            _formats(options["bits"], options["group_size"], options["metadata"]),
-            text=options["text"],
-            tokens=given(options["tokens"], api.CALIBRATION_TOKENS),
-            include=listed(options["include"]),
-            seed=options["seed"],
-            progress=progress,
-        )
 
 
 def check_solving(budget: str, options: dict[str, Any]) -> None:
@@ -242,7 +146,35 @@ def pinned(table: Any, options: dict[str, Any]) -> Any:
 
 
 def run_solve(table: Any, budget: str, options: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
-    """Return the solution that the options ask for, and the prices of all profiles if asked."""
+    """Return the solution that the options ask for, and the prices of all profiles if asked.
+
+    Raises:
+        InfeasibleError: no plan is within the limits; says so if protection is what forbids it.
+    """
+    from bitknap.estimators.protect import unprotected
+
+    try:
+        return _solved(table, budget, options)
+    except InfeasibleError as error:
+        free = unprotected(table)
+        if free is table or not _feasible(free, budget, options):
+            raise
+        held = table.provenance["protected"]
+        raise InfeasibleError(
+            f"{error}, or estimate with --protect-bits 0: {held['units']} units of super experts "
+            f"are held to {held['bits']} bits"
+        ) from None
+
+
+def _feasible(table: Any, budget: str, options: dict[str, Any]) -> bool:
+    try:
+        _solved(table, budget, {**options, "price": False})
+    except InfeasibleError:
+        return False
+    return True
+
+
+def _solved(table: Any, budget: str, options: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
     from bitknap.allocation import Budget
     from bitknap.allocation.price import price
     from bitknap.planning import plan_for

@@ -56,15 +56,20 @@ def widths_table(plan: BitPlan) -> Table:
 
 
 def cost_table(table: CostTable) -> Table:
-    """Return what each format would cost if every unit had it."""
+    """Return what each format would cost if every unit had it that may."""
     unit = table.provenance.get("unit", "nats/token")
-    view = Table(title=f"{len(table.units):,} units: {unit} if all had one format")
-    for head in ("format", "bpw", "bytes", "cost"):
+    forbidden = (~np.isfinite(table.cost)).sum(0)
+    which = "all that may" if forbidden.any() else "all"
+    view = Table(title=f"{len(table.units):,} units: {unit} if {which} had one format")
+    heads = ["format", "bpw", "bytes", "cost", *(["forbidden to"] if forbidden.any() else [])]
+    for head in heads:
         view.add_column(head, justify="left" if head == "format" else "right")
     for index, item in enumerate(table.formats):
         size = int(table.nbytes[:, index].sum())
         bpw = f"{8 * size / table.weights:.3f}" if table.weights else "–"
-        view.add_row(item.name, bpw, f"{size:,}", f"{table.cost[:, index].sum():.5g}")
+        known = table.cost[np.isfinite(table.cost[:, index]), index].sum()
+        row = [item.name, bpw, f"{size:,}", f"{known:.5g}", f"{forbidden[index]:,} units"]
+        view.add_row(*row[: len(heads)])
     return view
 
 
@@ -168,6 +173,35 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     for name, value in facts.items():
         table.add_row(name.replace("_", " "), _said(name, value))
     return table
+
+
+def steps_table(steps: Sequence[Mapping[str, Any]]) -> Table:
+    """Return what each step of the work needs, one a row."""
+    table = Table(title="about what it takes, on two cores")
+    for head in ("step", "memory", "time"):
+        table.add_column(head, justify="left" if head == "step" else "right")
+    for step in steps:
+        table.add_row(step["name"], human(step["memory_bytes"]), _time(step["seconds"]))
+    return table
+
+
+def exports_table(exports: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return which runtimes could hold the model, one a row, and what is in the way."""
+    table = Table(title="what other runtimes' shapes allow")
+    for head in ("export to", "", "bits", "group sizes", "profile", "why"):
+        table.add_column(head)
+    for name, fit in exports.items():
+        bits = ", ".join(map(str, fit["bits"]))
+        groups = ", ".join(map(str, fit["groups"])) or "–"
+        possible = "yes" if fit["possible"] else "no"
+        table.add_row(name, possible, bits, groups, fit["profile"], fit["reason"])
+    return table
+
+
+def _time(seconds: int) -> str:
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:,.0f} h"
 
 
 def plan_summary(plan: BitPlan) -> dict[str, Any]:

@@ -73,6 +73,7 @@ _FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     ),
     "qwen3_moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", {}),
     "qwen3_next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", _LINEAR),
+    "qwen3_5_moe": ("Qwen3_5MoeForCausalLM", "Qwen3_5MoeTextConfig", _LINEAR),
     "olmoe": ("OlmoeForCausalLM", "OlmoeConfig", {}),
     "deepseek_v2": ("DeepseekV2ForCausalLM", "DeepseekV2Config", _LATENT | _ONE_DENSE),
     "deepseek_v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _LATENT | _ONE_DENSE),
@@ -108,6 +109,7 @@ _FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
         "Llama4TextConfig",
         {"interleave_moe_layer_step": 2, "intermediate_size_mlp": 20},
     ),
+    "granitemoe": ("GraniteMoeForCausalLM", "GraniteMoeConfig", {}),
     "granitemoeshared": (
         "GraniteMoeSharedForCausalLM",
         "GraniteMoeSharedConfig",

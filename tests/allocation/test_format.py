@@ -22,6 +22,11 @@ from bitknap.errors import InputError
         ("int3-g128-asym-compact", 4, 128, 192 + 8 + 2),
         ("int1-g128-sym-compact", 4, 256, 128 + 4 * 2 + 8),
         ("int1-g128-asym", 4, 256, 128 + 8 * 4),
+        # Shares of 6 bits: 4 rows x 2 groups are 48 bits, 6 bytes; of 3 rows 36 bits, 5 bytes.
+        ("int3-g64-asym-compact6", 4, 128, 192 + 4 * 2 + 6 + 3),
+        ("int3-g64-sym-compact6", 3, 128, 144 + 3 * 2 + 5),
+        ("int3-row-asym-compact6", 4, 128, 192 + 8 + 2),
+        ("int1-g128-sym-compact6", 4, 256, 128 + 4 * 2 + 6),
         ("keep-bf16", 4, 128, 1024),
         ("keep-fp32", 3, 5, 60),
         ("keep-fp8", 3, 5, 15),
@@ -51,13 +56,14 @@ def test_names_round_trip():
         bits=range(1, 9),
         group_size=(32, 64, "row"),
         symmetric=(True, False),
-        metadata=("fp16", "compact"),
+        metadata=("fp16", "compact", "compact6"),
         keep="bf16",
     )
-    # 8 widths x 3 x 2 x 2, less the three 1-bit asymmetric compact ones, and the source.
-    assert len(every) == 96 - 3 + 1
+    # 8 widths x 3 x 2 x 3, less the six 1-bit asymmetric compact ones, and the source.
+    assert len(every) == 144 - 6 + 1
     assert all(Format.parse(item.name) == item for item in every)
     assert Format.parse("int3-row-asym-compact") == Format(3, 0, metadata="compact")
+    assert Format.parse("int3-g64-asym-compact6") == Format(3, metadata="compact6")
     assert Format.parse(Format.made_up(3).name) == Format.made_up(3)
     assert str(Format(3, 64, symmetric=True)) == "int3-g64-sym"
 
@@ -81,17 +87,26 @@ def test_formats_are_sorted_and_distinct():
     [
         (lambda: Format(9), "bits: 9 is not a whole number from 1 to 8"),
         (lambda: Format(3, 60), "group_size: 60 is not a multiple of 8 (32, 64, 128, ...) or 0"),
-        (lambda: Format(3, metadata="int8"), "metadata: 'int8' is not one of fp16, compact"),
+        (
+            lambda: Format(3, metadata="int8"),
+            "metadata: 'int8' is not one of fp16, compact, compact6",
+        ),
         (
             lambda: Format(1, metadata="compact"),
             "int1-g64-asym-compact: 1 bit is sign times scale, and its mean has no compact form; "
             "use symmetric or fp16 metadata",
         ),
+        (
+            lambda: Format(1, metadata="compact6"),
+            "int1-g64-asym-compact6: 1 bit is sign times scale, and its mean has no compact form; ",
+        ),
+        (lambda: Format.parse("int3-g64-sym-compact8"), "'int3-g64-sym-compact8' is unknown"),
         (lambda: Format.keep("int4"), "keep: 'int4' is not one of bf16, fp16, fp32, fp8"),
         (lambda: Format.parse("q4_k"), "format 'q4_k' is unknown; examples: int3-g64-sym"),
         (lambda: formats(group_size="wide"), "group_size: 'wide' is not a number or 'row'"),
         (lambda: formats(bits=()), "formats: no valid combination"),
-        (lambda: formats(bits=1, metadata="compact"), "1 bit with compact metadata is symmetric"),
+        (lambda: formats(bits=1, metadata="int8"), "metadata: 'int8' is not one of"),
+        (lambda: formats(bits=1, metadata="compact6"), "1 bit with compact metadata is symmetric"),
         (lambda: Format.made_up(2).nbytes(1, 1), "option-2: a made-up format has no bytes"),
     ],
 )
@@ -99,3 +114,12 @@ def test_what_cannot_be_stored_says_so(make, message):
     with pytest.raises(InputError) as error:
         make()
     assert message in str(error.value)
+
+
+def test_what_metadata_says_of_scales():
+    found = {m: Format(3, metadata=m) for m in ("fp16", "compact", "compact6")}
+    assert {m: (f.compact, f.share_bits) for m, f in found.items()} == {
+        "fp16": (False, 0),
+        "compact": (True, 8),
+        "compact6": (True, 6),
+    }

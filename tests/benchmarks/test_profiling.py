@@ -1,8 +1,9 @@
 import numpy as np
 
 from bitknap.allocation import CostTable, Units
-from bitknap.benchmarks.profiling import FORMATS, SPARSITY, drawn
+from bitknap.benchmarks.profiling import SPARSITY, drawn
 from bitknap.benchmarks.profiling_report import markdown
+from bitknap.benchmarks.setting import FORMATS
 
 
 def dense(count: int = 45) -> CostTable:
@@ -16,13 +17,17 @@ def dense(count: int = 45) -> CostTable:
     )
     cost = 4.0 ** -np.arange(4) * np.arange(1, count + 1)[:, None]
     provenance = {"method": "rtn", "tokens": 8, "seed": 0}
-    return CostTable.from_arrays(cost, units=units, formats=FORMATS, provenance=provenance)
+    seen = (np.arange(count) % 9 > 0).astype(float)
+    return CostTable.from_arrays(
+        cost, units=units, formats=FORMATS, frequency=seen, provenance=provenance
+    )
 
 
 def test_samples_are_cells_of_the_dense_table():
     table = dense()
     samples = drawn(table, 3)
-    assert len(samples) == table.cost.size // SPARSITY
+    assert len(samples) == 4 * 40 // SPARSITY
+    assert (samples.unit % 9 > 0).all()  # experts without tokens are not measured
     assert np.array_equal(samples.loss, table.cost[samples.unit, samples.column])
     assert not np.array_equal(samples.unit, drawn(table, 4).unit)
 
@@ -45,8 +50,8 @@ def test_the_report_marks_what_is_significant():
             row("dense", 0.1, seconds=12.0),
             row("fisher", 0.115),
             row("moments", 0.15),
-            row("fuzzy", 0.12, seed=0),
-            row("fuzzy", 0.10, seed=1),
+            row("fuzzy", 0.12, seed=0, share=0.05),
+            row("fuzzy", 0.10, seed=1, share=0.05),
         ],
         "checks": [
             {
@@ -63,7 +68,7 @@ def test_the_report_marks_what_is_significant():
     text = markdown({"models": {"mixtral": model}, "about": about})
     assert "| fisher | 6 | 0.50 | 0.75 | 0.90 | 0.1150 (+15.0 ± 10.0 %) |" in text
     assert "| moments | 6 | 0.50 | 0.75 | 0.90 | 0.1500 (**+50.0 ± 10.0 %**) |" in text
-    assert "| fuzzy | 0.900 | 0.1100 (+10.0 ± 10.0 %) |" in text
+    assert "| fuzzy | 6 | 1/20 | 0.900 | 0.1100 (+10.0 ± 10.0 / 10.0 %) |" in text
     assert "| dense | 2.0 | 0.90 | 1.10 | 0.80 | 1.00 |" in text
     assert "45 units, 3 of experts without tokens" in text
     assert text.endswith("x86_64, 1 thread; numpy 2.4.\n")

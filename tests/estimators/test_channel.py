@@ -11,15 +11,17 @@ from bitknap.errors import InputError
 from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.channel import (
     ChannelScore,
-    block_units,
     channel_scores,
     channel_table,
     down_needs_more,
+    neuron_scores,
 )
+from bitknap.estimators.data_free import distortion
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.fisher import Fisher
 from bitknap.estimators.signals import checked
 from bitknap.quantize.apply import read_units
+from bitknap.quantize.blocks import block_units
 from bitknap.quantize.experts import walk
 from bitknap.testing import tiny_model
 
@@ -88,18 +90,6 @@ def test_constants_are_checked(alpha, k):
             make(alpha, k)
 
 
-def test_block_units_by_hand(case):
-    units, source = block_units(case.units, 5)
-    assert np.array_equal(source, np.repeat(np.arange(len(case.units)), 5))
-    of = source == 0  # gate, 24 rows
-    assert units.rows[of].tolist() == [5, 5, 5, 5, 4]
-    assert units.block[of].tolist() == [0, 1, 2, 3, 4]
-    assert units.label(3).endswith("proj=gate block=3")
-    many, _ = block_units(case.units, 1000)
-    assert (many.rows == 1).all()
-    assert len(many) == case.units.rows.sum()
-
-
 @pytest.mark.parametrize("blocks", [1, 3, 24])
 def test_blocks_of_a_matrix_cost_what_it_costs_whole(case, blocks):
     for evidence in (case.bare, case.curved):
@@ -153,6 +143,32 @@ def test_blocks_can_be_planned(case):
     assert found[0].cost < found[1].cost  # finer units, better plans
     with pytest.raises(InputError, match="blocks: 0 must be at least 1"):
         channel_table(case.bare, FORMATS, blocks=0)
+
+
+def test_neurons_of_a_layer_cost_what_its_matrices_cost(case):
+    grid = Format.parse("int3-g8-asym")
+    layer = case.units.layer == 1
+    whole = channel_table(case.curved, [grid], blocks=1)
+    found = neuron_scores(case.curved, grid)
+    assert sorted(found) == [0, 1]
+    assert found[1].shape == (4, 24)
+    assert found[1].sum() == pytest.approx(whole.cost[layer].sum(), rel=1e-6)
+    of_expert = layer & (case.units.expert == 2)
+    assert found[1][2].sum() == pytest.approx(whole.cost[of_expert].sum(), rel=1e-6)
+
+
+def test_neuron_scores_by_hand_without_gradients(case):
+    grid = Format.parse("int3-row-sym")
+    found = neuron_scores(case.bare, grid)[0][0]
+    expected = np.zeros(24)
+    for unit, width in ((0, 16), (1, 16), (2, 24)):  # gate, up, down of expert 0
+        weights = case.bare.weights(np.array([unit])).double()
+        neurons = weights if unit < 2 else weights.transpose(1, 2)
+        size = channel_scores(neurons)[0] * neurons[0].var(1, correction=0) * neurons.shape[2]
+        expected += size.numpy() * distortion(grid, width)
+    np.testing.assert_allclose(found, expected)
+    with pytest.raises(InputError, match="format: keep-bf16 rounds nothing; give a grid"):
+        neuron_scores(case.bare, Format.keep("bf16"))
 
 
 def test_the_claim_by_hand(case):

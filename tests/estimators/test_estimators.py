@@ -192,6 +192,36 @@ def test_calibrating_leaves_the_model_alone(case):
     assert case.evidence.replay.kl() == 0
 
 
+def test_held_out_plans_check_what_was_calibrated(case):
+    options = FORMATS[::5]
+    table = Calibrated(check=4).estimate(case.evidence, options)
+    plain = Calibrated().estimate(case.evidence, options)
+    assert np.array_equal(table.cost, plain.cost)
+    check = dict(table.provenance["check"])
+    least, most = (8 * m.sum() / table.weights for m in (table.nbytes.min(1), table.nbytes.max(1)))
+    assert check.pop("bits") == pytest.approx(2.5 if least < 2.5 else (least + most) / 2)
+    assert check.pop("plans") == table.provenance["check_measurements"] == 4
+    assert set(check) == {"spearman", "slope", "scale", "regret"}
+    assert check["regret"] >= 1
+    assert 0.2 < check["scale"] < 5
+    assert table.provenance["measurements"] == plain.provenance["measurements"]
+    again = Calibrated(check=4).estimate(case.evidence, options)
+    assert dict(again.provenance) == dict(table.provenance)
+    at_five = Calibrated(check=3, check_bits=5.0).estimate(case.evidence, options)
+    assert at_five.provenance["check"]["bits"] == 5
+    assert case.evidence.replay.kl() == 0  # the weights are back
+
+
+def test_checks_that_say_nothing_are_refused(case):
+    for count in (1, 2):
+        with pytest.raises(InputError, match=rf"check: {count} is below 3, .* 0 is for none"):
+            Calibrated(check=count)
+    with pytest.raises(InputError, match="check: -1 is not a whole number from 0"):
+        Calibrated(check=-1)
+    with pytest.raises(InputError, match=r"check: 1 different plans at .* 3 are needed"):
+        Calibrated(check=3).estimate(case.evidence, FORMATS[:1])
+
+
 def test_gains_by_hand():
     # KL 2 at a predicted 1 and 20 at 100: half way in logarithms, 10, it is sqrt(2 · 20).
     ends = np.array([1.0, 100.0])

@@ -1,16 +1,14 @@
-"""Ridge, isotonic regression and sums of exponentials, against brute force and SciPy."""
+"""Ridge and sums of exponentials, against brute force and SciPy."""
 
 from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from scipy.optimize import minimize, nnls
 from scipy.stats import spearmanr
 
 from bitknap.errors import InputError
-from bitknap.estimators.fitting import Sums, isotonic, log_sums, rank_correlation, ridge
+from bitknap.estimators.fitting import Sums, log_sums, rank_correlation, ridge
 
 
 def case(seed, rows=12, cols=4):
@@ -69,35 +67,6 @@ def test_ridge_refuses():
         ridge(np.eye(2), np.zeros(2), penalty=-1)
     with pytest.raises(InputError, match=r"prior: shape \(3,\), expected \(2,\)"):
         ridge(np.eye(2), np.zeros(2), prior=np.zeros(3))
-
-
-@settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.floats(-5, 5), st.floats(0.1, 5)), min_size=1, max_size=12))
-def test_isotonic_is_the_maximum_of_minima(pairs):
-    # Fit i is the greatest over j <= i of the least over k >= i of the mean of j .. k.
-    values, weights = np.array(pairs).T
-    count = len(values)
-    wanted = [
-        max(
-            min(np.average(values[j:k], weights=weights[j:k]) for k in range(i + 1, count + 1))
-            for j in range(i + 1)
-        )
-        for i in range(count)
-    ]
-    assert isotonic(values, weights) == pytest.approx(wanted, abs=1e-9)
-
-
-def test_isotonic_by_hand():
-    assert isotonic([1, 3, 2, 4]).tolist() == [1, 2.5, 2.5, 4]
-    assert isotonic([3, 1], [1, 3]).tolist() == [1.5, 1.5]
-    assert isotonic([1, 1, 2]).tolist() == [1, 1, 2]
-
-
-def test_isotonic_refuses():
-    with pytest.raises(InputError, match="weights above 0"):
-        isotonic([1, 2], [1, 0])
-    with pytest.raises(InputError, match=r"must be \[N\]"):
-        isotonic([[1, 2]])
 
 
 def sums(seed, groups=20, size=7, features=3):

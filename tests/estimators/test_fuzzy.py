@@ -17,6 +17,7 @@ from bitknap.estimators.costs import token_share
 from bitknap.estimators.fuzzy import Fuzzy, features, unit_losses
 from bitknap.estimators.fuzzy_rules import FuzzyRules
 from bitknap.estimators.moments import SecondMoments
+from bitknap.estimators.predictors import Residual
 from bitknap.estimators.samples import LossSamples
 from bitknap.estimators.triangles import (
     defuzzified,
@@ -307,11 +308,19 @@ def case():
     return SimpleNamespace(evidence=evidence, samples=samples, units=layout.units)
 
 
-@pytest.mark.parametrize("kind", ["tfri", "idw"])
-@pytest.mark.parametrize("residual", [True, False])
-def test_fuzzy_costs_are_sound(kind, residual, case):
+WAYS = {
+    "over a base": {},
+    "trusted in full": {"shrink": False},
+    "published": {"predictor": IDW, "base": None},
+    "plain": {"base": None},
+    "on log-linear": {"predictor": Residual(inner=FuzzyRules()), "base": None},
+}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_fuzzy_costs_are_sound(way, case):
     wanted = (*FORMATS[::2], Format.keep("fp32"))
-    found = Fuzzy(case.samples, kind, residual).estimate(case.evidence, wanted)
+    found = Fuzzy(case.samples, **{"base": SecondMoments(), **way}).estimate(case.evidence, wanted)
     assert found.units is case.units
     assert np.isfinite(found.cost).all()
     assert (found.cost[:, :-1] > 0).all()  # the unseen expert's too
@@ -320,11 +329,14 @@ def test_fuzzy_costs_are_sound(kind, residual, case):
     assert found.frequency is not None
     assert np.array_equal(found.frequency, token_share(case.evidence))
     assert found.provenance["unit"] == "nats/token"
-    assert found.provenance["estimator"] == "fuzzy"
+    base = way.get("base", SecondMoments())
+    assert found.provenance["estimator"] == ("fuzzy(moments)" if base else "fuzzy")
     assert found.provenance["measurements"] == 60
     assert found.provenance["samples"] == ORIGIN
-    if residual:
+    if way == WAYS["on log-linear"]:
         assert "60 samples for" in found.provenance["note"]
+    if not way:
+        assert "by cross-validation" in found.provenance["note"]
 
 
 def test_rules_over_a_base_say_what_it_gets_wrong(case):
@@ -334,11 +346,30 @@ def test_rules_over_a_base_say_what_it_gets_wrong(case):
     samples = replace(case.samples, loss=loss)
     found = Fuzzy(samples, base=SecondMoments()).estimate(case.evidence, FORMATS)
     assert found.cost == pytest.approx(3 * base.cost, rel=1e-6)
-    assert found.provenance["rules"] == "tfri on log-linear over moments"
+
+
+def test_rules_are_followed_as_far_as_they_predict_units_left_out(case):
+    base = SecondMoments().estimate(case.evidence, FORMATS)
+    known = base.cost[case.samples.unit, case.samples.column]
+    generator = np.random.default_rng(0)
+    noise = replace(case.samples, loss=known * np.exp(generator.normal(size=len(known))))
+    bits = np.array([f.bits for f in FORMATS])[case.samples.column]
+    curve = replace(case.samples, loss=known * np.exp(0.5 * bits))
+
+    def moved(samples, **way):
+        found = Fuzzy(samples, base=SecondMoments(), **way).estimate(case.evidence, FORMATS)
+        return float(np.log(found.cost / base.cost).std()), found.provenance["note"]
+
+    trusting, _ = moved(noise, shrink=False)
+    wary, said = moved(noise)
+    assert wary < trusting / 2
+    assert float(said.split("followed by ")[1].split(",")[0]) < 0.4
+    _, said = moved(curve)
+    assert float(said.split("followed by ")[1].split(",")[0]) > 0.8
 
 
 def test_measured_cells_keep_what_was_measured(case):
-    found = Fuzzy(case.samples, residual=False).estimate(case.evidence, FORMATS)
+    found = Fuzzy(case.samples, base=None).estimate(case.evidence, FORMATS)
     kept = found.cost[case.samples.unit, case.samples.column]
     assert kept == pytest.approx(np.exp(case.samples.logs))
 
@@ -359,7 +390,7 @@ def test_features_are_oriented_and_told_apart(case):
 
 def test_samples_of_something_else_are_refused(case):
     with pytest.raises(MismatchError, match="format int3-g8-asym is not among theirs"):
-        Fuzzy(case.samples).estimate(case.evidence, formats(3, 8))
+        Fuzzy(case.samples, base=None).estimate(case.evidence, formats(3, 8))
     others = LossSamples(
         units=Units.anonymous(3),
         formats=FORMATS,
@@ -369,7 +400,7 @@ def test_samples_of_something_else_are_refused(case):
         provenance=ORIGIN,
     )
     with pytest.raises(MismatchError, match="measured on 3 units, used on 30"):
-        Fuzzy(others).estimate(case.evidence, FORMATS)
+        Fuzzy(others, base=None).estimate(case.evidence, FORMATS)
 
 
 def test_nats_of_logarithms():

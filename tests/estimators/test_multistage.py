@@ -17,8 +17,8 @@ from bitknap.estimators.multistage import (
     fuzzy_clusters,
     joint_significance,
     moqa_plan,
-    robust,
 )
+from bitknap.estimators.robust import robust
 from bitknap.quantize.experts import walk
 from bitknap.testing import tiny_model
 
@@ -264,6 +264,21 @@ def test_robust_refuses(tables):
     )
     with pytest.raises(MismatchError, match="its formats are not those"):
         robust([tables[0], fewer])
+
+
+def test_what_each_table_says_for_itself_is_kept(tables):
+    checks = [{"plans": 3, "spearman": 0.5 + 0.1 * number} for number in range(3)]
+    said = [
+        {**t.provenance, "measurements": 6, "check": check, "check_measurements": 3}
+        for t, check in zip(tables, checks, strict=True)
+    ]
+    found = robust([replace(t, provenance=p) for t, p in zip(tables, said, strict=True)])
+    assert found.provenance["measurements"] == 18
+    assert found.provenance["check_measurements"] == 9
+    assert found.provenance["each"] == [{"check": check} for check in checks]
+    assert found.provenance["method"] == "rtn"
+    assert "check" not in found.provenance
+    assert "each" not in robust(tables).provenance
 
 
 def test_an_ensemble_of_estimators_on_one_text_is_allowed(tables):

@@ -10,7 +10,16 @@ from bitknap.quantize.experts import walk
 from bitknap.testing import tiny_model
 
 WINDOWS = torch.randint(0, 64, (5, 13), generator=torch.Generator().manual_seed(0))
-FAMILIES = ("mixtral", "gpt_oss", "deepseek_v3", "nemotron_h", "llama4_text")
+FAMILIES = (
+    "mixtral",
+    "gpt_oss",
+    "deepseek_v3",
+    "nemotron_h",
+    "llama4_text",
+    "dbrx",
+    "longcat_flash",
+    "switch_transformers",
+)
 
 
 def doubled(weights):

@@ -4,21 +4,29 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from bitknap.errors import InputError
+from bitknap.errors import InputError, ModelError
 from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.evidence import LayerTrace
 from bitknap.estimators.recording import recording
 from bitknap.estimators.traces import block_of
+from bitknap.estimators.windows import logits_of
 from bitknap.quantize.apply import replaced, stacks
 from bitknap.quantize.experts import walk
 from bitknap.testing import tiny_model
 
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h", "deepseek_v3")
+# Those with a forward of their own, and what a trace asks of them.
+OTHERS = {
+    "dbrx": {},
+    "longcat_flash": {},
+    "switch_transformers": {},
+    "llama4_text": {"num_experts_per_tok": 1},
+}
 IDS = torch.arange(2, 38).view(3, 12) * 7 % 64
 
 
 def run(model, ids=IDS):
-    return model(input_ids=ids[:, :-1], use_cache=False).logits
+    return logits_of(model, ids)
 
 
 def watched(model, layout):
@@ -31,8 +39,15 @@ def watched(model, layout):
                 output.retain_grad()
             found[layer] = (*args, output)
 
-        model.get_submodule(layer.module).register_forward_hook(keep)
+        name = layer.module.removesuffix(".mlp") if "Dbrx" in type(model).__name__ else layer.module
+        model.get_submodule(name).register_forward_hook(keep)
     return found
+
+
+def added(layer, seen):
+    """Return what a layer's experts add to each token [T, H]; Llama 4 has a row of each expert."""
+    copies = layer.experts if len(seen) == 2 else 1
+    return seen[-1].reshape(copies, -1, layer.hidden).sum(0)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -63,10 +78,10 @@ def test_gradients_are_those_at_the_experts_output(family):
     layout = walk(model)
     labels = IDS[:, 1:].flatten()
     with recording(model, layout, trace_tokens=20, gradients=True) as sums:
-        cross_entropy(run(model).flatten(0, 1), labels, reduction="sum").backward()
+        cross_entropy(run(model), labels, reduction="sum").backward()
     found = watched(model, layout)
     model.zero_grad()
-    cross_entropy(run(model).flatten(0, 1), labels, reduction="sum").backward()
+    cross_entropy(run(model), labels, reduction="sum").backward()
     for number, layer in sums.items():
         trace = layer.trace()
         assert trace is not None
@@ -76,10 +91,10 @@ def test_gradients_are_those_at_the_experts_output(family):
         torch.testing.assert_close(trace.gradient, expected[:20], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "dbrx", "llama4_text"])
 def test_one_layer_a_backward_pass_catches_the_same(family, monkeypatch):
     monkeypatch.setattr("bitknap.estimators.calibrate.BATCH_TOKENS", 24)  # two batches
-    model = tiny_model(family)
+    model = tiny_model(family, **OTHERS.get(family, {}))
     layout = walk(model, ("attention",))
     said = []
     whole = calibrate(model, layout, IDS, curvature=True, gradients=True, trace_tokens=25)
@@ -126,16 +141,16 @@ def test_a_frozen_model_has_gradients_too():
     assert not any(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_running_from_a_trace_is_running_the_layer(family):
-    model = tiny_model(family)
+    model = tiny_model(family, **OTHERS.get(family, {}))
     layout = walk(model)
     evidence = calibrate(model, layout, IDS, traces=True)
     found = watched(model, layout)
-    units = layout.units
+    units, layers = layout.units, {x.layer: x for x in layout.layers}
     with torch.no_grad():
         run(model)
-        before = {number: seen[3].reshape(-1, seen[3].shape[-1]) for number, seen in found.items()}
+        before = {number: added(layers[number], seen) for number, seen in found.items()}
         for stack in stacks(units):
             layer, name = int(units.layer[stack[0]]), units.projections[units.projection[stack[0]]]
             block = block_of(evidence, layer)
@@ -149,10 +164,39 @@ def test_running_from_a_trace_is_running_the_layer(family):
                 token, dz = moved[int(units.expert[unit])]
                 with replaced(model, layout, [unit], lambda w: w * 1.5):
                     run(model)
-                expected = found[layer][3].reshape(before[layer].shape) - before[layer]
+                expected = added(layers[layer], found[layer]) - before[layer]
                 assert dz.abs().max() > 1e-4
                 full = torch.zeros_like(expected).index_add(0, token, dz)
                 torch.testing.assert_close(full, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_gradients_of_scaled_copies_are_those_of_their_tokens():
+    model = tiny_model("llama4_text", **OTHERS["llama4_text"])
+    layout = walk(model)
+    labels = IDS[:, 1:].flatten()
+    found = watched(model, layout)
+    with recording(model, layout, trace_tokens=20, gradients=True) as sums:
+        cross_entropy(run(model), labels, reduction="sum").backward()
+    (layer,) = layout.layers
+    trace = sums[layer.layer].trace()
+    assert trace is not None
+    assert trace.gradient is not None
+    copies, output = found[layer.layer]
+    shape = (layer.experts, -1, layer.hidden)
+    # Each token's routed copy is the one that is not zero; all copies share its gradient.
+    torch.testing.assert_close(trace.hidden, copies.view(shape).sum(0)[:20])
+    torch.testing.assert_close(trace.gradient, output.grad.view(shape)[0][:20])
+    assert torch.equal(trace.weights, torch.ones(20, 1))
+
+
+def test_a_trace_keeps_one_scaled_copy_a_token():
+    model = tiny_model("llama4_text", num_experts_per_tok=2)
+    with pytest.raises(ModelError) as error:
+        calibrate(model, walk(model), IDS, traces=True)
+    assert str(error.value) == (
+        "layer 1: each expert scales its own input, and a token has 2 of them, but a trace keeps "
+        "one; use an estimator without traces, such as moments"
+    )
 
 
 def test_a_token_routed_to_an_expert_twice_moves_once_by_both():

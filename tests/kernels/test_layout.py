@@ -59,3 +59,21 @@ def test_a_matrix_is_one_stream_without_padding_of_rows():
     values = torch.arange(21).view(3, 7) % 8
     assert len(pack_bits(values, 3)) == 8  # 63 bits
     assert torch.equal(pack_bits(values, 3), pack_bits(values.reshape(-1), 3))
+
+
+@pytest.mark.parametrize("bits", [1, 3, 8])
+def test_more_than_one_chunk(bits):
+    random = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 2**bits, ((1 << 18) + 21,), generator=random).to(torch.uint8)
+    stream = pack_bits(values, bits)
+    assert torch.equal(unpack_bits(stream, bits, len(values)), values)
+    assert torch.equal(stream[-bits:], pack_bits(values[-13:], bits)[-bits:])
+
+
+def test_codes_and_streams_may_lie_anywhere():
+    values = torch.arange(48, dtype=torch.uint8) % 8
+    shifted = torch.cat([values[:3], values])[3:]
+    assert torch.equal(pack_bits(shifted, 3), pack_bits(values, 3))
+    assert torch.equal(pack_bits(values.view(6, 8).T, 3), pack_bits(values.view(6, 8).T.clone(), 3))
+    doubled = pack_bits(values, 3).repeat_interleave(2)[::2]
+    assert torch.equal(unpack_bits(doubled, 3, 48), values)

@@ -1,0 +1,88 @@
+"""A reference model with what was recorded on it, and a judge of plans on text unseen so far.
+
+What the benchmarks of estimators and of published rules share.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from bitknap.allocation import BitPlan, Budget, CostTable, Problem, formats, solve
+from bitknap.allocation.price import under
+from bitknap.allocation.profiles import profile
+from bitknap.api import evaluation_windows, longest_of, tokenizer_of
+from bitknap.estimators.calibrate import calibrate
+from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.replay import Losses, Replay
+from bitknap.estimators.text import BUILTIN, read_text, token_windows
+from bitknap.planning import DEFAULT_PROFILE
+from bitknap.quantize.apply import applied
+from bitknap.quantize.blocks import layout_for
+from bitknap.quantize.experts import walk
+from bitknap.quantize.loading import load
+from bitknap.quantize.source import resolve
+
+FORMATS = formats(bits=(1, 2, 3, 4), group_size="row", symmetric=True)
+BUDGETS = (2.0, 2.25, 2.5, 3.0)
+MODELS = ("mixtral", "qwen3moe")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Solves tables and measures their plans on held-out text, each plan once."""
+
+    replay: Replay
+    evidence: Evidence
+    known: dict[bytes, Losses] = field(default_factory=dict)
+
+    def losses(self, table: CostTable, bits: float) -> tuple[BitPlan, Losses]:
+        """Return the table's plan at a budget, and what it loses."""
+        tied = under(table, profile(DEFAULT_PROFILE))
+        plan = solve(Problem(tied, Budget.bits(bits))).plan
+        return plan, self.of(plan)
+
+    def of(self, plan: BitPlan) -> Losses:
+        """Return what a plan loses, one over blocks of matrices too."""
+        names = " ".join(format.name for format in plan.formats)
+        key = names.encode() + plan.choice.tobytes()
+        if key not in self.known:
+            layout = layout_for(plan.units, self.evidence.layout)
+            with applied(self.replay.model, layout, plan):
+                self.known[key] = self.replay.measure()
+        return self.known[key]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """One reference model with its calibration pass and its judge."""
+
+    name: str
+    tokens: int
+    judged: int
+    model: Any
+    evidence: Evidence
+    judge: Judge
+
+
+def reference(name: str, tokens: int, judged: int) -> Reference:
+    """Calibrate on a reference model: moments, curvature, traces and gradients.
+
+    Args:
+        name: of a bundled model.
+        tokens: of the bundled calibration text.
+        judged: tokens of the bundled evaluation text.
+    """
+    folder = resolve(f"reference:{name}")
+    model = load(folder, torch.float32)
+    layout = walk(model)
+    text = read_text(BUILTIN, "calibration")
+    windows = token_windows(tokenizer_of(folder), text, tokens, longest_of(model.config))
+    evidence = calibrate(model, layout, windows, curvature=True, gradients=True)
+    held_out = evaluation_windows(folder, BUILTIN, judged)
+    judge = Judge(replay=Replay(model, layout, held_out, cache=False), evidence=evidence)
+    return Reference(
+        name=name, tokens=tokens, judged=judged, model=model, evidence=evidence, judge=judge
+    )

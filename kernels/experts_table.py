@@ -1,0 +1,152 @@
+"""All experts of one projection of one layer, as one launch reads them; and its plain torch twin.
+
+Experts of any widths, group sizes and metadata lie back to back in one buffer. What tells them
+apart stands in small tensors on the same device, so that a program looks up its expert's width and
+places, and nothing is decided on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from bitknap.errors import InputError
+from bitknap.kernels.tiles import unpack_tiles
+from bitknap.kernels.words import Recipe, unpack_words
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExpertsTable:
+    """The experts [E] of one projection, each [rows, cols].
+
+    Attributes:
+        rows: outputs of each expert.
+        cols: inputs of each expert. A kernel must read inputs past the last column as 0: the
+            codes there are 0, which need not stand for a weight of 0.
+        buffer: every expert's codes (`tiles`), words (`words`) and row scales fp16, int32 [n].
+        bits: of a code, or of a kept weight, int32 [E].
+        group: weights that share a word, int32 [E].
+        word: bits of a word: 8, 16, 32; 0 for an expert kept in source precision. int32 [E].
+        share: bits of the share in a word, 0 for an fp16 step, int32 [E].
+        symmetric: 1 where no zero is stored, int32 [E].
+        codes_at: where codes begin in `buffer`, in its elements, int64 [E].
+        words_at: where words begin, int64 [E].
+        rows_at: where row scales begin, int64 [E]; the end of the words if there are none.
+        recipes: the same once more, for the host [E].
+        kept: dtype of the experts in source precision, if there are any.
+    """
+
+    rows: int
+    cols: int
+    buffer: Tensor
+    bits: Tensor
+    group: Tensor
+    word: Tensor
+    share: Tensor
+    symmetric: Tensor
+    codes_at: Tensor
+    words_at: Tensor
+    rows_at: Tensor
+    recipes: tuple[Recipe, ...]
+    kept: torch.dtype | None = None
+
+    @classmethod
+    def of(
+        cls,
+        buffer: Tensor,
+        recipes: Sequence[Recipe],
+        rows: int,
+        cols: int,
+        kept: torch.dtype | None = None,
+    ) -> ExpertsTable:
+        """Return the table of experts that lie back to back in `buffer`, without copying it.
+
+        Args:
+            buffer: uint8; only if it begins at an odd place of its storage is it copied.
+            recipes: how each expert is stored.
+            rows: outputs of each.
+            cols: inputs of each.
+            kept: dtype of those in source precision.
+
+        Raises:
+            InputError: the buffer does not have the bytes that the recipes need.
+        """
+        sizes = torch.tensor([r.part_bytes(rows, cols) for r in recipes], dtype=torch.int64)
+        needed = int(sizes.sum())
+        if len(buffer) != needed:
+            raise InputError(
+                f"experts {len(recipes)} x {rows}x{cols}: {len(buffer)} bytes, not {needed}; "
+                "pass a stack in the layout for kernels"
+            )
+        ends = sizes.view(-1).cumsum(0).view(-1, 3)
+        begins = (ends - sizes) // 4
+        device = buffer.device
+        codes_at, words_at, rows_at = (b.contiguous().to(device) for b in begins.unbind(1))
+
+        def column(values: Sequence[int]) -> Tensor:
+            return torch.tensor(values, dtype=torch.int32, device=device)
+
+        return cls(
+            rows=rows,
+            cols=cols,
+            buffer=(buffer.clone() if buffer.storage_offset() % 4 else buffer).view(torch.int32),
+            bits=column([r.bits for r in recipes]),
+            group=column([r.group for r in recipes]),
+            word=column([r.word for r in recipes]),
+            share=column([r.share for r in recipes]),
+            symmetric=column([int(r.symmetric) for r in recipes]),
+            codes_at=codes_at,
+            words_at=words_at,
+            rows_at=rows_at,
+            recipes=tuple(recipes),
+            kept=kept,
+        )
+
+    def __len__(self) -> int:
+        return len(self.recipes)
+
+    def parts(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return one expert's codes, words and row scales as bytes, uint8 views of the buffer."""
+        first = 4 * int(self.codes_at[expert])
+        sizes = self.recipes[expert].part_bytes(self.rows, self.cols)
+        whole = self.buffer.view(torch.uint8)[first : first + sum(sizes)]
+        codes, words, scales = whole.split(list(sizes))
+        return codes, words, scales
+
+
+def dequantize_tiles(table: ExpertsTable) -> Tensor:
+    """Return the weights that kernels must act as if they had, float32 [E, rows, cols].
+
+    The operations and their order are those of `Quantized.dequantize`: equal bit for bit.
+    """
+    return torch.stack([_weights(table, expert) for expert in range(len(table))])
+
+
+def _weights(table: ExpertsTable, expert: int) -> Tensor:
+    recipe, rows, cols = table.recipes[expert], table.rows, table.cols
+    codes, words, scales = table.parts(expert)
+    if recipe.kept:
+        if table.kept is None:
+            raise InputError(f"expert {expert} is kept in source precision; pass its dtype as kept")
+        weights: Tensor = codes[: recipe.kept].view(table.kept).view(rows, cols).float()
+        return weights
+    q = unpack_tiles(codes.view(torch.int16), recipe.bits, rows, cols).float()
+    steps, zeros = unpack_words(words, recipe, rows)
+    s = steps.float()
+    if recipe.share:
+        row = scales.view(torch.float16)[:rows, None].float()
+        s = row * (s / (2**recipe.share - 1))
+    s = _spread(s, recipe, cols)
+    if zeros is None:
+        levels: int = 2**recipe.bits - 1
+        return (q - levels / 2) * s
+    z = _spread(zeros.float(), recipe, cols)
+    return (q - z) * s if recipe.share else q * s + z
+
+
+def _spread(values: Tensor, recipe: Recipe, cols: int) -> Tensor:
+    """Return each weight's own of values [rows, groups], [rows, cols]."""
+    return values.repeat_interleave(recipe.group, 1)[:, :cols]

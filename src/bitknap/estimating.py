@@ -1,0 +1,241 @@
+"""What `estimate` is asked for at the command line, and what its words mean."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from bitknap.errors import InputError
+from bitknap.estimators.protect import FLOOR
+from bitknap.estimators.robust import Rule
+from bitknap.options import given, include_option, listed, options_of, seed_option
+from bitknap.progress import Progress
+from bitknap.terminal import progress_bars, silence_transformers
+
+estimating = options_of(
+    click.option(
+        "--estimator",
+        default="calibrated",
+        show_default=True,
+        help="calibrated[,BASE[,SIGNAL…]], fuzzy[,BASE] or BASE alone: moments, fisher, "
+        "fisher-output, weight-error, data-free, measured-kl, …; a wrong name lists them all.",
+    ),
+    click.option(
+        "--calibrate",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Calibrate with at most N group measurements. Default: a few widths of each.",
+    ),
+    click.option(
+        "--check",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Of calibrated: measure N held-out plans too, and say how well they are predicted.",
+    ),
+    click.option(
+        "--journal",
+        type=click.Path(path_type=Path),
+        default=None,
+        help="Of measured-…: what is measured is kept here, and a killed run goes on.",
+    ),
+    click.option(
+        "--samples",
+        type=click.Path(path_type=Path),
+        default=None,
+        help="Of fuzzy: FILE of measured cells, .safetensors; measured and kept if not there.",
+    ),
+    click.option(
+        "--measurements",
+        type=int,
+        default=None,
+        metavar="N",
+        help="Of fuzzy: measure at most N cells. Default: one in fifteen.",
+    ),
+    click.option(
+        "--initial-router",
+        default=None,
+        metavar="MODEL",
+        help="Of router-norm: the model before training. Default: final norms alone.",
+    ),
+    click.option(
+        "--protect-bits",
+        type=int,
+        default=FLOOR,
+        show_default=True,
+        help="Least bits of experts whose output is far above their layer's; 0 protects none.",
+    ),
+    click.option(
+        "--method",
+        type=click.Choice(["rtn", "hqq", "gptq"]),
+        default=None,
+        help="How weights are rounded, which is what costs are of. Default: rtn, or the plan's.",
+    ),
+    click.option(
+        "--keep", is_flag=True, help="Offer the precision that weights are stored in as well."
+    ),
+    click.option("--formats", "bits", default="", help="Widths, such as 2,3,4,8. Default: 1-8."),
+    click.option("--group-size", default="", help="Group sizes, such as 64,128,row. Default: all."),
+    click.option(
+        "--metadata",
+        default="",
+        help="fp16, compact, compact6 or several. Default: the first two, with and without zero.",
+    ),
+    click.option("--tokens", type=int, default=None, help="Calibration tokens. Default: 8192."),
+    click.option(
+        "--text",
+        multiple=True,
+        default=("builtin",),
+        help="Calibration text: a file or builtin; several times for several sets.  "
+        "[default: builtin]",
+    ),
+    click.option(
+        "--robust",
+        type=click.Choice(get_args(Rule)),
+        default=None,
+        help="What a cost becomes over several texts. Default: mean.",
+    ),
+    click.option(
+        "--risk", type=float, default=None, metavar="K", help="Of mean+sd: K deviations. Default: 1"
+    ),
+    click.option(
+        "--max-memory",
+        default=None,
+        metavar="SIZE",
+        help="Such as 12GiB: gradients go layer by layer if they would take more.",
+    ),
+    include_option,
+    seed_option,
+)
+
+
+def run_estimate(model: str, options: dict[str, Any]) -> Any:
+    """Return the cost table that the options ask for."""
+    from bitknap import api
+
+    _check(options)
+    silence_transformers()
+    with progress_bars() as progress:
+        table = api.estimate(
+            model,
+            _estimator(model, options, progress),
+            _formats(model, options),
+            text=options["text"],
+            robust=options["robust"],
+            risk=1.0 if options["risk"] is None else options["risk"],
+            tokens=given(options["tokens"], api.CALIBRATION_TOKENS),
+            include=listed(options["include"]),
+            protect=options["protect_bits"],
+            method=options["method"] or "rtn",
+            max_memory=_size(options["max_memory"]),
+            seed=options["seed"],
+            progress=progress,
+        )
+    if "router-norm" not in listed(options["estimator"]):
+        return table
+    # Which norms were compared is part of what the costs are.
+    said = {"initial_router": options["initial_router"] is not None}
+    return replace(table, provenance={**table.provenance, **said})
+
+
+def one_text(options: dict[str, Any]) -> str:
+    """Return the text that a method of rounding calibrates on, the only one given.
+
+    Raises:
+        InputError: several were given, and the method reads one.
+    """
+    first, *others = options["text"]
+    if others and options["method"] == "gptq":
+        raise InputError("--text: gptq calibrates on one text; give one")
+    return str(first)
+
+
+def _check(options: dict[str, Any]) -> None:
+    """Refuse words that do not go together."""
+    if options["risk"] is not None and options["robust"] != "mean+sd":
+        raise InputError("--risk: only --robust mean+sd takes it")
+    if options["samples"] is not None and len(options["text"]) > 1:
+        raise InputError("--samples: they are measured on one text; give one --text")
+    words = listed(options["estimator"])
+    if options["initial_router"] is not None and "router-norm" not in words:
+        raise InputError("--initial-router: only --estimator router-norm reads it")
+
+
+def _estimator(model: str, options: dict[str, Any], progress: Progress | None) -> Any:
+    from bitknap.estimators.catalog import named
+
+    return named(
+        listed(options["estimator"]),
+        routers=lambda: _routers(model, options["initial_router"]),
+        calibrate=options["calibrate"],
+        check=options["check"],
+        journal=options["journal"],
+        samples=options["samples"],
+        measurements=options["measurements"],
+        progress=progress,
+    )
+
+
+def _routers(model: str, initial: str | None) -> Any:
+    """Return the router-norm signal of a model, against the routers of another if given."""
+    from bitknap.estimators.router_norm import RouterNorm, router_norms
+    from bitknap.quantize.names import walk_headers
+    from bitknap.quantize.source import Checkpoint, resolve
+
+    def norms(name: str) -> Any:
+        source = Checkpoint.open(resolve(name))
+        return router_norms(source, walk_headers(source.config, source.shapes, ()))
+
+    return RouterNorm(final=norms(model), initial=None if initial is None else norms(initial))
+
+
+def _formats(model: str, options: dict[str, Any]) -> Any:
+    from bitknap.allocation import formats
+    from bitknap.api import GROUP_SIZES
+
+    bits, size, metadata = (listed(options[x]) for x in ("bits", "group_size", "metadata"))
+    if not (bits or size or metadata or options["keep"]):
+        return None
+    try:
+        widths = [int(b) for b in bits] or list(range(1, 9))
+    except ValueError:
+        raise InputError(
+            f"--formats {options['bits']!r}: widths are numbers, such as 2,3,4,8"
+        ) from None
+    kept = _precision(model) if options["keep"] else None
+    return formats(
+        widths, size or GROUP_SIZES, (False, True), metadata or ("fp16", "compact"), kept
+    )
+
+
+def _precision(model: str) -> str:
+    """Return the precision that a model's experts are stored in, all of them in one."""
+    from bitknap.quantize.names import walk_headers
+    from bitknap.quantize.source import Checkpoint, resolve
+
+    source = Checkpoint.open(resolve(model))
+    views = walk_headers(source.config, source.shapes, ()).views
+    found = {source.precision(view.tensor) for view in views}
+    if len(found) > 1:
+        raise InputError(f"--keep: experts are stored in {', '.join(sorted(found))}; leave it out")
+    return found.pop()
+
+
+def _size(text: str | None) -> int | None:
+    """Return the bytes of a size such as 12GiB."""
+    from bitknap.allocation import Budget
+
+    if text is None:
+        return None
+    try:
+        found = Budget.parse(text)
+    except InputError:
+        found = None
+    if found is None or found.kind != "checkpoint":
+        raise InputError(f"--max-memory {text!r}: write a size, such as 12GiB or 800MB")
+    return int(found.value)

@@ -1,0 +1,80 @@
+"""A journal: what long work has done, on disk as it comes, to continue where it was killed.
+
+JSON lines: a header that says what the work is about, then one line a finished part. Only the
+last line can be torn; it is cut.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bitknap.errors import FileError, MismatchError
+from bitknap.files import check_version, write_whole
+
+_KIND, _VERSION = "bitknap.journal", "1.0"
+
+
+def open_lines(
+    path: Path, about: Mapping[str, Any], *, way_out: str = "choose another file"
+) -> list[bytes]:
+    """Return the lines of finished parts, in order; start the journal if there is none.
+
+    Args:
+        path: the journal; a torn last line is cut off the file.
+        about: what the work is about, JSON values; must be what the journal was started with.
+        way_out: what to do about a journal that cannot be used.
+
+    Raises:
+        FileError: the file cannot be read, or is not a journal.
+        MismatchError: the journal is about something else.
+    """
+    if not path.exists():
+        header = {"format": _KIND, "version": _VERSION, "about": dict(about)}
+        write_whole(path, _line(header))
+        return []
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from None
+    whole = content[: content.rfind(b"\n") + 1]
+    first, *parts = whole.splitlines() or [b""]
+    _check_header(path, first, about, way_out)
+    if len(whole) < len(content):
+        os.truncate(path, len(whole))
+    return parts
+
+
+def append_lines(path: Path, parts: Iterable[Mapping[str, Any]]) -> None:
+    """Add finished parts, and return when they are on the disk."""
+    with path.open("ab") as file:
+        file.write(b"".join(map(_line, parts)))
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _line(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def _check_header(path: Path, line: bytes, about: Mapping[str, Any], way_out: str) -> None:
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise FileError(f"{path}: not a journal; {way_out}")
+    check_version(header, _KIND, _VERSION, path)
+    found = header.get("about")
+    known = found if isinstance(found, dict) else {}
+    wanted = json.loads(json.dumps(dict(about)))
+    if known != wanted:
+        names = sorted(wanted.keys() | known.keys())
+        other = [name for name in names if known.get(name) != wanted.get(name)]
+        raise MismatchError(
+            f"{path}: the journal is of another {', '.join(other)}; "
+            f"give the inputs it was started with, or {way_out}"
+        )

@@ -1,0 +1,47 @@
+"""Which part of a window is read, and which is predicted."""
+
+import pytest
+import torch
+
+from bitknap.errors import ModelError
+from bitknap.estimators.windows import labels_of, logits_of, predicted
+from bitknap.testing import tiny_model
+
+WINDOWS = torch.randint(2, 64, (3, 9), generator=torch.Generator().manual_seed(0))
+
+
+def test_a_decoder_predicts_every_token_but_the_first():
+    model = tiny_model("mixtral")
+    assert predicted(model, 9) == 8
+    assert torch.equal(labels_of(model, WINDOWS), WINDOWS[:, 1:])
+    with torch.no_grad():
+        expected = model(input_ids=WINDOWS).logits[:, :-1].flatten(0, 1)
+        torch.testing.assert_close(logits_of(model, WINDOWS), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_an_encoder_decoder_predicts_the_second_half_from_the_first():
+    model = tiny_model("switch_transformers", decoder_start_token_id=1)
+    assert predicted(model, 9) == 4  # the last token of an odd window is left out
+    assert torch.equal(labels_of(model, WINDOWS), WINDOWS[:, 4:8])
+    with torch.no_grad():
+        found = logits_of(model, WINDOWS)
+        # The model's own way from labels to what its decoder reads.
+        expected = model(input_ids=WINDOWS[:, :4], labels=WINDOWS[:, 4:8].contiguous()).logits
+    assert torch.equal(found, expected.flatten(0, 1))
+
+
+def test_a_decoder_starts_from_padding_unless_told():
+    model = tiny_model("switch_transformers", pad_token_id=3)
+    with torch.no_grad():
+        padded = logits_of(model, WINDOWS)
+        model.config.decoder_start_token_id = 3
+        assert torch.equal(logits_of(model, WINDOWS), padded)
+        model.config.decoder_start_token_id = 5
+        assert not torch.equal(logits_of(model, WINDOWS), padded)
+        model.config.decoder_start_token_id = model.config.pad_token_id = None
+        with pytest.raises(ModelError) as error:
+            logits_of(model, WINDOWS)
+    assert str(error.value) == (
+        "config.json: neither decoder_start_token_id nor pad_token_id; set the token that the "
+        "decoder starts from"
+    )

@@ -1,0 +1,122 @@
+"""What config.json says of a packed checkpoint, and what cannot be read."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+)
+
+import bitknap
+from bitknap.allocation import BitPlan, Format, formats
+from bitknap.errors import FileError
+from bitknap.quantize import loading
+from bitknap.quantize.names import walk_headers
+from bitknap.quantize.packed_config import (
+    REFUSAL,
+    STUB,
+    check_config,
+    packed_config,
+    plain_config,
+    stub,
+)
+from bitknap.quantize.source import Checkpoint
+from bitknap.testing import tiny_model
+from bitknap.transformers_hook import install
+
+GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
+IDS = torch.arange(3, 19).view(2, 8) % 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    install()
+
+
+def make_packed(root):
+    """Write a Mixtral and its packed checkpoint, all formats mixed; return the latter."""
+    source, out = root / "source", root / "packed"
+    tiny_model("mixtral").save_pretrained(source)
+    checkpoint = Checkpoint.open(source)
+    units = walk_headers(checkpoint.config, checkpoint.shapes, ("attention",)).units
+    options = (*GRIDS, Format.keep("fp32"))
+    choice = np.random.default_rng(0).permutation(np.arange(len(units)) % len(options))
+    choice[0] = len(options) - 1
+    plan = BitPlan.from_choice(units, options, choice, model=checkpoint.fingerprint)
+    bitknap.quantize(source, plan, out)
+    (out / "config.json").write_text(json.dumps(packed_config(checkpoint.config)))
+    (out / STUB).write_text(stub(checkpoint.config) or "")
+    return out
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A packed Mixtral, attention and all; read only."""
+    return make_packed(tmp_path_factory.mktemp("mixtral"))
+
+
+@pytest.fixture(scope="module")
+def exact(packed):
+    """The same model dequantized."""
+    return loading.load(packed)
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "2.0"}, "version: 2.0 cannot be read by this library"),
+        ({"version": "new"}, "version: 'new' is not MAJOR.MINOR"),
+        ({"layout": "swizzled"}, "layout: 'swizzled' is not one of plain, tiles"),
+        ({"layout": "tiles", "layout_version": 99}, "layout_version: 99 cannot be read"),
+    ],
+)
+def test_what_this_library_cannot_read(change, message, packed, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "packed")
+    edit(folder, **change)
+    for load in (AutoModelForCausalLM.from_pretrained, loading.load):
+        with pytest.raises(FileError, match=message) as error:
+            load(folder)
+        assert "\n" not in str(error.value)
+        assert "config.json" in str(error.value)
+
+
+def test_config_there_and_back():
+    source = {"architectures": ["MixtralForCausalLM"], "hidden_size": 4}
+    config = packed_config(source, "bitknap.safetensors.index.json", layout="tiles")
+    assert config["quantization_config"] == {
+        "quant_method": "bitknap",
+        "version": "1.0",
+        "weights": "bitknap.safetensors.index.json",
+        "layout": "tiles",
+    }
+    assert config["transformers_weights"] == REFUSAL
+    assert plain_config(config) == source
+    own = source | {"auto_map": {"AutoConfig": "mine.Config", "AutoModelForCausalLM": "mine.Model"}}
+    assert packed_config(own)["auto_map"] == own["auto_map"]
+    assert plain_config(packed_config(own)) == own
+    assert stub(own) is None
+    for names in (["T5ForConditionalGeneration"], [], ["x; import osForCausalLM"]):
+        assert "auto_map" not in packed_config({"architectures": names})
+        assert stub({"architectures": names}) is None
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({}, "quantization_config: missing; write the checkpoint again"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "format: 'gptq' is not 'bitknap'"),
+    ],
+)
+def test_what_is_not_packed(config, message, tmp_path):
+    with pytest.raises(FileError, match=message):
+        check_config(config, tmp_path)
