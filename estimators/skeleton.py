@@ -104,7 +104,8 @@ class Skeleton:
         self._fill_experts([name for name in names if name in self._experts])
         for first in (name for name in names if name not in self._experts):
             for name, value in self._converted(first).items():
-                _put(self.model, name, moved(value) if spilled else value)
+                dtype = self._state[name].dtype
+                _put(self.model, name, moved(value, dtype) if spilled else value.to(dtype))
         for name in names:
             if _at(self.model, name).is_meta:
                 self._tie(name)
@@ -122,7 +123,9 @@ class Skeleton:
         transform: Any = None
         for stored, pattern, kind in self._sources.get(first, ()):
             transform = transform or deepcopy(kind)
-            value = self.source.read(stored).to(self._state[first].dtype)
+            value = self.source.read(stored)
+            if pattern != stored:  # what only has another name is cast where it comes to lie
+                value = value.to(self._state[first].dtype)
             transform.add_tensor(first, stored, pattern, value)
         if transform is None:
             return {}

@@ -32,14 +32,41 @@ def on_disk(shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None
         InputError: the folder cannot be written to.
         BitknapError: the disk has no room for it.
     """
-    nbytes = math.prod(shape) * dtype.itemsize
-    if not nbytes:
+    if not math.prod(shape):
         return torch.zeros(*shape, dtype=dtype)
+    memory = _mapped(math.prod(shape) * dtype.itemsize, folder)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+
+
+def moved(tensor: Tensor, dtype: torch.dtype | None = None, folder: Path | None = None) -> Tensor:
+    """Return a copy of a tensor that lies in a file, and is not in memory until it is read.
+
+    Args:
+        tensor: what to copy.
+        dtype: of the copy; the tensor's when not given.
+        folder: where the file lies; the system's temporary folder when not given.
+
+    Raises:
+        InputError: the folder cannot be written to.
+        BitknapError: the disk has no room for it.
+    """
+    kind = dtype or tensor.dtype
+    if not tensor.numel():
+        return torch.zeros(*tensor.shape, dtype=kind)
+    memory = _mapped(tensor.numel() * kind.itemsize, folder)
+    found = torch.frombuffer(memory, dtype=kind).view(*tensor.shape).copy_(tensor.detach())
+    if hasattr(mmap, "MADV_DONTNEED"):
+        memory.madvise(mmap.MADV_DONTNEED)
+    return found
+
+
+def _mapped(nbytes: int, folder: Path | None) -> mmap.mmap:
+    """Return the memory of a new file of zeros that has no name."""
     where = folder or Path(tempfile.gettempdir())
     try:
         with tempfile.TemporaryFile(dir=where) as file:
             _take_room(file.fileno(), nbytes)
-            memory = mmap.mmap(file.fileno(), nbytes)
+            return mmap.mmap(file.fileno(), nbytes)
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise BitknapError(
@@ -47,18 +74,6 @@ def on_disk(shape: Sequence[int], dtype: torch.dtype, folder: Path | None = None
                 "to a folder on another disk"
             ) from None
         raise InputError(f"{where}: cannot be written to ({error.strerror}); set TMPDIR") from None
-    return torch.frombuffer(memory, dtype=dtype).view(*shape)
-
-
-def moved(tensor: Tensor, folder: Path | None = None) -> Tensor:
-    """Return a copy of a tensor that lies in a file.
-
-    Raises:
-        InputError: the folder cannot be written to.
-        BitknapError: the disk has no room for it.
-    """
-    found = on_disk(tensor.shape, tensor.dtype, folder)
-    return found.copy_(tensor.detach())
 
 
 def _take_room(descriptor: int, nbytes: int) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from bitknap.allocation import formats
+from bitknap.api import estimate
 from bitknap.errors import BitknapError, FileError, InputError, ModelError
 from bitknap.estimators import calibrate as whole_pass
 from bitknap.estimators import memory, replay, resident, spill
@@ -18,7 +19,7 @@ from bitknap.estimators.skeleton import Skeleton
 from bitknap.quantize import loading
 from bitknap.quantize.experts import walk
 from bitknap.quantize.names import walk_headers
-from bitknap.quantize.source import Checkpoint
+from bitknap.quantize.source import Checkpoint, resolve
 from bitknap.testing import tiny_model
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "qwen3_next", "longcat_flash")
@@ -80,6 +81,18 @@ def test_the_same_costs(tmp_path):
     tables = [SecondMoments().estimate(evidence, options) for evidence in (one, other)]
     assert tables[1].cost == pytest.approx(tables[0].cost, rel=1e-3)
     assert tables[1].provenance == tables[0].provenance
+
+
+def test_estimate_within_a_limit():
+    found = Checkpoint.open(resolve("reference:qwen3moe"))
+    limit = layer_bytes(found, walk_headers(found.config, found.shapes, ()), 128, {"moments"})
+    options = formats((2, 4), (32,), (False,), ("fp16",))
+    one, other = (
+        estimate(found.folder, SecondMoments(), options, tokens=128, max_memory=most)
+        for most in (None, limit)
+    )
+    assert other.cost == pytest.approx(one.cost, rel=1e-3)
+    assert other.provenance == one.provenance
 
 
 def test_a_dense_model(tmp_path):
@@ -188,8 +201,9 @@ def test_a_missing_tensor(tmp_path):
 
 
 def test_files_of_tensors(tmp_path):
-    found = spill.moved(torch.arange(6.0).view(2, 3), tmp_path)
+    found = spill.moved(torch.arange(6).view(2, 3), torch.float32, tmp_path)
     assert torch.equal(found, torch.arange(6.0).view(2, 3))
+    assert spill.moved(torch.zeros(0, 3)).shape == (0, 3)
     assert list(tmp_path.iterdir()) == []  # without a name from the start
     assert spill.on_disk((0, 3), torch.float32, tmp_path).shape == (0, 3)
     with pytest.raises(InputError, match=r"none: cannot be written to .*; set TMPDIR$"):
