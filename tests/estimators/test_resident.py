@@ -1,6 +1,7 @@
 """A model calibrated one decoder layer at a time: the same evidence as in one piece."""
 
 import errno
+from typing import Any
 
 import pytest
 import torch
@@ -85,10 +86,10 @@ def test_the_same_costs(tmp_path):
 
 def test_estimate_within_a_limit():
     found = Checkpoint.open(resolve("reference:qwen3moe"))
-    limit = layer_bytes(found, walk_headers(found.config, found.shapes, ()), 128, {"moments"})
+    limit = layer_bytes(found, walk_headers(found.config, found.shapes, ()), 64, {"moments"})
     options = formats((2, 4), (32,), (False,), ("fp16",))
     one, other = (
-        estimate(found.folder, SecondMoments(), options, tokens=128, max_memory=most)
+        estimate(found.folder, SecondMoments(), options, tokens=64, max_memory=most)
         for most in (None, limit)
     )
     assert other.cost == pytest.approx(one.cost, rel=1e-3)
@@ -133,15 +134,16 @@ def test_one_layer_is_held_at_a_time(tmp_path):
 
 
 def test_the_evidence_holds_no_weights(tmp_path):
-    found = calibrate_by_layer(stored(tmp_path), windows())
-    assert all(p.is_meta for p in found.weights.__self__.model.parameters())
+    weights: Any = calibrate_by_layer(stored(tmp_path), windows()).weights
+    assert all(p.is_meta for p in weights.__self__.model.parameters())
 
 
 def test_fewer_traces(tmp_path):
-    found = calibrate_by_layer(stored(tmp_path), windows(), traces=True, trace_tokens=40)
+    source = stored(tmp_path)
+    found = calibrate_by_layer(source, windows(), traces=True, trace_tokens=40)
     assert {len(trace.hidden) for trace in found.traces.values()} == {40}
     with pytest.raises(InputError, match=r"^trace_tokens: 0 is below 1; leave it out to keep all$"):
-        calibrate_by_layer(found.weights.__self__.source, windows(), traces=True, trace_tokens=0)
+        calibrate_by_layer(source, windows(), traces=True, trace_tokens=0)
 
 
 def test_progress(tmp_path):
@@ -214,7 +216,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(spill.os, "posix_fallocate", full)
+    monkeypatch.setattr("os.posix_fallocate", full)
     with pytest.raises(BitknapError, match=r": no room for 40 bytes of activations; free some, or"):
         spill.on_disk((10,), torch.float32, tmp_path)
 
@@ -225,23 +227,38 @@ def deep(tmp_path_factory):
     return source, walk_headers(source.config, source.shapes, ())
 
 
+def way(model, needs, limit):
+    source, layout = model
+    return way_to_calibrate(source, layout, 64, needs, limit)
+
+
+def peak(model, needs, *, by_layer):
+    source, layout = model
+    return peak_bytes(source, layout, 64, needs, by_layer=by_layer)
+
+
+def alone(model, needs, *, tokens=64):
+    source, layout = model
+    return layer_bytes(source, layout, tokens, needs)
+
+
 def test_the_whole_model_where_it_fits(deep):
-    assert way_to_calibrate(*deep, 64, {"moments"}, None) == "whole"
-    most = peak_bytes(*deep, 64, {"moments"}, by_layer=False)
-    assert way_to_calibrate(*deep, 64, {"moments"}, most) == "whole"
-    assert way_to_calibrate(*deep, 64, {"moments"}, most - 1) == "layers"
+    assert way(deep, {"moments"}, None) == "whole"
+    most = peak(deep, {"moments"}, by_layer=False)
+    assert way(deep, {"moments"}, most) == "whole"
+    assert way(deep, {"moments"}, most - 1) == "layers"
 
 
 def test_gradients_one_layer_at_a_time(deep):
-    most = peak_bytes(*deep, 64, {"curvature"}, by_layer=True)
-    assert way_to_calibrate(*deep, 64, {"curvature"}, most) == "gradients"
+    most = peak(deep, {"curvature"}, by_layer=True)
+    assert way(deep, {"curvature"}, most) == "gradients"
 
 
 def test_what_needs_the_whole_model_is_refused(deep):
     needs = Calibrated().needs
-    limit = layer_bytes(*deep, 64, needs)
+    limit = alone(deep, needs)
     with pytest.raises(InputError) as caught:
-        way_to_calibrate(*deep, 64, needs, limit)
+        way(deep, needs, limit)
     assert str(caught.value).startswith("memory: gradients and measured KL take the whole mode")
     assert str(caught.value).endswith(
         "raise the limit, or use an estimator that goes layer by layer, such as moments or "
@@ -250,22 +267,22 @@ def test_what_needs_the_whole_model_is_refused(deep):
 
 
 def test_less_than_a_layer_is_refused(deep):
-    least = layer_bytes(*deep, 64, {"moments"})
-    assert way_to_calibrate(*deep, 64, {"moments"}, least) == "layers"
+    least = alone(deep, {"moments"})
+    assert way(deep, {"moments"}, least) == "layers"
     with pytest.raises(InputError, match=r"take fewer tokens, or use an estimator of weights"):
-        way_to_calibrate(*deep, 64, {"moments"}, least - 1)
+        way(deep, {"moments"}, least - 1)
 
 
 def test_more_layers_take_hardly_more(deep, tmp_path):
     source = stored(tmp_path, num_hidden_layers=16, hidden_size=64)
     twice = source, walk_headers(source.config, source.shapes, ())
-    more = layer_bytes(*twice, 64, {"moments"}) - layer_bytes(*deep, 64, {"moments"})
+    more = alone(twice, {"moments"}) - alone(deep, {"moments"})
     sums = sum(x.experts * (x.hidden + 3 * x.intermediate) for x in deep[1].layers)
     assert more == 8 * sums
 
 
 @pytest.mark.parametrize("need", ["full", "traces"])
 def test_what_is_recorded_takes_more(need, deep):
-    one = layer_bytes(*deep, 640, {"moments", need})
-    assert one > layer_bytes(*deep, 640, {"moments"})
+    one = alone(deep, {"moments", need}, tokens=640)
+    assert one > alone(deep, {"moments"}, tokens=640)
     assert need not in memory.WHOLE
