@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from bitknap.allocation import BitPlan, Format, Units, uniform_plans
-from bitknap.api import CALIBRATION_TOKENS, default_formats, evaluation_windows, tokenizer_of
+from bitknap.api import CALIBRATION_TOKENS, default_formats
 from bitknap.estimators.recording import recording
 from bitknap.estimators.replay import Replay
 from bitknap.estimators.text import BUILTIN, read_text, token_windows
+from bitknap.gathering import evaluation_windows, tokenizer_of
 from bitknap.quantize.apply import applied
 from bitknap.quantize.experts import walk
 from bitknap.quantize.loading import load

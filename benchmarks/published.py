@@ -26,7 +26,6 @@ from safetensors.torch import load_file
 
 from bitknap.allocation import BitPlan, Budget, CostTable, Problem, profile, solve
 from bitknap.allocation.price import under
-from bitknap.api import longest_of, tokenizer_of
 from bitknap.benchmarks.published_claims import claims
 from bitknap.benchmarks.published_report import markdown
 from bitknap.benchmarks.published_rules import Material, Rule, rules
@@ -38,6 +37,7 @@ from bitknap.estimators.fisher import Fisher
 from bitknap.estimators.replay import standard_error
 from bitknap.estimators.router_norm import router_norms
 from bitknap.estimators.text import BUILTIN, read_text, token_windows
+from bitknap.gathering import longest_of, tokenizer_of
 from bitknap.planning import DEFAULT_PROFILE
 from bitknap.quantize.source import resolve
 

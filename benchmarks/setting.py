@@ -13,11 +13,11 @@ import torch
 from bitknap.allocation import BitPlan, Budget, CostTable, Problem, formats, solve
 from bitknap.allocation.price import under
 from bitknap.allocation.profiles import profile
-from bitknap.api import evaluation_windows, longest_of, tokenizer_of
 from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.replay import Losses, Replay
 from bitknap.estimators.text import BUILTIN, read_text, token_windows
+from bitknap.gathering import evaluation_windows, longest_of, tokenizer_of
 from bitknap.planning import DEFAULT_PROFILE
 from bitknap.quantize.apply import applied
 from bitknap.quantize.blocks import layout_for

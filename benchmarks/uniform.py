@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from bitknap.allocation import BitPlan, Budget, Format
-from bitknap.api import CALIBRATION_TOKENS, estimate, evaluation_windows
+from bitknap.api import CALIBRATION_TOKENS, estimate
 from bitknap.estimators.replay import Replay, standard_error
 from bitknap.evaluation import best_uniform
+from bitknap.gathering import evaluation_windows
 from bitknap.planning import plan_for
 from bitknap.quantize.apply import applied, apply
 from bitknap.quantize.experts import walk

@@ -13,7 +13,8 @@ from typing import Protocol
 from torch import Tensor
 
 from bitknap.allocation.format import Format
-from bitknap.errors import InputError
+from bitknap.allocation.plan import BitPlan
+from bitknap.errors import InputError, MismatchError
 from bitknap.quantize import gptq, hqq, rtn
 from bitknap.quantize.quantized import Quantized
 
@@ -171,16 +172,34 @@ class Gptq:
 RTN = Rtn()
 
 
-def method(name: str) -> Rounding:
-    """Return the way of rounding that `--method` calls `name`.
+def method(way: str | Rounding) -> Rounding:
+    """Return a way of rounding, found by what `--method` calls it if it is a name.
 
     Raises:
         InputError: there is none of that name.
     """
-    found: dict[str, Rounding] = {way.name: way for way in (RTN, Hqq(), Gptq())}
-    if name not in found:
-        raise InputError(f"method: {name!r} is not one of {', '.join(found)}")
-    return found[name]
+    if not isinstance(way, str):
+        return way
+    found: dict[str, Rounding] = {known.name: known for known in (RTN, Hqq(), Gptq())}
+    if way not in found:
+        raise InputError(f"method: {way!r} is not one of {', '.join(found)}")
+    return found[way]
+
+
+def planned(plan: BitPlan, way: str | Rounding | None = None, *, force: bool = False) -> Rounding:
+    """Return how a plan is to be rounded: as it was made for, unless another way is forced.
+
+    Raises:
+        MismatchError: another way was asked for than the plan's costs are of.
+    """
+    known = str(plan.header.get("method", RTN.name))
+    found = method(known if way is None else way)
+    if found.name != known and not force:
+        raise MismatchError(
+            f"the plan is made for rounding by {known}, not by {found.name}; make a plan "
+            f"from costs of {found.name} (estimate --method {found.name}), or force it"
+        )
+    return found
 
 
 def round_trip(

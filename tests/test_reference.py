@@ -43,7 +43,7 @@ def test_main_job_beats_the_best_uniform_recipe(tmp_path):
     sizes = bitknap.quantize("reference:mixtral", solution.plan, tmp_path / "out")
     assert sizes["predicted"] == sizes["written"] <= 2.5 * table.weights / 8
     ours = bitknap.evaluate(tmp_path / "out", "reference:mixtral", tokens=4096)
-    from bitknap.api import evaluation_windows
+    from bitknap.gathering import evaluation_windows
 
     windows = evaluation_windows(resolve("reference:mixtral"), "builtin", 4096)
     _, recipe, losses = best_uniform_of("reference:mixtral", solution.plan, windows)

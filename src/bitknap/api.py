@@ -10,35 +10,30 @@ from typing import Any, TypeVar, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from bitknap import files
 from bitknap.allocation import BitPlan, CostTable, Format, Units
 from bitknap.allocation import formats as make_formats
 from bitknap.allocation.checks import number, whole
-from bitknap.errors import InputError, MismatchError, ModelError
-from bitknap.estimators.calibrate import calibrate
+from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.calibrated import Calibrated, Estimator
 from bitknap.estimators.costs import plainest
 from bitknap.estimators.evidence import Evidence
-from bitknap.estimators.memory import way_to_calibrate
 from bitknap.estimators.monotone import isotonic
 from bitknap.estimators.protect import FLOOR, protected
 from bitknap.estimators.replay import Losses, compare
-from bitknap.estimators.resident import calibrate_by_layer
 from bitknap.estimators.robust import Rule, check_sets
 from bitknap.estimators.robust import robust as as_one
 from bitknap.estimators.super_experts import super_experts
-from bitknap.estimators.text import BUILTIN, read_text, token_windows
+from bitknap.estimators.text import BUILTIN, read_text
+from bitknap.gathering import evaluation_windows, gather, too_few_tokens
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading
-from bitknap.quantize.apply import read_stored, stacks
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
-from bitknap.quantize.experts import walk
 from bitknap.quantize.layers import CACHE_BYTES
 from bitknap.quantize.names import walk_headers
-from bitknap.quantize.rounding import RTN, Gptq, Rounding
-from bitknap.quantize.rounding import method as named_rounding
+from bitknap.quantize.rounding import RTN, Gptq, Rounding, planned
+from bitknap.quantize.rounding import method as method_of
 from bitknap.quantize.shards import MAX_SHARD_SIZE
 from bitknap.quantize.source import Checkpoint, resolve
 
@@ -107,7 +102,7 @@ def estimate(
     texts = [text] if isinstance(text, str) else list(text)
     _check_texts(texts, chosen, robust, risk)
     whole("protect", protect)
-    rounding = rounding_of(method)
+    rounding = method_of(method)
     source = Checkpoint.open(resolve(model))
     tables, passes = [], []
     for words in texts:
@@ -165,84 +160,6 @@ def _standing_out(evidence: Evidence) -> list[tuple[int, int, float]]:
     return [(layer, expert, round(times, 1)) for layer, expert, times in found]
 
 
-def gather(
-    source: Checkpoint,
-    needs: frozenset[str],
-    text: str,
-    tokens: int,
-    include: Collection[str],
-    seed: int,
-    progress: Progress | None = None,
-    max_memory: int | None = None,
-    rounding: Rounding = RTN,
-) -> Evidence:
-    """Return the evidence that is needed: from weights alone, or from a pass over a text.
-
-    Args:
-        source: the model.
-        needs: what an estimator needs.
-        text: calibration text, a file or "builtin".
-        tokens: how much of it to use.
-        include: roles beside routed experts.
-        seed: of everything drawn at random.
-        progress: called with (what, done, of).
-        max_memory: bytes.
-        rounding: how weights will be rounded; it may need whole second moments.
-
-    Raises:
-        InputError: a pass over the text would take more than `max_memory` bytes.
-    """
-    on_disk = walk_headers(source.config, source.shapes, include)
-    if rounding.needs_inputs:
-        needs = needs | {"full"}
-    if not needs:
-
-        def weights(which: np.ndarray) -> Tensor:
-            return read_stored(on_disk, which, source)
-
-        return Evidence(
-            layout=on_disk,
-            layers={},
-            linears={},
-            weights=weights,
-            replay=None,
-            provenance={"model": source.fingerprint, "seed": seed},
-            rounding=rounding,
-        )
-    way = way_to_calibrate(source, on_disk, tokens, needs, max_memory)
-    words = read_text(text, "calibration")
-    checkpoint.check_finite(source)
-    longest = longest_of(loading.config_of(source.folder))
-    windows = token_windows(tokenizer_of(source.folder), words, tokens, longest)
-    full, traces = "full" in needs, "traces" in needs
-    if way == "layers":
-        found = calibrate_by_layer(
-            source,
-            windows,
-            include=include,
-            full=full,
-            traces=traces,
-            seed=seed,
-            progress=progress,
-        )
-    else:
-        model = loading.load(source.folder, torch.float32)
-        found = calibrate(
-            model,
-            walk(model, include),
-            windows,
-            full=full,
-            curvature="curvature" in needs,
-            traces=traces,
-            gradients="gradients" in needs,
-            by_layer=way == "gradients",
-            seed=seed,
-            progress=progress,
-        )
-    provenance = {**found.provenance, "model": source.fingerprint}
-    return replace(found, provenance=provenance, rounding=rounding)
-
-
 def quantize(
     model: str | Path,
     plan: BitPlan,
@@ -287,7 +204,7 @@ def quantize(
         InputError: `out` exists, or the disk has no room for it.
         BitknapError: the disk is full.
     """
-    rounding = planned_rounding(plan, method, force=force)
+    rounding = planned(plan, method, force=force)
     source = Checkpoint.open(resolve(model))
     inputs, about, few = None, {}, []
     if rounding.needs_inputs:
@@ -313,42 +230,6 @@ def quantize(
         progress=progress,
     )
     return {**sizes, "method": rounding.name, "few_tokens": few}
-
-
-def rounding_of(method: str | Rounding) -> Rounding:
-    """Return a way of rounding, by its name if it is one."""
-    return named_rounding(method) if isinstance(method, str) else method
-
-
-def planned_rounding(plan: BitPlan, method: str | Rounding | None, *, force: bool) -> Rounding:
-    """Return how a plan is to be rounded.
-
-    Raises:
-        MismatchError: another way was asked for than the plan's costs are of.
-    """
-    planned = str(plan.header.get("method", RTN.name))
-    rounding = rounding_of(planned if method is None else method)
-    if rounding.name != planned and not force:
-        raise MismatchError(
-            f"the plan is made for rounding by {planned}, not by {rounding.name}; make a plan "
-            f"from costs of {rounding.name} (estimate --method {rounding.name}), or force it"
-        )
-    return rounding
-
-
-def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, str, int]]:
-    """Return (layer, expert, projection, tokens) of matrices that a method falls back on."""
-    units = evidence.units
-    found = []
-    for run in stacks(units):
-        known = evidence.inputs(run)
-        for unit, few, seen in zip(
-            run, rounding.fallbacks(known).tolist(), known.tokens.tolist(), strict=True
-        ):
-            if few:
-                name = str(units.projections[units.projection[unit]])
-                found.append((int(units.layer[unit]), int(units.expert[unit]), name, int(seen)))
-    return found
 
 
 def load(
@@ -401,33 +282,3 @@ def evaluate(
             f"{model} and {reference} split the text differently; compare models of one tokenizer"
         )
     return compare(measured, loading.load(other, torch.float32), windows)
-
-
-def evaluation_windows(folder: Path, text: str, tokens: int) -> Tensor:
-    """Return the windows of an evaluation text for the model in `folder`."""
-    config = loading.config_of(folder)
-    if config.is_encoder_decoder:
-        raise ModelError(f"{folder}: an encoder-decoder; losses are those of decoder-only models")
-    longest = longest_of(config)
-    return token_windows(tokenizer_of(folder), read_text(text, "evaluation"), tokens, longest)
-
-
-def longest_of(config: Any) -> int:
-    """Return the longest window a configuration allows; 512 where it does not say."""
-    inner = config.get_text_config()
-    return int(getattr(inner, "max_position_embeddings", 512))
-
-
-def tokenizer_of(folder: Path) -> Any:
-    """Return the tokenizer beside a model.
-
-    Raises:
-        InputError: there is none.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: no tokenizer that transformers can read ({reason})") from None

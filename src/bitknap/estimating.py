@@ -107,7 +107,7 @@ estimating = options_of(
         "--max-memory",
         default=None,
         metavar="SIZE",
-        help="Such as 12GiB: gradients, or the whole pass, go layer by layer if they would take more.",
+        help="Such as 12GiB: what would take more, gradients or all, goes layer by layer.",
     ),
     include_option,
     seed_option,

@@ -8,9 +8,10 @@ import numpy as np
 import torch
 
 from bitknap.allocation import BitPlan, uniform_plans
-from bitknap.api import default_formats, evaluate, evaluation_windows
+from bitknap.api import default_formats, evaluate
 from bitknap.errors import InputError
 from bitknap.estimators.replay import Losses, Replay, standard_error
+from bitknap.gathering import evaluation_windows
 from bitknap.progress import Progress
 from bitknap.quantize.apply import applied
 from bitknap.quantize.checkpoint import PLAN, roles_of

@@ -265,7 +265,7 @@ def _measurement(
 
     import torch
 
-    from bitknap import api
+    from bitknap import api, gathering
     from bitknap.estimators.replay import Replay
     from bitknap.estimators.text import BUILTIN, read_text, token_windows
     from bitknap.quantize import checkpoint, loading
@@ -287,8 +287,8 @@ def _measurement(
     checkpoint.check_finite(source)
     live = loading.load(source.folder, torch.float32)
     layout = walk(live, checkpoint.roles_of(found.table.units))
-    longest = api.longest_of(live.config)
-    windows = token_windows(api.tokenizer_of(source.folder), words, count, longest)
+    longest = gathering.longest_of(live.config)
+    windows = token_windows(gathering.tokenizer_of(source.folder), words, count, longest)
     replay = Replay(live, layout, windows, cache=False)
 
     def measure(plan: Any) -> float:

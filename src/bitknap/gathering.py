@@ -1,0 +1,149 @@
+"""From a model and a text to what estimators and judges read: evidence, and windows of tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.errors import InputError, ModelError
+from bitknap.estimators.calibrate import calibrate
+from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.memory import way_to_calibrate
+from bitknap.estimators.resident import calibrate_by_layer
+from bitknap.estimators.text import read_text, token_windows
+from bitknap.progress import Progress
+from bitknap.quantize import checkpoint, loading
+from bitknap.quantize.apply import read_stored, stacks
+from bitknap.quantize.experts import walk
+from bitknap.quantize.names import walk_headers
+from bitknap.quantize.rounding import RTN, Gptq, Rounding
+from bitknap.quantize.source import Checkpoint
+
+
+def gather(
+    source: Checkpoint,
+    needs: frozenset[str],
+    text: str,
+    tokens: int,
+    include: Collection[str],
+    seed: int,
+    progress: Progress | None = None,
+    max_memory: int | None = None,
+    rounding: Rounding = RTN,
+) -> Evidence:
+    """Return the evidence that is needed: from weights alone, or from a pass over a text.
+
+    Args:
+        source: the model.
+        needs: what an estimator needs.
+        text: calibration text, a file or "builtin".
+        tokens: how much of it to use.
+        include: roles beside routed experts.
+        seed: of everything drawn at random.
+        progress: called with (what, done, of).
+        max_memory: bytes.
+        rounding: how weights will be rounded; it may need whole second moments.
+
+    Raises:
+        InputError: a pass over the text would take more than `max_memory` bytes.
+    """
+    on_disk = walk_headers(source.config, source.shapes, include)
+    if rounding.needs_inputs:
+        needs = needs | {"full"}
+    if not needs:
+
+        def weights(which: np.ndarray) -> Tensor:
+            return read_stored(on_disk, which, source)
+
+        return Evidence(
+            layout=on_disk,
+            layers={},
+            linears={},
+            weights=weights,
+            replay=None,
+            provenance={"model": source.fingerprint, "seed": seed},
+            rounding=rounding,
+        )
+    way = way_to_calibrate(source, on_disk, tokens, needs, max_memory)
+    words = read_text(text, "calibration")
+    checkpoint.check_finite(source)
+    longest = longest_of(loading.config_of(source.folder))
+    windows = token_windows(tokenizer_of(source.folder), words, tokens, longest)
+    full, traces = "full" in needs, "traces" in needs
+    if way == "layers":
+        found = calibrate_by_layer(
+            source,
+            windows,
+            include=include,
+            full=full,
+            traces=traces,
+            seed=seed,
+            progress=progress,
+        )
+    else:
+        model = loading.load(source.folder, torch.float32)
+        found = calibrate(
+            model,
+            walk(model, include),
+            windows,
+            full=full,
+            curvature="curvature" in needs,
+            traces=traces,
+            gradients="gradients" in needs,
+            by_layer=way == "gradients",
+            seed=seed,
+            progress=progress,
+        )
+    provenance = {**found.provenance, "model": source.fingerprint}
+    return replace(found, provenance=provenance, rounding=rounding)
+
+
+def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, str, int]]:
+    """Return (layer, expert, projection, tokens) of matrices that a method falls back on."""
+    units = evidence.units
+    found = []
+    for run in stacks(units):
+        known = evidence.inputs(run)
+        for unit, few, seen in zip(
+            run, rounding.fallbacks(known).tolist(), known.tokens.tolist(), strict=True
+        ):
+            if few:
+                name = str(units.projections[units.projection[unit]])
+                found.append((int(units.layer[unit]), int(units.expert[unit]), name, int(seen)))
+    return found
+
+
+def evaluation_windows(folder: Path, text: str, tokens: int) -> Tensor:
+    """Return the windows of an evaluation text for the model in `folder`."""
+    config = loading.config_of(folder)
+    if config.is_encoder_decoder:
+        raise ModelError(f"{folder}: an encoder-decoder; losses are those of decoder-only models")
+    longest = longest_of(config)
+    return token_windows(tokenizer_of(folder), read_text(text, "evaluation"), tokens, longest)
+
+
+def longest_of(config: Any) -> int:
+    """Return the longest window a configuration allows; 512 where it does not say."""
+    inner = config.get_text_config()
+    return int(getattr(inner, "max_position_embeddings", 512))
+
+
+def tokenizer_of(folder: Path) -> Any:
+    """Return the tokenizer beside a model.
+
+    Raises:
+        InputError: there is none.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{folder}: no tokenizer that transformers can read ({reason})") from None
