@@ -49,6 +49,7 @@ from bitknap.estimators.samples import LossSamples
 from bitknap.estimators.signals import Scored, Signal
 from bitknap.estimators.weight_error import WeightError
 from bitknap.planning import DEFAULT_PROFILE
+from bitknap.quantize.apply import stacks
 
 # Sparse estimators are drawn anew so often.
 SEEDS = 10
@@ -122,19 +123,42 @@ def drawn(dense: CostTable, seed: int) -> LossSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """An estimator whose table is there already, so that every seed shares it."""
+    """An estimator whose table is there already, so that every seed shares it.
+
+    Attributes:
+        name: the estimator's.
+        needs: the estimator's.
+        table: what it gave.
+        readings: KL measurements that took.
+        seconds: how long it took.
+    """
 
     name: str
     needs: frozenset[str]
     table: CostTable
+    readings: int
+    seconds: float
+
+    @classmethod
+    def of(cls, estimator: Estimator, evidence: Evidence, before: float = 0.0) -> Known:
+        """Run the estimator; `before` is what its own base took."""
+        start = time.perf_counter()
+        table = estimator.estimate(evidence, FORMATS)
+        return cls(
+            name=estimator.name,
+            needs=estimator.needs,
+            table=table,
+            readings=int(table.provenance.get("measurements", 0)),
+            seconds=before + time.perf_counter() - start,
+        )
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
         """Return the table."""
         return self.table
 
 
-def sparse(evidence: Evidence, base: Estimator) -> Mapping[str, Callable[[LossSamples], CostTable]]:
-    """Return, by name, how a table follows from samples, alone and over a base."""
+def sparse(evidence: Evidence, base: Known | None) -> Mapping[str, Callable[..., CostTable]]:
+    """Return, by name, how a table follows from samples, alone or over a base."""
     learners: dict[str, Any] = {
         "fuzzy, as published": FuzzyRules(kind="idw"),
         "fuzzy, scale and move": FuzzyRules(),
@@ -142,12 +166,11 @@ def sparse(evidence: Evidence, base: Estimator) -> Mapping[str, Callable[[LossSa
         "gradient boosting": GradientBoosting(),
     }
 
-    def way(predictor: Any, under: Estimator | None) -> Callable[[LossSamples], CostTable]:
-        return lambda samples: Fuzzy(samples, predictor, under).estimate(evidence, FORMATS)
+    def way(predictor: Any) -> Callable[[LossSamples], CostTable]:
+        return lambda samples: Fuzzy(samples, predictor, base).estimate(evidence, FORMATS)
 
-    alone = {name: way(learner, None) for name, learner in learners.items()}
-    over = {f"{name}, over {base.name}": way(x, base) for name, x in learners.items()}
-    return {**alone, **over}
+    over = f", over {base.name}" if base else ""
+    return {f"{name}{over}": way(learner) for name, learner in learners.items()}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,29 +235,27 @@ def _sampled(
 ) -> Iterator[dict[str, Any]]:
     """Yield how tables from samples rank and lose, seed by seed; seconds as all would take."""
     evidence, dense, judge = setting.evidence, setting.dense, setting.judge
-    chosen, start = Fisher(space="output"), time.perf_counter()
-    table = chosen.estimate(evidence, FORMATS)
-    base = Known(name=chosen.name, needs=chosen.needs, table=table)
-    before = time.perf_counter() - start
     each = _seconds_a_cell(setting)
-    # As many readings as the samples, spent on groups.
-    few = Calibrated(base=base, measurements=len(drawn(dense, 0)))
-    start = time.perf_counter()
-    table = few.estimate(evidence, FORMATS)
-    seconds = before + time.perf_counter() - start
-    count = int(table.provenance["measurements"])
-    row = _row(few.name, table, dense, judge, best, BUDGETS, count)
-    yield row | {"seed": 0, "share": seconds / (each * _cells(dense))}
-    for way, costs in sparse(evidence, base).items():
-        for seed in range(SEEDS):
-            samples = drawn(dense, seed)
-            start = time.perf_counter()
-            table = costs(samples)
-            seconds = time.perf_counter() - start + len(samples) * each
-            seconds += before if "over" in way else 0.0
-            row = _row(way, table, dense, judge, best, BUDGETS, len(samples))
-            yield row | {"seed": seed, "share": seconds / (each * _cells(dense))}
-            print(json.dumps(row), flush=True)
+    whole = each * _cells(dense)
+    plain = Known.of(Fisher(space="output"), evidence)
+    # As many readings as the samples, spent on groups; and one a group, as a base for rules.
+    few = Calibrated(base=plain, measurements=len(drawn(dense, 0)))
+    found = Known.of(few, evidence, plain.seconds)
+    row = _row(few.name, found.table, dense, judge, best, BUDGETS, found.readings)
+    yield row | {"seed": 0, "share": found.seconds / whole}
+    one = Calibrated(base=plain, measurements=len(stacks(evidence.units)))
+    for base in (None, plain, Known.of(one, evidence, plain.seconds)):
+        before, readings = (base.seconds, base.readings) if base else (0.0, 0)
+        for way, table_of in sparse(evidence, base).items():
+            for seed in range(SEEDS):
+                samples = drawn(dense, seed)
+                start = time.perf_counter()
+                table = table_of(samples)
+                seconds = before + time.perf_counter() - start + len(samples) * each
+                count = len(samples) + readings
+                row = _row(way, table, dense, judge, best, BUDGETS, count)
+                yield row | {"seed": seed, "share": seconds / whole}
+                print(json.dumps(row), flush=True)
 
 
 def _cells(dense: CostTable) -> int:

@@ -118,7 +118,7 @@ def _cell(plan: Mapping[str, Any], dense: float) -> str:
 def _sparse(drawn: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[str]:
     """Return the table of estimators from few measurements, means over the seeds."""
     seeds = len({row["seed"] for row in drawn})
-    count = max(row["measurements"] for row in drawn)
+    count = min(row["measurements"] for row in drawn[1:] or drawn)
     lines = [
         "",
         f"From {count} measured cells, drawn at random among those of experts that saw tokens, "

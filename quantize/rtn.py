@@ -123,7 +123,7 @@ def _trials(bits: int, size: int, real: bool) -> int:
 
 def _least_share(x: Tensor, low: Tensor, high: Tensor, bits: int) -> Tensor:
     """Return the smallest share of the full range that is tried, [groups, 1]."""
-    spread = torch.linalg.vector_norm(x, dim=1, keepdim=True).mul_(x.shape[1] ** -0.5)
+    spread: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True) * x.shape[1] ** -0.5
     reach = torch.maximum(-low, high).clamp_min_(1e-30)
     least = _LEAST_RANGE[bits]
     return spread.mul_(_LEAST_SPREAD[bits]).div_(reach).clamp_(least, max(least, _MOST))
