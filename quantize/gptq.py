@@ -9,9 +9,9 @@ is least when w_j + Σ_{i<j} Δw_i R_ij / R_jj is rounded to nearest. That is GP
 the inverse of H, whose Cholesky factor is R⁻¹ (Chee et al. 2023, theorem 6, prove the two alike):
 one factorization, and the error of every row comes with it.
 
-Grids are `rtn`'s, fixed before the first column is rounded, so that columns may be taken in any
-order and groups keep their places ("static groups"; no g_idx is stored). Rounding to nearest on
-the same grid is always a candidate: a row that GPTQ makes worse keeps it.
+Grids are `rtn`'s, or wider, and fixed before the first column is rounded, so that columns may be
+taken in any order and groups keep their places ("static groups"; no g_idx is stored). Rounding to
+nearest is always a candidate: a row that GPTQ makes worse keeps it.
 """
 
 from __future__ import annotations
@@ -71,7 +71,13 @@ class _Factor:
 
 
 def quantize(
-    weights: Tensor, format: Format, moments: Tensor, *, damping: Tensor, act_order: bool
+    weights: Tensor,
+    format: Format,
+    moments: Tensor,
+    *,
+    damping: Tensor,
+    act_order: bool,
+    wider: float = 1.0,
 ) -> Quantized:
     """Quantize n matrices [n, rows, cols], each by its own second moments [n, cols, cols].
 
@@ -82,6 +88,7 @@ def quantize(
         damping: what is added to the diagonal of each, over its mean, float32 [n]; raised tenfold
             while the factorization fails.
         act_order: take columns by falling diagonal, not from left to right.
+        wider: step of the grids over that of the best ones for rounding to nearest.
 
     Raises:
         InputError: moments of another shape, not finite, or those of no inputs.
@@ -102,7 +109,7 @@ def quantize(
         factor = _factor(known, level, start, act_order)
         # Rows are split only where one matrix is a chunk, so that parts follow row after row.
         parts += [
-            _rounded(block.float(), format, factor)
+            _rounded(block.float(), format, factor, wider)
             for block in some.split(max(1, size // (cols * len(some))), dim=1)
         ]
     return Quantized.stack(parts)
@@ -150,20 +157,20 @@ def _factor(moments: Tensor, damping: Tensor, first: int, act_order: bool) -> _F
     )
 
 
-def _rounded(weights: Tensor, format: Format, factor: _Factor) -> Quantized:
+def _rounded(weights: Tensor, format: Format, factor: _Factor, wider: float) -> Quantized:
     """Quantize k matrices float32 [k, rows, cols]; of each row keep the better rounding."""
-    nearest = rtn.quantize(weights.flatten(0, 1), format)
+    rows = weights.flatten(0, 1)
+    nearest = rtn.quantize(rows, format)
+    grid = nearest.grid if wider == 1 else rtn.wider(rows, format, wider)
     x = factor.sorted(weights)
     plain = factor.sorted(weights - nearest.dequantize().view_as(weights))
-    step, floor = (y.view(*weights.shape[:2], -1).mT.contiguous() for y in lines(nearest.grid))
-    size = nearest.grid.size
-    codes, delta, missed = _columns(x, step, floor, size, factor, 2**format.bits - 1)
+    step, floor = (y.view(*weights.shape[:2], -1).mT.contiguous() for y in lines(grid))
+    codes, delta, missed = _columns(x, step, floor, grid.size, factor, 2**format.bits - 1)
     # Not a number is not less: weights too large for a square stay with the nearest.
     better = factor.error(missed, delta) < factor.error(_missed(plain, factor), plain)
-    kept = torch.where(
-        better[:, :, None], factor.unsorted(codes), nearest.codes.view(weights.shape)
-    )
-    return Quantized(grid=nearest.grid, codes=kept.flatten(0, 1))
+    mine = better.flatten()
+    kept = torch.where(mine[:, None], factor.unsorted(codes).flatten(0, 1), nearest.codes)
+    return Quantized(grid=grid.where(mine, nearest.grid), codes=kept)
 
 
 def _columns(

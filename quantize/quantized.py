@@ -125,6 +125,22 @@ class Grid:
             zero=None if self.zero is None else self.zero[start:stop],
         )
 
+    def where(self, rows: Tensor, other: Grid) -> Grid:
+        """Return this grid in the rows that are true, bool [rows], and `other` in the rest."""
+
+        def pick(ours: Tensor | None, theirs: Tensor | None) -> Tensor | None:
+            if ours is None or theirs is None:
+                return None
+            return torch.where(rows[:, None], ours, theirs)
+
+        return Grid(
+            format=self.format,
+            cols=self.cols,
+            scale=torch.where(rows[:, None], self.scale, other.scale),
+            share=pick(self.share, other.share),
+            zero=pick(self.zero, other.zero),
+        )
+
     @staticmethod
     def stack(grids: list[Grid]) -> Grid:
         """Return the grids of the same format and width as one, row after row."""

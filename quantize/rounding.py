@@ -103,6 +103,13 @@ class Hqq:
         return hqq.quantize(weights.flatten(0, 1), format, power=self.power)
 
 
+# Steps of GPTQ's grids over the best ones for rounding to nearest, by width: what earlier columns
+# missed is added to later ones, which outgrow those. Of 1 to 1.8, on both reference models in whole
+# rows and groups of 64, these lose least: at 1 bit half the KL, at 2 bits a fifth to a third less,
+# at 3 bits a twentieth to a tenth; at 4 bits anything wider loses more.
+_WIDER = {1: 1.5, 2: 1.2, 3: 1.1}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gptq:
     """Round column after column, later ones making up for earlier ones' errors; see `gptq`.
@@ -117,11 +124,13 @@ class Gptq:
         damping: what is added to the diagonal of the second moments, over its mean.
         ridge: what is added besides, over the mean and over columns a token; 0 for plain GPTQ.
         act_order: take columns by falling second moment, not from left to right.
+        widen: use wider grids than rounding to nearest would, up to 3 bits; ours.
     """
 
     damping: float = 0.01
     ridge: float = 1.0
     act_order: bool = True
+    widen: bool = True
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
@@ -166,6 +175,7 @@ class Gptq:
             inputs.moments,
             damping=self.damping + self.ridge * noise,
             act_order=self.act_order,
+            wider=_WIDER.get(format.bits, 1.0) if self.widen else 1.0,
         )
 
 

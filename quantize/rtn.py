@@ -9,6 +9,8 @@ A matrix is worked on in chunks that stay in the cache: a search is about 40 swe
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -33,14 +35,27 @@ _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 def quantize(weight: Tensor, format: Format) -> Quantized:
     """Quantize each row of `weight` [rows, cols] on its own; experts may be stacked."""
-    cols = weight.shape[1]
-    size = _CHUNK.get(weight.device.type, _CHUNK["cuda"])
     parts = []
-    for block in weight.split(max(1, size // cols)):
-        clamped = block.float().clamp(-_LARGEST, _LARGEST)  # sums stay finite
-        grid = Grid.stored(format, cols, *fit_groups(clamped, format))
-        parts.append(Quantized(grid=grid, codes=_codes(clamped, grid)))
+    for block in _blocks(weight):
+        grid = Grid.stored(format, weight.shape[1], *fit_groups(block, format))
+        parts.append(Quantized(grid=grid, codes=_codes(block, grid)))
     return Quantized.stack(parts)
+
+
+def wider(weight: Tensor, format: Format, factor: float) -> Grid:
+    """Return the grids of rows [rows, cols], fitted and then stretched about their middle."""
+    middle = (2**format.bits - 1) / 2
+    fits = [fit_groups(block, format) for block in _blocks(weight)]
+    scale, zero = (torch.cat(part) for part in zip(*fits, strict=True))
+    stretched = middle - (middle - zero) / factor
+    return Grid.stored(format, weight.shape[1], scale * factor, stretched)
+
+
+def _blocks(weight: Tensor) -> Iterator[Tensor]:
+    """Yield rows in chunks, float32, so small that sums stay finite."""
+    size = _CHUNK.get(weight.device.type, _CHUNK["cuda"])
+    for block in weight.split(max(1, size // weight.shape[1])):
+        yield block.float().clamp(-_LARGEST, _LARGEST)
 
 
 def fit_groups(block: Tensor, format: Format) -> tuple[Tensor, Tensor]:

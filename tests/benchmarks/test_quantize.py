@@ -14,7 +14,7 @@ ABOUT = {"versions": {"python": "3"}, "cpu": "a processor", "cores": 1, "threads
 
 
 def test_a_toy_run_writes_every_part(tmp_path):
-    said = []
+    said: list[str] = []
     run(tmp_path / "out", PARTS, toy(), tmp_path, said.append)
     document = json.loads((tmp_path / "out" / "quantize.json").read_text())
     rates = {row["way"]: row for row in document["speed"] if row["format"] == "int4-g64-asym"}
@@ -113,17 +113,17 @@ def test_every_kind_of_ours_has_a_name_and_a_base():
 
 
 @pytest.mark.parametrize("package", peers.PACKAGES)
-def test_a_peer_that_is_installed_gives_what_its_name_says(package):
+def test_a_peer_that_is_installed_gives_what_its_name_says(package, tmp_path):
     pytest.importorskip(package)
-    given = matrices(1, 64, 128, folder=None)
+    given = matrices(1, 64, 128, folder=tmp_path)
     format = Format.parse("int4-g64-asym")
     for way in WAYS:
         if way.needs == package:
             assert isinstance(way.run(given.weights[0], format, given), torch.Tensor)
 
 
-def test_moments_are_those_of_correlated_inputs():
-    found = matrices(1, 8, 64, folder=None).moments
+def test_moments_are_those_of_correlated_inputs(tmp_path):
+    found = matrices(1, 8, 64, folder=tmp_path).moments
     assert torch.equal(found, found.T)
     diagonal = found.diagonal()
     apart = found - torch.diag(diagonal)

@@ -99,7 +99,11 @@ def test_the_fewer_the_tokens_the_nearer_to_rounding_to_nearest():
     off = []
     for tokens in (0, 16, 256, 100_000):
         few = Inputs(moments=known.moments, tokens=torch.tensor([tokens]))
-        off.append(float((Gptq().quantize(weights, format, few).codes != nearest).float().mean()))
+        off.append(
+            float(
+                (Gptq(widen=False).quantize(weights, format, few).codes != nearest).float().mean()
+            )
+        )
     assert off == sorted(off)
     assert off[0] < 0.03 < off[3]
     plain = Gptq(ridge=0).quantize(weights, format, few).codes
@@ -134,3 +138,25 @@ def test_round_trip_keeps_what_is_kept():
     expected = rtn.quantize(weights.flatten(0, 1), Format(3, 8)).dequantize().view_as(weights)
     assert torch.equal(round_trip(weights, Format(3, 8)), expected)
     assert torch.equal(round_trip(weights, Format(3, 8), RTN), expected)
+
+
+def test_wider_grids_lose_less_at_few_bits():
+    weights, known = gauss_case()
+    for bits in (1, 2):
+        format = Format(bits, 0, symmetric=True)
+        lost = []
+        for widen in (True, False):
+            got = Gptq(widen=widen).quantize(weights, format, known).dequantize()
+            delta = (weights - got.view_as(weights)).double()
+            lost.append(float(torch.einsum("nri,nij,nrj->", delta, known.moments.double(), delta)))
+        assert lost[0] < 0.98 * lost[1]
+
+
+def gauss_case():
+    generator = torch.Generator().manual_seed(0)
+    weights = torch.randn(2, 48, 64, generator=generator)
+    mixing = torch.randn(2, 64, 24, generator=generator)
+    x = torch.randn(2, 4096, 24, generator=generator) @ mixing.mT
+    x = x + 0.3 * torch.randn(x.shape, generator=generator)
+    moments = x.mT @ x / 4096
+    return weights, Inputs(moments=moments, tokens=torch.tensor([4096, 4096]))
