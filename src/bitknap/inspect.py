@@ -24,10 +24,9 @@ from bitknap.targets import fits
 
 # What the table of uniform sizes shows: every width, in a usual and in the smallest form.
 _SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")
-# Bytes of bf16 weights a second that rounding to one format takes, clipping search and all, on two
-# CPU cores: measured on the bundled models (benchmarks/results/uniform.md). The other methods take
-# 2.4 and 1.9 times as long for the same format on matrices of Qwen3's shape.
-_RATES = {"rtn": 2e7, "hqq": 8e6, "gptq": 1e7}
+# Bytes of bf16 weights a second that rounding to one format takes on one CPU core, packing included:
+# about the middle of what benchmarks/results/quantize.md measured.
+_RATES = {"rtn": 4e7, "hqq": 2e6, "gptq": 4e6}
 # Bytes a second of reading weights and summing them up, as data-free estimators do.
 _READ_RATE = 2e8
 # Products and sums a second of float32 matrices on two cores.
