@@ -24,8 +24,8 @@ from bitknap.targets import fits
 
 # What the table of uniform sizes shows: every width, in a usual and in the smallest form.
 _SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")
-# Bytes of bf16 weights a second that rounding to one format takes on one CPU core, packing included:
-# about the middle of what benchmarks/results/quantize.md measured.
+# Bytes of bf16 weights a second that rounding to one format and packing take on one CPU core: the
+# middle of what benchmarks/results/quantize.md measured.
 _RATES = {"rtn": 4e7, "hqq": 2e6, "gptq": 4e6}
 # Bytes a second of reading weights and summing them up, as data-free estimators do.
 _READ_RATE = 2e8
