@@ -87,20 +87,27 @@ class Grid:
         return scale * (self.share.float() / top_share(self.format))
 
     def codes(self, x: Tensor) -> Tensor:
-        """Return the nearest codes of `x` float32 [rows, cols], uint8."""
-        levels, steps = 2**self.format.bits - 1, self.steps()
-        codes = torch.empty_like(x)
-        for at, group in enumerate(codes.split(self.size, dim=1)):
-            s = steps[:, at : at + 1]
-            torch.div(x[:, at * self.size : at * self.size + group.shape[1]], s, out=group)
-            if self.zero is None:
-                group.add_(levels / 2)
-            elif self.zero.dtype == torch.uint8:
-                group.add_(self.zero[:, at : at + 1].float())
-            else:
-                group.sub_(self.zero[:, at : at + 1].float() / s)
-            group.round_().clamp_(0, levels)
-        return codes.to(torch.uint8)
+        """Return the nearest codes of `x` float32 [rows, cols], uint8; all groups at once."""
+        step, top = self.steps(), 2**self.format.bits - 1
+        if self.zero is None:
+            zero = torch.full_like(step, top / 2)
+        else:
+            zero = (
+                self.zero.float() if self.zero.dtype == torch.uint8 else -self.zero.float() / step
+            )
+        rows, cols = x.shape
+        size = min(self.size, cols)
+        many, whole = cols // size, cols - cols % size
+        codes = torch.empty(rows, cols, dtype=torch.uint8, device=x.device)
+        for groups, part in (
+            (slice(0, many), slice(0, whole)),
+            (slice(many, None), slice(whole, cols)),
+        ):
+            if part.start < part.stop:
+                s, z = step[:, groups, None], zero[:, groups, None]
+                q = torch.div(x[:, part].unflatten(1, (s.shape[1], -1)), s).add_(z)
+                codes[:, part] = q.round_().clamp_(0, top).flatten(1)
+        return codes
 
     def values(self, codes: Tensor) -> Tensor:
         """Return the weights that `codes` uint8 [rows, cols] stand for, float32."""

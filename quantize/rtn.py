@@ -38,7 +38,7 @@ def quantize(weight: Tensor, format: Format) -> Quantized:
     parts = []
     for block in _blocks(weight):
         grid = Grid.stored(format, weight.shape[1], *fit_groups(block, format))
-        parts.append(Quantized(grid=grid, codes=_codes(block, grid)))
+        parts.append(Quantized(grid=grid, codes=grid.codes(block)))
     return Quantized.stack(parts)
 
 
@@ -74,28 +74,6 @@ def fit_groups(block: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     scale = torch.cat([s.view(n) for (s, _), n in zip(fits, shapes, strict=True)], 1)
     zero = torch.cat([z.view(n) for (_, z), n in zip(fits, shapes, strict=True)], 1)
     return scale, zero
-
-
-def _codes(x: Tensor, grid: Grid) -> Tensor:
-    """Return `grid.codes(x)`, all groups of a row at once."""
-    step = grid.steps()
-    if grid.zero is None:
-        zero = torch.full_like(step, (2**grid.format.bits - 1) / 2)
-    else:
-        zero = grid.zero.float() if grid.zero.dtype == torch.uint8 else -grid.zero.float() / step
-    rows, cols = x.shape
-    size = min(grid.size, cols)
-    many, whole = cols // size, cols - cols % size
-    codes = torch.empty(rows, cols, dtype=torch.uint8, device=x.device)
-    for groups, part in (
-        (slice(0, many), slice(0, whole)),
-        (slice(many, None), slice(whole, cols)),
-    ):
-        if part.start < part.stop:
-            s, z = step[:, groups, None], zero[:, groups, None]
-            q = torch.div(x[:, part].unflatten(1, (s.shape[1], -1)), s).add_(z)
-            codes[:, part] = q.round_().clamp_(0, 2**grid.format.bits - 1).flatten(1)
-    return codes
 
 
 def _fit(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,14 @@ interleaved, biased, one module an expert.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from bitknap.contracts import SolverContract
 from bitknap.errors import InputError
 
-__all__ = ["FAMILIES", "SolverContract", "tiny_model"]
+__all__ = ["FAMILIES", "SolverContract", "packed_checkpoint", "tiny_model"]
 
 # Sizes differ wherever they may, so that a transposed or swapped matrix cannot fit by chance.
 _SIZES: Mapping[str, Any] = {
@@ -238,3 +239,36 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
                 if parameter.dim() > 1:  # norms stay at one; the default 0.02 leaves no signal
                     parameter.normal_(std=0.2)
     return model
+
+
+def packed_checkpoint(
+    root: Path, family: str = "mixtral", include: Collection[str] = (), **changes: Any
+) -> Path:
+    """Write a tiny model and its packed checkpoint, units of all formats mixed; return the latter.
+
+    Args:
+        root: the model goes to root/source, the checkpoint to root/packed.
+        family: one of `FAMILIES`.
+        include: roles beside routed experts.
+        changes: config values to replace; "dtype" is the one weights are stored in.
+    """
+    import numpy as np
+    import torch
+
+    from bitknap.allocation import BitPlan, Format, formats
+    from bitknap.api import quantize
+    from bitknap.quantize.names import walk_headers
+    from bitknap.quantize.source import Checkpoint
+
+    dtype = changes.pop("dtype", torch.float32)
+    source, out = root / "source", root / "packed"
+    tiny_model(family, **changes).to(dtype).save_pretrained(source)
+    checkpoint = Checkpoint.open(source)
+    units = walk_headers(checkpoint.config, checkpoint.shapes, include).units
+    grids = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
+    options = (*grids, Format.keep({torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]))
+    choice = np.random.default_rng(0).permutation(np.arange(len(units)) % len(options))
+    choice[0] = len(options) - 1
+    plan = BitPlan.from_choice(units, options, choice, model=checkpoint.fingerprint)
+    quantize(source, plan, out)
+    return out

@@ -1,9 +1,7 @@
 """Weights that stay packed: one unit, the experts that are hit, the cache, copies."""
 
 import copy
-import json
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -11,17 +9,13 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
-import bitknap
-from bitknap.allocation import BitPlan, Format, formats
+from bitknap.allocation import Format, formats
 from bitknap.quantize import loading
 from bitknap.quantize.layers import Cache, unpacked
-from bitknap.quantize.names import walk_headers
 from bitknap.quantize.packed import encode
-from bitknap.quantize.packed_config import STUB, packed_config, stub
 from bitknap.quantize.rounding import RTN
-from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.tiled import to_tiles
-from bitknap.testing import tiny_model
+from bitknap.testing import packed_checkpoint
 from bitknap.transformers_hook import install
 
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
@@ -33,26 +27,10 @@ def registered():
     install()
 
 
-def make_packed(root):
-    """Write a Mixtral and its packed checkpoint, all formats mixed; return the latter."""
-    source, out = root / "source", root / "packed"
-    tiny_model("mixtral").save_pretrained(source)
-    checkpoint = Checkpoint.open(source)
-    units = walk_headers(checkpoint.config, checkpoint.shapes, ("attention",)).units
-    options = (*GRIDS, Format.keep("fp32"))
-    choice = np.random.default_rng(0).permutation(np.arange(len(units)) % len(options))
-    choice[0] = len(options) - 1
-    plan = BitPlan.from_choice(units, options, choice, model=checkpoint.fingerprint)
-    bitknap.quantize(source, plan, out)
-    (out / "config.json").write_text(json.dumps(packed_config(checkpoint.config)))
-    (out / STUB).write_text(stub(checkpoint.config) or "")
-    return out
-
-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """A packed Mixtral, attention and all; read only."""
-    return make_packed(tmp_path_factory.mktemp("mixtral"))
+    return packed_checkpoint(tmp_path_factory.mktemp("mixtral"), include=("attention",))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 import copy
 import inspect
-import json
 import os
 import shutil
 import subprocess
@@ -20,7 +19,7 @@ from transformers import (
 )
 
 import bitknap
-from bitknap.allocation import BitPlan, Format, formats
+from bitknap.allocation import BitPlan, formats
 from bitknap.errors import FileError, ModelError
 from bitknap.quantize import loading
 from bitknap.quantize.blocks import block_units
@@ -28,9 +27,8 @@ from bitknap.quantize.checkpoint import PLAN, roles_of
 from bitknap.quantize.experts import walk
 from bitknap.quantize.layers import packed_weights
 from bitknap.quantize.names import walk_headers
-from bitknap.quantize.packed_config import STUB, packed_config, stub
 from bitknap.quantize.source import Checkpoint
-from bitknap.testing import tiny_model
+from bitknap.testing import packed_checkpoint, tiny_model
 from bitknap.transformers_hook import TABLE, install
 
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
@@ -43,28 +41,10 @@ def registered():
     install()
 
 
-def make_packed(root, family="mixtral", include=(), dtype=torch.float32, **changes):
-    """Write a model and its packed checkpoint, all formats mixed; return the latter."""
-    source, out = root / "source", root / "packed"
-    tiny_model(family, **changes).to(dtype).save_pretrained(source)
-    checkpoint = Checkpoint.open(source)
-    units = walk_headers(checkpoint.config, checkpoint.shapes, include).units
-    keep = Format.keep({torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype])
-    options = (*GRIDS, keep)
-    choice = np.random.default_rng(0).permutation(np.arange(len(units)) % len(options))
-    choice[0] = len(options) - 1
-    plan = BitPlan.from_choice(units, options, choice, model=checkpoint.fingerprint)
-    bitknap.quantize(source, plan, out)
-    (out / "config.json").write_text(json.dumps(packed_config(checkpoint.config)))
-    if text := stub(checkpoint.config):
-        (out / STUB).write_text(text)
-    return out
-
-
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """A packed Mixtral, attention and all; read only."""
-    return make_packed(tmp_path_factory.mktemp("mixtral"), include=("attention",))
+    return packed_checkpoint(tmp_path_factory.mktemp("mixtral"), include=("attention",))
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +74,7 @@ def same_tensors(one, other):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_computes_what_the_dequantized_one_does(family, tmp_path):
     include = ("attention", "shared", "dense")
-    folder = make_packed(tmp_path, family, include)
+    folder = packed_checkpoint(tmp_path, family, include)
     expected = loading.load(folder)
     found = AutoModelForCausalLM.from_pretrained(folder)
     assert type(found) is type(expected)
@@ -109,7 +89,7 @@ def test_a_packed_model_computes_what_the_dequantized_one_does(family, tmp_path)
 
 
 def test_experts_that_are_modules_of_their_own(tmp_path):
-    folder = make_packed(tmp_path, "switch_transformers", ("attention", "dense"))
+    folder = packed_checkpoint(tmp_path, "switch_transformers", ("attention", "dense"))
     found = AutoModelForSeq2SeqLM.from_pretrained(folder)
     assert torch.equal(logits(found), logits(loading.load(folder)))
     found.save_pretrained(tmp_path / "again")
@@ -117,7 +97,7 @@ def test_experts_that_are_modules_of_their_own(tmp_path):
 
 
 def test_experts_beside_which_others_are_stored_cannot_stay_packed(tmp_path):
-    folder = make_packed(tmp_path, "longcat_flash")
+    folder = packed_checkpoint(tmp_path, "longcat_flash")
     with pytest.raises(ModelError, match=r"gate_up_proj: only 1\d+ .* bitknap.load\(folder\)"):
         AutoModelForCausalLM.from_pretrained(folder)
     assert loading.load(folder) is not None
@@ -146,7 +126,7 @@ def test_every_dtype(dtype, packed):
 
 
 def test_of_a_bf16_source(tmp_path):
-    folder = make_packed(tmp_path, dtype=torch.bfloat16)
+    folder = packed_checkpoint(tmp_path, dtype=torch.bfloat16)
     found = loading.load(folder, packed=True)
     assert found.dtype == torch.bfloat16
     assert torch.equal(logits(found), logits(loading.load(folder)))
