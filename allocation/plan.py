@@ -18,7 +18,7 @@ from bitknap.allocation.units import Units
 from bitknap.errors import InputError
 
 # What a plan keeps of its table's provenance.
-CARRIED = ("estimator", "method", "profile", "seed", "text")
+CARRIED = ("estimator", "method", "profile", "rewritten", "row_blocks", "seed", "text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

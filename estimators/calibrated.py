@@ -22,6 +22,7 @@ from bitknap.allocation.table import CostTable
 from bitknap.errors import InputError
 from bitknap.estimators.costs import token_share
 from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.journal import key_of
 from bitknap.estimators.moments import SecondMoments
 from bitknap.progress import Progress
 from bitknap.quantize.apply import replaced, stacks
@@ -197,12 +198,18 @@ def gains(sums: np.ndarray, anchor_sums: np.ndarray, anchor_kl: np.ndarray) -> n
 def group_kl(evidence: Evidence, run: np.ndarray, format: Format) -> float:
     """Return the KL of the live model with a stack of units stored in `format`, nats per token.
 
+    It is read from the evidence's journal if it is there, and kept there if not.
+
     Raises:
         InputError: the evidence has no live model to measure.
     """
     replay = evidence.replay
     if replay is None:
         raise InputError("group gains need the live model; calibrate it in this process")
-    rounded = partial(evidence.round_trip, run, format=format)
-    with replaced(replay.model, evidence.layout, run, rounded):
-        return replay.kl(int(evidence.units.layer[run[0]]))
+
+    def measure() -> float:
+        rounded = partial(evidence.round_trip, run, format=format)
+        with replaced(replay.model, evidence.layout, run, rounded):
+            return replay.kl(int(evidence.units.layer[run[0]]))
+
+    return evidence.readings.value(f"{evidence.mark} {key_of(run, [format])}", measure)

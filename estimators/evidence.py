@@ -18,6 +18,7 @@ from torch import Tensor
 from bitknap.allocation.format import Format
 from bitknap.allocation.units import ROLES, Units
 from bitknap.errors import InputError
+from bitknap.estimators.journal import Readings
 from bitknap.estimators.replay import Replay
 from bitknap.quantize.rounding import RTN, Inputs, Rounding, round_trip
 from bitknap.quantize.views import Layout
@@ -137,6 +138,7 @@ class Evidence:
         provenance: text hash, tokens, seed, model fingerprint.
         traces: by layer number, what its experts were given; empty unless asked for.
         rounding: how weights will be rounded, which is what costs are of.
+        readings: where measurements are kept.
     """
 
     layout: Layout
@@ -147,6 +149,12 @@ class Evidence:
     provenance: Mapping[str, Any]
     traces: Mapping[int, LayerTrace] = field(default_factory=dict)
     rounding: Rounding = RTN
+    readings: Readings = field(default_factory=Readings)
+
+    @property
+    def mark(self) -> str:
+        """What tells readings on this text from those on others in one journal."""
+        return str(self.provenance.get("text", ""))[:12]
 
     @property
     def units(self) -> Units:

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from bitknap.allocation.budget import Budget
 from bitknap.allocation.checks import number
+from bitknap.allocation.plan import BitPlan
 from bitknap.allocation.problem import Problem
 from bitknap.allocation.table import CostTable
 from bitknap.errors import InputError
 from bitknap.estimators.combine_plans import check_plans, plans_for_check
 from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.journal import key_of
+from bitknap.estimators.replay import Replay
 from bitknap.progress import Progress
 from bitknap.quantize.apply import applied
 
@@ -63,9 +67,9 @@ def on_held_out_plans(
     for done, plan in enumerate(plans):
         if progress:
             progress("check plans", done, len(plans))
-        rounded = (evidence.rounding, evidence.inputs)
-        with applied(evidence.replay.model, evidence.layout, plan, *rounded):
-            measured.append(max(evidence.replay.kl(), _FLOOR))
+        key = f"{evidence.mark} plan {key_of(plan.choice, plan.formats)}"
+        read = evidence.readings.value(key, partial(_plan_kl, evidence, evidence.replay, plan))
+        measured.append(max(read, _FLOOR))
     found = check_plans(table, plans, measured)
     numbers = {
         "spearman": found.spearman,
@@ -75,6 +79,12 @@ def on_held_out_plans(
     }
     known = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     return {"plans": len(plans), "bits": budget, **known}
+
+
+def _plan_kl(evidence: Evidence, replay: Replay, plan: BitPlan) -> float:
+    rounded = (evidence.rounding, evidence.inputs)
+    with applied(replay.model, evidence.layout, plan, *rounded):
+        return replay.kl()
 
 
 def _bits(table: CostTable) -> float:

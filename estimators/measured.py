@@ -27,7 +27,7 @@ from bitknap.allocation.units import ROLES, Units
 from bitknap.errors import InputError
 from bitknap.estimators.costs import format_bytes, plainest, token_share
 from bitknap.estimators.evidence import Evidence
-from bitknap.estimators.journal import append, open_journal
+from bitknap.estimators.journal import Readings
 from bitknap.estimators.layer_output import LayerOutput, window_norms
 from bitknap.estimators.moments import SecondMoments
 from bitknap.estimators.replay import Replay
@@ -138,14 +138,13 @@ class Measured:
     ) -> Floats:
         """Return what was measured, float64 [U, F]; 0 for a kept precision."""
         found = np.zeros((len(evidence.units), len(formats)))
-        done: dict[str, Floats] = {}
+        squared = " squared" if self.squared else ""
+        readings, mark = evidence.readings, f"{evidence.mark} {self.name}{squared} "
         if self.journal is not None:
-            sizes = {part.key: len(part.run) for part in parts}
-            done = open_journal(self.journal, self._about(evidence, replay, formats), sizes)
-        measured = self._values(evidence, replay, parts, done)
+            about, mark = self._about(evidence, replay, formats), ""
+            readings = Readings.open(self.journal, about)
+        measured = self._values(evidence, replay, parts, readings, mark)
         for number, (part, values) in enumerate(measured, start=1):
-            if self.journal is not None and part.key not in done:
-                append(self.journal, part.key, values)
             if self.progress:
                 self.progress("measure units", number, len(parts))
             found[np.ix_(part.run, part.columns)] = values[:, None]
@@ -172,17 +171,23 @@ class Measured:
         }
 
     def _values(
-        self, evidence: Evidence, replay: Replay, parts: Sequence[_Part], done: dict[str, Floats]
+        self,
+        evidence: Evidence,
+        replay: Replay,
+        parts: Sequence[_Part],
+        readings: Readings,
+        mark: str,
     ) -> Iterator[tuple[_Part, Floats]]:
         """Yield what was measured of the units of each part, from the journal where it is."""
         for layer, group in groupby(parts, key=lambda part: part.layer):
             measure: Measure | None = None
             for part in group:
-                if part.key in done:
-                    yield part, done[part.key]
-                else:
+                found = readings.known(mark + part.key, len(part.run))
+                if found is None:
                     measure = measure or self._measure(evidence, replay, layer)
-                    yield part, measure(part)
+                    found = measure(part)
+                    readings.keep(mark + part.key, found)
+                yield part, found
 
     def _measure(self, evidence: Evidence, replay: Replay, layer: int) -> Measure:
         """Return what measures the parts of one layer."""

@@ -47,21 +47,31 @@ class SecondMoments:
         """
 
         def weigh(run: np.ndarray, weights: Tensor) -> Charge:
-            if role_of(evidence.units, run) != "routed":
-                return _linear_charge(evidence, run)
-            layer, experts = experts_of(evidence, run)
-            name = projection_of(evidence.units, run)
-            rows = _row_weights(evidence, layer, run, name)[experts]
-            if self.full:
-                return _full_charge(layer, name, rows, experts)
-            moments = layer.middle_square if name == "down" else layer.input_square
-            columns = layer.shrunk(moments)[experts]
-            if name != "down":
-                columns = columns / _gate_mass(layer)[experts, None]
-            grid = (rows[:, :, None] * columns[:, None, :]).float()
+            if self.full and role_of(evidence.units, run) == "routed":
+                return _full_charge(evidence, run)
+            grid = error_weights(evidence, run)
             return lambda delta: (delta.square() * grid).sum((1, 2))
 
         return weighed_table(evidence, formats, weigh, {"estimator": self.name})
+
+
+def error_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
+    """Return what a unit of squared error of each weight costs, float32 [n, 1 or out, in].
+
+    Args:
+        evidence: with moments.
+        run: equally shaped units of one layer's one projection, from `stacks`.
+    """
+    if role_of(evidence.units, run) != "routed":
+        return _linear_weights(evidence, run)
+    layer, experts = experts_of(evidence, run)
+    name = projection_of(evidence.units, run)
+    rows = _row_weights(evidence, layer, run, name)[experts]
+    moments = layer.middle_square if name == "down" else layer.input_square
+    columns = layer.shrunk(moments)[experts]
+    if name != "down":
+        columns = columns / _gate_mass(layer)[experts, None]
+    return (rows[:, :, None] * columns[:, None, :]).float()
 
 
 def _gate_mass(layer: LayerEvidence) -> Tensor:
@@ -86,7 +96,10 @@ def _down_column_square(evidence: Evidence, layer: int) -> Tensor:
     return evidence.weights(run).double().square().sum(1)
 
 
-def _full_charge(layer: LayerEvidence, name: str, rows: Tensor, experts: Tensor) -> Charge:
+def _full_charge(evidence: Evidence, run: np.ndarray) -> Charge:
+    layer, experts = experts_of(evidence, run)
+    name = projection_of(evidence.units, run)
+    rows = _row_weights(evidence, layer, run, name)[experts]
     whole = layer.middle_full if name == "down" else layer.input_full
     if whole is None:
         raise InputError("full second moments were not recorded; calibrate with full=True")
@@ -97,10 +110,10 @@ def _full_charge(layer: LayerEvidence, name: str, rows: Tensor, experts: Tensor)
     return lambda delta: ((delta @ moments * delta).sum(2) * weight).sum(1)
 
 
-def _linear_charge(evidence: Evidence, run: np.ndarray) -> Charge:
-    """Charge an ordinary linear projection as if its output met the layer's mean gain."""
+def _linear_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
+    """Weigh an ordinary linear projection as if its output met the layer's mean gain."""
     gains = [layer.gain for layer in evidence.layers.values()]
     gain = float(np.mean(gains)) if gains else 1.0
     found = [evidence.linears[int(unit)] for unit in run]
     columns = torch.stack([x.input_square / max(1, x.tokens) for x in found]).float() * gain
-    return lambda delta: (delta.square() * columns[:, None, :]).sum((1, 2))
+    return columns[:, None, :]

@@ -109,7 +109,7 @@ def identity(work: Work, shards: Shards, pieces: Sequence[Piece]) -> dict[str, A
     return {
         "model": work.source.fingerprint,
         "plan": _digest(json.dumps(names)),
-        "method": _settings(work.rounding),
+        "method": settings(work.rounding),
         "layout": _digest(repr([*shards.headers.values(), *map(_listed, pieces)])),
     }
 
@@ -122,6 +122,7 @@ def _listed(piece: Piece) -> list[Any]:
     return [x.tolist() if isinstance(x, np.ndarray) else str(x) for x in piece]
 
 
-def _settings(rounding: Rounding) -> dict[str, str]:
+def settings(rounding: Rounding) -> dict[str, str]:
+    """Return the name of a way of rounding and what it is set to."""
     names: list[str] = [f.name for f in fields(rounding)] if is_dataclass(rounding) else []
     return {"name": rounding.name} | {name: str(getattr(rounding, name)) for name in names}

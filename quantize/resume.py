@@ -10,21 +10,17 @@ from are unchanged, so that only what a repaired shard held is done again.
 from __future__ import annotations
 
 import contextlib
-import errno
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitknap.errors import BitknapError, FileError, InputError, MismatchError
-from bitknap.files import folders_above
-from bitknap.journal import open_lines
+from bitknap.errors import FileError, MismatchError
+from bitknap.files import folders_above, locked
+from bitknap.journal import keeping, open_lines
 from bitknap.quantize.shards import Shards
-
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,48 +98,24 @@ class Partial:
         """
         with folders_above(self.folder):
             self.folder.mkdir(exist_ok=True)
-            handle = os.open(self.folder, os.O_RDONLY)
-            try:
-                _lock(handle, self.out)
+            with locked(self.folder, f"{self.out}: another process is writing it"):
                 yield
-            finally:
-                os.close(handle)
 
-    @contextlib.contextmanager
-    def keeping(self) -> Iterator[None]:
+    def keeping(self) -> contextlib.AbstractContextManager[None]:
         """Say in errors of the block what is kept for the same command to go on from.
 
         Raises:
             BitknapError: the disk is full.
         """
-        try:
-            yield
-        except (BitknapError, KeyboardInterrupt) as error:
-            raise type(error)(f"{str(error) or 'stopped'}; {self._kept()}") from None
-        except OSError as error:
-            if error.errno not in _FULL:
-                raise
-            raise BitknapError(
-                f"{self.out}: no space left on the disk; free some; {self._kept()}"
-            ) from None
+        return keeping(self.out, self._kept)
 
     def _kept(self) -> str:
         done = self._done(self.journal.read_bytes().splitlines()[1:])
         if not done:
             shutil.rmtree(self.folder, ignore_errors=True)
-            return "nothing is kept"
+            return "; nothing is kept"
         return (
-            f"{len(done)} of {len(self.lines)} pieces are kept in {self.folder}, "
+            f"; {len(done)} of {len(self.lines)} pieces are kept in {self.folder}, "
             "and the same command goes on from there"
         )
 
-
-def _lock(handle: int, out: Path) -> None:
-    import fcntl
-
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise InputError(f"{out}: another process is writing it; wait for that one") from None
-    except OSError:  # a file system without locks
-        return

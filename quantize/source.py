@@ -33,12 +33,17 @@ from bitknap.quantize.lowbit import LowBit
 from bitknap.quantize.ranges import read_slab, read_view
 from bitknap.quantize.views import View
 
-__all__ = ["DTYPES", "PACKED", "PLAIN", "Checkpoint", "TensorInfo", "resolve"]
+__all__ = ["DTYPES", "PACKED", "PLAIN", "REWRITTEN", "Checkpoint", "TensorInfo", "resolve"]
+
+# What `config.json` of a twin says of how it was made; see `twin`.
+REWRITTEN = "bitknap_rewritten"
 
 _BUNDLED = "bitknap.benchmarks.reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # A fingerprint reads this much of each tensor: enough to tell two trainings apart, and cheap.
 _SAMPLE = 256
+# A checksum reads this much at a time.
+_CHUNK = 1 << 24
 _PRECISIONS = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "F8_E4M3": "fp8"}
 
 
@@ -165,10 +170,13 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """32 hex digits that tell this model from another, even one of the same shapes.
 
-        SHA-256 over the model type and, sorted by name, each tensor's name, dtype, shape and
-        first 256 bytes; it does not depend on how the tensors are spread over files.
+        SHA-256 over the model type, how a twin was made and, sorted by name, each tensor's name,
+        dtype, shape and first 256 bytes; it does not depend on how the tensors are spread over
+        files.
         """
         digest = hashlib.sha256(str(self.config.get("model_type", "")).encode())
+        if REWRITTEN in self.config:
+            digest.update(json.dumps(self.config[REWRITTEN], sort_keys=True).encode())
         samples: dict[str, bytes] = {}
         stored = self.stored(self.headers)
         in_place = sorted(stored.items(), key=lambda item: item[1][2:])
@@ -180,6 +188,17 @@ class Checkpoint:
         for name, info in sorted(stored.items()):
             digest.update(json.dumps([name, info.dtype, info.shape]).encode())
             digest.update(samples[name])
+        return digest.digest()[:16].hex()
+
+    def checksum(self) -> str:
+        """Return 32 hex digits of the configuration and every byte of every tensor; reads all."""
+        digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
+        for name, info in sorted(self.stored(self.headers).items()):
+            digest.update(json.dumps([name, info.dtype, info.shape]).encode())
+            with info.file.open("rb") as file:
+                file.seek(info.start)
+                for start in range(info.start, info.stop, _CHUNK):
+                    digest.update(file.read(min(_CHUNK, info.stop - start)))
         return digest.digest()[:16].hex()
 
     def read(self, name: str) -> torch.Tensor:

@@ -2,162 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
-from itertools import chain
+import contextlib
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any
 
-import numpy as np
 import torch
 
 from bitknap import files
-from bitknap.allocation import BitPlan, CostTable, Format, Units
-from bitknap.allocation import formats as make_formats
-from bitknap.allocation.checks import number, whole
-from bitknap.errors import InputError, MismatchError
-from bitknap.estimators.calibrated import Calibrated, Estimator
-from bitknap.estimators.costs import plainest
-from bitknap.estimators.evidence import Evidence
-from bitknap.estimators.monotone import isotonic
-from bitknap.estimators.protect import FLOOR, protected
+from bitknap.allocation import BitPlan
+from bitknap.errors import MismatchError
+from bitknap.estimation import CALIBRATION_TOKENS, GROUP_SIZES, default_formats, estimate
 from bitknap.estimators.replay import Losses, compare
-from bitknap.estimators.robust import Rule, check_sets
-from bitknap.estimators.robust import robust as as_one
-from bitknap.estimators.super_experts import super_experts
-from bitknap.estimators.text import BUILTIN, read_text
+from bitknap.estimators.text import BUILTIN
 from bitknap.gathering import evaluation_windows, gather, too_few_tokens
 from bitknap.progress import Progress
-from bitknap.quantize import checkpoint, loading
+from bitknap.quantize import checkpoint, loading, twin
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
 from bitknap.quantize.layers import CACHE_BYTES
-from bitknap.quantize.names import walk_headers
-from bitknap.quantize.rounding import RTN, Gptq, Rounding, planned
-from bitknap.quantize.rounding import method as method_of
+from bitknap.quantize.resume import Partial
+from bitknap.quantize.rounding import Gptq, Rounding, planned
 from bitknap.quantize.shards import MAX_SHARD_SIZE
 from bitknap.quantize.source import Checkpoint, resolve
 
-CALIBRATION_TOKENS = 8_192
+__all__ = [
+    "CALIBRATION_TOKENS",
+    "EVALUATION_TOKENS",
+    "GROUP_SIZES",
+    "default_formats",
+    "estimate",
+    "evaluate",
+    "load",
+    "quantize",
+]
+
 EVALUATION_TOKENS = 32_768
-GROUP_SIZES = (32, 64, 128, 256, "row")
-T = TypeVar("T", int, float)
-
-
-def default_formats(units: Units | None = None) -> tuple[Format, ...]:
-    """Return the options of the main job: widths × group sizes × zero point × metadata.
-
-    Args:
-        units: leave out formats that another one equals on every row of these units.
-    """
-    every = make_formats(range(1, 9), GROUP_SIZES, (False, True), ("fp16", "compact"))
-    widths = () if units is None else np.unique(units.cols).tolist()
-    return tuple(f for f in every if not widths or any(plainest(f, w) == f for w in widths))
-
-
-def estimate(
-    model: str | Path,
-    estimator: Estimator | None = None,
-    formats: Sequence[Format] | None = None,
-    *,
-    text: str | Sequence[str] = BUILTIN,
-    robust: Rule | None = None,
-    risk: float = 1.0,
-    tokens: int = CALIBRATION_TOKENS,
-    include: Collection[str] = (),
-    protect: int = FLOOR,
-    method: str | Rounding = RTN,
-    max_memory: int | None = None,
-    seed: int = 0,
-    progress: Progress | None = None,
-) -> CostTable:
-    """Return what every format would cost every unit of a model.
-
-    Within a family of grids, costs that rise with the width are pooled; the provenance counts
-    them as "repaired". Experts that saw few tokens, and those whose output is far above their
-    layer's, are listed there too; the latter may use no narrow grid.
-
-    Args:
-        model: a folder, a hub id, or "reference:NAME".
-        estimator: `Calibrated()` when not given.
-        formats: the options; `default_formats()` when not given.
-        text: calibration text, a file or "builtin"; or several, each a calibration set.
-        robust: what a cost becomes over several texts: "mean" when not given, "worst" or
-            "mean+sd".
-        risk: standard deviations that "mean+sd" adds.
-        tokens: how much of each text to use.
-        include: roles beside routed experts: "attention", "shared", "dense".
-        protect: bits below which a super expert gets no grid; 0 protects none.
-        method: how weights will be rounded, which is what costs are of: "rtn", "hqq", "gptq".
-        max_memory: bytes; when more is needed, gradients or the whole pass go layer by layer.
-        seed: of everything drawn at random.
-        progress: called with (what, done, of).
-
-    Raises:
-        InputError: the text or a name cannot be used, or the memory does not suffice.
-        ModelError: the model cannot be walked or calibrated.
-        FileError: a file of the model is damaged.
-        MismatchError: samples or a journal are of other inputs.
-    """
-    chosen = estimator or Calibrated(progress=progress)
-    texts = [text] if isinstance(text, str) else list(text)
-    _check_texts(texts, chosen, robust, risk)
-    whole("protect", protect)
-    rounding = method_of(method)
-    source = Checkpoint.open(resolve(model))
-    tables, passes = [], []
-    for words in texts:
-        evidence = gather(
-            source, chosen.needs, words, tokens, include, seed, progress, max_memory, rounding
-        )
-        tables.append(chosen.estimate(evidence, formats or default_formats(evidence.units)))
-        passes.append((evidence.coverage(), _standing_out(evidence)))
-        del evidence  # one model and its memory at a time
-    table = as_one(tables, robust or "mean", risk) if len(tables) > 1 else tables[0]
-    table, _ = isotonic(table)
-    on_disk = walk_headers(source.config, source.shapes, include)
-    folder_bytes = sum(f.stat().st_size for f in source.folder.iterdir() if f.is_file())
-    large = _union([found for _, found in passes], max)
-    provenance = {
-        **table.provenance,
-        "model": source.fingerprint,
-        "fixed_bytes": checkpoint.fixed_bytes(source, on_disk),
-        "source_bytes": folder_bytes,
-        "include": sorted(include),
-        "coverage": _union([found for found, _ in passes], min),
-        "super_experts": large,
-    }
-    return protected(replace(table, provenance=provenance), large, protect)
-
-
-def _check_texts(
-    texts: Sequence[str], estimator: Estimator, rule: Rule | None, risk: float
-) -> None:
-    """Refuse texts that are not several sets, before minutes go into calibrating on them."""
-    number("risk", risk)
-    if rule is not None and rule not in get_args(Rule):
-        raise InputError(f"robust: {rule!r} is not one of {', '.join(get_args(Rule))}")
-    if len(texts) == 1 and rule is None:
-        return
-    if not estimator.needs:
-        raise InputError(f"{estimator.name} reads no text, so several say nothing more; give one")
-    check_sets([{"text": read_text(text, "calibration")} for text in texts])
-
-
-def _union(
-    lists: Sequence[Sequence[tuple[int, int, T]]], pick: Callable[[T, T], T]
-) -> list[tuple[int, int, T]]:
-    """Return (layer, expert, value) of several passes as one list in order, each expert once."""
-    found: dict[tuple[int, int], T] = {}
-    for layer, expert, value in chain.from_iterable(lists):
-        found[layer, expert] = pick(found.get((layer, expert), value), value)
-    return [(layer, expert, value) for (layer, expert), value in sorted(found.items())]
-
-
-def _standing_out(evidence: Evidence) -> list[tuple[int, int, float]]:
-    """Return the experts whose output is far above their layer's median; none without a text."""
-    known = all(layer.output_max is not None for layer in evidence.layers.values())
-    found = super_experts(evidence) if known else []
-    return [(layer, expert, round(times, 1)) for layer, expert, times in found]
 
 
 def quantize(
@@ -177,7 +57,8 @@ def quantize(
     """Write the model quantized as the plan says, piece by piece, little of it in memory.
 
     What is done grows in a hidden folder beside `out`: after a kill or an error the same call
-    goes on from there, and ends with the same bytes.
+    goes on from there, and ends with the same bytes. A plan of a permuted or rotated model says
+    how that is made: its weights are written to a second hidden folder first, which goes again.
 
     Args:
         model: a folder, a hub id, or "reference:NAME".
@@ -205,31 +86,45 @@ def quantize(
         BitknapError: the disk is full.
     """
     rounding = planned(plan, method, force=force)
-    source = Checkpoint.open(resolve(model))
+    files.check_free_name(Path(out), overwrite=overwrite)
     inputs, about, few = None, {}, []
-    if rounding.needs_inputs:
-        files.check_free_name(Path(out), overwrite=overwrite)
-        checkpoint.check_plan(source, plan)
-        roles = checkpoint.roles_of(plan.units)
-        evidence = gather(
-            source, frozenset(), text, tokens, roles, seed, progress, rounding=rounding
+    with _planned(Checkpoint.open(resolve(model)), plan, Path(out)) as source:
+        if rounding.needs_inputs:
+            checkpoint.check_plan(source, plan)
+            roles = checkpoint.roles_of(plan.units)
+            evidence = gather(
+                source, frozenset(), text, tokens, roles, seed, progress, rounding=rounding
+            )
+            cut = layout_for(plan.units, evidence.layout)
+            inputs = inputs_of_blocks(cut.units, evidence.units, evidence.inputs)
+            about = {name: evidence.provenance[name] for name in ("text", "tokens", "seed")}
+            few = too_few_tokens(evidence, rounding) if isinstance(rounding, Gptq) else []
+        sizes = checkpoint.save(
+            source,
+            plan,
+            Path(out),
+            rounding=rounding,
+            inputs=inputs,
+            about=about,
+            max_shard_size=max_shard_size,
+            overwrite=overwrite,
+            progress=progress,
         )
-        cut = layout_for(plan.units, evidence.layout)
-        inputs = inputs_of_blocks(cut.units, evidence.units, evidence.inputs)
-        about = {name: evidence.provenance[name] for name in ("text", "tokens", "seed")}
-        few = too_few_tokens(evidence, rounding) if isinstance(rounding, Gptq) else []
-    sizes = checkpoint.save(
-        source,
-        plan,
-        Path(out),
-        rounding=rounding,
-        inputs=inputs,
-        about=about,
-        max_shard_size=max_shard_size,
-        overwrite=overwrite,
-        progress=progress,
-    )
     return {**sizes, "method": rounding.name, "few_tokens": few}
+
+
+@contextlib.contextmanager
+def _planned(origin: Checkpoint, plan: BitPlan, out: Path) -> Iterator[Checkpoint]:
+    """Yield what a plan is for: the model, or the twin that the plan describes, made beside `out`.
+
+    The twin goes again, unless pieces that were read from it are kept.
+    """
+    folder = twin.beside(out)
+    try:
+        yield twin.planned(origin, plan.header, plan.model, folder)
+    finally:
+        if not Partial(out=out, lines=()).folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def load(

@@ -12,7 +12,14 @@ import click
 
 from bitknap import __version__
 from bitknap.errors import BitknapError, InputError
-from bitknap.estimating import estimating, one_text, run_estimate
+from bitknap.estimating import (
+    check_planned,
+    estimating,
+    forget,
+    one_text,
+    resumable,
+    run_estimate,
+)
 from bitknap.options import (
     as_json_option,
     check_frontier,
@@ -98,14 +105,19 @@ def inspect(model: str, include: str, as_json: bool) -> None:
 def estimate(model: str, out: str, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Fill a cost table: what every format would cost every unit of MODEL.
 
+    What is measured is kept in TABLE.journal: a stopped or killed run goes on when the command is
+    repeated.
+
     Example: bitknap estimate reference:mixtral --formats 2,3,4 -o table.safetensors
     """
     from bitknap.notes import notes, table_summary
     from bitknap.render import cost_table
 
     path = free_path(out, overwrite)
-    table = run_estimate(model, options)
-    table.save(path)
+    with resumable(path):
+        table = run_estimate(model, options, path, overwrite=overwrite)
+        table.save(path)
+    forget(path)
     present(as_json, table_summary(table) | {"path": out}, cost_table(table), notes(table))
 
 
@@ -198,7 +210,8 @@ def quantize(
 ) -> None:
     """Write MODEL packed, by a plan or measured and solved for a budget in one go.
 
-    What is written grows beside OUT: a stopped or killed run goes on when the command is repeated.
+    What is measured and written is kept beside OUT: a stopped or killed run goes on when the
+    command is repeated.
 
     Example: bitknap quantize reference:mixtral --budget 2.5bpw -o out
     """
@@ -211,18 +224,21 @@ def quantize(
 
     if (plan is None) == (budget is None):
         raise InputError("give --plan or --budget, one of them")
-    free_path(out, overwrite)
+    path = free_path(out, overwrite)
     parse_size(max_shard_size)
     if budget is not None:
         check_solving(budget, options)
+    else:
+        check_planned(options)
     facts: dict[str, Any] = {}
     prices: tuple[Any, ...] = ()
     notes: list[Any] = []
     if plan is not None:
         chosen = BitPlan.load(plan)
     else:
-        table = run_estimate(model, options)
-        solution, prices = run_solve(table, str(budget), options)
+        with resumable(path):
+            table = run_estimate(model, options, path, overwrite=overwrite)
+            solution, prices = run_solve(table, str(budget), options)
         chosen, facts = solution.plan, solved(solution)
         notes += [price_table(prices, options["profile"])] if prices else []
         notes.append(notes_of(table))
@@ -240,6 +256,7 @@ def quantize(
             overwrite=overwrite,
             progress=progress,
         )
+    forget(path)
     facts |= {
         "method": sizes["method"],
         "bytes_predicted": sizes["predicted"],

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import shutil
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,6 +16,7 @@ from bitknap.estimators.protect import FLOOR
 from bitknap.estimators.robust import Rule
 from bitknap.options import given, include_option, listed, options_of, seed_option
 from bitknap.progress import Progress
+from bitknap.stopping import stoppable
 from bitknap.terminal import progress_bars, silence_transformers
 
 estimating = options_of(
@@ -42,7 +46,7 @@ estimating = options_of(
         "--journal",
         type=click.Path(path_type=Path),
         default=None,
-        help="Of measured-…: what is measured is kept here, and a killed run goes on.",
+        help="Of measured-…: where it keeps what is measured, also when the table is done.",
     ),
     click.option(
         "--samples",
@@ -75,6 +79,26 @@ estimating = options_of(
         type=click.Choice(["rtn", "hqq", "gptq"]),
         default=None,
         help="How weights are rounded, which is what costs are of. Default: rtn, or the plan's.",
+    ),
+    click.option(
+        "--row-blocks",
+        type=int,
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="Cut each matrix into N runs of rows with a format each.",
+    ),
+    click.option(
+        "--permute",
+        is_flag=True,
+        help="Of --row-blocks: sort the experts' neurons by sensitivity first, so that blocks "
+        "differ. A copy of the model is written beside OUT while that lasts.",
+    ),
+    click.option(
+        "--rotate",
+        is_flag=True,
+        help="Turn the residual stream by random Hadamard transforms first (--seed), by way of a "
+        "copy as well.",
     ),
     click.option(
         "--keep", is_flag=True, help="Offer the precision that weights are stored in as well."
@@ -114,9 +138,32 @@ estimating = options_of(
 )
 
 
-def run_estimate(model: str, options: dict[str, Any]) -> Any:
-    """Return the cost table that the options ask for."""
+def journal_of(out: Path) -> Path:
+    """Return where measurements are kept while `out` is in the making."""
+    return out.with_name(f"{out.name}.journal")
+
+
+@contextlib.contextmanager
+def resumable(out: Path) -> Iterator[None]:
+    """End a stopped block with one line that says what of its measurements is kept beside `out`."""
+    from bitknap.estimators.journal import kept
+    from bitknap.journal import keeping
+
+    with stoppable(), keeping(out, lambda: kept(journal_of(out))):
+        yield
+
+
+def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: bool) -> Any:
+    """Return the cost table that the options ask for.
+
+    Args:
+        model: MODEL.
+        options: those of `estimating`.
+        out: what the table, or what is made of it, is written to: measurements are kept beside it.
+        overwrite: whether what a run with other inputs kept may be lost.
+    """
     from bitknap import api
+    from bitknap.quantize.twin import beside
 
     _check(options)
     silence_transformers()
@@ -132,8 +179,14 @@ def run_estimate(model: str, options: dict[str, Any]) -> Any:
             include=listed(options["include"]),
             protect=options["protect_bits"],
             method=options["method"] or "rtn",
+            row_blocks=options["row_blocks"],
+            permute=options["permute"],
+            rotate=options["rotate"],
             max_memory=_size(options["max_memory"]),
             seed=options["seed"],
+            journal=journal_of(out),
+            scratch=beside(out),
+            overwrite=overwrite,
             progress=progress,
         )
     if "router-norm" not in listed(options["estimator"]):
@@ -141,6 +194,22 @@ def run_estimate(model: str, options: dict[str, Any]) -> Any:
     # Which norms were compared is part of what the costs are.
     said = {"initial_router": options["initial_router"] is not None}
     return replace(table, provenance={**table.provenance, **said})
+
+
+def forget(out: Path) -> None:
+    """Delete what was kept beside a finished `out`."""
+    from bitknap.quantize.twin import beside
+
+    journal_of(out).unlink(missing_ok=True)
+    shutil.rmtree(beside(out), ignore_errors=True)
+
+
+def check_planned(options: dict[str, Any]) -> None:
+    """Refuse words that a plan has said already."""
+    for name, plain in {"row_blocks": 1, "permute": False, "rotate": False}.items():
+        if options[name] != plain:
+            flag = name.replace("_", "-")
+            raise InputError(f"--{flag}: the plan says what is done; leave it out, or --plan")
 
 
 def one_text(options: dict[str, Any]) -> str:

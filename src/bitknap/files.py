@@ -85,6 +85,32 @@ def move_into_place(part: Path, path: Path) -> None:
     part.replace(path)
 
 
+@contextlib.contextmanager
+def locked(path: Path, busy: str) -> Iterator[None]:
+    """Keep other processes out of a file or folder while the block runs.
+
+    Args:
+        path: what is locked; it is there.
+        busy: what to say when another process is in it, without the way out.
+
+    Raises:
+        InputError: another process is in it.
+    """
+    import fcntl
+
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{busy}; wait for that one") from None
+        except OSError:
+            pass  # a file system without locks
+        yield
+    finally:
+        os.close(handle)
+
+
 def check_space(path: Path, needed: int) -> None:
     """Refuse to start what the disk of `path`, which need not exist yet, has no room for.
 

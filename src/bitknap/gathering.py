@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from bitknap.errors import InputError, ModelError
-from bitknap.estimators.calibrate import calibrate
+from bitknap.estimators.calibrate import calibrate, provenance_of
 from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.journal import Readings
 from bitknap.estimators.memory import way_to_calibrate
 from bitknap.estimators.resident import calibrate_by_layer
 from bitknap.estimators.text import read_text, token_windows
@@ -22,6 +23,7 @@ from bitknap.quantize import checkpoint, loading
 from bitknap.quantize.apply import read_stored, stacks
 from bitknap.quantize.experts import walk
 from bitknap.quantize.names import walk_headers
+from bitknap.quantize.outline import settings
 from bitknap.quantize.rounding import RTN, Gptq, Rounding
 from bitknap.quantize.source import Checkpoint
 
@@ -36,6 +38,7 @@ def gather(
     progress: Progress | None = None,
     max_memory: int | None = None,
     rounding: Rounding = RTN,
+    readings: Readings | None = None,
 ) -> Evidence:
     """Return the evidence that is needed: from weights alone, or from a pass over a text.
 
@@ -49,6 +52,7 @@ def gather(
         progress: called with (what, done, of).
         max_memory: bytes.
         rounding: how weights will be rounded; it may need whole second moments.
+        readings: where measurements are kept; nowhere if not given.
 
     Raises:
         InputError: a pass over the text would take more than `max_memory` bytes.
@@ -71,10 +75,8 @@ def gather(
             rounding=rounding,
         )
     way = way_to_calibrate(source, on_disk, tokens, needs, max_memory)
-    words = read_text(text, "calibration")
+    windows = _calibration_windows(source, text, tokens)
     checkpoint.check_finite(source)
-    longest = longest_of(loading.config_of(source.folder))
-    windows = token_windows(tokenizer_of(source.folder), words, tokens, longest)
     full, traces = "full" in needs, "traces" in needs
     if way == "layers":
         found = calibrate_by_layer(
@@ -101,7 +103,34 @@ def gather(
             progress=progress,
         )
     provenance = {**found.provenance, "model": source.fingerprint}
-    return replace(found, provenance=provenance, rounding=rounding)
+    kept = readings or Readings()
+    return replace(found, provenance=provenance, rounding=rounding, readings=kept)
+
+
+def readings_about(
+    source: Checkpoint,
+    texts: Sequence[str],
+    tokens: int,
+    include: Collection[str],
+    seed: int,
+    rounding: Rounding,
+) -> dict[str, Any]:
+    """Return what measurements on a model depend on, JSON values; reads all of its weights."""
+    windows = [_calibration_windows(source, text, tokens) for text in texts]
+    return {
+        "model": source.checksum(),
+        "text": [provenance_of(one, seed)["text"] for one in windows],
+        "tokens": tokens,
+        "include": sorted(include),
+        "seed": seed,
+        "method": settings(rounding),
+    }
+
+
+def _calibration_windows(source: Checkpoint, text: str, tokens: int) -> Tensor:
+    words = read_text(text, "calibration")
+    longest = longest_of(loading.config_of(source.folder))
+    return token_windows(tokenizer_of(source.folder), words, tokens, longest)
 
 
 def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, str, int]]:

@@ -6,16 +6,19 @@ last line can be torn; it is cut.
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bitknap.errors import FileError, MismatchError
+from bitknap.errors import BitknapError, FileError, MismatchError
 from bitknap.files import check_version, write_whole
 
 _KIND, _VERSION = "bitknap.journal", "1.0"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_lines(
@@ -36,16 +39,25 @@ def open_lines(
         header = {"format": _KIND, "version": _VERSION, "about": dict(about)}
         write_whole(path, _line(header))
         return []
+    lines = whole_lines(path)
+    _check_header(path, lines[0] if lines else b"", about, way_out)
+    size = sum(len(line) + 1 for line in lines)
+    if size < path.stat().st_size:
+        os.truncate(path, size)
+    return lines[1:]
+
+
+def whole_lines(path: Path) -> list[bytes]:
+    """Return the lines of a journal, header and all, but a torn last one.
+
+    Raises:
+        FileError: the file cannot be read.
+    """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from None
-    whole = content[: content.rfind(b"\n") + 1]
-    first, *parts = whole.splitlines() or [b""]
-    _check_header(path, first, about, way_out)
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
-    return parts
+    return content.split(b"\n")[:-1]
 
 
 def append_lines(path: Path, parts: Iterable[Mapping[str, Any]]) -> None:
@@ -54,6 +66,27 @@ def append_lines(path: Path, parts: Iterable[Mapping[str, Any]]) -> None:
         file.write(b"".join(map(_line, parts)))
         file.flush()
         os.fsync(file.fileno())
+
+
+@contextlib.contextmanager
+def keeping(out: Path, kept: Callable[[], str]) -> Iterator[None]:
+    """Say in errors of the block what is kept for the same command to go on from.
+
+    Args:
+        out: what the block writes.
+        kept: says it, with a leading "; ", or "" when there is nothing to say.
+
+    Raises:
+        BitknapError: the disk is full.
+    """
+    try:
+        yield
+    except (BitknapError, KeyboardInterrupt) as error:
+        raise type(error)(f"{str(error) or 'stopped'}{kept()}") from None
+    except OSError as error:
+        if error.errno not in _FULL:
+            raise
+        raise BitknapError(f"{out}: no space left on the disk; free some{kept()}") from None
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

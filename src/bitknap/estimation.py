@@ -1,0 +1,269 @@
+"""From a model to its cost table: gather evidence, estimate, and say what the costs are of."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar, get_args
+
+import numpy as np
+
+from bitknap.allocation import CostTable, Format, Units
+from bitknap.allocation import formats as make_formats
+from bitknap.allocation.checks import number, whole
+from bitknap.errors import InputError
+from bitknap.estimators import row_blocks as blocks_of_rows
+from bitknap.estimators.calibrated import Calibrated, Estimator
+from bitknap.estimators.costs import plainest
+from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.journal import Readings, beside
+from bitknap.estimators.monotone import isotonic
+from bitknap.estimators.protect import FLOOR, protected
+from bitknap.estimators.robust import Rule, check_sets
+from bitknap.estimators.robust import robust as as_one
+from bitknap.estimators.super_experts import super_experts
+from bitknap.estimators.text import BUILTIN, read_text
+from bitknap.gathering import gather, readings_about
+from bitknap.progress import Progress
+from bitknap.quantize import checkpoint, twin
+from bitknap.quantize.blocks import split_rows
+from bitknap.quantize.names import walk_headers
+from bitknap.quantize.rounding import RTN, Rounding
+from bitknap.quantize.rounding import method as method_of
+from bitknap.quantize.source import Checkpoint, resolve
+
+CALIBRATION_TOKENS = 8_192
+GROUP_SIZES = (32, 64, 128, 256, "row")
+T = TypeVar("T", int, float)
+# (layer, expert, tokens) of experts that saw few, (layer, expert, times) of those that stand out.
+_Seen = tuple[list[tuple[int, int, int]], list[tuple[int, int, float]]]
+
+
+def default_formats(units: Units | None = None) -> tuple[Format, ...]:
+    """Return the options of the main job: widths × group sizes × zero point × metadata.
+
+    Args:
+        units: leave out formats that another one equals on every row of these units.
+    """
+    every = make_formats(range(1, 9), GROUP_SIZES, (False, True), ("fp16", "compact"))
+    widths = () if units is None else np.unique(units.cols).tolist()
+    return tuple(f for f in every if not widths or any(plainest(f, w) == f for w in widths))
+
+
+def estimate(
+    model: str | Path,
+    estimator: Estimator | None = None,
+    formats: Sequence[Format] | None = None,
+    *,
+    text: str | Sequence[str] = BUILTIN,
+    robust: Rule | None = None,
+    risk: float = 1.0,
+    tokens: int = CALIBRATION_TOKENS,
+    include: Collection[str] = (),
+    protect: int = FLOOR,
+    method: str | Rounding = RTN,
+    row_blocks: int = 1,
+    permute: bool = False,
+    rotate: bool = False,
+    max_memory: int | None = None,
+    seed: int = 0,
+    journal: Path | None = None,
+    scratch: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> CostTable:
+    """Return what every format would cost every unit of a model.
+
+    Within a family of grids, costs that rise with the width are pooled; the provenance counts
+    them as "repaired". Experts that saw few tokens, and those whose output is far above their
+    layer's, are listed there too; the latter may use no narrow grid.
+
+    Args:
+        model: a folder, a hub id, or "reference:NAME".
+        estimator: `Calibrated()` when not given.
+        formats: the options; `default_formats()` when not given.
+        text: calibration text, a file or "builtin"; or several, each a calibration set.
+        robust: what a cost becomes over several texts: "mean" when not given, "worst" or
+            "mean+sd".
+        risk: standard deviations that "mean+sd" adds.
+        tokens: how much of each text to use.
+        include: roles beside routed experts: "attention", "shared", "dense".
+        protect: bits below which a super expert gets no grid; 0 protects none.
+        method: how weights will be rounded, which is what costs are of: "rtn", "hqq", "gptq".
+        row_blocks: runs of rows of each matrix that may have formats of their own.
+        permute: sort the experts' neurons by sensitivity first, so that the blocks of gate and up
+            differ; one more pass over the (first) text.
+        rotate: turn the residual stream by random Hadamard transforms first.
+        max_memory: bytes; when more is needed, gradients or the whole pass go layer by layer.
+        seed: of everything drawn at random.
+        journal: file that keeps each measured KL; after a kill the same call goes on from there.
+            Delete it when the table is saved.
+        scratch: folder where a permuted or rotated copy of the model is written, and left for
+            `quantize` to find; a temporary one, deleted, when not given.
+        overwrite: start a journal of other inputs anew.
+        progress: called with (what, done, of).
+
+    Raises:
+        InputError: the text or a name cannot be used, or the memory does not suffice.
+        ModelError: the model cannot be walked, calibrated, rotated or permuted.
+        FileError: a file of the model is damaged.
+        MismatchError: samples or a journal are of other inputs.
+    """
+    chosen = estimator or Calibrated(progress=progress)
+    texts = [text] if isinstance(text, str) else list(text)
+    _check_texts(texts, chosen, robust, risk)
+    whole("protect", protect)
+    blocks_of_rows.check(row_blocks, permute=permute)
+    origin = Checkpoint.open(resolve(model))
+    job = _Job(
+        estimator=chosen,
+        formats=formats,
+        texts=texts,
+        tokens=tokens,
+        include=include,
+        rounding=method_of(method),
+        row_blocks=row_blocks,
+        max_memory=max_memory,
+        seed=seed,
+        progress=progress,
+    )
+    with _folder(scratch) as folder:
+        recipe = twin.Recipe(rotation=seed if rotate else None)
+        source = twin.make(origin, recipe, folder)
+        if permute:
+            recipe = replace(recipe, order=job.sorting(source))
+            source = twin.make(origin, recipe, folder)
+        about = job.about(source) if journal is not None and job.measures else {}
+        with beside(journal if job.measures else None, about, overwrite=overwrite) as readings:
+            tables, passes = job.run(source, readings)
+        table = as_one(tables, robust or "mean", risk) if len(tables) > 1 else tables[0]
+        table, _ = isotonic(table)
+        on_disk = walk_headers(source.config, source.shapes, include)
+        fixed_bytes = checkpoint.fixed_bytes(
+            source, on_disk if row_blocks == 1 else split_rows(on_disk, row_blocks)
+        )
+    large = _union([found for _, found in passes], max)
+    provenance = {
+        **table.provenance,
+        "model": source.fingerprint,
+        "fixed_bytes": fixed_bytes,
+        "source_bytes": sum(f.stat().st_size for f in origin.folder.iterdir() if f.is_file()),
+        "include": sorted(include),
+        "coverage": _union([found for found, _ in passes], min),
+        "super_experts": large,
+    }
+    if source is not origin:
+        provenance[twin.KEY] = recipe.to_dict(origin)
+    return protected(replace(table, provenance=provenance), large, protect)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Job:
+    """What `estimate` was asked for, to be done on one checkpoint and each of its texts."""
+
+    estimator: Estimator
+    formats: Sequence[Format] | None
+    texts: Sequence[str]
+    tokens: int
+    include: Collection[str]
+    rounding: Rounding
+    row_blocks: int
+    max_memory: int | None
+    seed: int
+    progress: Progress | None
+
+    @property
+    def measures(self) -> bool:
+        """Whether anything is measured that would be worth a journal."""
+        return "replay" in self.estimator.needs
+
+    def about(self, source: Checkpoint) -> dict[str, object]:
+        """Return what the journal's readings depend on."""
+        return readings_about(
+            source, self.texts, self.tokens, self.include, self.seed, self.rounding
+        )
+
+    def sorting(self, source: Checkpoint) -> twin.Sorting:
+        """Return how neurons are sorted, by the first text if any is read."""
+        needs = frozenset({"moments"}) if self.estimator.needs else frozenset()
+        evidence = self._gather(source, needs, self.texts[0], Readings())
+        return blocks_of_rows.sorting(evidence, self.row_blocks)
+
+    def run(
+        self, source: Checkpoint, readings: Readings
+    ) -> tuple[list[CostTable], list[_Seen]]:
+        """Return a table for each text, and which experts saw little or stand out in it."""
+        tables, passes = [], []
+        for words in self.texts:
+            evidence = self._gather(source, self.estimator.needs, words, readings)
+            formats = self.formats or default_formats(evidence.units)
+            table = self.estimator.estimate(evidence, formats)
+            if self.row_blocks > 1:
+                table = blocks_of_rows.by_rows(table, evidence, self.row_blocks)
+            tables.append(table)
+            passes.append((evidence.coverage(), _standing_out(evidence)))
+            del evidence  # one model and its memory at a time
+        return tables, passes
+
+    def _gather(
+        self, source: Checkpoint, needs: frozenset[str], text: str, readings: Readings
+    ) -> Evidence:
+        if needs and self.row_blocks > 1:
+            needs = needs | {"moments"}
+        return gather(
+            source,
+            needs,
+            text,
+            self.tokens,
+            self.include,
+            self.seed,
+            self.progress,
+            self.max_memory,
+            self.rounding,
+            readings,
+        )
+
+
+@contextlib.contextmanager
+def _folder(given: Path | None) -> Iterator[Path]:
+    """Yield a folder for twins; a temporary one goes again."""
+    if given is not None:
+        yield given
+        return
+    with tempfile.TemporaryDirectory(prefix="bitknap-", ignore_cleanup_errors=True) as found:
+        yield Path(found)
+
+
+def _check_texts(
+    texts: Sequence[str], estimator: Estimator, rule: Rule | None, risk: float
+) -> None:
+    """Refuse texts that are not several sets, before minutes go into calibrating on them."""
+    number("risk", risk)
+    if rule is not None and rule not in get_args(Rule):
+        raise InputError(f"robust: {rule!r} is not one of {', '.join(get_args(Rule))}")
+    if len(texts) == 1 and rule is None:
+        return
+    if not estimator.needs:
+        raise InputError(f"{estimator.name} reads no text, so several say nothing more; give one")
+    check_sets([{"text": read_text(text, "calibration")} for text in texts])
+
+
+def _union(
+    lists: Sequence[Sequence[tuple[int, int, T]]], pick: Callable[[T, T], T]
+) -> list[tuple[int, int, T]]:
+    """Return (layer, expert, value) of several passes as one list in order, each expert once."""
+    found: dict[tuple[int, int], T] = {}
+    for layer, expert, value in chain.from_iterable(lists):
+        found[layer, expert] = pick(found.get((layer, expert), value), value)
+    return [(layer, expert, value) for (layer, expert), value in sorted(found.items())]
+
+
+def _standing_out(evidence: Evidence) -> list[tuple[int, int, float]]:
+    """Return the experts whose output is far above their layer's median; none without a text."""
+    known = all(layer.output_max is not None for layer in evidence.layers.values())
+    found = super_experts(evidence) if known else []
+    return [(layer, expert, round(times, 1)) for layer, expert, times in found]
