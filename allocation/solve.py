@@ -16,7 +16,7 @@ from bitknap.allocation.problem import Problem
 from bitknap.allocation.solution import Answer, Solution, Status
 from bitknap.errors import BitknapError
 
-__all__ = ["Answer", "Solver", "solve"]
+__all__ = ["Answer", "Solver", "solve", "within"]
 
 
 class Solver(Protocol):
@@ -65,6 +65,24 @@ def solve(problem: Problem, solver: Solver | None = None) -> Solution:
         seconds=seconds,
         solver=solver.name,
         used=MappingProxyType(used),
+    )
+
+
+def within(problem: Problem, plan: BitPlan) -> bool:
+    """Return whether a plan of the problem's units keeps to its formats, ties and limits."""
+    table = problem.table
+    if not plan.units.same_as(table.units) or not set(plan.formats) <= set(table.formats):
+        return False
+    column = np.array([table.formats.index(item) for item in plan.formats])[plan.choice]
+    rows = column[np.unique(problem.row_of, return_index=True)[1]]
+    each = np.arange(len(rows))
+    if not np.array_equal(rows[problem.row_of], column):
+        return False
+    if not np.isfinite(problem.cost[each, rows]).all():
+        return False
+    used = problem.weights[:, each, rows]
+    return all(
+        one.sum() <= bound + slack(one) for one, bound in zip(used, problem.bounds, strict=True)
     )
 
 

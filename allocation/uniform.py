@@ -14,6 +14,8 @@ from bitknap.allocation.units import Units
 
 # A format this much larger than the budget still counts as fitting it, in the recipe's favour.
 _CLOSE = 1.02
+# Of a limit: what recipes use, or they count only where none uses so much.
+_FULL = 0.95
 
 
 def uniform_plans(
@@ -42,6 +44,25 @@ def uniform_plans(
         elif above and below:
             plans.append(round_robin(units, ordered[below[-1]], ordered[above[0]], nbytes, model))
     return plans
+
+
+def uniform_plans_within(
+    units: Units, formats: Sequence[Format], nbytes: int, model: str = ""
+) -> list[BitPlan]:
+    """Return the uniform recipes that take `nbytes` at most; none if no format is so small.
+
+    Those that leave more than a twentieth of the bytes are left out where others use them.
+    """
+    found = []
+    for plan in uniform_plans(units, formats, nbytes, model):
+        if plan.total_bytes > nbytes and len(plan.formats) == 2:
+            low, high = plan.formats
+            small, large = storage(units, (low, high)).T
+            plan = round_robin(units, low, high, nbytes - int((large - small).max()), model)
+        if plan.total_bytes <= nbytes:
+            found.append(plan)
+    full = [plan for plan in found if plan.total_bytes > _FULL * nbytes]
+    return full or found
 
 
 def round_robin(units: Units, low: Format, high: Format, nbytes: int, model: str = "") -> BitPlan:

@@ -30,7 +30,7 @@ from bitknap.allocation.published import (
     mc_moe,
     mc_moe_cost,
 )
-from bitknap.allocation.uniform import round_robin, uniform_plans
+from bitknap.allocation.uniform import uniform_plans_within
 from bitknap.api import default_formats
 from bitknap.benchmarks import published_costs as costs
 from bitknap.benchmarks.setting import FORMATS
@@ -47,8 +47,6 @@ from bitknap.progress import Progress
 # Widths of MC-MoE, GEMQ and Chowdhury et al.; the others choose among all formats.
 LEVELS = (1, 2, 3)
 BYTES = "bytes"
-# Of the limit: what uniform recipes use, or they are tried only if none uses so much.
-_FULL = 0.95
 
 
 class Offer(NamedTuple):
@@ -157,17 +155,8 @@ def _uniform(evidence: Evidence) -> Rule:
     options = default_formats(units)
 
     def offers(nbytes: int) -> list[Offer]:
-        found = []
-        for plan in uniform_plans(units, options, nbytes):
-            if plan.total_bytes > nbytes and len(plan.formats) == 2:
-                low, high = plan.formats
-                sizes = [item.nbytes(units.rows, units.cols) for item in plan.formats]
-                step = int((sizes[1] - sizes[0]).max())
-                plan = round_robin(units, low, high, nbytes - step)
-            if plan.total_bytes <= nbytes:
-                found.append(Offer(plan, " + ".join(item.name for item in plan.formats)))
-        full = [offer for offer in found if offer.plan.total_bytes > _FULL * nbytes]
-        return full or found
+        plans = uniform_plans_within(units, options, nbytes)
+        return [Offer(plan, " + ".join(item.name for item in plan.formats)) for plan in plans]
 
     return Rule(
         name="uniform (best recipe)",

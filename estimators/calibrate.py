@@ -100,10 +100,14 @@ def calibrate(
     )
 
 
+def digest_of(windows: Tensor) -> str:
+    """Return 32 hex digits that name the windows."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:32]
+
+
 def provenance_of(windows: Tensor, seed: int) -> dict[str, Any]:
     """Return what a pass over `windows` says of itself."""
-    text = hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:32]
-    return {"text": text, "tokens": windows.numel(), "seed": seed}
+    return {"text": digest_of(windows), "tokens": windows.numel(), "seed": seed}
 
 
 def _run(

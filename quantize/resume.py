@@ -118,4 +118,3 @@ class Partial:
             f"; {len(done)} of {len(self.lines)} pieces are kept in {self.folder}, "
             "and the same command goes on from there"
         )
-

@@ -261,11 +261,10 @@ def _measurement(
     found: Study, model: str, text: str | None, tokens: int | None
 ) -> tuple[Callable[[Any], float], dict[str, Any]]:
     """Return how a plan is measured on the model, and what identifies the measurement."""
-    import hashlib
-
     import torch
 
     from bitknap import api, gathering
+    from bitknap.estimators.calibrate import digest_of
     from bitknap.estimators.replay import Replay
     from bitknap.estimators.text import BUILTIN, read_text, token_windows
     from bitknap.quantize import checkpoint, loading
@@ -299,5 +298,5 @@ def _measurement(
         "what": _WHAT,
         "model": source.fingerprint,
         "tokens": windows.numel(),
-        "text": hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:32],
+        "text": digest_of(windows),
     }

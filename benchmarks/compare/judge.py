@@ -1,0 +1,122 @@
+"""What plans lose on text that no strategy saw: by domain, paired, with a block bootstrap."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.allocation import BitPlan
+from bitknap.allocation.arrays import Floats
+from bitknap.errors import InputError
+from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.replay import Losses, Replay
+from bitknap.quantize.apply import applied
+from bitknap.quantize.blocks import inputs_of_blocks, layout_for
+
+# Resamples of the bootstrap: its error of a standard error is then about 2 %.
+_RESAMPLES = 1000
+# Tokens in a row that a text of evaluation may share with one of calibration by chance.
+_RUN = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """Measures plans on one text, each plan once.
+
+    Attributes:
+        replay: of the whole text.
+        evidence: how plans are rounded.
+        domain: of each window, int64[W].
+        names: of the domains.
+        known: what plans were measured to lose.
+    """
+
+    replay: Replay
+    evidence: Evidence
+    domain: np.ndarray
+    names: tuple[str, ...]
+    known: dict[bytes, Losses] = field(default_factory=dict)
+
+    def of(self, plan: BitPlan) -> Losses:
+        """Return what a plan loses, one over blocks of matrices too."""
+        names = " ".join(format.name for format in plan.formats)
+        key = names.encode() + plan.choice.tobytes()
+        if key not in self.known:
+            with stored(self.replay, self.evidence, plan):
+                self.known[key] = self.replay.measure()
+        return self.known[key]
+
+    def by_domain(self, values: Floats) -> dict[str, float]:
+        """Return the mean over each domain's windows."""
+        return {name: float(values[self.domain == at].mean()) for at, name in enumerate(self.names)}
+
+
+def stored(
+    replay: Replay, evidence: Evidence, plan: BitPlan
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which the replayed model is stored as a plan says."""
+    layout = layout_for(plan.units, evidence.layout)
+    inputs = None
+    if evidence.rounding.needs_inputs:
+        inputs = inputs_of_blocks(layout.units, evidence.units, evidence.inputs)
+    return applied(replay.model, layout, plan, evidence.rounding, inputs)
+
+
+def bootstrap_error(values: Floats, seed: int = 0) -> float:
+    """Return the standard error of the mean of values float64[W] by a moving-block bootstrap.
+
+    Neighbouring windows may come from one document, so they are drawn in blocks of W^(1/3) in a
+    ring (Politis and Romano, 1992).
+    """
+    count = len(values)
+    if count < 2 or not values.any():
+        return 0.0
+    length = max(1, round(count ** (1 / 3)))
+    blocks = -(-count // length)
+    starts = np.random.default_rng(seed).integers(0, count, (_RESAMPLES, blocks, 1))
+    picked = ((starts + np.arange(length)) % count).reshape(_RESAMPLES, -1)[:, :count]
+    return float(values[picked].mean(1).std(ddof=1))
+
+
+def mean_ranks(domains: Sequence[Mapping[str, float]]) -> list[float]:
+    """Return each strategy's rank by loss, 1 the best, mean over domains; ties share theirs."""
+    if not domains:
+        return []
+    values = np.array([[one[name] for name in domains[0]] for one in domains])
+    below = (values[None] < values[:, None]).sum(1)
+    equal = (values[None] == values[:, None]).sum(1)
+    found: list[float] = (below + (equal + 1) / 2).mean(1).tolist()
+    return found
+
+
+def check_apart(evaluation: Tensor, calibration: Tensor) -> None:
+    """Refuse windows that share runs of tokens with those that calibration may see.
+
+    Args:
+        evaluation: token ids, int64 [windows, length].
+        calibration: likewise.
+
+    Raises:
+        InputError: more than one window in a hundred does.
+    """
+    length = min(_RUN, evaluation.shape[1], calibration.shape[1])
+    known = {bytes(run) for run in _runs(calibration, length, 1)}
+    shared = 0
+    for window in evaluation:
+        shared += any(bytes(run) in known for run in _runs(window[None], length, length))
+    if shared > len(evaluation) / 100:
+        raise InputError(
+            f"--evaluation-text: {shared} of its {len(evaluation)} windows share {length} tokens "
+            "in a row with the calibration text; judge plans on text that no strategy saw"
+        )
+
+
+def _runs(windows: Tensor, length: int, step: int) -> np.ndarray:
+    runs = windows.to(torch.int32).unfold(1, length, step).flatten(0, 1)
+    found: np.ndarray = runs.contiguous().numpy()
+    return found

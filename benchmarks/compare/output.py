@@ -1,0 +1,128 @@
+"""What a comparison leaves: JSON, CSV, plans, a picture, one page; all but times repeat exactly."""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitknap.allocation import Budget, profile
+from bitknap.allocation.frontier import frontier
+from bitknap.allocation.price import price, under
+from bitknap.benchmarks.compare.run import OURS, Comparison, rows
+from bitknap.benchmarks.compare.tables import CALIBRATED, facts
+from bitknap.files import write_whole
+from bitknap.options import priced
+
+# What is read again when a killed run goes on, and of no use afterwards.
+WORK = ".work"
+_PACKAGES = ("numpy", "torch", "transformers", "optuna", "highspy", "scikit-fuzzy")
+# Points of the predicted frontier.
+_POINTS = 60
+
+
+def about(run: Comparison, command: str) -> dict[str, Any]:
+    """Return what was compared, JSON values."""
+    setting = run.setting
+    options, units = setting.options, setting.evidence.units
+    loop = setting.loop
+    return {
+        "model": options.model,
+        "fingerprint": setting.source.fingerprint,
+        "method": options.method,
+        "profile": options.profile,
+        "seed": options.seed,
+        "units": len(units),
+        "weights": int(units.numel.sum()),
+        "formats": [item.name for item in options.formats],
+        "calibration_tokens": options.tokens,
+        "refine_tokens": sum(part.windows.numel() for part in loop.parts),
+        "gate_tokens": loop.gate.windows.numel(),
+        "evaluation_tokens": setting.judge.replay.windows.numel(),
+        "domains": list(setting.judge.names),
+        "versions": {package: version(package) for package in _PACKAGES},
+        "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
+        "command": command,
+    }
+
+
+def document(run: Comparison, command: str) -> dict[str, Any]:
+    """Return all of a comparison as JSON values; nothing in it depends on the clock."""
+    table = run.tables.of(CALIBRATED)
+    name = run.setting.options.profile
+    tied = under(table, profile(name))
+    middle = run.budgets[len(run.budgets) // 2]
+    prices = price(table, Budget.bits(middle))
+    layers = run.setting.evidence.layers
+    ours = {budget: run.done[OURS, budget].values for budget in run.budgets}
+    return {
+        "format": "bitknap.compare",
+        "version": "1.0",
+        "about": about(run, command),
+        "budgets": [
+            {
+                "budget": f"{budget:g}bpw",
+                "bytes": run.limit(budget),
+                "plan": f"plans/{budget:g}bpw.json",
+            }
+            for budget in run.budgets
+        ],
+        "rows": rows(run),
+        "frontier": [
+            {
+                "bits_per_weight": point.bits_per_weight,
+                "bytes": point.nbytes,
+                "cost": point.cost,
+            }
+            for point in frontier(tied).points(_POINTS)
+        ],
+        "price": [
+            {key: value for key, value in row.items() if key != "seconds"} | {"budget": middle}
+            for row in priced(prices, name)["price"]
+        ],
+        "coverage": {
+            "layers": sorted(layers),
+            "tokens": [layers[number].count.tolist() for number in sorted(layers)],
+        },
+        "refine": {f"{budget:g}bpw": values["refine"] for budget, values in ours.items()},
+        "loop": {f"{budget:g}bpw": values["loop"] for budget, values in ours.items()},
+    }
+
+
+def times(run: Comparison) -> dict[str, Any]:
+    """Return seconds: of each table, and of each strategy's plans by budget."""
+    plans: dict[str, dict[str, float]] = {}
+    for (name, budget), cell in sorted(run.done.items()):
+        plans.setdefault(name, {})[f"{budget:g}bpw"] = round(cell.seconds, 3)
+    return {"tables": facts(run.tables), "plans": plans}
+
+
+def write(run: Comparison, folder: Path, command: str) -> dict[str, Any]:
+    """Write everything, forget what was kept for a killed run, and return the document."""
+    from bitknap.pictures import write_picture
+    from bitknap.report_page import report
+    from bitknap.report_pictures import pareto_figure
+    from bitknap.report_rows import rows_csv
+
+    found = document(run, command)
+    plans = {f"{budget:g}bpw": plan for budget, plan in run.plans.items()}
+    for name, plan in plans.items():
+        (folder / "plans").mkdir(parents=True, exist_ok=True)
+        plan.save(folder / "plans" / f"{name}.json")
+    write_whole(folder / "compare.json", _bytes(found))
+    write_whole(folder / "compare.csv", rows_csv(found).encode())
+    write_picture(pareto_figure(found), folder / "compare.png")
+    write_whole(folder / "index.html", report(found, plans).encode())
+    write_whole(folder / "times.json", _bytes(times(run)))
+    shutil.rmtree(folder / WORK, ignore_errors=True)
+    return found
+
+
+def _bytes(values: Mapping[str, Any]) -> bytes:
+    return json.dumps(values, indent=1, sort_keys=True).encode() + b"\n"

@@ -1,0 +1,353 @@
+"""Strategies × budgets: every plan judged, what fails kept apart, and a killed run goes on."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitknap.allocation import BitPlan, Budget, profile
+from bitknap.allocation.arrays import Floats
+from bitknap.allocation.price import under
+from bitknap.benchmarks.compare.judge import bootstrap_error, mean_ranks
+from bitknap.benchmarks.compare.setting import Setting
+from bitknap.benchmarks.compare.strategies import OURS, Strategy, plan_of, published, strategies
+from bitknap.benchmarks.compare.tables import CALIBRATED, Tables
+from bitknap.errors import BitknapError, InfeasibleError
+from bitknap.estimators.journal import Readings
+from bitknap.estimators.replay import Losses
+from bitknap.journal import append_lines, open_lines
+from bitknap.refining import Outcome, run_loop
+
+OK, UNREACHABLE, FAILED = "ok", "unreachable", "failed"
+# Plans within this of ours in bytes are compared with it as it is.
+_SAME_BYTES = 0.002
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """What one strategy came to at one budget.
+
+    Attributes:
+        strategy: its name.
+        budget: bits per weight.
+        status: "ok", "unreachable" or "failed".
+        values: what the report says of it, JSON values.
+        kl: by window, [W]; empty without a plan.
+        ours: of ours at its bytes, likewise.
+        seconds: that it took.
+    """
+
+    strategy: str
+    budget: float
+    status: str
+    values: Mapping[str, Any]
+    kl: Floats = field(default_factory=lambda: np.zeros(0))
+    ours: Floats = field(default_factory=lambda: np.zeros(0))
+    seconds: float = 0.0
+
+    def line(self) -> dict[str, Any]:
+        """Return the cell as JSON values."""
+        return {
+            "strategy": self.strategy,
+            "budget": self.budget,
+            "status": self.status,
+            "values": dict(self.values),
+            "kl": self.kl.tolist(),
+            "ours": self.ours.tolist(),
+            "seconds": self.seconds,
+        }
+
+    @classmethod
+    def of_line(cls, line: bytes) -> Cell:
+        """Undo `line`."""
+        found: dict[str, Any] = json.loads(line)
+        for name in ("kl", "ours"):
+            found[name] = np.array(found[name], dtype=np.float64)
+        return cls(**found)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """A comparison under way.
+
+    Attributes:
+        setting: what strategies plan from.
+        tables: cost tables by name.
+        budgets: bits per weight.
+        journal: where finished cells are kept; nowhere when not given.
+        done: finished cells.
+        plans: ours, by budget.
+    """
+
+    setting: Setting
+    tables: Tables
+    budgets: tuple[float, ...]
+    journal: Path | None = None
+    done: dict[tuple[str, float], Cell] = field(default_factory=dict)
+    plans: dict[float, BitPlan] = field(default_factory=dict)
+
+    def limit(self, budget: float) -> int:
+        """Return the bytes of a budget."""
+        return int(Budget.bits(budget).limit(self.tables.of(CALIBRATED)).bound)
+
+    def keep(self, cell: Cell) -> None:
+        """Add a finished cell, on disk as well."""
+        self.done[cell.strategy, cell.budget] = cell
+        if self.journal is not None:
+            append_lines(self.journal, [cell.line()])
+
+
+def compare(
+    setting: Setting,
+    wanted: Sequence[str],
+    budgets: Sequence[float],
+    folder: Path | None = None,
+    about: Mapping[str, Any] | None = None,
+) -> Comparison:
+    """Judge the wanted strategies at every budget.
+
+    Args:
+        setting: the model and the texts.
+        wanted: names of strategies, ours among them.
+        budgets: bits per weight.
+        folder: where tables and the journal are kept, so that a killed run goes on.
+        about: what the journal is about.
+
+    Raises:
+        MismatchError: the journal in `folder` is of other inputs.
+    """
+    journal = None if folder is None else folder / "journal"
+    lines = [] if journal is None else open_lines(journal, about or {})
+    cells = [Cell.of_line(line) for line in lines]
+    run = Comparison(
+        setting=setting,
+        tables=Tables(setting=setting, folder=None if folder is None else folder / "tables"),
+        budgets=tuple(budgets),
+        journal=journal,
+        done={(cell.strategy, cell.budget): cell for cell in cells},
+    )
+    total = len(wanted) * len(budgets)
+    for budget in budgets:
+        _ours(run, budget, folder)
+    for strategy in _drawn(run, wanted):
+        for budget in budgets:
+            if setting.progress:
+                setting.progress("strategies × budgets", len(run.done), total)
+            if (strategy.name, budget) not in run.done:
+                run.keep(_isolated(strategy.name, budget, lambda b: _judged(run, strategy, b)))  # noqa: B023
+    return run
+
+
+def _drawn(run: Comparison, wanted: Sequence[str]) -> Iterator[Strategy]:
+    """Yield strategies that have something left to do; one that cannot be made has failed."""
+    left = [
+        name for name in wanted if any((name, budget) not in run.done for budget in run.budgets)
+    ]
+    setting, tables = run.setting, run.tables
+    for name in left:
+        yield from _made(run, [name], lambda name=name: strategies(setting, tables, [name]))  # type: ignore[misc]
+    yield from _made(run, left, lambda: published(setting, left))
+
+
+def _made(
+    run: Comparison, names: Sequence[str], make: Callable[[], Iterator[Strategy]]
+) -> Iterator[Strategy]:
+    try:
+        yield from make()
+    except Exception as error:  # one strategy that fails must not take the others with it
+        for name in names:
+            for budget in run.budgets:
+                if (name, budget) not in run.done and name != OURS:
+                    run.keep(_failure(name, budget, error))
+
+
+def _isolated(name: str, budget: float, judge: Callable[[float], Cell]) -> Cell:
+    try:
+        return judge(budget)
+    except Exception as error:  # one strategy that fails must not take the others with it
+        return _failure(name, budget, error)
+
+
+def _failure(name: str, budget: float, error: Exception) -> Cell:
+    status = UNREACHABLE if isinstance(error, InfeasibleError) else FAILED
+    kind = "" if isinstance(error, BitknapError) else f"{type(error).__name__}: "
+    return Cell(strategy=name, budget=budget, status=status, values={"reason": f"{kind}{error}"})
+
+
+def _judged(run: Comparison, strategy: Strategy, budget: float) -> Cell:
+    """Return what a strategy's plan loses, beside ours at its bytes."""
+    setting, start = run.setting, time.perf_counter()
+    about: dict[str, Any] = {
+        "group": strategy.group,
+        "source": strategy.source,
+        "measurements": strategy.measurements,
+    }
+    found = list(strategy.offers(run.limit(budget)))
+    seconds = time.perf_counter() - start
+    if not found:
+        reason = f"no plan of at most {run.limit(budget):,} bytes"
+        values = {**about, "reason": reason}
+        return Cell(strategy=strategy.name, budget=budget, status=UNREACHABLE, values=values)
+    judged = [(offer, setting.judge.of(offer.plan)) for offer in found]
+    if strategy.average:
+        offer, losses = judged[0][0], _mean([losses for _, losses in judged])
+    else:
+        offer, losses = min(judged, key=lambda pair: float(pair[1].kl.mean()))
+    values = {
+        **about,
+        "setting": offer.setting,
+        "bytes": offer.plan.total_bytes,
+        "bpw": offer.plan.bpw,
+        "predicted": _predicted(run, offer.plan),
+        "perplexity": losses.perplexity,
+        "top1": float(losses.top1.mean()),
+    }
+    return Cell(
+        strategy=strategy.name,
+        budget=budget,
+        status=OK,
+        values=values,
+        kl=losses.kl,
+        ours=_ours_at(run, budget, offer.plan.total_bytes),
+        seconds=seconds,
+    )
+
+
+def _mean(losses: Sequence[Losses]) -> Losses:
+    parts = {n: np.mean([getattr(one, n) for one in losses], axis=0) for n in ("nll", "kl", "top1")}
+    return Losses(**parts)
+
+
+def _predicted(run: Comparison, plan: BitPlan) -> float | None:
+    """Return what the calibrated table says of a plan; None where it lacks a format or unit."""
+    table = run.tables.of(CALIBRATED)
+    if not plan.units.same_as(table.units) or not set(plan.formats) <= set(table.formats):
+        return None
+    columns = np.array([table.formats.index(item) for item in plan.formats])[plan.choice]
+    return float(table.cost[np.arange(len(columns)), columns].sum())
+
+
+def _ours_at(run: Comparison, budget: float, nbytes: int) -> Floats:
+    """Return ours by window at a plan's bytes: refined where it has them, else solved for them."""
+    plan = run.plans[budget]
+    if abs(plan.total_bytes - nbytes) > _SAME_BYTES * nbytes:
+        plan = plan_of(run.setting, run.tables.of(CALIBRATED), nbytes)
+    return run.setting.judge.of(plan).kl
+
+
+def _ours(run: Comparison, budget: float, folder: Path | None) -> None:
+    """Refine the calibrated plan at a budget, let the gate judge it, and keep its plan."""
+    file = None if folder is None else folder / "plans" / f"{budget:g}bpw.json"
+    if (OURS, budget) in run.done and file is not None and file.is_file():
+        run.plans[budget] = BitPlan.load(file)
+        return
+    setting, tables = run.setting, run.tables
+    start = time.perf_counter()
+    table = under(tables.of(CALIBRATED), profile(setting.options.profile))
+    journal = Readings()
+    if folder is not None:
+        about = {"what": "measured plans", "budget": budget, "profile": setting.options.profile}
+        journal = Readings.open(folder / f"refine.{budget:g}bpw.journal", about)
+    outcome = run_loop(
+        setting.loop,
+        table,
+        [Budget.bits(budget)],
+        evaluations=setting.options.evaluations,
+        seed=setting.options.seed,
+        readings=journal,
+        progress=setting.progress,
+    )
+    run.plans[budget] = outcome.plan
+    seconds = time.perf_counter() - start
+    losses = setting.judge.of(outcome.plan)
+    if file is not None:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        outcome.plan.save(file)
+    values = {
+        "group": "ours",
+        "source": "calibrated, refined, gated",
+        "measurements": tables.measurements(CALIBRATED) + len(outcome.refined.steps),
+        "setting": "" if outcome.passed else f"the gate chose {outcome.recipe}",
+        "bytes": outcome.plan.total_bytes,
+        "bpw": outcome.plan.bpw,
+        "predicted": _predicted(run, outcome.plan),
+        "perplexity": losses.perplexity,
+        "top1": float(losses.top1.mean()),
+        "refine": _steps(outcome),
+        "loop": outcome.facts(),
+    }
+    run.keep(
+        Cell(
+            strategy=OURS,
+            budget=budget,
+            status=OK,
+            values=values,
+            kl=losses.kl,
+            ours=losses.kl,
+            seconds=seconds,
+        )
+    )
+
+
+def _steps(outcome: Outcome) -> list[dict[str, Any]]:
+    return [
+        {
+            "origin": step.origin,
+            "predicted": step.predicted,
+            "loss": float(step.losses.mean()),
+            "blocks": len(step.losses),
+            "gain": step.gain,
+            "error": step.error,
+            "accepted": step.accepted,
+        }
+        for step in outcome.refined.steps
+    ]
+
+
+def rows(run: Comparison) -> list[dict[str, Any]]:
+    """Return all cells as the report's rows: ours first, then by budget and loss."""
+    found = []
+    for budget in run.budgets:
+        here = [cell for (_, at), cell in run.done.items() if at == budget]
+        fine = sorted(
+            (cell for cell in here if cell.status == OK),
+            key=lambda cell: (cell.strategy != OURS, float(cell.kl.mean()), cell.strategy),
+        )
+        domains = [run.setting.judge.by_domain(cell.kl) for cell in fine]
+        ranks = mean_ranks(domains)
+        for cell, domain, rank in zip(fine, domains, ranks, strict=True):
+            found.append(_row(cell, domain, rank))
+        bad = sorted((cell for cell in here if cell.status != OK), key=lambda cell: cell.strategy)
+        found += [_row(cell, None, None) for cell in bad]
+    return found
+
+
+_NUMBERS = ("setting", "bytes", "bpw", "perplexity", "top1", "measurements", "predicted")
+
+
+def _row(cell: Cell, domain: Mapping[str, float] | None, rank: float | None) -> dict[str, Any]:
+    difference = cell.kl - cell.ours
+    fine = cell.status == OK
+    same = cell.strategy == OURS or not fine
+    return {
+        "strategy": cell.strategy,
+        "group": cell.values.get("group", ""),
+        "source": cell.values.get("source", ""),
+        "budget": f"{cell.budget:g}bpw",
+        "status": cell.status,
+        "reason": cell.values.get("reason", ""),
+        **{name: cell.values.get(name) for name in _NUMBERS},
+        "kl": float(cell.kl.mean()) if fine else None,
+        "kl_se": bootstrap_error(cell.kl) if fine else None,
+        "difference": None if same else float(difference.mean()),
+        "difference_se": None if same else bootstrap_error(difference),
+        "ratio": None if same else float(cell.kl.mean() / cell.ours.mean()),
+        "rank": rank,
+        "domain_kl": domain,
+    }

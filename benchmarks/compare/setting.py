@@ -1,0 +1,186 @@
+"""A model, what calibration saw of it, and the texts: what strategies plan from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from bitknap.allocation import Format
+from bitknap.allocation import formats as make_formats
+from bitknap.allocation.arrays import Floats
+from bitknap.benchmarks.compare.judge import Judge, check_apart
+from bitknap.errors import InputError
+from bitknap.estimators.calibrate import calibrate
+from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.replay import Replay
+from bitknap.estimators.router_norm import router_norms
+from bitknap.estimators.text import BUILTIN, read_text, token_windows
+from bitknap.gathering import longest_of, tokenizer_of
+from bitknap.progress import Progress
+from bitknap.quantize import checkpoint
+from bitknap.quantize.experts import walk
+from bitknap.quantize.loading import load
+from bitknap.quantize.remembered import Remembered
+from bitknap.quantize.rounding import method as method_of
+from bitknap.quantize.source import Checkpoint, resolve
+from bitknap.quantize.views import Layout
+from bitknap.refining import REFINE_TOKENS, Loop, open_loop
+
+# Of the bundled texts, in their order, a quarter each.
+DOMAINS = ("books", "code", "wiki", "speeches")
+WIDTHS, SIZES = (1, 2, 3, 4, 5, 6, 8), (32, 64, "row")
+# Where a bundled model keeps its routers before training.
+_ROUTERS = "initial_routers.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a comparison is asked for.
+
+    Attributes:
+        model: a folder, a hub id, or "reference:NAME".
+        method: how weights are rounded.
+        profile: which units share a format; published rules keep their own ties.
+        text: calibration text, a file or "builtin".
+        tokens: of it, for calibration.
+        evaluations: plans that the closed loop measures at each budget.
+        refine_tokens: of the calibration text, for measuring plans.
+        evaluation: evaluation texts, each a domain; "builtin" has four.
+        judged: tokens of all of them together.
+        seed: of all that is drawn.
+        formats: that our own strategies choose from.
+    """
+
+    model: str
+    method: str = "rtn"
+    profile: str = "free"
+    text: str = BUILTIN
+    tokens: int = 8192
+    evaluations: int = 64
+    refine_tokens: int = REFINE_TOKENS
+    evaluation: tuple[str, ...] = (BUILTIN,)
+    judged: int = 8192
+    seed: int = 0
+    formats: tuple[Format, ...] = field(
+        default_factory=lambda: make_formats(WIDTHS, SIZES, (False, True), ("compact",))
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What strategies plan from.
+
+    Attributes:
+        options: what was asked for.
+        source: the checkpoint.
+        evidence: the calibration pass: moments, curvature, traces and gradients.
+        judge: measures plans on the evaluation text.
+        loop: measures plans on calibration text.
+        sets: passes over quarters of the calibration text, for MoQa.
+        final: router norms, by layer.
+        initial: those before training, where they are known.
+        progress: called with (what, done, of).
+    """
+
+    options: Options
+    source: Checkpoint
+    evidence: Evidence
+    judge: Judge
+    loop: Loop
+    sets: tuple[Evidence, ...]
+    final: Mapping[int, Floats]
+    initial: Mapping[int, Floats] | None
+    progress: Progress | None
+
+
+def prepare(options: Options, progress: Progress | None = None) -> Setting:
+    """Load and calibrate a model, and cut the texts.
+
+    Raises:
+        InputError: a text cannot be used, is too short, or is judged on as well.
+        ModelError: the model cannot be walked or calibrated.
+    """
+    source = Checkpoint.open(resolve(options.model))
+    checkpoint.check_finite(source)
+    rounding = method_of(options.method)
+    model = load(source.folder, torch.float32)
+    layout = walk(model)
+    words = read_text(options.text, "calibration")
+    tokenizer, longest = tokenizer_of(source.folder), longest_of(model.config)
+    windows = token_windows(tokenizer, words, options.tokens, longest)
+    held_out, domain, names = _held_out(options, tokenizer, longest)
+    found = calibrate(
+        model,
+        layout,
+        windows,
+        full=rounding.needs_inputs,
+        curvature=True,
+        gradients=True,
+        seed=options.seed,
+        progress=progress,
+    )
+    provenance = {**found.provenance, "model": source.fingerprint}
+    evidence = replace(found, provenance=provenance, rounding=Remembered(rounding=rounding))
+    loop = open_loop(model, evidence, words, windows, options.refine_tokens, source.folder)
+    read = (windows, *(part.windows for part in loop.parts), loop.gate.windows)
+    check_apart(held_out, torch.cat(read))
+    return Setting(
+        options=options,
+        source=source,
+        evidence=evidence,
+        judge=Judge(
+            replay=Replay(model, layout, held_out, cache=False),
+            evidence=evidence,
+            domain=domain,
+            names=names,
+        ),
+        loop=loop,
+        sets=tuple(_sets(model, layout, windows, options.seed)),
+        final=router_norms(dict(model.named_parameters()), layout),
+        initial=_initial(source.folder, layout),
+        progress=progress,
+    )
+
+
+def _sets(model: Any, layout: Layout, windows: Tensor, seed: int) -> list[Evidence]:
+    """Return passes over quarters of the calibration windows, in the text's order."""
+    cuts = [len(windows) * part // len(DOMAINS) for part in range(len(DOMAINS) + 1)]
+    parts = [windows[a:b] for a, b in pairwise(cuts) if b > a]
+    return [calibrate(model, layout, part, seed=seed) for part in parts]
+
+
+def _held_out(
+    options: Options, tokenizer: Any, longest: int
+) -> tuple[Tensor, np.ndarray, tuple[str, ...]]:
+    """Return the windows that plans are judged on, the domain of each, and their names."""
+    texts = {
+        BUILTIN if name == BUILTIN else Path(name).stem: read_text(name, "evaluation")
+        for name in options.evaluation
+    }
+    if len(texts) < len(options.evaluation):
+        raise InputError(
+            f"--evaluation-text: {', '.join(options.evaluation)} has a name twice; give each "
+            "domain a file of its own name"
+        )
+    if BUILTIN in texts:
+        words = texts.pop(BUILTIN)
+        cuts = [len(words) * part // len(DOMAINS) for part in range(len(DOMAINS) + 1)]
+        texts |= {n: words[a:b] for n, (a, b) in zip(DOMAINS, pairwise(cuts), strict=True)}
+    each = options.judged // len(texts)
+    found = [token_windows(tokenizer, words, each, longest) for words in texts.values()]
+    counts = [len(windows) for windows in found]
+    return torch.cat(found), np.repeat(np.arange(len(found)), counts), tuple(texts)
+
+
+def _initial(folder: Path, layout: Layout) -> Mapping[int, Floats] | None:
+    """Return the router norms before training, of a bundled model."""
+    file = folder / _ROUTERS
+    return router_norms(load_file(file), layout) if file.is_file() else None

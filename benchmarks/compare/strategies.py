@@ -1,0 +1,289 @@
+"""Every strategy by name: how it makes a plan of at most so many bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from types import MappingProxyType
+
+import numpy as np
+
+from bitknap.allocation import (
+    BitPlan,
+    Budget,
+    CostTable,
+    Greedy,
+    Ilp,
+    Knapsack,
+    Problem,
+    Search,
+    Solver,
+    profile,
+    solve,
+)
+from bitknap.allocation.arrays import Ints
+from bitknap.allocation.evolution import Evolution
+from bitknap.allocation.price import under
+from bitknap.allocation.uniform import uniform_plans_within
+from bitknap.benchmarks.compare.recipes import down_first, first_layers, offers
+from bitknap.benchmarks.compare.setting import Setting
+from bitknap.benchmarks.compare.tables import CALIBRATED, ESTIMATORS, LADDER, SCORES, Tables
+from bitknap.benchmarks.published_rules import Material, Offer, Rule, rules
+from bitknap.errors import InputError
+from bitknap.estimators.baselines import RandomScore
+from bitknap.estimators.journal import Readings
+from bitknap.estimators.signals import Scored
+from bitknap.refining import measures
+
+OURS, UNREFINED, ROWS = "ours", "ours-unrefined", "ours-rows"
+EVOLUTION = "evolution"
+RECIPES = ("uniform", "first-layers-high", "down-high")
+SEEDS = 10
+SOLVERS = ("knapsack", "greedy", "ilp", "search")
+# Names here, and what the rules call themselves.
+PUBLISHED: Mapping[str, str] = MappingProxyType(
+    {
+        "chowdhury": "Chowdhury",
+        "mc-moe": "MC-MoE",
+        "mxmoe": "MxMoE",
+        "fri-mxmoe": "FRI-MxMoE",
+        "moqa": "MoQa",
+        "xie": "Xie (rows)",
+        "gemq": "GEMQ",
+        "alphaq": "AlphaQ",
+        "hawq": "HAWQ",
+        "exllamav2": "ExLlamaV2",
+        "autoround": "AutoRound",
+        "mlx-lm": "mlx-lm",
+    }
+)
+# Plans that a search of the solver `search` measures, each on the first part of the text.
+_TRIALS = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strategy:
+    """One way to choose bits.
+
+    Attributes:
+        name: what it is called at the command line.
+        group: what kind of strategy it is.
+        source: where it is from.
+        offers: plans of at most so many bytes; of several the best on the judge's text counts.
+        average: what counts is the mean over all offers instead.
+        measurements: KL readings on calibration text that its plan took.
+    """
+
+    name: str
+    group: str
+    source: str
+    offers: Callable[[int], Sequence[Offer]]
+    average: bool = False
+    measurements: int = 0
+
+
+def names(words: Sequence[str]) -> tuple[str, ...]:
+    """Return the strategies that words ask for, ours first, each once.
+
+    Args:
+        words: "all", "quick", "published", or names; ESTIMATOR:SOLVER is one as well.
+
+    Raises:
+        InputError: a word is none of these.
+    """
+    found: dict[str, None] = dict.fromkeys((OURS, UNREFINED, ROWS, "uniform"))
+    for word in words:
+        estimator, _, solver = word.partition(":")
+        if word in _SETS:
+            found |= dict.fromkeys(_SETS[word])
+        elif word in _ALONE or (estimator in ESTIMATORS and solver in SOLVERS):
+            found[word] = None
+        else:
+            raise InputError(
+                f"--strategies {word!r}: write {', '.join(_SETS)}, one of {', '.join(_ALONE)}, or "
+                f"ESTIMATOR:SOLVER, such as fisher:greedy, with {', '.join(ESTIMATORS)} and "
+                f"{', '.join(SOLVERS)}"
+            )
+    return tuple(found)
+
+
+_ALONE = (OURS, UNREFINED, ROWS, *RECIPES, "random", EVOLUTION, *PUBLISHED)
+_SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
+    {
+        "all": (
+            *_ALONE,
+            *(f"{name}:{solver}" for name in LADDER for solver in SOLVERS),
+            *(f"{name}:{solver}" for name in SCORES for solver in SOLVERS[:3]),
+        ),
+        "quick": (
+            *RECIPES,
+            "random",
+            "chowdhury",
+            "mc-moe",
+            *(f"{name}:knapsack" for name in ("weight-error", "moments", "fisher-output")),
+            "frequency:knapsack",
+            f"{CALIBRATED}:greedy",
+        ),
+        "published": tuple(PUBLISHED),
+    }
+)
+
+
+def strategies(setting: Setting, tables: Tables, wanted: Sequence[str]) -> Iterator[Strategy]:
+    """Yield the wanted strategies but `OURS` and published rules; tables are made on the way."""
+    units, fingerprint = setting.evidence.units, setting.source.fingerprint
+    formats = setting.options.formats
+    for name in wanted:
+        if name == "uniform":
+            yield Strategy(
+                name=name,
+                group="uniform",
+                source="best recipe, chosen on the judge's text",
+                offers=lambda nbytes: [
+                    Offer(plan, " + ".join(item.name for item in plan.formats))
+                    for plan in uniform_plans_within(units, formats, nbytes, fingerprint)
+                ],
+            )
+        elif name in RECIPES:
+            order = (first_layers if name == "first-layers-high" else down_first)(units)
+            yield Strategy(
+                name=name,
+                group="uniform",
+                source="two widths, best family on the judge's text",
+                offers=lambda nbytes, order=order: offers(  # type: ignore[misc]
+                    units, formats, order, nbytes, fingerprint
+                ),
+            )
+        elif name == "random":
+            yield _random(setting)
+        elif name == UNREFINED:
+            yield _of_table(setting, tables, name, CALIBRATED, "knapsack", "ours")
+        elif name == ROWS:
+            yield _rows(setting, tables)
+        elif name == EVOLUTION:
+            yield _evolution(setting, tables)
+        elif ":" in name:
+            estimator, _, solver = name.partition(":")
+            group = "signal" if estimator in SCORES else "estimator"
+            yield _of_table(setting, tables, name, estimator, solver, group)
+
+
+def published(setting: Setting, wanted: Sequence[str]) -> Iterator[Strategy]:
+    """Yield the wanted published rules, in their own order."""
+    slugs = {title: slug for slug, title in PUBLISHED.items()}
+    if not set(wanted) & set(PUBLISHED):
+        return
+    material = Material(
+        evidence=setting.evidence,
+        final=setting.final,
+        initial=setting.initial,
+        sets=setting.sets,
+    )
+    for rule in rules(material, setting.progress):
+        slug = slugs.get(rule.name)
+        if slug in wanted and slug is not None:
+            yield Strategy(name=slug, group="published", source=rule.source, offers=_offers(rule))
+
+
+def _offers(rule: Rule) -> Callable[[int], Sequence[Offer]]:
+    return rule.offers
+
+
+def plan_of(
+    setting: Setting, table: CostTable, nbytes: int, solver: Solver | None = None
+) -> BitPlan:
+    """Return a table's plan of at most so many bytes, tied as the comparison is."""
+    tied = under(table, profile(setting.options.profile))
+    return solve(Problem(tied, Budget.bytes(nbytes)), solver).plan
+
+
+def _of_table(
+    setting: Setting, tables: Tables, name: str, estimator: str, solver: str, group: str
+) -> Strategy:
+    table = tables.of(estimator)
+    searched = _TRIALS if solver == "search" else 0
+
+    def offers(nbytes: int) -> list[Offer]:
+        return [Offer(plan_of(setting, table, nbytes, _solver(setting, table, solver)), "")]
+
+    return Strategy(
+        name=name,
+        group=group,
+        source=str(table.provenance.get("estimator", estimator)),
+        offers=offers,
+        measurements=tables.measurements(estimator) + searched,
+    )
+
+
+def _solver(setting: Setting, table: CostTable, name: str) -> Solver:
+    if name == "search":
+        measure = measures(setting.loop, table, Readings())[0]
+
+        def objective(choice: Ints) -> float:
+            return float(measure(choice).mean())
+
+        return Search(objective=objective, trials=_TRIALS, seed=setting.options.seed)
+    solvers: dict[str, Callable[[], Solver]] = {"knapsack": Knapsack, "greedy": Greedy, "ilp": Ilp}
+    return solvers[name]()
+
+
+def _rows(setting: Setting, tables: Tables) -> Strategy:
+    """Ours without a choice of group size and zero point, which published rules do not have."""
+    table = in_rows(tables.of(CALIBRATED))
+
+    def offers(nbytes: int) -> list[Offer]:
+        return [Offer(plan_of(setting, table, nbytes), "")]
+
+    return Strategy(
+        name=ROWS,
+        group="ours",
+        source="calibrated, whole rows without zeros alone",
+        offers=offers,
+        measurements=tables.measurements(CALIBRATED),
+    )
+
+
+def in_rows(table: CostTable) -> CostTable:
+    """Return the table with whole rows without zeros alone, which is what published rules know."""
+    plain = np.array([item.group_size == 0 and item.symmetric for item in table.formats])
+    return replace(table, cost=np.where(plain, table.cost, np.inf)) if plain.any() else table
+
+
+def _random(setting: Setting) -> Strategy:
+    """Log-normal scores, and the exact plan for them."""
+    seeds = range(setting.options.seed, setting.options.seed + SEEDS)
+
+    def offers(nbytes: int) -> list[Offer]:
+        found = []
+        for seed in seeds:
+            scored = Scored(RandomScore(seed))
+            table = scored.estimate(setting.evidence, setting.options.formats)
+            found.append(Offer(plan_of(setting, table, nbytes), f"mean of {SEEDS} seeds"))
+        return found
+
+    source = f"log-normal scores, mean of {SEEDS} seeds"
+    return Strategy(name="random", group="random", source=source, offers=offers, average=True)
+
+
+def _evolution(setting: Setting, tables: Tables) -> Strategy:
+    """Evolution over widths of whole rows, with as many measured plans as ours takes in all."""
+    table = in_rows(tables.of(CALIBRATED))
+    count = tables.measurements(CALIBRATED) + setting.options.evaluations
+    parts = measures(setting.loop, table, Readings())
+
+    def offers(nbytes: int) -> list[Offer]:
+        solver = Evolution(
+            parts=parts,
+            evaluations=count,
+            seed=setting.options.seed,
+            progress=setting.progress,
+        )
+        return [Offer(plan_of(setting, table, nbytes, solver), "")]
+
+    return Strategy(
+        name=EVOLUTION,
+        group="search",
+        source="EvoPress, arXiv 2410.14649",
+        offers=offers,
+        measurements=count,
+    )

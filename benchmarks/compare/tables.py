@@ -1,0 +1,115 @@
+"""Cost tables of every estimator by name, each made once and kept beside the results."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from bitknap.allocation import CostTable, Format
+from bitknap.benchmarks.compare.setting import Setting
+from bitknap.estimators.calibrated import Calibrated, Estimator
+from bitknap.estimators.catalog import COSTS, ROUTER, SIGNALS
+from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.monotone import isotonic
+from bitknap.estimators.router_norm import RouterNorm
+from bitknap.estimators.sampled import Sampled
+from bitknap.estimators.signals import Scored
+
+# Ours; the base is the best that needs no measurements (benchmarks/results/profiling.md).
+CALIBRATED = "calibrated"
+_BASES = {
+    CALIBRATED: "fisher-output",
+    "calibrated-fisher": "fisher",
+    "calibrated-moments": "moments",
+}
+FUZZY = "fuzzy"
+# Cells that fuzzy rules measure, about as many as the groups.
+_CELLS = 48
+# Measured unit by unit: among whole rows alone, or hours would go into it.
+DENSE = ("measured-block", "measured-kl", "measured-layer")
+# Costs of formats, and signals of units alone; dense profiling only where it is asked for.
+LADDER = (*_BASES, *(name for name in sorted(COSTS) if name not in DENSE), FUZZY)
+SCORES = (*sorted(SIGNALS), ROUTER)
+ESTIMATORS = (*LADDER, *SCORES, *DENSE)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tables:
+    """Tables by name.
+
+    Attributes:
+        setting: what estimators read.
+        folder: where tables are kept; nowhere when not given.
+        known: those that are there already.
+        seconds: what each took to make.
+    """
+
+    setting: Setting
+    folder: Path | None = None
+    known: dict[str, CostTable] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def of(self, name: str) -> CostTable:
+        """Return the table of an estimator, costs that rise with the width pooled."""
+        if name not in self.known:
+            kept = self._kept(name)
+            start = time.perf_counter()
+            self.known[name] = kept or self._made(name)
+            self.seconds[name] = time.perf_counter() - start
+            if kept is None and self.folder is not None:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.known[name].save(self.folder / f"{name}.safetensors")
+        return self.known[name]
+
+    def measurements(self, name: str) -> int:
+        """Return how many KL readings an estimator's table took."""
+        return int(self.of(name).provenance.get("measurements", 0))
+
+    def _kept(self, name: str) -> CostTable | None:
+        """Return the table of an earlier run of the same comparison; its journal vouches for it."""
+        file = None if self.folder is None else self.folder / f"{name}.safetensors"
+        return CostTable.load(file) if file is not None and file.is_file() else None
+
+    def _made(self, name: str) -> CostTable:
+        evidence, formats = self.setting.evidence, self.setting.options.formats
+        table = self._estimator(name).estimate(evidence, _formats_of(name, formats))
+        said = {**table.provenance, "method": evidence.rounding.name}
+        return isotonic(replace(table, provenance=said))[0]
+
+    def _estimator(self, name: str) -> Estimator:
+        progress = self.setting.progress
+        if name in _BASES:
+            return Calibrated(base=_Known(_BASES[name], self.of(_BASES[name])), progress=progress)
+        if name == FUZZY:
+            base = _Known(CALIBRATED, self.of(CALIBRATED))
+            return Sampled(base=base, measurements=_CELLS, progress=progress)
+        if name == ROUTER:
+            return Scored(RouterNorm(final=self.setting.final, initial=self.setting.initial))
+        return COSTS[name]() if name in COSTS else Scored(SIGNALS[name]())
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """An estimator whose table is there already."""
+
+    name: str
+    table: CostTable
+    needs: frozenset[str] = frozenset()
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        return self.table
+
+
+def _formats_of(name: str, formats: Sequence[Format]) -> tuple[Format, ...]:
+    if name not in DENSE:
+        return tuple(formats)
+    rows = [item for item in formats if item.group_size == 0 and item.symmetric]
+    return tuple(rows or formats)
+
+
+def facts(tables: Tables) -> dict[str, Any]:
+    """Return what each table took, JSON values."""
+    return {name: round(seconds, 3) for name, seconds in sorted(tables.seconds.items())}

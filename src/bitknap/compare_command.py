@@ -1,0 +1,202 @@
+"""`bitknap compare`: strategies at equal bytes, in one command."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitknap.errors import InputError
+from bitknap.options import as_json_option, given, listed, overwrite_option, seed_option
+from bitknap.terminal import present, progress_bars, silence_transformers
+
+if TYPE_CHECKING:
+    from bitknap.allocation import Format
+    from bitknap.benchmarks.compare.setting import Options
+
+# Exit status when a strategy failed and the others are there.
+_PARTLY = 1
+
+
+@click.command()
+@click.argument("model")
+@click.option("--budgets", default="2,2.5,3", show_default=True, help="Bits per weight.")
+@click.option(
+    "--strategies",
+    default="quick",
+    show_default=True,
+    help="all, quick, published, or names; ESTIMATOR:SOLVER too. A wrong name lists them.",
+)
+@click.option("--profile", default="free", show_default=True, help="Which units share a format.")
+@click.option(
+    "--method",
+    type=click.Choice(["rtn", "hqq", "gptq"]),
+    default="rtn",
+    show_default=True,
+    help="How weights are rounded.",
+)
+@click.option("--formats", "bits", default="", help="Widths. Default: 1,2,3,4,5,6,8.")
+@click.option("--group-size", default="", help="Group sizes. Default: 32,64,row.")
+@click.option("--metadata", default="", help="fp16, compact, compact6. Default: compact.")
+@click.option("--text", default="builtin", show_default=True, help="Calibration text.")
+@click.option("--tokens", type=int, default=None, help="Of it, to calibrate on. Default: 8192.")
+@click.option(
+    "--refine",
+    type=int,
+    default=None,
+    metavar="N",
+    help="Plans that our closed loop measures at each budget. Default: 64, and 16 for quick.",
+)
+@click.option(
+    "--refine-tokens", type=int, default=None, help="Of the text, to measure on. Default: 16384."
+)
+@click.option(
+    "--evaluation-text",
+    multiple=True,
+    default=("builtin",),
+    help="Text to judge on, several times for several domains.  [default: builtin, four]",
+)
+@click.option("--evaluation-tokens", type=int, default=None, help="Of all. Default: 8192.")
+@click.option("--tasks", default="", help="Also tasks of lm-eval, such as piqa,arc_easy.")
+@click.option(
+    "--task-path", type=click.Path(path_type=Path), default=None, help="Folder of your own tasks."
+)
+@click.option("--task-limit", type=int, default=None, help="Documents of each task. Default: all.")
+@click.option("-o", "out", required=True, help="DIR to write.")
+@overwrite_option
+@seed_option
+@as_json_option
+def compare(
+    model: str, budgets: str, strategies: str, out: str, overwrite: bool, as_json: bool, **options: Any
+) -> None:
+    """Compare ways to allocate bits on MODEL at equal bytes: a table, a picture and a page.
+
+    Each strategy's plan is judged on text that none has seen, beside ours at its bytes. What is
+    done is kept in DIR: a stopped or killed run goes on when the command is repeated. If a
+    strategy fails, the others are there all the same, and the exit status is 1.
+
+    Example: bitknap compare reference:mixtral --budgets 2,2.5,3 --strategies quick -o DIR
+    """
+    from bitknap.benchmarks.compare.output import write
+    from bitknap.benchmarks.compare.run import FAILED
+    from bitknap.benchmarks.compare.run import compare as judge_all
+    from bitknap.benchmarks.compare.setting import prepare
+    from bitknap.benchmarks.compare.strategies import names
+    from bitknap.compare_view import strategies_tables
+
+    wanted, sizes = names(listed(strategies)), _budgets(budgets)
+    chosen = _options(model, strategies, options)
+    folder = _folder(Path(out), overwrite)
+    about = _about(chosen, wanted, sizes, options)
+    if options["tasks"]:
+        from bitknap.benchmarks.compare.tasks import check_tasks
+
+        check_tasks(listed(options["tasks"]), options["task_path"])
+    silence_transformers()
+    with progress_bars() as progress:
+        setting = prepare(chosen, progress)
+        run = judge_all(setting, wanted, sizes, folder, about)
+        if options["tasks"]:
+            from bitknap.benchmarks.compare.tasks import measure_tasks
+
+            measure_tasks(
+                run, listed(options["tasks"]), options["task_path"], options["task_limit"]
+            )
+        document = write(run, folder, _command(sys.argv))
+    present(as_json, document | {"path": out}, *strategies_tables(document, run))
+    if any(row["status"] == FAILED for row in document["rows"]):
+        sys.exit(_PARTLY)
+
+
+def _budgets(text: str) -> tuple[float, ...]:
+    found = []
+    for word in listed(text):
+        try:
+            found.append(float(word.removesuffix("bpw")))
+        except ValueError:
+            raise InputError(
+                f"--budgets {text!r}: {word!r} is no number; write bits per weight, such as 2,2.5,3"
+            ) from None
+    if not found or min(found) <= 0 or len(set(found)) < len(found):
+        raise InputError(f"--budgets {text!r}: write bits per weight above 0, each once")
+    return tuple(sorted(found))
+
+
+def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
+    from bitknap.allocation import profile
+    from bitknap.benchmarks.compare.setting import Options
+    from bitknap.refining import REFINE_TOKENS
+
+    profile(options["profile"])
+    usual = 16 if listed(strategies) == ["quick"] else 64
+    evaluations = given(options["refine"], usual)
+    if evaluations < 1:
+        raise InputError(f"--refine {evaluations}: at least 1, which measures the first plan alone")
+    return Options(
+        model=model,
+        method=options["method"],
+        profile=options["profile"],
+        text=options["text"],
+        tokens=given(options["tokens"], 8192),
+        evaluations=evaluations,
+        refine_tokens=given(options["refine_tokens"], REFINE_TOKENS),
+        evaluation=tuple(options["evaluation_text"]),
+        judged=given(options["evaluation_tokens"], 8192),
+        seed=options["seed"],
+        formats=_formats(options),
+    )
+
+
+def _formats(options: dict[str, Any]) -> tuple[Format, ...]:
+    from bitknap.allocation import formats
+    from bitknap.benchmarks.compare.setting import SIZES, WIDTHS
+
+    bits, size, metadata = (listed(options[x]) for x in ("bits", "group_size", "metadata"))
+    try:
+        widths = [int(b) for b in bits] or list(WIDTHS)
+    except ValueError:
+        raise InputError(f"--formats {options['bits']!r}: widths are numbers, such as 2,3,4") from None
+    return formats(widths, size or SIZES, (False, True), metadata or ("compact",))
+
+
+def _folder(out: Path, overwrite: bool) -> Path:
+    """Return the folder to write to: a new one, or one that a run did not finish."""
+    import shutil
+
+    from bitknap.benchmarks.compare.output import WORK
+
+    if out.exists() and not (out / WORK).is_dir():
+        if not overwrite:
+            raise InputError(f"{out} exists; choose another name or pass --overwrite")
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+    elif overwrite and out.is_dir():
+        shutil.rmtree(out)
+    (out / WORK).mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def _about(
+    chosen: Options, wanted: tuple[str, ...], sizes: tuple[float, ...], options: dict[str, Any]
+) -> dict[str, Any]:
+    """Return what makes two runs the same: all that was asked for, and the texts themselves."""
+    import hashlib
+    from dataclasses import asdict
+
+    from bitknap.estimators.text import read_text
+
+    texts = [read_text(chosen.text, "calibration")]
+    texts += [read_text(name, "evaluation") for name in chosen.evaluation]
+    said = asdict(chosen) | {"formats": [item.name for item in chosen.formats]}
+    return said | {
+        "strategies": list(wanted),
+        "budgets": list(sizes),
+        "texts": [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts],
+        "tasks": options["tasks"],
+    }
+
+
+def _command(words: list[str]) -> str:
+    return shlex.join(["bitknap", *words[1:]])

@@ -1,0 +1,338 @@
+"""The closed loop on a live model, and the gate that keeps its plan from being worse than none.
+
+Plans are measured on calibration text; at the end, the best of them and the best uniform recipe of
+its bytes are measured on calibration text that neither calibration nor the loop has read, and if
+the recipe loses no more there, it is what is written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.allocation import BitPlan, Budget, CostTable, Limit, Problem
+from bitknap.allocation.arrays import Floats, Ints
+from bitknap.allocation.refine import EVALUATIONS, Measure, Refine, Refined
+from bitknap.allocation.solve import within
+from bitknap.allocation.uniform import uniform_plans_within
+from bitknap.api import CALIBRATION_TOKENS
+from bitknap.errors import InputError, MismatchError
+from bitknap.estimators.calibrate import digest_of
+from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.journal import Readings, beside, key_of
+from bitknap.estimators.replay import Losses, Replay, standard_error
+from bitknap.estimators.text import BUILTIN, read_text, token_windows
+from bitknap.evaluation import name_of
+from bitknap.gathering import gather, longest_of, tokenizer_of
+from bitknap.progress import Progress
+from bitknap.quantize.apply import applied
+from bitknap.quantize.checkpoint import roles_of
+from bitknap.quantize.remembered import Remembered
+from bitknap.quantize.rounding import method as method_of
+from bitknap.quantize.source import Checkpoint, resolve
+
+# Of the calibration text: what plans are measured on, and what the gate judges on.
+REFINE_TOKENS, GATE_TOKENS = 16_384, 8_192
+# A plan is measured on one part of the text after the other, as long as it may still be better.
+PARTS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """A live model and the texts that plans are measured on.
+
+    Attributes:
+        evidence: how plans are rounded.
+        parts: of the text that plans are measured on.
+        gate: text that nothing else has read.
+    """
+
+    evidence: Evidence
+    parts: tuple[Replay, ...]
+    gate: Replay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """What is to be written, and why.
+
+    Attributes:
+        plan: the plan that the gate lets through.
+        refined: what the loop came to.
+        recipe: the best uniform recipe's formats; "" if none is within the limits.
+        ours: what the loop's plan loses on the gate's text.
+        uniform: what the recipe loses there; None without one.
+        passed: whether the loop's plan is the better one.
+    """
+
+    plan: BitPlan
+    refined: Refined
+    recipe: str
+    ours: Losses
+    uniform: Losses | None
+    passed: bool
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that is worth telling, as JSON values."""
+        first, best = self.refined.steps[0], self.refined.best
+        row: dict[str, Any] = {
+            "evaluations": len(self.refined.steps),
+            "accepted": sum(step.accepted for step in self.refined.steps) - 1,
+            "kl_before": float(first.losses.mean()),
+            "kl_after": float(best.losses.mean()),
+            "gate_passed": self.passed,
+            "gate_kl": float(self.ours.kl.mean()),
+        }
+        if self.uniform is not None:
+            paired = self.uniform.kl - self.ours.kl
+            row |= {
+                "gate_uniform": self.recipe,
+                "gate_uniform_kl": float(self.uniform.kl.mean()),
+                "gate_gain": float(paired.mean()),
+                "gate_gain_se": standard_error(paired),
+            }
+        return row
+
+
+def loop_windows(
+    tokenizer: Any, words: str, taken: Tensor, tokens: int, longest: int
+) -> tuple[Tensor, Tensor]:
+    """Return the windows of a text that plans are measured on, and those of the gate.
+
+    All lie on the grid of `taken`; the gate's are neither in it nor among the loop's.
+
+    Args:
+        tokenizer: a transformers tokenizer.
+        words: the calibration text.
+        taken: what calibration read, int64 [windows, length].
+        tokens: to measure plans on.
+        longest: the model's context.
+
+    Raises:
+        InputError: the text is too short for both.
+    """
+    length = taken.shape[1]
+    loop = token_windows(tokenizer, words, max(tokens, length), length)
+    every = token_windows(tokenizer, words, _tokens_of(tokenizer, words, length), length)
+    read = {bytes(window.numpy()) for window in (*taken, *loop)}
+    rest = [window for window in every if bytes(window.numpy()) not in read]
+    count = min(len(rest), max(1, GATE_TOKENS // length))
+    if count < 2:
+        raise InputError(
+            f"--refine: of the text's {len(every)} windows of {length} tokens, calibration and "
+            f"the loop read all but {len(rest)}, and the gate needs 2; lower --tokens or "
+            "--refine-tokens, or add text"
+        )
+    picked = np.arange(count) * len(rest) // count
+    return loop, torch.stack([rest[at] for at in picked.tolist()])
+
+
+def _tokens_of(tokenizer: Any, words: str, length: int) -> int:
+    lines = words.splitlines(keepends=True)
+    total = sum(map(len, tokenizer(lines, add_special_tokens=False)["input_ids"]))
+    return total // length * length
+
+
+def open_loop(
+    model: Any, evidence: Evidence, words: str, taken: Tensor, tokens: int, folder: Path
+) -> Loop:
+    """Return a loop on a live model.
+
+    Args:
+        model: the model.
+        evidence: its calibration pass.
+        words: the calibration text.
+        taken: what calibration read of it.
+        tokens: to measure plans on.
+        folder: of the model, for its tokenizer.
+
+    Raises:
+        InputError: the text is too short.
+    """
+    windows, gate = loop_windows(
+        tokenizer_of(folder), words, taken, tokens, longest_of(model.config)
+    )
+    # Every part has windows from all over the text.
+    count = min(PARTS, len(windows))
+    parts = [windows[part::count].contiguous() for part in range(count)]
+    layout = evidence.layout
+    return Loop(
+        evidence=evidence,
+        parts=tuple(Replay(model, layout, part, cache=False) for part in parts),
+        gate=Replay(model, layout, gate, cache=False),
+    )
+
+
+def run_loop(
+    loop: Loop,
+    table: CostTable,
+    limits: Sequence[Limit | Budget],
+    *,
+    evaluations: int = EVALUATIONS,
+    others: tuple[CostTable, ...] = (),
+    driver: Literal["belief", "tpe", "cmaes"] = "belief",
+    seed: int = 0,
+    readings: Readings | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Refine a table's plan by measuring, and let the gate judge it.
+
+    Args:
+        loop: the model and the texts.
+        table: the costs, tied as plans must be.
+        limits: what plans keep to.
+        evaluations: plans to measure.
+        others: tables whose plans are measured as well.
+        driver: what proposes plans.
+        seed: of what is drawn.
+        readings: what was measured before, and where to keep what is measured.
+        progress: called with (what, done, of).
+
+    Raises:
+        InfeasibleError: no plan is within the limits.
+    """
+    problem = Problem(table, limits)
+    refine = Refine(
+        parts=measures(loop, table, readings or Readings()),
+        evaluations=evaluations,
+        others=others,
+        driver=driver,
+        seed=seed,
+        progress=progress,
+    )
+    found = refine.run(problem)
+    plan = found.solution.plan
+    ours = losses_of(loop, loop.gate, plan)
+    recipe, other, uniform = _best_uniform(loop, problem, plan, progress)
+    passed = uniform is None or float(ours.kl.mean()) < float(uniform.kl.mean())
+    return Outcome(
+        plan=plan if passed or other is None else other,
+        refined=found,
+        recipe=recipe,
+        ours=ours,
+        uniform=uniform,
+        passed=passed,
+    )
+
+
+def measures(loop: Loop, table: CostTable, readings: Readings) -> tuple[Measure, ...]:
+    """Return what measures plans on each part of the text: KL of its windows, nats a token."""
+
+    def measure(replay: Replay, part: int) -> Measure:
+        def of(choice: Ints) -> Floats:
+            key = key_of([part, *choice.tolist()], ())
+            known = readings.known(key, len(replay.windows))
+            if known is None:
+                plan = BitPlan.from_choice(table.units, table.formats, choice)
+                known = losses_of(loop, replay, plan).kl
+                readings.keep(key, known)
+            return known
+
+        return of
+
+    return tuple(measure(replay, part) for part, replay in enumerate(loop.parts))
+
+
+def losses_of(loop: Loop, replay: Replay, plan: BitPlan) -> Losses:
+    """Return what the model loses on a replayed text when it is stored as a plan says."""
+    evidence = loop.evidence
+    with applied(replay.model, evidence.layout, plan, evidence.rounding, evidence.inputs):
+        return replay.measure()
+
+
+def _best_uniform(
+    loop: Loop, problem: Problem, plan: BitPlan, progress: Progress | None
+) -> tuple[str, BitPlan | None, Losses | None]:
+    """Return the recipe of the least KL on the gate's text, at the plan's bytes or less."""
+    units = plan.units
+    offered = uniform_plans_within(units, problem.table.formats, plan.total_bytes, plan.model)
+    allowed = [one for one in offered if within(problem, one)]
+    best: tuple[str, BitPlan | None, Losses | None] = ("", None, None)
+    for done, one in enumerate(allowed):
+        if progress:
+            progress("gate", done, len(allowed))
+        losses = losses_of(loop, loop.gate, one)
+        if best[2] is None or losses.kl.mean() < best[2].kl.mean():
+            best = name_of(one), one, losses
+    return best
+
+
+def refine(
+    model: str | Path,
+    table: CostTable,
+    limits: Sequence[Limit | Budget],
+    *,
+    evaluations: int = EVALUATIONS,
+    driver: Literal["belief", "tpe", "cmaes"] = "belief",
+    text: str = BUILTIN,
+    tokens: int = CALIBRATION_TOKENS,
+    refine_tokens: int = REFINE_TOKENS,
+    seed: int = 0,
+    journal: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Measure plans of a model, and return the best one, or the best uniform recipe.
+
+    Args:
+        model: a folder, a hub id, or "reference:NAME".
+        table: its costs, tied as plans must be.
+        limits: what plans keep to.
+        evaluations: plans to measure.
+        driver: what proposes plans: "belief", or Optuna's "tpe" or "cmaes".
+        text: calibration text, a file or "builtin".
+        tokens: of it, as the table was calibrated on.
+        refine_tokens: of it, to measure plans on.
+        seed: of all that is drawn.
+        journal: where measurements are kept, so that a killed run goes on.
+        overwrite: start a journal of other inputs anew.
+        progress: called with (what, done, of).
+
+    Raises:
+        InfeasibleError: no plan is within the limits.
+        MismatchError: the table is of another model, or the journal of other inputs.
+        InputError: the text is too short.
+    """
+    source = Checkpoint.open(resolve(model))
+    known = table.provenance.get("model", source.fingerprint)
+    if known != source.fingerprint:
+        raise MismatchError(f"{model}: the table is of another model; estimate it on this one")
+    evidence = gather(
+        source,
+        frozenset({"replay"}),
+        text,
+        tokens,
+        roles_of(table.units),
+        seed,
+        progress,
+        rounding=Remembered(rounding=method_of(str(table.provenance.get("method", "rtn")))),
+    )
+    if evidence.replay is None:
+        raise InputError("--refine: the model must fit in memory; leave out --max-memory")
+    live, taken = evidence.replay.model, evidence.replay.windows
+    words = read_text(text, "calibration")
+    loop = open_loop(live, evidence, words, taken, refine_tokens, source.folder)
+    about = {
+        "what": "refine, KL of windows in nats/token",
+        "model": source.fingerprint,
+        "method": evidence.rounding.name,
+        "formats": [item.name for item in table.formats],
+        "text": [digest_of(part.windows) for part in loop.parts],
+    }
+    with beside(journal, about, overwrite=overwrite) as readings:
+        return run_loop(
+            loop,
+            table,
+            limits,
+            evaluations=evaluations,
+            driver=driver,
+            seed=seed,
+            readings=readings,
+            progress=progress,
+        )
