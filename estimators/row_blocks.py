@@ -116,4 +116,3 @@ def _row_costs(
         for format, alike in columns.items():
             error = evidence.round_trip(run, weights, format) - weights
             yield run, alike, (error.square() * grid).sum(2).double().numpy()
-

@@ -193,9 +193,7 @@ class _Job:
         evidence = self._gather(source, needs, self.texts[0], Readings())
         return blocks_of_rows.sorting(evidence, self.row_blocks)
 
-    def run(
-        self, source: Checkpoint, readings: Readings
-    ) -> tuple[list[CostTable], list[_Seen]]:
+    def run(self, source: Checkpoint, readings: Readings) -> tuple[list[CostTable], list[_Seen]]:
         """Return a table for each text, and which experts saw little or stand out in it."""
         tables, passes = [], []
         for words in self.texts:
