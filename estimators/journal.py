@@ -21,7 +21,7 @@ from bitknap.allocation.arrays import Floats
 from bitknap.allocation.format import Format
 from bitknap.errors import BitknapError, FileError, MismatchError
 from bitknap.files import folders_above, locked
-from bitknap.journal import append_lines, open_lines, whole_lines
+from bitknap.journal import append_lines, keeping, open_lines, whole_lines
 
 
 class _Line(NamedTuple):
@@ -99,7 +99,8 @@ def beside(
 ) -> Iterator[Readings]:
     """Yield the readings of the journal beside an output, and keep other processes out of it.
 
-    Whoever finishes the output deletes the journal; one without any reading goes by itself.
+    Whoever finishes the output deletes the journal; one without any reading goes by itself. Errors
+    of the block say what is kept.
 
     Args:
         path: the journal; None keeps nothing.
@@ -118,7 +119,8 @@ def beside(
         readings = _opened(path, about, overwrite=overwrite)
         with locked(path, f"{path}: another process is measuring"):
             try:
-                yield readings
+                with telling(path):
+                    yield readings
             finally:
                 if not count(path):
                     path.unlink(missing_ok=True)
@@ -129,12 +131,20 @@ def count(path: Path) -> int:
     return max(0, len(whole_lines(path)) - 1) if path.is_file() else 0
 
 
-def kept(path: Path) -> str:
-    """Return what to say of a journal when its work ends early; "" if nothing is in it."""
-    readings = count(path)
-    if not readings:
-        return ""
-    return f"; {readings} readings are kept in {path}, and the same command goes on from there"
+def telling(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Say in errors of the block how many readings are kept, if there are any.
+
+    Raises:
+        BitknapError: the disk is full.
+    """
+
+    def kept() -> str:
+        readings = count(path)
+        if not readings:
+            return ""
+        return f"; {readings} readings are kept in {path}, and the same command goes on from there"
+
+    return keeping(path, kept)
 
 
 def key_of(which: npt.ArrayLike, formats: Iterable[Format]) -> str:

@@ -113,7 +113,7 @@ class Partial:
         done = self._done(self.journal.read_bytes().splitlines()[1:])
         if not done:
             shutil.rmtree(self.folder, ignore_errors=True)
-            return "; nothing is kept"
+            return "; no piece is kept"
         return (
             f"; {len(done)} of {len(self.lines)} pieces are kept in {self.folder}, "
             "and the same command goes on from there"

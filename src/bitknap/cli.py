@@ -16,6 +16,7 @@ from bitknap.estimating import (
     check_planned,
     estimating,
     forget,
+    journal_of,
     one_text,
     resumable,
     run_estimate,
@@ -110,13 +111,15 @@ def estimate(model: str, out: str, overwrite: bool, as_json: bool, **options: An
 
     Example: bitknap estimate reference:mixtral --formats 2,3,4 -o table.safetensors
     """
+    from bitknap.estimators.journal import telling
     from bitknap.notes import notes, table_summary
     from bitknap.render import cost_table
 
     path = free_path(out, overwrite)
     with resumable(path):
         table = run_estimate(model, options, path, overwrite=overwrite)
-        table.save(path)
+        with telling(journal_of(path)):
+            table.save(path)
     forget(path)
     present(as_json, table_summary(table) | {"path": out}, cost_table(table), notes(table))
 
@@ -218,6 +221,7 @@ def quantize(
     from bitknap import api
     from bitknap.allocation import BitPlan
     from bitknap.allocation.budget import parse_size
+    from bitknap.estimators.journal import telling
     from bitknap.notes import few_tokens_note
     from bitknap.notes import notes as notes_of
     from bitknap.render import bits_table, facts_table, price_table, widths_table
@@ -238,7 +242,8 @@ def quantize(
     else:
         with resumable(path):
             table = run_estimate(model, options, path, overwrite=overwrite)
-            solution, prices = run_solve(table, str(budget), options)
+            with telling(journal_of(path)):
+                solution, prices = run_solve(table, str(budget), options)
         chosen, facts = solution.plan, solved(solution)
         notes += [price_table(prices, options["profile"])] if prices else []
         notes.append(notes_of(table))

@@ -145,12 +145,17 @@ def journal_of(out: Path) -> Path:
 
 @contextlib.contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """End a stopped block with one line that says what of its measurements is kept beside `out`."""
-    from bitknap.estimators.journal import kept
-    from bitknap.journal import keeping
+    """End a stopped block with one line; without measurements no copy of the model is kept."""
+    from bitknap.estimators.journal import count
+    from bitknap.quantize.twin import beside
 
-    with stoppable(), keeping(out, lambda: kept(journal_of(out))):
-        yield
+    with stoppable():
+        try:
+            yield
+        except BaseException:
+            if not count(journal_of(out)):
+                shutil.rmtree(beside(out), ignore_errors=True)
+            raise
 
 
 def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: bool) -> Any:

@@ -202,7 +202,7 @@ def test_a_stopped_run_goes_on_where_it_was(case, tmp_path, small, monkeypatch):
 
 def test_a_run_stopped_at_the_first_piece_leaves_nothing(case, tmp_path, monkeypatch):
     monkeypatch.setattr(pieces.Work, "read", failing(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt, match="stopped; nothing is kept"):
+    with pytest.raises(KeyboardInterrupt, match="stopped; no piece is kept"):
         save(case, tmp_path / "new" / "out")
     assert list(tmp_path.iterdir()) == []
 
