@@ -21,14 +21,19 @@ body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink);
 h1, h2, h3 { line-height: 1.2; font-weight: 600; overflow-wrap: anywhere }
 h2 { margin-top: 2.5rem; font-size: 1.2rem }
 h3 { margin: 1.5rem 0 .5rem; font-size: 1rem }
+details { margin: 1rem 0 }
+summary { cursor: pointer; padding: .2rem 0 }
+summary b { color: var(--ink) }
 p, caption, small, summary { color: var(--soft) }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 td, th { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0; text-align: left;
   vertical-align: baseline; overflow-wrap: anywhere }
-.n { text-align: right }
+.n { text-align: right; white-space: nowrap }
 pre { border: 1px solid var(--line); padding: .8rem; white-space: pre-wrap;
   overflow-wrap: anywhere }
 .plot, .wide { overflow-x: auto }
+.wide td, .wide th { overflow-wrap: normal }
+.wide th { white-space: nowrap }
 """
 # Plots are drawn on the page's own paper, in its ink, and change with it.
 _SCRIPT = """
@@ -49,6 +54,11 @@ function paint() {
   }
 }
 addEventListener("load", paint);
+// What is drawn inside something closed has no width yet.
+addEventListener("toggle", event => {
+  if (!event.target.open) return;
+  event.target.querySelectorAll(".plotly-graph-div").forEach(plot => Plotly.Plots.resize(plot));
+}, true);
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
 """
 
@@ -107,7 +117,7 @@ def drawn(figure: Any, name: str, height: int | None = None) -> str:
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
         margin={"t": 30},
-        modebar={"bgcolor": "rgba(0,0,0,0)"},
+        font={"family": "system-ui, sans-serif"},
         height=height,
     )
     # Names of parameters are as long as they are.
@@ -116,9 +126,19 @@ def drawn(figure: Any, name: str, height: int | None = None) -> str:
         include_plotlyjs=False,
         full_html=False,
         div_id="plot-" + re.sub(r"\W+", "-", name.lower()).strip("-"),
-        config={"displaylogo": False, "responsive": True},
+        # Its buttons would cover legends; dragging zooms, a double click shows all again.
+        config={"displayModeBar": False, "responsive": True},
     )
     return f'<div class="plot">{html}</div>'
+
+
+def folded(name: str, note: str, content: str, *, opened: bool) -> str:
+    """Return HTML that folds away below its name and a note, both plain text."""
+    state = " open" if opened else ""
+    return (
+        f"<details{state}><summary><b>{escape(name)}</b>, {escape(note)}</summary>\n"
+        f"{content}</details>"
+    )
 
 
 def table(

@@ -11,17 +11,22 @@ import numpy as np
 
 from bitknap.allocation import ROLES, BitPlan
 from bitknap.allocation.arrays import Bools, Floats
-from bitknap.report_plots import decades, words
+from bitknap.report_plots import calm, decades, words
 
 _ROUTED = ROLES.index("routed")
 _ORDER = ("gate", "up", "down")
 # Panels stand side by side up to so many experts, below each other beyond.
-_BESIDE = 32
-# Pixels of a layer's row, and of all that is around a panel.
-_ROW, _LEAST, _MOST, _AROUND = 12, 110, 420, 90
+_BESIDE = 16
+# Pixels of a layer's row, bounds of a panel, and what is around and between panels.
+_ROW, _LEAST, _MOST, _AROUND, _BETWEEN = 24, 140, 300, 90, 72
 # From few to many: seen by everyone, and on light and dark paper.
-_SCALE = "Cividis"
+_SCALE = "Viridis"
+# Marks beside the colours; these are shown as logarithms, or 2 and 3 bits look alike beside 16.
+_MARKED = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
+_BAR = {"thickness": 12, "outlinewidth": 0, "ypad": 0, "tickfont": {"size": 11}}
 _NONE = "#D55E00"
+# Characters of a column's name up to which it is written level.
+_SHORT = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -58,19 +63,8 @@ def panels(plan: BitPlan) -> tuple[Panel, ...]:
             columns = np.arange(int(units.expert[routed].max()) + 1)
             labels = [str(column) for column in columns]
             found.append(_panel(plan, mine, units.expert, name, labels, other=False))
-    rest = ~routed
-    if rest.any():
-        kinds = units.role.astype(np.int64) * len(units.projections) + units.projection
-        some, column = np.unique(kinds, return_inverse=True)
-        labels = []
-        for kind in some.tolist():
-            role, projection = divmod(kind, len(units.projections))
-            labels.append(f"{ROLES[role]} {units.projections[projection]}")
-        used = np.unique(column[rest])
-        place = np.searchsorted(used, column)
-        found.append(
-            _panel(plan, rest, place, "other units", [labels[i] for i in used], other=True)
-        )
+    if not routed.all():
+        found.append(_others(plan, ~routed))
     return tuple(found)
 
 
@@ -90,31 +84,42 @@ def plan_figure(plan: BitPlan, low: float, high: float) -> tuple[Any, int] | Non
     beside = all(len(panel.columns) <= _BESIDE for panel in maps)
     rows, columns = (1, len(maps)) if beside else (len(maps), 1)
     tall = [min(max(_LEAST, _ROW * len(panel.layers)), _MOST) for panel in maps]
-    height = (max(tall) if beside else sum(tall) + 60 * (rows - 1)) + _AROUND
+    height = (max(tall) if beside else sum(tall) + _BETWEEN * (rows - 1)) + _AROUND
     figure = make_subplots(
         rows=rows,
         cols=columns,
         subplot_titles=[words(panel.title) for panel in maps],
         horizontal_spacing=0.06,
-        vertical_spacing=0 if beside else 60 / (height - _AROUND),
+        vertical_spacing=0 if beside else _BETWEEN / (height - _AROUND),
         row_heights=None if beside else tall,
     )
     for index, panel in enumerate(maps):
         place = {"row": 1, "col": index + 1} if beside else {"row": index + 1, "col": 1}
         figure.add_heatmap(**_heatmap(panel), coloraxis="coloraxis", **place)
-        _axes(figure, panel, place)
-    bar = {"title": {"text": "bits per<br>weight"}, "thickness": 12, "outlinewidth": 0}
+        _axes(
+            figure, panel, place, labelled=not beside or panel.layers != maps[0].layers or not index
+        )
+    marks = [bits for bits in _MARKED if low - 1e-9 <= bits <= high + 1e-9]
+    bar = {"tickvals": np.log2(marks).tolist(), "ticktext": [f"{bits:g}" for bits in marks]}
     figure.update_layout(
-        coloraxis={"colorscale": _SCALE, "cmin": low, "cmax": high, "colorbar": bar}
+        coloraxis={
+            "colorscale": _SCALE,
+            "cmin": math.log2(low),
+            "cmax": math.log2(high),
+            "colorbar": _BAR | bar,
+        }
     )
+    figure.update_annotations(font_size=13)
+    calm(figure)
     return figure, height
 
 
 def bits_range(plans: Sequence[BitPlan]) -> tuple[float, float]:
     """Return the least and the most bits per weight of any unit of some plans."""
-    sizes = [8 * plan.nbytes / np.maximum(plan.units.numel, 1) for plan in plans]
-    low = min((float(size.min()) for size in sizes), default=0.0)
-    return low, max((float(size.max()) for size in sizes), default=1.0)
+    sizes = [8 * plan.nbytes / plan.units.numel for plan in plans if plan.units.has_shapes]
+    positive = [size[size > 0] for size in sizes if (size > 0).any()]
+    low = min((float(size.min()) for size in positive), default=1.0)
+    return low, max((float(size.max()) for size in positive), default=1.0)
 
 
 def coverage_figure(coverage: Mapping[str, Any]) -> tuple[Any, int, int] | None:
@@ -135,14 +140,13 @@ def coverage_figure(coverage: Mapping[str, Any]) -> tuple[Any, int, int] | None:
     with np.errstate(divide="ignore", invalid="ignore"):
         logs = np.where(tokens > 0, np.log10(tokens), np.nan)
     at, text = decades(seen.tolist()) if len(seen) else ([0.0], ["1"])
-    bar = {"title": {"text": "tokens"}, "tickvals": at, "ticktext": text}
     figure = go.Figure(
         go.Heatmap(
             z=logs.astype(np.float32),
             y=layers,
             customdata=np.nan_to_num(tokens).astype(np.int32),
             colorscale=_SCALE,
-            colorbar={**bar, "thickness": 12, "outlinewidth": 0},
+            colorbar=_BAR | {"tickvals": at, "ticktext": text},
             hoverongaps=False,
             hovertemplate="layer %{y}, expert %{x}: %{customdata:,} tokens<extra></extra>",
             **_gaps(tokens.shape[1]),
@@ -161,7 +165,7 @@ def coverage_figure(coverage: Mapping[str, Any]) -> tuple[Any, int, int] | None:
     figure.update_xaxes(title="expert", showgrid=False, zeroline=False, tickformat="d")
     figure.update_yaxes(**_LAYERS)
     height = min(max(_LEAST, _ROW * len(rows)), _MOST) + _AROUND
-    return figure, height, len(unseen)
+    return calm(figure), height, len(unseen)
 
 
 _LAYERS = {
@@ -171,6 +175,23 @@ _LAYERS = {
     "showgrid": False,
     "zeroline": False,
 }
+
+
+def _others(plan: BitPlan, rest: Bools) -> Panel:
+    """Return the map of the units that are not routed, a column for each role and projection."""
+    units = plan.units
+    kinds = units.role.astype(np.int64) * len(units.projections) + units.projection
+    some = np.unique(kinds[rest])
+    roles, names = some // len(units.projections), some % len(units.projections)
+    labels = [units.projections[name] for name in names.tolist()]
+    title = ROLES[roles[0]]
+    if len(set(roles.tolist())) > 1:
+        title = "other units"
+        labels = [
+            f"{ROLES[role]} {name}" if name != ROLES[role] else name
+            for role, name in zip(roles.tolist(), labels, strict=True)
+        ]
+    return _panel(plan, rest, np.searchsorted(some, kinds), title, labels, other=True)
 
 
 def _panel(
@@ -203,28 +224,31 @@ def _panel(
 
 
 def _heatmap(panel: Panel) -> dict[str, Any]:
+    empty = np.full(panel.values.shape, np.nan)
     what = "%{x}" if panel.other else "expert %{x}"
     columns = {"x": [words(name) for name in panel.columns]} if panel.other else {}
     return {
-        "z": panel.values.astype(np.float32),
+        "z": np.log2(panel.values, where=panel.values > 0, out=empty).astype(np.float32),
+        "customdata": panel.values.astype(np.float32),
         "y": panel.layers,
         "text": panel.names,
         "hoverongaps": False,
-        "hovertemplate": f"layer %{{y}}, {what}<br>%{{text}}<br>%{{z:.3f}} bpw"
+        "hovertemplate": f"layer %{{y}}, {what}<br>%{{text}}<br>%{{customdata:.3f}} bpw"
         f"<extra>{words(panel.title)}</extra>",
         **columns,
         **_gaps(len(panel.columns)),
     }
 
 
-def _axes(figure: Any, panel: Panel, place: Mapping[str, int]) -> None:
+def _axes(figure: Any, panel: Panel, place: Mapping[str, int], *, labelled: bool) -> None:
     plain = {"showgrid": False, "zeroline": False}
     if panel.other:
-        figure.update_xaxes(type="category", automargin=True, **plain, **place)
+        angle = 0 if max(map(len, panel.columns)) <= _SHORT else -90
+        figure.update_xaxes(type="category", tickangle=angle, **plain, **place)
     else:
         figure.update_xaxes(title="expert", tickformat="d", **plain, **place)
-    first = place["col"] == 1
-    figure.update_yaxes(**{**_LAYERS, "title": "layer" if first else None}, **place)
+    title = "layer" if place["col"] == 1 else None
+    figure.update_yaxes(**_LAYERS | {"title": title, "showticklabels": labelled}, **place)
 
 
 def _gaps(columns: int) -> dict[str, int]:

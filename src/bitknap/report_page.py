@@ -7,17 +7,20 @@ from html import escape
 from typing import Any
 
 from bitknap.allocation import BitPlan
-from bitknap.page import drawn, section, shell, table
+from bitknap.page import drawn, folded, section, shell, table
 from bitknap.report_maps import bits_range, coverage_figure, plan_figure
 from bitknap.report_plots import pareto, prediction, prices, refinement
 from bitknap.report_rows import budgets_of
 from bitknap.report_summary import facts, sentences, verdict_table
 from bitknap.report_table import SCRIPT, STYLE, strategy_tables
 
+# Maps of more pixels are folded away, but for those of the first plan.
+_TALL = 400
 _STYLE = """
 ul { padding-left: 1.2rem }
 li { margin: .3rem 0 }
 .facts td:first-child { color: var(--soft); white-space: nowrap }
+.claims table { min-width: 44rem }
 .grid { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)) }
 .grid > div { min-width: 0 }
 """
@@ -60,7 +63,7 @@ def report(document: Mapping[str, Any], plans: Mapping[str, BitPlan]) -> str:
         _prices(document.get("price") or ()),
         _refinements(document.get("refine") or {}),
         _claims(document.get("claims") or ()),
-        _command(about),
+        _run(document),
     ]
     title = f"Bits of {about['model']}" if about.get("model") else "Bitknap report"
     return shell(title, body, style=STYLE + _STYLE, script=SCRIPT)
@@ -72,10 +75,7 @@ def _summary(document: Mapping[str, Any]) -> str:
     head, rows = verdict_table(document)
     if rows:
         parts.append(f'<div class="wide">{table(rows, head, numbers=range(3, 7))}</div>')
-    known = facts(document)
-    run = f'<div class="facts">{table(known)}</div>' if known else ""
-    summary = section("Summary", "", *parts) if any(parts) else ""
-    return "\n".join([summary, section("The run", "", run) if run else ""])
+    return section("Summary", "", *parts) if any(parts) else ""
 
 
 def _strategies(document: Mapping[str, Any], budgets: Sequence[str]) -> str:
@@ -98,8 +98,9 @@ def _plans(plans: Mapping[str, BitPlan]) -> str:
     for index, (budget, plan) in enumerate(plans.items()):
         found = plan_figure(plan, low, high)
         if found is not None:
-            head = f"<h3>{escape(budget)}: {plan.bpw:.4g} bits per weight</h3>"
-            parts.append(head + drawn(found[0], f"plan {index}", found[1]))
+            plot = drawn(found[0], f"plan {index}", found[1])
+            opened = not parts or found[1] <= _TALL
+            parts.append(folded(budget, f"{plan.bpw:.4g} bits per weight", plot, opened=opened))
     note = (
         "Bits per weight of every unit, scales and zeros counted: layers down, experts across. "
         "One scale of colours for all plans."
@@ -147,7 +148,7 @@ def _refinements(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             plot = drawn(figure, f"refine {index}", 320)
             parts.append(f"<div><h3>{escape(budget)}: {_taken(steps)}</h3>{plot}</div>")
     note = (
-        "Exchanges measured on calibration text, one a step. A filled mark was accepted: a paired "
+        "KL of plans on calibration text, one a step. A filled mark was accepted: a paired "
         "test supports it."
     )
     grid = f'<div class="grid">{"".join(parts)}</div>'
@@ -166,12 +167,19 @@ def _claims(rows: Sequence[Mapping[str, Any]]) -> str:
     keys = ("claim", "source", "verdict", "figures")
     cells = [[str(row.get(key) or "–") for key in keys] for row in rows]
     note = "What the founding papers say, measured again on this model."
-    return section("Claims", note, f'<div class="wide">{table(cells, keys)}</div>') if rows else ""
+    return (
+        section("Claims", note, f'<div class="wide claims">{table(cells, keys)}</div>')
+        if rows
+        else ""
+    )
 
 
-def _command(about: Mapping[str, Any]) -> str:
-    said = about.get("command")
-    return section("Repeat it", "", f"<pre>{escape(str(said))}</pre>") if said else ""
+def _run(document: Mapping[str, Any]) -> str:
+    known, command = facts(document), (document.get("about") or {}).get("command")
+    parts = [section("The run", "", f'<div class="facts">{table(known)}</div>')] if known else []
+    if command:
+        parts.append(section("Repeat it", "", f"<pre>{escape(str(command))}</pre>"))
+    return "\n".join(parts)
 
 
 def _short(value: Any, how: str) -> str:

@@ -69,7 +69,7 @@ def pareto(document: Mapping[str, Any]) -> Any | None:
         )
     figure.update_xaxes(title="bits per weight, scales and zeros counted")
     figure.update_yaxes(title="KL to the original, nats/token", type="log", **_NUMBER)
-    return _legend_above(figure)
+    return calm(_legend_above(figure))
 
 
 def prediction(document: Mapping[str, Any]) -> Any | None:
@@ -99,7 +99,7 @@ def prediction(document: Mapping[str, Any]) -> Any | None:
     figure.update_yaxes(title="measured KL, nats/token", type="log")
     figure.update_xaxes(**_NUMBER)
     figure.update_yaxes(**_NUMBER)
-    return _legend_above(figure)
+    return calm(_legend_above(figure))
 
 
 def refinement(steps: Sequence[Mapping[str, Any]]) -> Any | None:
@@ -137,8 +137,8 @@ def refinement(steps: Sequence[Mapping[str, Any]]) -> Any | None:
             hovertemplate="step %{x}, %{text}: %{y:.4g}<extra></extra>",
         )
     figure.update_xaxes(title="step", tickformat="d")
-    figure.update_yaxes(title="KL on calibration text, nats/token", tickformat="~g")
-    return _legend_above(figure)
+    figure.update_yaxes(title="KL, nats/token", tickformat="~g")
+    return calm(_legend_above(figure))
 
 
 def prices(rows: Sequence[Mapping[str, Any]]) -> Any | None:
@@ -160,9 +160,19 @@ def prices(rows: Sequence[Mapping[str, Any]]) -> Any | None:
             hovertemplate="%{y}: %{x:.4g}<extra></extra>",
         )
     )
-    figure.update_xaxes(title="predicted cost at the same limits, nats/token", tickformat="~g")
-    figure.update_yaxes(type="category", autorange="reversed", ticksuffix="  ")
+    figure.update_xaxes(title="predicted cost, nats/token", tickformat="~g")
+    # Room for the ratios beside the bars.
+    figure.update_xaxes(range=[0, 1.2 * max(row["cost"] for row in some)])
+    figure.update_yaxes(type="category", autorange="reversed", ticksuffix="  ", showgrid=False)
     figure.update_layout(bargap=0.4)
+    return calm(figure)
+
+
+def calm(figure: Any) -> Any:
+    """Let a figure fill its place: margins are what labels need, text is a little smaller."""
+    figure.update_layout(margin={"l": 8, "r": 8, "b": 8}, font={"size": 12})
+    figure.update_xaxes(automargin=True, title_standoff=8)
+    figure.update_yaxes(title_standoff=8)
     return figure
 
 

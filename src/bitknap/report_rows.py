@@ -120,15 +120,6 @@ def verdicts(document: Mapping[str, Any]) -> list[Verdict]:
     return found
 
 
-def named(document: Mapping[str, Any], budget: str, word: str) -> list[str]:
-    """Return the strategies of a budget that stand so to ours; variants of ours are not named."""
-    return [
-        str(row.get("strategy"))
-        for row in at(document, budget)
-        if row.get("group") != OURS and standing(row) == word
-    ]
-
-
 def geometric_mean(values: Iterable[float | None]) -> float | None:
     """Return the geometric mean of the positive numbers among `values`, None of none."""
     logs = [math.log(value) for value in values if value is not None and value > 0]

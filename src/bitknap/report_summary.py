@@ -8,12 +8,12 @@ from typing import Any
 from bitknap.allocation.budget import human
 from bitknap.report_rows import (
     ERRORS,
+    OURS,
     UNREFINED,
     Row,
     at,
     budgets_of,
     geometric_mean,
-    named,
     number,
     rows_of,
     standing,
@@ -104,7 +104,7 @@ def _compared(document: Mapping[str, Any]) -> list[str]:
     tokens = about.get("evaluation_tokens")
     on = f" on {tokens:,} tokens that calibration did not see" if tokens else ""
     many = f"{strategies} {'strategy' if strategies == 1 else 'strategies'}"
-    return [f"{many} at {', '.join(budgets)}, at equal bytes, measured{on}."]
+    return [f"{many} at {_and(budgets)}, at equal bytes, measured{on}."]
 
 
 def _against(document: Mapping[str, Any], role: str, kind: str) -> list[str]:
@@ -122,30 +122,34 @@ def _against(document: Mapping[str, Any], role: str, kind: str) -> list[str]:
     ):
         where = [one.budget for one in found if one.word == word]
         if where:
-            counts.append(f"{said} at {', '.join(where)}")
+            counts.append(f"{said} at {_and(where)}")
     return [f"Against the best {kind} of each budget{figure}; ours is {'; '.join(counts)}."]
 
 
 def _better(document: Mapping[str, Any]) -> list[str]:
     """Return who beats ours, or that none does, where differences are known."""
-    known = any(standing(row) for row in rows_of(document) if row.get("group") != "ours")
+    known = any(standing(row) for row in rows_of(document) if row.get("group") != OURS)
     if not known:
         return []
-    parts = _by_budget(document, "lower")
-    if not parts:
-        return [f"No strategy is lower than ours by more than {ERRORS:g} standard errors."]
-    return [f"Lower than ours by more than {ERRORS:g} standard errors: {'; '.join(parts)}."]
+    which = f"lower than ours by more than {ERRORS:g} standard errors"
+    rows = _others(document, "lower")
+    return [f"{which.capitalize()}: {_who(rows)}." if rows else f"No strategy is {which}."]
 
 
 def _alike(document: Mapping[str, Any]) -> list[str]:
-    parts = _by_budget(document, "alike")
-    many = f"Not significant (difference to ours within {ERRORS:g} standard errors)"
-    return [f"{many}: {'; '.join(parts)}."] if parts else []
+    rows = _others(document, "alike")
+    many = f"Not significant, within {ERRORS:g} standard errors of ours"
+    return [f"{many}: {_who(rows)}."] if rows else []
 
 
-def _by_budget(document: Mapping[str, Any], word: str) -> list[str]:
-    found = {budget: named(document, budget, word) for budget in budgets_of(document)}
-    return [f"{budget}: {_some(names)}" for budget, names in found.items() if names]
+def _others(document: Mapping[str, Any], word: str) -> list[Row]:
+    """Return the rows that stand so to ours; variants of ours are none of them."""
+    return [
+        row
+        for budget in budgets_of(document)
+        for row in at(document, budget)
+        if row.get("group") != OURS and standing(row) == word
+    ]
 
 
 def _refined(document: Mapping[str, Any]) -> list[str]:
@@ -156,26 +160,31 @@ def _refined(document: Mapping[str, Any]) -> list[str]:
             difference = number(row, "difference")
             if row.get("strategy") == UNREFINED and standing(row) and difference is not None:
                 said = plus_minus(-difference, number(row, "difference_se"), sign=True)
-                weak = ", not significant" if standing(row) == "alike" else ""
-                parts.append(f"{budget}: {said}{weak}")
-    return [f"Refinement changed KL by {'; '.join(parts)}."] if parts else []
+                weak = " (not significant)" if standing(row) == "alike" else ""
+                parts.append(f"at {budget} {said}{weak}")
+    return [f"Refinement changed KL: {', '.join(parts)}."] if parts else []
 
 
 def _missing(document: Mapping[str, Any]) -> list[str]:
     rows = rows_of(document)
     lines = []
-    for status, said in (("unreachable", "not reachable"), ("failed", "failed")):
+    for status, said in (("unreachable", "Not reachable"), ("failed", "Failed")):
         some = [row for row in rows if row.get("status") == status]
         if some:
-            lines.append(f"{len(some)} {said}, with the reason in their row: {_some(_who(some))}.")
+            lines.append(f"{said}, for the reason in the table: {_who(some)}.")
     return lines
 
 
-def _who(rows: Sequence[Row]) -> list[str]:
+def _who(rows: Sequence[Row]) -> str:
+    """Name strategies and their budgets; names have commas of their own."""
     where: dict[str, list[str]] = {}
     for row in rows:
         where.setdefault(str(row.get("strategy")), []).append(str(row.get("budget")))
-    return [f"{name} at {', '.join(budgets)}" for name, budgets in where.items()]
+    return _some([f"{name} at {_and(budgets)}" for name, budgets in where.items()], "; ")
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _budget(entry: Mapping[str, Any]) -> str:
@@ -189,6 +198,6 @@ def _count(units: Any, weights: Any) -> str | None:
     return f"{units:,}" + (f" of {weights:,} weights" if weights else "")
 
 
-def _some(names: Sequence[str]) -> str:
+def _some(names: Sequence[str], comma: str = ", ") -> str:
     more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-    return ", ".join(names[:_NAMED]) + more
+    return comma.join(names[:_NAMED]) + more

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from bitknap.page import folded
 from bitknap.report_rows import OURS, Row, at, number, standing
 
 # Name of the column, key that it is sorted by, and what it means.
@@ -31,20 +32,19 @@ _COLUMNS = (
 _TEXTS = 3  # columns of text; the others are numbers
 _NOT = {"unreachable": "not reachable", "failed": "failed"}
 STYLE = """
-details { margin: 1rem 0 }
-summary { cursor: pointer; padding: .2rem 0 }
-summary b { color: var(--ink) }
 .sorted { font-size: .85rem; width: 100% }
 .sorted th { padding-top: .4rem; white-space: nowrap; vertical-align: bottom }
 .sorted td { white-space: nowrap; overflow-wrap: normal }
-.sorted td:first-child { white-space: normal; min-width: 11rem }
+.sorted td:first-child { white-space: normal; min-width: 10rem }
+.sorted td:first-child, .sorted th:first-child { position: sticky; left: 0;
+  background: var(--paper) }
 .sorted td.why { white-space: normal; min-width: 16rem }
 .sorted small { display: block; font-size: .75rem }
 .sorted button { all: unset; cursor: pointer; font-weight: 600 }
 .sorted button:hover, .sorted button:focus-visible { text-decoration: underline }
 .sorted [aria-sort=ascending] button::after { content: " ↑" }
 .sorted [aria-sort=descending] button::after { content: " ↓" }
-.sorted .ours td { background: var(--lift) }
+.sorted .ours td, .sorted .ours td:first-child { background: var(--lift) }
 .why { color: var(--soft) }
 """
 # Rows without a value stay below, whichever way the others go.
@@ -75,11 +75,8 @@ def strategy_tables(document: Mapping[str, Any], budgets: Sequence[str]) -> str:
     for budget in budgets:
         rows = at(document, budget)
         if rows:
-            opened = "" if found else " open"
-            found.append(
-                f"<details{opened}><summary><b>{escape(budget)}</b>, {_counted(rows)}</summary>\n"
-                f'<div class="wide">{_table(rows)}</div></details>'
-            )
+            inside = f'<div class="wide">{_table(rows)}</div>'
+            found.append(folded(budget, _counted(rows), inside, opened=not found))
     return "\n".join(found)
 
 
@@ -157,4 +154,4 @@ def _counted(rows: Sequence[Row]) -> str:
     parts += [
         f"{states.count(state)} {_NOT.get(state, state)}" for state in sorted(set(states) - {"ok"})
     ]
-    return escape(", ".join(parts))
+    return ", ".join(parts)
