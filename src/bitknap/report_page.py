@@ -94,7 +94,7 @@ def _figure(heading: str, note: str, figure: Any | None, height: int) -> str:
 
 def _plans(plans: Mapping[str, BitPlan]) -> str:
     low, high = bits_range([*plans.values()])
-    parts = []
+    parts: list[str] = []
     for index, (budget, plan) in enumerate(plans.items()):
         found = plan_figure(plan, low, high)
         if found is not None:

@@ -71,7 +71,7 @@ for (const table of document.querySelectorAll(".sorted")) {
 
 def strategy_tables(document: Mapping[str, Any], budgets: Sequence[str]) -> str:
     """Return the table of every budget that has rows, the first one opened; "" without rows."""
-    found = []
+    found: list[str] = []
     for budget in budgets:
         rows = at(document, budget)
         if rows:
