@@ -47,8 +47,8 @@ def report(document: Mapping[str, Any], plans: Mapping[str, BitPlan]) -> str:
         _strategies(document, budgets),
         _figure(
             "Size against loss",
-            "Lower and further left is better. Lines join ours and the best uniform recipe; the "
-            "dotted one is what the calibrated table predicts.",
+            "Lower and further left is better. Lines join ours and the best uniform recipe, the "
+            "dotted one is what the calibrated table predicts; variants of ours are hollow.",
             pareto(document),
             480,
         ),

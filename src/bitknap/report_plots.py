@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from bitknap.report_rows import GROUPS, OURS, Row, at, budgets_of, number, rows_of
+from bitknap.report_rows import GROUPS, OTHER, OURS, Row, at, budgets_of, number, rows_of
 
 # Named so that groups differ without colour, too.
 _SYMBOLS = {
@@ -19,10 +19,8 @@ _SYMBOLS = {
     "signal": "triangle-down",
     "random": "x",
 }
-_OTHER = "#8C959F"
 # Kept apart from the page's ink, and seen on light and on dark paper.
-_THIN = {"color": _OTHER, "width": 1}
-_NUMBER = {"tickformat": "~g", "dtick": "D2"}
+_THIN = {"color": OTHER, "width": 1}
 # The frontier is drawn this far beyond the sizes that were measured, bits per weight.
 _BEYOND = 0.15
 
@@ -36,7 +34,7 @@ def pareto(document: Mapping[str, Any]) -> Any | None:
     """Return KL against bits per weight, or None where nothing was measured."""
     from plotly import graph_objects as go
 
-    measured = [row for row in rows_of(document) if _place(row)]
+    measured = [row for row in rows_of(document) if placed(row)]
     if not measured:
         return None
     figure = go.Figure()
@@ -45,7 +43,7 @@ def pareto(document: Mapping[str, Any]) -> Any | None:
         line = {**_THIN, "dash": "dot"}
         figure.add_scatter(x=sizes, y=costs, mode="lines", line=line, name="predicted frontier")
         figure.data[-1].hovertemplate = "predicted %{y:.4g} at %{x:.3f} bpw<extra></extra>"
-    for group in reversed(_groups(measured)):
+    for group in reversed(groups_of(measured)):
         rows = [row for row in measured if row.get("group") == group]
         line_of = best_line(document, group)
         if line_of:
@@ -65,10 +63,11 @@ def pareto(document: Mapping[str, Any]) -> Any | None:
             hovertemplate="%{text}<br>KL %{y:.4g} at %{x:.3f} bpw<extra></extra>",
             legendgroup=group,
             name=words(group),
-            **_marks(group),
+            **_marks(group, rows),
         )
     figure.update_xaxes(title="bits per weight, scales and zeros counted")
-    figure.update_yaxes(title="KL to the original, nats/token", type="log", **_NUMBER)
+    figure.update_yaxes(title="KL to the original, nats/token")
+    figure.update_yaxes(**_scale([float(row["kl"]) for row in measured]))
     return calm(_legend_above(figure))
 
 
@@ -76,7 +75,7 @@ def prediction(document: Mapping[str, Any]) -> Any | None:
     """Return measured against predicted KL with the diagonal, or None without predictions."""
     from plotly import graph_objects as go
 
-    rows = [row for row in rows_of(document) if _place(row) and (number(row, "predicted") or 0) > 0]
+    rows = [row for row in rows_of(document) if placed(row) and (number(row, "predicted") or 0) > 0]
     if not rows:
         return None
     ends = [float(row[key]) for row in rows for key in ("predicted", "kl")]
@@ -85,7 +84,7 @@ def prediction(document: Mapping[str, Any]) -> Any | None:
     figure.add_scatter(
         x=[low, high], y=[low, high], mode="lines", line=_THIN, name="equal", hoverinfo="skip"
     )
-    for group in reversed(_groups(rows)):
+    for group in reversed(groups_of(rows)):
         some = [row for row in rows if row.get("group") == group]
         figure.add_scatter(
             x=[row["predicted"] for row in some],
@@ -93,12 +92,10 @@ def prediction(document: Mapping[str, Any]) -> Any | None:
             text=[f"{_said(row)}, {words(row.get('budget'))}" for row in some],
             hovertemplate="%{text}<br>predicted %{x:.4g}, measured %{y:.4g}<extra></extra>",
             name=words(group),
-            **_marks(group),
+            **_marks(group, some),
         )
-    figure.update_xaxes(title="predicted by the calibrated table, nats/token", type="log")
-    figure.update_yaxes(title="measured KL, nats/token", type="log")
-    figure.update_xaxes(**_NUMBER)
-    figure.update_yaxes(**_NUMBER)
+    figure.update_xaxes(title="predicted by the calibrated table, nats/token", **_scale(ends))
+    figure.update_yaxes(title="measured KL, nats/token", **_scale(ends))
     return calm(_legend_above(figure))
 
 
@@ -129,7 +126,7 @@ def refinement(steps: Sequence[Mapping[str, Any]]) -> Any | None:
             mode="lines+markers" if accepted else "markers",
             line={"color": GROUPS[OURS], "width": 2, "shape": "hv"},
             marker={
-                "color": GROUPS[OURS] if accepted else _OTHER,
+                "color": GROUPS[OURS] if accepted else OTHER,
                 "symbol": "circle" if accepted else "circle-open",
                 "size": 7,
             },
@@ -180,7 +177,7 @@ def best_line(document: Mapping[str, Any], group: str) -> list[Row]:
     """Return at every budget ours, or the uniform row of the lowest KL; nothing of other groups."""
     found = []
     for budget in budgets_of(document):
-        rows = [row for row in at(document, budget) if row.get("group") == group and _place(row)]
+        rows = [row for row in at(document, budget) if row.get("group") == group and placed(row)]
         mine = [row for row in rows if row.get("strategy") == OURS] if group == OURS else rows
         if group in (OURS, "uniform") and mine:
             found.append(min(mine, key=lambda row: float(row["kl"])))
@@ -201,12 +198,28 @@ def frontier_of(
     return [size for size, _ in inside], [cost for _, cost in inside]
 
 
-def _place(row: Row) -> bool:
+def marked(values: Sequence[float]) -> tuple[int, ...]:
+    """Return the leading digits that a logarithmic axis of positive values has marks at.
+
+    None if the values are so near to each other that there might be none among them.
+    """
+    span = max(values) / min(values)
+    return (1, 2, 5) if span >= 6 else tuple(range(1, 10)) if span >= 2.5 else ()
+
+
+def _scale(values: Sequence[float]) -> dict[str, Any]:
+    steps = marked(values)
+    if not steps:
+        return {"tickformat": "~g"}
+    return {"type": "log", "tickformat": "~g", "dtick": "D2" if len(steps) == 3 else "D1"}
+
+
+def placed(row: Row) -> bool:
     """Return whether a row has a place on logarithmic axes."""
     return number(row, "bpw") is not None and (number(row, "kl") or 0) > 0
 
 
-def _groups(rows: Sequence[Row]) -> list[str]:
+def groups_of(rows: Sequence[Row]) -> list[str]:
     """Return the groups there are, known ones first."""
     return [
         *dict.fromkeys(
@@ -219,12 +232,15 @@ def _groups(rows: Sequence[Row]) -> list[str]:
 
 
 def _colour(group: str) -> str:
-    return GROUPS.get(group, _OTHER)
+    return GROUPS.get(group, OTHER)
 
 
-def _marks(group: str) -> dict[str, Any]:
+def _marks(group: str, rows: Sequence[Row]) -> dict[str, Any]:
     size, opacity = (10, 1.0) if group == OURS else (8, 0.85)
-    symbol = _SYMBOLS.get(group, "circle")
+    symbol: Any = _SYMBOLS.get(group, "circle")
+    if group == OURS:
+        # What ours was before it was refined is hollow.
+        symbol = [symbol + "-open" * (row.get("strategy") != OURS) for row in rows]
     return {
         "mode": "markers",
         "marker": {"color": _colour(group), "symbol": symbol, "size": size, "opacity": opacity},

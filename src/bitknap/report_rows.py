@@ -13,6 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from bitknap.pictures import DOTS, LINE
+
 Row = Mapping[str, Any]
 
 OURS, UNREFINED = "ours", "ours, unrefined"
@@ -20,14 +22,16 @@ OURS, UNREFINED = "ours", "ours, unrefined"
 ERRORS = 2.0
 # Colours of the groups (Okabe and Ito's palette, told apart by everyone), most important first.
 GROUPS = {
-    "ours": "#0072B2",
-    "uniform": "#D55E00",
+    "ours": LINE,
+    "uniform": DOTS,
     "published": "#CC79A7",
     "estimator": "#56B4E9",
     "search": "#E69F00",
     "signal": "#009E73",
     "random": "#8C959F",
 }
+# Of groups that are not known, and of what is no group.
+OTHER = "#8C959F"
 _COLUMNS = (
     *("budget", "strategy", "group", "source", "status", "reason", "setting", "bytes", "bpw"),
     *("kl", "kl_se", "perplexity", "top1", "difference", "difference_se", "ratio", "rank"),
