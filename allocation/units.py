@@ -221,3 +221,15 @@ class Units:
         if missing:
             raise InputError(f"units: column {missing[0]} is missing")
         return cls(**{name: arrays[name] for name in COLUMNS}, projections=tuple(projections))
+
+
+def kinds(units: Units) -> dict[str, Bools]:
+    """Return a mask of the units of each projection, roles other than routed named with it."""
+    found = {}
+    for role, projection in sorted(
+        {*zip(units.role.tolist(), units.projection.tolist(), strict=True)}
+    ):
+        name = units.projections[projection]
+        title = name if ROLES[role] == "routed" else f"{ROLES[role]} {name}"
+        found[title] = (units.role == role) & (units.projection == projection)
+    return found

@@ -39,6 +39,7 @@ from bitknap.options import (
     text_option,
     uses,
 )
+from bitknap.show_command import show
 from bitknap.stopping import stoppable
 from bitknap.study_commands import study
 from bitknap.terminal import fail, present, progress_bars, quiet, silence_transformers
@@ -70,6 +71,7 @@ def bitknap() -> None:
 
 
 bitknap.add_command(study)
+bitknap.add_command(show)
 
 
 @bitknap.command()
@@ -334,62 +336,3 @@ def convert(folder: Path, layout: str, out: str, overwrite: bool, as_json: bool)
         "checkpoint_bytes": sizes["checkpoint"],
     }
     present(as_json, facts | {"path": out}, facts_table(out, facts))
-
-
-@bitknap.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option(
-    "--picture", type=click.Path(path_type=Path), default=None, help="Of a TABLE: .png or .svg."
-)
-@overwrite_option
-@as_json_option
-def show(path: Path, picture: Path | None, overwrite: bool, as_json: bool) -> None:
-    """Show what is in a plan, a table, a frontier or a packed checkpoint.
-
-    Example: bitknap show out
-    """
-    from bitknap.allocation import BitPlan, CostTable
-    from bitknap.allocation.frontier import Frontier
-    from bitknap.allocation.frontier_file import is_frontier
-    from bitknap.render import (
-        bits_table,
-        frontier_summary,
-        frontier_table,
-        plan_summary,
-        widths_table,
-    )
-
-    if picture is not None:
-        free_path(str(picture), overwrite)
-    if path.suffix == ".safetensors":
-        _show_table(CostTable.load(path), picture, as_json)
-        return
-    if picture is not None:
-        raise InputError(f"--picture: {path} is no table; frontiers are drawn by solve --frontier")
-    file = path / "bitknap_plan.json" if path.is_dir() else path
-    if path.is_dir() and not file.is_file():
-        raise InputError(
-            f"{path}: no bitknap_plan.json; pass a plan, a table or a packed checkpoint"
-        )
-    if is_frontier(file):
-        found = Frontier.load(file)
-        present(as_json, frontier_summary(found), frontier_table(found))
-        return
-    plan = BitPlan.load(file)
-    present(as_json, plan_summary(plan), bits_table(plan), widths_table(plan))
-
-
-def _show_table(table: Any, picture: Path | None, as_json: bool) -> None:
-    from bitknap.allocation import ROLES
-    from bitknap.estimators.protect import comparable
-    from bitknap.heat import heat, heat_figure, text_of
-    from bitknap.notes import notes, table_summary
-    from bitknap.pictures import write_picture
-    from bitknap.render import cost_table
-
-    routed = (table.units.role == ROLES.index("routed")).any()
-    maps = heat(comparable(table)) if routed or picture is not None else ()
-    if picture is not None:
-        write_picture(heat_figure(maps, table.provenance.get("unit", "nats/token")), picture)
-    shown = [text_of(maps)] if maps else []
-    present(as_json, table_summary(table), cost_table(table), *shown, notes(table))

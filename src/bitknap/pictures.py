@@ -21,7 +21,7 @@ _POINTS = 1000
 # Costs this much below the largest are too small to matter, and only stretch the axis.
 _SPAN = 1e5
 # Dark blue and orange are told apart by everyone (Okabe and Ito's palette).
-_LINE, _DOTS, _INK, _GRID = "#0072B2", "#D55E00", "#222222", "#DDDDDD"
+LINE, DOTS, INK, GRID = "#0072B2", "#D55E00", "#222222", "#DDDDDD"
 # Where a label may go, in points from its dot: below the curve first, where nothing else is.
 _PLACES = ((-6, -3, "right", "top"), (7, 3, "left", "bottom"))
 
@@ -42,20 +42,20 @@ def frontier_figure(frontier: Frontier, uniform: Mapping[str, tuple[int, float]]
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     sizes = np.array([point.nbytes for point in points]) * scale
-    axes.plot(sizes, costs, color=_LINE, linewidth=2, label="frontier: best plan at each size")
+    axes.plot(sizes, costs, color=LINE, linewidth=2, label="frontier: best plan at each size")
     named = {name: (x * scale, y) for name, (x, y) in _best(frontier, uniform).items()}
     if uniform:
         x, y = np.array([*uniform.values()]).T
-        axes.plot(x * scale, y, "o", color=_DOTS, markersize=3.5, alpha=0.55, markeredgewidth=0)
+        axes.plot(x * scale, y, "o", color=DOTS, markersize=3.5, alpha=0.55, markeredgewidth=0)
         x, y = np.array([*named.values()]).T
-        axes.plot(x, y, "o", color=_DOTS, markersize=6, label="all units in one format")
+        axes.plot(x, y, "o", color=DOTS, markersize=6, label="all units in one format")
     _scale_costs(axes, [*costs, *(cost for _, cost in uniform.values())])
     axes.set_xlabel(
         "bits per weight, scales and zeros counted" if weights else "bytes of the units"
     )
     axes.set_ylabel(f"cost, {frontier.header.get('unit', 'nats/token')}")
-    axes.set_title(_title(frontier), loc="left", color=_INK)
-    axes.grid(True, color=_GRID, linewidth=0.6)
+    axes.set_title(_title(frontier), loc="left", color=INK)
+    axes.grid(True, color=GRID, linewidth=0.6)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False, loc="upper right")
     axes.margins(x=0.04)
@@ -129,7 +129,7 @@ def _label(figure: Figure, axes: Any, points: Mapping[str, tuple[float, float]])
                 ha=horizontal,
                 va=vertical,
                 fontsize=8,
-                color=_INK,
+                color=INK,
             )
             box = text.get_window_extent(renderer)
             if _free(box, taken) and inside.contains(box.x0, box.y0):

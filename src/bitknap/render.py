@@ -8,10 +8,11 @@ from typing import Any
 import numpy as np
 from rich.table import Table
 
-from bitknap.allocation import ROLES, BitPlan, CostTable, Units
+from bitknap.allocation import BitPlan, CostTable
 from bitknap.allocation.budget import human
 from bitknap.allocation.frontier import Frontier
 from bitknap.allocation.price import Price
+from bitknap.allocation.units import kinds
 
 # Plans of a frontier that a table shows.
 _SHOWN = 16
@@ -20,17 +21,17 @@ _SHOWN = 16
 def bits_table(plan: BitPlan) -> Table:
     """Return average bits per weight by layer and projection, metadata counted."""
     units = plan.units
-    kinds = _kinds(units)
+    of_kinds = kinds(units)
     table = Table(title=f"bits per weight, {plan.bpw:.4g} on average")
-    for head in ("layer", *kinds, "all", "bytes"):
+    for head in ("layer", *of_kinds, "all", "bytes"):
         table.add_column(head, justify="right")
     for layer in np.unique(units.layer):
         here = units.layer == layer
-        cells = [_bpw(plan, here & of_kind) for of_kind in kinds.values()]
+        cells = [_bpw(plan, here & of_kind) for of_kind in of_kinds.values()]
         table.add_row(str(layer), *cells, _bpw(plan, here), f"{plan.nbytes[here].sum():,}")
     table.add_section()
     everything = np.ones(len(units), dtype=bool)
-    cells = [_bpw(plan, of_kind) for of_kind in kinds.values()]
+    cells = [_bpw(plan, of_kind) for of_kind in of_kinds.values()]
     table.add_row("all", *cells, _bpw(plan, everything), f"{plan.total_bytes:,}")
     return table
 
@@ -210,7 +211,7 @@ def plan_summary(plan: BitPlan) -> dict[str, Any]:
     by_layer = {
         str(layer): {
             kind: _number(plan, of_kind & (units.layer == layer))
-            for kind, of_kind in _kinds(units).items()
+            for kind, of_kind in kinds(units).items()
         }
         for layer in np.unique(units.layer)
     }
@@ -224,18 +225,6 @@ def plan_summary(plan: BitPlan) -> dict[str, Any]:
         },
         "bits_per_weight": by_layer,
     }
-
-
-def _kinds(units: Units) -> dict[str, np.ndarray]:
-    """Return a mask of the units of each projection, roles other than routed named with it."""
-    kinds = {}
-    for role, projection in sorted(
-        {*zip(units.role.tolist(), units.projection.tolist(), strict=True)}
-    ):
-        name = units.projections[projection]
-        title = name if ROLES[role] == "routed" else f"{ROLES[role]} {name}"
-        kinds[title] = (units.role == role) & (units.projection == projection)
-    return kinds
 
 
 def _number(plan: BitPlan, mask: np.ndarray) -> float | None:

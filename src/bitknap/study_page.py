@@ -11,52 +11,13 @@ from typing import TYPE_CHECKING, Any
 from bitknap.allocation.budget import human
 from bitknap.allocation.study import Record, Study, front, records
 from bitknap.allocation.trials import quietly, shown
-from bitknap.errors import InputError
+from bitknap.page import drawn, section, shell, table
 
 if TYPE_CHECKING:
     import optuna
 
 # Plots of every parameter are readable up to about so many.
 _MOST = 12
-
-_STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #fff; --line: #d0d7de }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --line: #30363d }
-}
-body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.5 system-ui, sans-serif }
-h1, h2 { line-height: 1.2; font-weight: 600 }
-h2 { margin-top: 2.5rem; font-size: 1.2rem }
-p, caption { color: var(--soft) }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums }
-td, th { border-bottom: 1px solid var(--line); padding: .25rem .8rem .25rem 0; text-align: left;
-  overflow-wrap: anywhere }
-pre { border: 1px solid var(--line); padding: .8rem; white-space: pre-wrap;
-  overflow-wrap: anywhere }
-.plot { overflow-x: auto }
-"""
-# Plots are drawn on the page's own paper, in its ink, and change with it.
-_SCRIPT = """
-function paint() {
-  const style = getComputedStyle(document.documentElement);
-  const ink = style.getPropertyValue("--ink").trim();
-  const line = style.getPropertyValue("--line").trim();
-  for (const plot of document.querySelectorAll(".plotly-graph-div")) {
-    const change = {"font.color": ink, "title.font.color": ink, "legend.font.color": ink};
-    for (const key of Object.keys(plot.layout || {})) {
-      if (/^[xy]axis/.test(key)) {
-        change[key + ".gridcolor"] = line;
-        change[key + ".zerolinecolor"] = line;
-        change[key + ".linecolor"] = line;
-      }
-    }
-    Plotly.relayout(plot, change);
-  }
-}
-addEventListener("load", paint);
-matchMedia("(prefers-color-scheme: dark)").addEventListener("change", paint);
-"""
 
 
 def page(study: Study) -> str:
@@ -65,36 +26,17 @@ def page(study: Study) -> str:
     Raises:
         InputError: plotly is not installed.
     """
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise InputError("the page needs plotly; pip install plotly, or leave out -o") from None
     with quietly(), warnings.catch_warnings():
         # A study of a few trials is no reason to warn.
         warnings.simplefilter("ignore")
-        plots = "\n".join(_section(*plot) for plot in _plots(study))
-    library = f"<script>{get_plotlyjs()}</script>" if plots else ""
-    title = escape(f"Study {study.name}")
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>{_STYLE}</style>
-{library}
-</head>
-<body>
-<h1>{title}</h1>
-{_facts(study)}
-{_leaders(study)}
-{plots or "<p>No trial is complete yet: nothing to plot.</p>"}
-<h2>Repeat it</h2>
-<pre>{escape(_commands(study))}</pre>
-<script>{_SCRIPT if plots else ""}</script>
-</body>
-</html>
-"""
+        plots = [
+            section(heading, note, drawn(figure, heading))
+            for heading, note, figure in _plots(study)
+        ]
+    repeat = f"<pre>{escape(_commands(study))}</pre>"
+    nothing = "<p>No trial is complete yet: nothing to plot.</p>"
+    body = [_facts(study), _leaders(study), *(plots or [nothing]), section("Repeat it", "", repeat)]
+    return shell(f"Study {study.name}", body)
 
 
 def _plots(study: Study) -> Iterator[tuple[str, str, Any]]:
@@ -167,29 +109,14 @@ def _predicted(complete: list[Record]) -> Any:
     return figure
 
 
-def _section(heading: str, note: str, figure: Any) -> str:
-    figure.update_layout(
-        title=None,
-        template="none",
-        paper_bgcolor="rgba(0,0,0,0)",
-        plot_bgcolor="rgba(0,0,0,0)",
-        margin={"t": 30},
-        modebar={"bgcolor": "rgba(0,0,0,0)"},
-    )
-    # Names of parameters are as long as they are.
-    figure.update_yaxes(automargin=True)
-    drawn = figure.to_html(include_plotlyjs=False, full_html=False, config={"displaylogo": False})
-    return f'<h2>{escape(heading)}</h2>\n<p>{escape(note)}</p>\n<div class="plot">{drawn}</div>'
-
-
 def _facts(study: Study) -> str:
     about, measured = study.about, study.measured
     low, high = study.knobs.budget or (0, 0)
     states = [record.state for record in records(study)]
     turned = [name for name, on in about["knobs"].items() if on and name not in ("width", "budget")]
-    table = about["table"]
+    source = about["table"]
     rows = {
-        "table": f"{table['name']} (SHA-256 {table['sha256'][:16]}…)",
+        "table": f"{source['name']} (SHA-256 {source['sha256'][:16]}…)",
         "features": ", ".join(entry["name"] for entry in about["features"]) or "none",
         "budget": about["budget"] or f"{low:g} to {high:g} bpw",
         "profile": about["profile"],
@@ -201,7 +128,7 @@ def _facts(study: Study) -> str:
         "model": about["model"] or "unknown",
         "trials": ", ".join(f"{states.count(s)} {s}" for s in sorted(set(states))),
     }
-    return _table([[name, value] for name, value in rows.items()])
+    return table([[name, value] for name, value in rows.items()])
 
 
 def _leaders(study: Study) -> str:
@@ -227,15 +154,7 @@ def _leaders(study: Study) -> str:
         for r in rows
     ]
     head = ["trial", "measured loss", "predicted loss", "bits per weight", "bytes"]
-    return f"<h2>{heading}</h2>\n" + _table(cells, head)
-
-
-def _table(rows: list[list[str]], head: list[str] | None = None) -> str:
-    def row(cells: list[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    lines = [row(head, "th")] if head else []
-    return "<table>\n" + "\n".join([*lines, *(row(cells, "td") for cells in rows)]) + "\n</table>"
+    return section(heading, "", table(cells, head))
 
 
 def _commands(study: Study) -> str:
