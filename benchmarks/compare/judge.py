@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -15,8 +14,7 @@ from bitknap.allocation.arrays import Floats
 from bitknap.errors import InputError
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.replay import Losses, Replay
-from bitknap.quantize.apply import applied
-from bitknap.quantize.blocks import inputs_of_blocks, layout_for
+from bitknap.refining import stored
 
 # Resamples of the bootstrap: its error of a standard error is then about 2 %.
 _RESAMPLES = 1000
@@ -54,17 +52,6 @@ class Judge:
     def by_domain(self, values: Floats) -> dict[str, float]:
         """Return the mean over each domain's windows."""
         return {name: float(values[self.domain == at].mean()) for at, name in enumerate(self.names)}
-
-
-def stored(
-    replay: Replay, evidence: Evidence, plan: BitPlan
-) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which the replayed model is stored as a plan says."""
-    layout = layout_for(plan.units, evidence.layout)
-    inputs = None
-    if evidence.rounding.needs_inputs:
-        inputs = inputs_of_blocks(layout.units, evidence.units, evidence.inputs)
-    return applied(replay.model, layout, plan, evidence.rounding, inputs)
 
 
 def bootstrap_error(values: Floats, seed: int = 0) -> float:

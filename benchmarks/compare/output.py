@@ -15,13 +15,12 @@ import torch
 from bitknap.allocation import Budget, profile
 from bitknap.allocation.frontier import frontier
 from bitknap.allocation.price import price, under
-from bitknap.benchmarks.compare.run import OURS, Comparison, rows
+from bitknap.benchmarks.compare.run import WORK, Comparison, rows
+from bitknap.benchmarks.compare.strategies import OURS
 from bitknap.benchmarks.compare.tables import CALIBRATED, facts
 from bitknap.files import write_whole
 from bitknap.options import priced
 
-# What is read again when a killed run goes on, and of no use afterwards.
-WORK = ".work"
 _PACKAGES = ("numpy", "torch", "transformers", "optuna", "highspy", "scikit-fuzzy")
 # Points of the predicted frontier.
 _POINTS = 60
@@ -90,9 +89,18 @@ def document(run: Comparison, command: str) -> dict[str, Any]:
             "layers": sorted(layers),
             "tokens": [layers[number].count.tolist() for number in sorted(layers)],
         },
+        "original": original(run),
         "refine": {f"{budget:g}bpw": values["refine"] for budget, values in ours.items()},
         "loop": {f"{budget:g}bpw": values["loop"] for budget, values in ours.items()},
     }
+
+
+def original(run: Comparison) -> dict[str, Any]:
+    """Return what the model as it is loses, and its scores where tasks were asked for."""
+    row: dict[str, Any] = {"perplexity": run.setting.judge.replay.measure().perplexity}
+    if run.tasks is not None:
+        row["tasks"] = run.tasks.scores(run.setting, None)
+    return row
 
 
 def times(run: Comparison) -> dict[str, Any]:

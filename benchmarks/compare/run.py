@@ -11,19 +11,22 @@ from typing import Any
 
 import numpy as np
 
-from bitknap.allocation import BitPlan, Budget, profile
+from bitknap.allocation import BitPlan, Budget, CostTable, profile
 from bitknap.allocation.arrays import Floats
 from bitknap.allocation.price import under
 from bitknap.benchmarks.compare.judge import bootstrap_error, mean_ranks
 from bitknap.benchmarks.compare.setting import Setting
 from bitknap.benchmarks.compare.strategies import OURS, Strategy, plan_of, published, strategies
 from bitknap.benchmarks.compare.tables import CALIBRATED, Tables
+from bitknap.benchmarks.compare.tasks import Tasks
 from bitknap.errors import BitknapError, InfeasibleError
 from bitknap.estimators.journal import Readings
 from bitknap.estimators.replay import Losses
 from bitknap.journal import append_lines, open_lines
 from bitknap.refining import Outcome, run_loop
 
+# What is read again when a killed run goes on, and of no use afterwards.
+WORK = ".work"
 OK, UNREACHABLE, FAILED = "ok", "unreachable", "failed"
 # Plans within this of ours in bytes are compared with it as it is.
 _SAME_BYTES = 0.002
@@ -83,6 +86,7 @@ class Comparison:
         journal: where finished cells are kept; nowhere when not given.
         done: finished cells.
         plans: ours, by budget.
+        tasks: what plans are tried on besides.
     """
 
     setting: Setting
@@ -91,6 +95,7 @@ class Comparison:
     journal: Path | None = None
     done: dict[tuple[str, float], Cell] = field(default_factory=dict)
     plans: dict[float, BitPlan] = field(default_factory=dict)
+    tasks: Tasks | None = None
 
     def limit(self, budget: float) -> int:
         """Return the bytes of a budget."""
@@ -109,6 +114,8 @@ def compare(
     budgets: Sequence[float],
     folder: Path | None = None,
     about: Mapping[str, Any] | None = None,
+    tasks: Tasks | None = None,
+    tables: Mapping[str, CostTable] | None = None,
 ) -> Comparison:
     """Judge the wanted strategies at every budget.
 
@@ -116,25 +123,33 @@ def compare(
         setting: the model and the texts.
         wanted: names of strategies, ours among them.
         budgets: bits per weight.
-        folder: where tables and the journal are kept, so that a killed run goes on.
+        folder: in which tables and journals are kept, so that a killed run goes on.
         about: what the journal is about.
+        tasks: what plans are tried on besides; not a strategy that is a mean of several.
+        tables: cost tables that are there already, by name.
 
     Raises:
         MismatchError: the journal in `folder` is of other inputs.
     """
-    journal = None if folder is None else folder / "journal"
+    work = None if folder is None else folder / WORK
+    journal = None if work is None else work / "journal"
     lines = [] if journal is None else open_lines(journal, about or {})
     cells = [Cell.of_line(line) for line in lines]
     run = Comparison(
         setting=setting,
-        tables=Tables(setting=setting, folder=None if folder is None else folder / "tables"),
+        tables=Tables(
+            setting=setting,
+            folder=None if work is None else work / "tables",
+            known=dict(tables or {}),
+        ),
         budgets=tuple(budgets),
         journal=journal,
         done={(cell.strategy, cell.budget): cell for cell in cells},
+        tasks=tasks,
     )
     total = len(wanted) * len(budgets)
     for budget in budgets:
-        _ours(run, budget, folder)
+        _ours(run, budget, work)
     for strategy in _drawn(run, wanted):
         for budget in budgets:
             if setting.progress:
@@ -208,6 +223,8 @@ def _judged(run: Comparison, strategy: Strategy, budget: float) -> Cell:
         "perplexity": losses.perplexity,
         "top1": float(losses.top1.mean()),
     }
+    if run.tasks is not None and not strategy.average:
+        values["tasks"] = run.tasks.scores(setting, offer.plan)
     return Cell(
         strategy=strategy.name,
         budget=budget,
@@ -241,9 +258,9 @@ def _ours_at(run: Comparison, budget: float, nbytes: int) -> Floats:
     return run.setting.judge.of(plan).kl
 
 
-def _ours(run: Comparison, budget: float, folder: Path | None) -> None:
+def _ours(run: Comparison, budget: float, work: Path | None) -> None:
     """Refine the calibrated plan at a budget, let the gate judge it, and keep its plan."""
-    file = None if folder is None else folder / "plans" / f"{budget:g}bpw.json"
+    file = None if work is None else work / f"{budget:g}bpw.json"
     if (OURS, budget) in run.done and file is not None and file.is_file():
         run.plans[budget] = BitPlan.load(file)
         return
@@ -251,9 +268,9 @@ def _ours(run: Comparison, budget: float, folder: Path | None) -> None:
     start = time.perf_counter()
     table = under(tables.of(CALIBRATED), profile(setting.options.profile))
     journal = Readings()
-    if folder is not None:
+    if work is not None:
         about = {"what": "measured plans", "budget": budget, "profile": setting.options.profile}
-        journal = Readings.open(folder / f"refine.{budget:g}bpw.journal", about)
+        journal = Readings.open(work / f"refine.{budget:g}bpw.journal", about)
     outcome = run_loop(
         setting.loop,
         table,
@@ -267,7 +284,6 @@ def _ours(run: Comparison, budget: float, folder: Path | None) -> None:
     seconds = time.perf_counter() - start
     losses = setting.judge.of(outcome.plan)
     if file is not None:
-        file.parent.mkdir(parents=True, exist_ok=True)
         outcome.plan.save(file)
     values = {
         "group": "ours",
@@ -282,6 +298,8 @@ def _ours(run: Comparison, budget: float, folder: Path | None) -> None:
         "refine": _steps(outcome),
         "loop": outcome.facts(),
     }
+    if run.tasks is not None:
+        values["tasks"] = run.tasks.scores(setting, outcome.plan)
     run.keep(
         Cell(
             strategy=OURS,
@@ -350,4 +368,5 @@ def _row(cell: Cell, domain: Mapping[str, float] | None, rank: float | None) -> 
         "ratio": None if same else float(cell.kl.mean() / cell.ours.mean()),
         "rank": rank,
         "domain_kl": domain,
+        **({"tasks": cell.values["tasks"]} if "tasks" in cell.values else {}),
     }

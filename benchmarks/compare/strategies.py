@@ -28,7 +28,7 @@ from bitknap.allocation.uniform import uniform_plans_within
 from bitknap.benchmarks.compare.recipes import down_first, first_layers, offers
 from bitknap.benchmarks.compare.setting import Setting
 from bitknap.benchmarks.compare.tables import CALIBRATED, ESTIMATORS, LADDER, SCORES, Tables
-from bitknap.benchmarks.published_rules import Material, Offer, Rule, rules
+from bitknap.benchmarks.published_rules import Material, Offer, rules
 from bitknap.errors import InputError
 from bitknap.estimators.baselines import RandomScore
 from bitknap.estimators.journal import Readings
@@ -171,22 +171,19 @@ def strategies(setting: Setting, tables: Tables, wanted: Sequence[str]) -> Itera
 def published(setting: Setting, wanted: Sequence[str]) -> Iterator[Strategy]:
     """Yield the wanted published rules, in their own order."""
     slugs = {title: slug for slug, title in PUBLISHED.items()}
-    if not set(wanted) & set(PUBLISHED):
-        return
+    left = set(wanted) & set(PUBLISHED)
     material = Material(
         evidence=setting.evidence,
         final=setting.final,
         initial=setting.initial,
         sets=setting.sets,
     )
-    for rule in rules(material, setting.progress):
+    every = rules(material, setting.progress)
+    while left and (rule := next(every, None)) is not None:
         slug = slugs.get(rule.name)
-        if slug in wanted and slug is not None:
-            yield Strategy(name=slug, group="published", source=rule.source, offers=_offers(rule))
-
-
-def _offers(rule: Rule) -> Callable[[int], Sequence[Offer]]:
-    return rule.offers
+        if slug in left:
+            left.remove(slug)
+            yield Strategy(name=slug, group="published", source=rule.source, offers=rule.offers)
 
 
 def plan_of(

@@ -7,83 +7,86 @@ they are here since people ask for them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from bitknap.allocation import BitPlan
-from bitknap.benchmarks.compare.judge import stored
 from bitknap.benchmarks.compare.setting import Setting
 from bitknap.errors import InputError
 from bitknap.gathering import tokenizer_of
+from bitknap.refining import stored
 
 # Questions that are asked at a time.
 _BATCH = 8
 
 
-def check_tasks(tasks: Sequence[str], folder: Path | None) -> None:
-    """Refuse tasks that there are not, before hours go into a comparison.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tasks:
+    """Tasks that plans are tried on.
 
-    Raises:
-        InputError: lm-eval is not installed, or knows no such task.
-    """
-    if find_spec("lm_eval") is None:
-        raise InputError(
-            "--tasks: needs lm-eval; pip install 'bitknap[tasks]', or leave out --tasks"
-        )
-    known = _manager(folder).all_tasks
-    missing = [name for name in tasks if name not in known]
-    if missing:
-        raise InputError(
-            f"--tasks: lm-eval has no {', '.join(missing)}; write its own names, such as piqa, or "
-            "give the folder of yours with --task-path"
-        )
-
-
-def scores(
-    setting: Setting, plan: BitPlan | None, tasks: Sequence[str], folder: Path | None, limit: int | None
-) -> dict[str, dict[str, float]]:
-    """Return each task's metrics of the model stored as a plan says, or as it is without one.
-
-    Args:
-        setting: the model.
-        plan: the plan.
-        tasks: names of lm-eval.
+    Attributes:
+        names: of lm-eval.
         folder: of tasks of one's own.
-        limit: documents of each task; all when not given.
+        limit: documents of each; all when not given.
     """
-    from lm_eval import simple_evaluate
-    from lm_eval.models.huggingface import HFLM
 
-    replay = setting.judge.replay
-    where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-    if plan is not None:
-        where = stored(replay, setting.evidence, plan)
-    with where:
-        language = HFLM(
-            pretrained=replay.model,
-            tokenizer=tokenizer_of(setting.source.folder),
-            batch_size=_BATCH,
-        )
-        found = simple_evaluate(
-            model=language,
-            tasks=list(tasks),
-            task_manager=_manager(folder),
-            limit=limit,
-            bootstrap_iters=0,
-            random_seed=setting.options.seed,
-            numpy_random_seed=setting.options.seed,
-            torch_random_seed=setting.options.seed,
-            fewshot_random_seed=setting.options.seed,
-        )
-    return {name: dict(_numbers(values)) for name, values in found["results"].items()}
+    names: tuple[str, ...]
+    folder: Path | None = None
+    limit: int | None = None
 
+    def check(self) -> None:
+        """Refuse tasks that there are not, before hours go into a comparison.
 
-def _manager(folder: Path | None) -> Any:
-    from lm_eval.tasks import TaskManager
+        Raises:
+            InputError: lm-eval is not installed, or knows no such task.
+        """
+        if find_spec("lm_eval") is None:
+            raise InputError(
+                "--tasks: needs lm-eval; pip install 'bitknap[tasks]', or leave out --tasks"
+            )
+        known = self._manager().all_tasks
+        missing = [name for name in self.names if name not in known]
+        if missing:
+            raise InputError(
+                f"--tasks: lm-eval has no {', '.join(missing)}; write its own names, such as "
+                "piqa, or give the folder of yours with --task-path"
+            )
 
-    return TaskManager(include_path=None if folder is None else str(folder))
+    def scores(self, setting: Setting, plan: BitPlan | None) -> dict[str, dict[str, float]]:
+        """Return each task's metrics of the model stored as a plan says, or as it is without."""
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+
+        replay, seed = setting.judge.replay, setting.options.seed
+        where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        if plan is not None:
+            where = stored(replay, setting.evidence, plan)
+        with where:
+            language = HFLM(
+                pretrained=replay.model,
+                tokenizer=tokenizer_of(setting.source.folder),
+                batch_size=_BATCH,
+            )
+            found = simple_evaluate(
+                model=language,
+                tasks=list(self.names),
+                task_manager=self._manager(),
+                limit=self.limit,
+                bootstrap_iters=0,
+                random_seed=seed,
+                numpy_random_seed=seed,
+                torch_random_seed=seed,
+                fewshot_random_seed=seed,
+            )
+        return {name: dict(_numbers(values)) for name, values in found["results"].items()}
+
+    def _manager(self) -> Any:
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_path=None if self.folder is None else str(self.folder))
 
 
 def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:

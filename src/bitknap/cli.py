@@ -11,6 +11,7 @@ from typing import Any
 import click
 
 from bitknap import __version__
+from bitknap.compare_command import compare
 from bitknap.errors import BitknapError, InputError
 from bitknap.estimating import (
     check_planned,
@@ -39,6 +40,7 @@ from bitknap.options import (
     text_option,
     uses,
 )
+from bitknap.refine_options import check_refining, refine_journal, refining, run_refine
 from bitknap.show_command import show
 from bitknap.stopping import stoppable
 from bitknap.study_commands import study
@@ -71,6 +73,7 @@ def bitknap() -> None:
 
 
 bitknap.add_command(study)
+bitknap.add_command(compare)
 bitknap.add_command(show)
 
 
@@ -197,6 +200,7 @@ def _solve_frontier(
 @click.option("--budget", default=None, help="Instead of a plan: 2.5bpw, 12GiB or 40%.")
 @estimating
 @solving
+@refining
 @click.option("--force", is_flag=True, help="Round in another way than the plan is made for.")
 @click.option("--max-shard-size", default="5GB", show_default=True, help="Of a file of OUT.")
 @click.option("-o", "out", required=True, help="OUT folder to write.")
@@ -232,6 +236,7 @@ def quantize(
         raise InputError("give --plan or --budget, one of them")
     path = free_path(out, overwrite)
     parse_size(max_shard_size)
+    check_refining(budget, options)
     if budget is not None:
         check_solving(budget, options)
     else:
@@ -247,6 +252,11 @@ def quantize(
             with telling(journal_of(path)):
                 solution, prices = run_solve(table, str(budget), options)
         chosen, facts = solution.plan, solved(solution)
+        if options["refine"]:
+            outcome = run_refine(model, table, str(budget), options, path)
+            chosen, loop = outcome.plan, outcome.facts()
+            notes.append(facts_table("refined by measuring plans", loop))
+            facts |= {f"refine_{name}": value for name, value in loop.items()}
         notes += [price_table(prices, options["profile"])] if prices else []
         notes.append(notes_of(table))
     with stoppable(), progress_bars() as progress:
@@ -264,6 +274,7 @@ def quantize(
             progress=progress,
         )
     forget(path)
+    refine_journal(path).unlink(missing_ok=True)
     facts |= {
         "method": sizes["method"],
         "bytes_predicted": sizes["predicted"],

@@ -16,6 +16,7 @@ from bitknap.terminal import present, progress_bars, silence_transformers
 if TYPE_CHECKING:
     from bitknap.allocation import Format
     from bitknap.benchmarks.compare.setting import Options
+    from bitknap.benchmarks.compare.tasks import Tasks
 
 # Exit status when a strategy failed and the others are there.
 _PARTLY = 1
@@ -70,7 +71,13 @@ _PARTLY = 1
 @seed_option
 @as_json_option
 def compare(
-    model: str, budgets: str, strategies: str, out: str, overwrite: bool, as_json: bool, **options: Any
+    model: str,
+    budgets: str,
+    strategies: str,
+    out: str,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
 ) -> None:
     """Compare ways to allocate bits on MODEL at equal bytes: a table, a picture and a page.
 
@@ -91,20 +98,11 @@ def compare(
     chosen = _options(model, strategies, options)
     folder = _folder(Path(out), overwrite)
     about = _about(chosen, wanted, sizes, options)
-    if options["tasks"]:
-        from bitknap.benchmarks.compare.tasks import check_tasks
-
-        check_tasks(listed(options["tasks"]), options["task_path"])
+    tasks = _tasks(options)
     silence_transformers()
     with progress_bars() as progress:
         setting = prepare(chosen, progress)
-        run = judge_all(setting, wanted, sizes, folder, about)
-        if options["tasks"]:
-            from bitknap.benchmarks.compare.tasks import measure_tasks
-
-            measure_tasks(
-                run, listed(options["tasks"]), options["task_path"], options["task_limit"]
-            )
+        run = judge_all(setting, wanted, sizes, folder, about, tasks)
         document = write(run, folder, _command(sys.argv))
     present(as_json, document | {"path": out}, *strategies_tables(document, run))
     if any(row["status"] == FAILED for row in document["rows"]):
@@ -150,6 +148,17 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
     )
 
 
+def _tasks(options: dict[str, Any]) -> Tasks | None:
+    from bitknap.benchmarks.compare.tasks import Tasks
+
+    names, folder, limit = listed(options["tasks"]), options["task_path"], options["task_limit"]
+    if not names:
+        return None
+    found = Tasks(names=tuple(names), folder=folder, limit=limit)
+    found.check()
+    return found
+
+
 def _formats(options: dict[str, Any]) -> tuple[Format, ...]:
     from bitknap.allocation import formats
     from bitknap.benchmarks.compare.setting import SIZES, WIDTHS
@@ -158,7 +167,9 @@ def _formats(options: dict[str, Any]) -> tuple[Format, ...]:
     try:
         widths = [int(b) for b in bits] or list(WIDTHS)
     except ValueError:
-        raise InputError(f"--formats {options['bits']!r}: widths are numbers, such as 2,3,4") from None
+        raise InputError(
+            f"--formats {options['bits']!r}: widths are numbers, such as 2,3,4"
+        ) from None
     return formats(widths, size or SIZES, (False, True), metadata or ("compact",))
 
 
@@ -166,7 +177,7 @@ def _folder(out: Path, overwrite: bool) -> Path:
     """Return the folder to write to: a new one, or one that a run did not finish."""
     import shutil
 
-    from bitknap.benchmarks.compare.output import WORK
+    from bitknap.benchmarks.compare.run import WORK
 
     if out.exists() and not (out / WORK).is_dir():
         if not overwrite:
@@ -194,7 +205,7 @@ def _about(
         "strategies": list(wanted),
         "budgets": list(sizes),
         "texts": [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts],
-        "tasks": options["tasks"],
+        "tasks": [options["tasks"], options["task_limit"]],
     }
 
 

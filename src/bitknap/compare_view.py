@@ -11,7 +11,17 @@ from rich.table import Table
 if TYPE_CHECKING:
     from bitknap.benchmarks.compare.run import Comparison
 
-_RIGHT = ("bytes", "KL, nats/token", "− ours", "ratio", "rank", "perplexity", "top token", "read", "s")
+_RIGHT = (
+    "bytes",
+    "KL, nats/token",
+    "− ours",
+    "ratio",
+    "rank",
+    "perplexity",
+    "top token",
+    "read",
+    "s",
+)
 
 
 def strategies_tables(document: Mapping[str, Any], run: Comparison) -> Iterator[Table]:

@@ -180,7 +180,7 @@ def _solved(table: Any, budget: str, options: dict[str, Any]) -> tuple[Any, tupl
     from bitknap.planning import plan_for
 
     table, solver, wanted = pinned(table, options), _solver(options), Budget.parse(budget)
-    limits = [limit for file in options["limits"] for limit in _limits(file, table)]
+    limits = [limit for file in options["limits"] for limit in limits_of(file, table)]
     solution = plan_for(
         table, wanted, profile_name=options["profile"], solver=solver, limits=limits
     )
@@ -188,7 +188,8 @@ def _solved(table: Any, budget: str, options: dict[str, Any]) -> tuple[Any, tupl
     return solution, prices
 
 
-def _limits(file: Path, table: Any) -> tuple[Any, ...]:
+def limits_of(file: Path, table: Any) -> tuple[Any, ...]:
+    """Return the limits in a file, resolved for a table."""
     from bitknap.allocation.limit_file import read_limits
 
     return read_limits(file, table)

@@ -7,6 +7,7 @@ the recipe loses no more there, it is what is written.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from bitknap.evaluation import name_of
 from bitknap.gathering import gather, longest_of, tokenizer_of
 from bitknap.progress import Progress
 from bitknap.quantize.apply import applied
+from bitknap.quantize.blocks import inputs_of_blocks, layout_for
 from bitknap.quantize.checkpoint import roles_of
 from bitknap.quantize.remembered import Remembered
 from bitknap.quantize.rounding import method as method_of
@@ -241,9 +243,25 @@ def measures(loop: Loop, table: CostTable, readings: Readings) -> tuple[Measure,
 
 def losses_of(loop: Loop, replay: Replay, plan: BitPlan) -> Losses:
     """Return what the model loses on a replayed text when it is stored as a plan says."""
-    evidence = loop.evidence
-    with applied(replay.model, evidence.layout, plan, evidence.rounding, evidence.inputs):
+    with stored(replay, loop.evidence, plan):
         return replay.measure()
+
+
+def stored(
+    replay: Replay, evidence: Evidence, plan: BitPlan
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a replayed model is stored as a plan says.
+
+    Args:
+        replay: of the model that the evidence is of.
+        evidence: how it is rounded.
+        plan: of its units, or of blocks of their rows.
+    """
+    layout = layout_for(plan.units, evidence.layout)
+    inputs = None
+    if evidence.rounding.needs_inputs:
+        inputs = inputs_of_blocks(layout.units, evidence.units, evidence.inputs)
+    return applied(replay.model, layout, plan, evidence.rounding, inputs)
 
 
 def _best_uniform(

@@ -1,0 +1,72 @@
+"""KL against bits per weight of every strategy, a panel a model and method."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# Told apart by everyone (Okabe and Ito's palette), and in the order they are drawn.
+_COLOURS = {
+    "random": "#BBBBBB",
+    "signal": "#56B4E9",
+    "estimator": "#009E73",
+    "search": "#CC79A7",
+    "published": "#E69F00",
+    "uniform": "#D55E00",
+    "ours": "#0072B2",
+}
+_LINES = ("uniform", "ours")
+_GRID, _INK = "#DDDDDD", "#222222"
+
+
+def picture(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+    """Draw documents by model and method, then by profile; that of free choice is drawn."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5.2 * len(found), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
+    for place, (name, profiles) in zip(axes, found.items(), strict=True):
+        rows = [row for row in profiles["free"]["rows"] if row["status"] == "ok"]
+        for group, colour in _COLOURS.items():
+            here = [row for row in rows if row["group"] == group]
+            _draw(place, here, group, colour)
+        place.set_yscale("log")
+        place.set_title(name.replace(".", ", "), loc="left", color=_INK)
+        place.set_xlabel("bits per weight, scales and zeros counted")
+        place.grid(True, color=_GRID, linewidth=0.6)
+        place.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("KL on unseen text, nats per token")
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right center")
+    return figure
+
+
+def _draw(axes: Any, rows: list[Mapping[str, Any]], group: str, colour: str) -> None:
+    line = [row for row in rows if row["strategy"] == group] if group in _LINES else []
+    rest = [row for row in rows if row not in line]
+    size, alpha = (14, 0.6) if group not in _LINES else (10, 0.5)
+    label = None if line else group
+    if rest:
+        axes.scatter(
+            [row["bpw"] for row in rest],
+            [row["kl"] for row in rest],
+            s=size,
+            color=colour,
+            alpha=alpha,
+            linewidths=0,
+            label=label,
+        )
+    if line:
+        line.sort(key=lambda row: float(row["bpw"]))
+        axes.plot(
+            [row["bpw"] for row in line],
+            [row["kl"] for row in line],
+            "o-",
+            color=colour,
+            markersize=5,
+            linewidth=2,
+            label=group,
+        )

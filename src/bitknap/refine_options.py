@@ -1,0 +1,82 @@
+"""What the closed loop is asked for at the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bitknap.errors import InputError
+from bitknap.options import given, limits_of, options_of, pinned
+
+refining = options_of(
+    click.option(
+        "--refine",
+        type=int,
+        default=0,
+        show_default=True,
+        metavar="N",
+        help="Measure N plans around the solved one, keep the best; never worse than uniform.",
+    ),
+    click.option(
+        "--refine-driver",
+        type=click.Choice(["belief", "tpe", "cmaes"]),
+        default="belief",
+        show_default=True,
+        help="What proposes them: what is believed of the costs, or a sampler of Optuna's.",
+    ),
+    click.option(
+        "--refine-tokens",
+        type=int,
+        default=None,
+        help="Of the calibration text, to measure them on. Default: 16384.",
+    ),
+)
+
+
+def check_refining(budget: str | None, options: dict[str, Any]) -> None:
+    """Refuse what does not go with --refine, before minutes go into estimating."""
+    if options["refine"] < 0:
+        raise InputError(f"--refine {options['refine']}: a number of plans, 0 for none")
+    if not options["refine"]:
+        return
+    if budget is None:
+        raise InputError("--refine: improves on what a budget gives; give --budget, not --plan")
+    for name in ("permute", "rotate", "max_memory"):
+        if options[name]:
+            flag = name.replace("_", "-")
+            raise InputError(f"--refine: measures the live model as it is; leave out --{flag}")
+    if len(options["text"]) > 1:
+        raise InputError("--refine: plans are measured on one text; give one --text")
+
+
+def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out: Path) -> Any:
+    """Return what the closed loop and its gate make of a table; kept beside `out` if killed."""
+    from bitknap.allocation import Budget, profile
+    from bitknap.allocation.price import under
+    from bitknap.api import CALIBRATION_TOKENS
+    from bitknap.refining import REFINE_TOKENS, refine
+    from bitknap.terminal import progress_bars
+
+    table = pinned(table, options)
+    limits = [limit for file in options["limits"] for limit in limits_of(file, table)]
+    with progress_bars() as progress:
+        return refine(
+            model,
+            under(table, profile(options["profile"])),
+            [Budget.parse(budget), *limits],
+            evaluations=options["refine"],
+            driver=options["refine_driver"],
+            text=options["text"][0],
+            tokens=given(options["tokens"], CALIBRATION_TOKENS),
+            refine_tokens=given(options["refine_tokens"], REFINE_TOKENS),
+            seed=options["seed"],
+            journal=refine_journal(out),
+            progress=progress,
+        )
+
+
+def refine_journal(out: Path) -> Path:
+    """Return where measured plans are kept while `out` is in the making."""
+    return out.with_name(f"{out.name}.refine.journal")
