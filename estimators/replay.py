@@ -107,11 +107,14 @@ class Replay:
         layout: its units, to find the decoder layers.
         windows: int64 [windows, length].
         cache: keep layer outputs, so that later measurements start at the changed layer.
+
+    Attributes:
+        base: name of the model whose layer outputs are kept; "" for the reference pass.
     """
 
     @torch.inference_mode()
     def __init__(self, model: Any, layout: Layout, windows: Tensor, *, cache: bool = True) -> None:
-        self.model, self.windows = model, windows
+        self.model, self.windows, self.base = model, windows, ""
         self._layers, self._places = decoder_layers(model, layout) if cache else (None, {})
         self._batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
         self._logs: list[Tensor] = []
@@ -121,6 +124,25 @@ class Replay:
             with self._listening(outputs):
                 self._logs.append(log_probabilities(model, batch))
             self._outputs.append(outputs)
+
+    @torch.inference_mode()
+    def rebase(self, name: str) -> None:
+        """Let layers before a change answer as they do now; KL still refers to the reference pass.
+
+        For measuring many variants of one changed model: from here on `layer` is the first MoE
+        layer that differs from the model as it is at this moment.
+
+        Args:
+            name: of the model as it is now, for `base` to tell.
+        """
+        self.base = name
+        if self._layers is None:
+            return
+        for at, batch in enumerate(self._batches):
+            outputs: list[Any] = []
+            with self._listening(outputs):
+                log_probabilities(self.model, batch)
+            self._outputs[at] = outputs
 
     @property
     def span(self) -> int:

@@ -150,8 +150,8 @@ def _overall(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "## Every strategy",
         "",
         "Geometric mean of its KL over ours at its bytes, over all cells that it is in; in how "
-        "many of them it is worse and better than ours by more than two standard errors; its rank over "
-        "the four domains, and KL readings on calibration text.",
+        "many of them it is worse and better than ours by more than two standard errors; its rank "
+        "over the four domains, and KL readings on calibration text.",
         "",
         "| strategy | kind | KL over ours | worse | better | of | rank | readings |",
         "|---|---|---|---|---|---|---|---|",

@@ -227,6 +227,7 @@ def priced(prices: tuple[Any, ...], chosen: str) -> dict[str, Any]:
             "cost": None if one.solution is None else one.cost,
             "bound": None if one.solution is None else one.bound,
             "ratio": one.ratio,
+            "bits_per_weight": one.solution and one.solution.plan.totals["bits_per_weight"],
             "seconds": round(one.seconds, 6),
             "chosen": one.profile.name == chosen,
             "reason": one.reason,

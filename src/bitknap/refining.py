@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitknap.allocation import BitPlan, Budget, CostTable, Limit, Problem
+from bitknap.allocation import ROLES, BitPlan, Budget, CostTable, Limit, Problem
 from bitknap.allocation.arrays import Floats, Ints
 from bitknap.allocation.refine import EVALUATIONS, Measure, Refine, Refined
 from bitknap.allocation.solve import within
@@ -166,7 +166,7 @@ def open_loop(
     layout = evidence.layout
     return Loop(
         evidence=evidence,
-        parts=tuple(Replay(model, layout, part, cache=False) for part in parts),
+        parts=tuple(Replay(model, layout, part) for part in parts),
         gate=Replay(model, layout, gate, cache=False),
     )
 
@@ -224,21 +224,61 @@ def run_loop(
 
 
 def measures(loop: Loop, table: CostTable, readings: Readings) -> tuple[Measure, ...]:
-    """Return what measures plans on each part of the text: KL of its windows, nats a token."""
+    """Return what measures plans on each part of the text: KL of its windows, nats a token.
 
-    def measure(replay: Replay, part: int) -> Measure:
-        def of(choice: Ints) -> Floats:
-            key = key_of([part, *choice.tolist()], ())
-            known = readings.known(key, len(replay.windows))
-            if known is None:
-                plan = BitPlan.from_choice(table.units, table.formats, choice)
-                known = losses_of(loop, replay, plan).kl
-                readings.keep(key, known)
-            return known
+    Layers before the first one in which a plan differs from the first plan of all answer from
+    memory.
+    """
+    return tuple(
+        _Part(loop=loop, table=table, readings=readings, replay=replay, number=part)
+        for part, replay in enumerate(loop.parts)
+    )
 
-        return of
 
-    return tuple(measure(replay, part) for part, replay in enumerate(loop.parts))
+@dataclass(kw_only=True)
+class _Part:
+    """Measures plans on one part of the text.
+
+    Attributes:
+        loop: the model and the texts.
+        table: whose units and formats choices are of.
+        readings: what was measured before, and where to keep what is measured.
+        replay: of the part.
+        number: of the part.
+        base: the plan that layers in memory are of.
+        name: what the replay calls it.
+    """
+
+    loop: Loop
+    table: CostTable
+    readings: Readings
+    replay: Replay
+    number: int
+    base: Ints | None = None
+    name: str = "none"
+
+    def __call__(self, choice: Ints) -> Floats:
+        key = key_of([self.number, *choice.tolist()], ())
+        known = self.readings.known(key, len(self.replay.windows))
+        if known is None:
+            plan = BitPlan.from_choice(self.table.units, self.table.formats, choice)
+            with stored(self.replay, self.loop.evidence, plan):
+                if self.replay.base != self.name:
+                    # The first plan, or others have used the replay since.
+                    self.base, self.name = choice, f"{id(self)} {key}"
+                    self.replay.rebase(self.name)
+                known = self.replay.measure(self._first(choice)).kl
+            self.readings.keep(key, known)
+        return known
+
+    def _first(self, choice: Ints) -> int | None:
+        """Return the first MoE layer in which a plan differs from the base; None for any."""
+        units = self.table.units
+        other = (choice != self.base) & (units.role == ROLES.index("routed"))
+        elsewhere = (choice != self.base) & (units.role != ROLES.index("routed"))
+        if elsewhere.any():
+            return None
+        return int(units.layer[other].min()) if other.any() else int(units.layer.max())
 
 
 def losses_of(loop: Loop, replay: Replay, plan: BitPlan) -> Losses:
