@@ -20,6 +20,7 @@ from bitknap.estimating import (
     one_text,
     resumable,
     run_estimate,
+    size_of,
 )
 from bitknap.options import (
     as_json_option,
@@ -230,6 +231,7 @@ def quantize(
         raise InputError("give --plan or --budget, one of them")
     path = free_path(out, overwrite)
     parse_size(max_shard_size)
+    text = one_text(options)
     if budget is not None:
         check_solving(budget, options)
     else:
@@ -254,8 +256,9 @@ def quantize(
             out,
             method=options["method"],
             force=force,
-            text=one_text(options),
+            text=text,
             tokens=given(options["tokens"], api.CALIBRATION_TOKENS),
+            max_memory=size_of(options["max_memory"]),
             seed=options["seed"],
             max_shard_size=max_shard_size,
             overwrite=overwrite,
