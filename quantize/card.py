@@ -210,6 +210,14 @@ def _made(plan: BitPlan) -> Iterator[str]:
     ):
         if key in header:
             yield f"- {label}: {_short(header[key])}"
+    if "row_blocks" in header:
+        yield f"- runs of rows of each matrix: {_short(header['row_blocks'])}"
+    twin = header.get("rewritten")
+    if isinstance(twin, Mapping):
+        if twin.get("rotation") is not None:
+            yield f"- residual stream rotated: seed {_short(twin['rotation'])}"
+        if twin.get("order") is not None:
+            yield "- neurons of experts sorted by sensitivity"
     objective, bound = header.get("objective"), header.get("bound")
     if isinstance(objective, int | float):
         yield f"- expected loss: {objective:.5g}"

@@ -53,10 +53,9 @@ def meter(monkeypatch):
 @pytest.mark.parametrize(
     "words",
     [
-        ("calibrated", "--check", "3"),
-        ("calibrated,moments,kurtosis",),
+        ("calibrated,moments,kurtosis", "--check", "3"),
         ("fuzzy,calibrated,moments", "--measurements", "25"),
-        ("measured-kl",),
+        ("measured-kl", "--formats", "2", "--group-size", "row"),
     ],
 )
 def test_stopped_runs_measure_nothing_twice(words, made, tmp_path, meter, capsys):
@@ -65,19 +64,18 @@ def test_stopped_runs_measure_nothing_twice(words, made, tmp_path, meter, capsys
     estimate(made.model, whole, *words)
     total, meter.count = meter.count, 0
     assert total > 10
-    for part in (total // 4, total // 2):
-        meter.stop = meter.count + part
-        with pytest.raises(SystemExit) as exit:
-            estimate(made.model, out, *words)
-        assert exit.value.code == 130
-        line = capsys.readouterr().err
-        assert line.startswith("bitknap: stopped; ") and line.count("\n") == 1
-        assert line.endswith(
-            f" readings are kept in {out}.journal, and the same command goes on from there\n"
-        )
+    meter.stop = total // 2
+    with pytest.raises(SystemExit) as exit:
+        estimate(made.model, out, *words)
+    assert exit.value.code == 130
+    line = capsys.readouterr().err
+    assert line.startswith("bitknap: stopped; ") and line.count("\n") == 1
+    assert line.endswith(
+        f" readings are kept in {out}.journal, and the same command goes on from there\n"
+    )
     meter.stop = None
     estimate(made.model, out, *words)
-    assert meter.count <= total + 2 * 4  # of dense profiling a part of 4 units is kept when whole
+    assert meter.count <= total + 4  # of dense profiling a part of 4 units is kept when whole
     assert out.read_bytes() == whole.read_bytes()
     assert sorted(x.name for x in tmp_path.iterdir()) == ["t.safetensors", "whole.safetensors"]
 
@@ -125,7 +123,7 @@ def started(*words):
 
 
 def wait_for(journal, lines):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while not (journal.exists() and journal.read_bytes().count(b"\n") > lines):
         assert time.monotonic() < deadline
         time.sleep(0.002)
@@ -140,7 +138,7 @@ def test_killed_and_terminated_quantizing_for_a_budget_ends_with_the_same_bytes(
         wait_for(journal, done + 3)
         time.sleep(0.015)
         process.send_signal(number)
-        output, errors = process.communicate(timeout=60)
+        output, errors = process.communicate(timeout=120)
         assert (process.returncode, output) == (status, "")
         assert ("readings are kept" in errors) == (number == signal.SIGTERM), errors
         assert not out.exists()
@@ -261,7 +259,8 @@ def test_journals_without_readings_go_and_no_journal_remembers_nothing(tmp_path)
         assert path.exists()
     assert not path.exists()
     nowhere = Readings()
-    assert [nowhere.value("one", lambda value=value: value) for value in (0.1, 0.2)] == [0.1, 0.2]
+    assert nowhere.value("one", lambda: 0.1) == 0.1
+    assert nowhere.value("one", lambda: 0.2) == 0.2
     with beside(None, {}) as readings:
         readings.keep("one", float("nan"))
     assert readings.known("one") is None

@@ -51,6 +51,15 @@ def test_gptq_reads_one_text(made, tmp_path, refused):
     )
 
 
+def test_gptq_keeps_to_the_memory_it_is_given(made, tmp_path, refused, document):
+    words = ("--plan", made.plan, "--method", "gptq", "--force", "--tokens", 64, *TEXT)
+    out = ("-o", tmp_path / "out")
+    line = refused("quantize", made.model, *words, "--max-memory", "1kB", *out)
+    assert "memory: calibrating takes about" in line
+    sizes = document("quantize", made.model, *words, "--max-memory", "6MB", *out)
+    assert sizes["bytes_predicted"] == sizes["bytes_on_disk"]
+
+
 def test_the_stored_precision_is_a_format(made, tmp_path, document):
     table = tmp_path / "table.safetensors"
     words = ("--estimator", "data-free", "--keep", "-o", table)

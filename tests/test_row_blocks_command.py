@@ -20,8 +20,6 @@ TEXT = ("--text", str(Path(__file__).parent.parent / "LICENSE"))  # short: quick
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "128", *TEXT)
 WAYS = {
     "blocks": ("--row-blocks", "3"),
-    "sorted": ("--row-blocks", "3", "--permute"),
-    "rotated": ("--rotate", "--seed", "5"),
     "both": ("--rotate", "--row-blocks", "2", "--permute"),
 }
 
@@ -46,10 +44,20 @@ def test_in_one_go_and_step_by_step_are_the_same(way, made, tmp_path, document):
     assert sorted(x.name for x in tmp_path.iterdir()) == ["a", "b", "p.json", "t.safetensors"]
     packed = bitknap.load(once, torch.float32, packed=True)
     torch.testing.assert_close(logits(packed), logits(bitknap.load(once, torch.float32)))
-    shown = json.dumps(document("show", plan))
-    assert "base64" not in shown and len(shown) < 20_000
+    shown = [document("show", path)[key] for path, key in ((plan, "header"), (table, "provenance"))]
+    for said in (one["rewritten"] for one in shown if "rewritten" in one):
+        assert said["order"] in (None, {"blocks": 2})
+    card = (once / "README.md").read_text()
+    assert ("neurons of experts sorted" in card) == (way == "both")
     blocks = BitPlan.load(plan).units.block.max() + 1
-    assert blocks == {"blocks": 3, "sorted": 3, "rotated": 1, "both": 2}[way]
+    assert blocks == {"blocks": 3, "both": 2}[way]
+
+
+def test_a_budget_of_the_whole_checkpoint_counts_the_order(made, tmp_path, document):
+    out = tmp_path / "out"
+    budget = ("--budget", "950kB", *FAST, "--row-blocks", "200", "--permute")
+    document("quantize", made.model, *budget, "-o", out)
+    assert sum(file.stat().st_size for file in out.iterdir()) <= 950_000
 
 
 def test_eight_bits_of_a_twin_compute_what_the_model_does(made, tmp_path):

@@ -95,15 +95,22 @@ def test_bad_words_to_solve(arguments, words, made, tmp_path, refused):
 
 
 @pytest.mark.parametrize("budget", ["0.5bpw", "1kB", "1%"])
-def test_a_budget_below_the_minimum(budget, made, tmp_path, refused):
+def test_a_budget_below_the_minimum(budget, made, tmp_path, refused, capsys):
     out = ("-o", tmp_path / "plan.json")
     line = refused("solve", made.table, "--budget", budget, *out)
     assert "limit is" in line
     if budget == "0.5bpw":
         table = CostTable.load(made.table)
         assert f"{table.nbytes.min(1).sum() / 1024:.4g} KiB" in line
-    rest = ("--budget", budget, *FAST, "-o", tmp_path / "out")
-    assert "limit is" in refused("quantize", made.model, *rest)
+    rest = ("--budget", budget, *FAST, "-o", str(tmp_path / "out"))
+    with pytest.raises(SystemExit) as exit:
+        main(["quantize", str(made.model), *rest])
+    line = capsys.readouterr().err
+    assert exit.value.code == 2
+    assert "limit is" in line
+    assert "readings are kept in" in line  # for another try, with another budget
+    assert line.count("\n") == 1
+    assert [file.name for file in tmp_path.iterdir()] == ["out.journal"]
 
 
 # Solvers

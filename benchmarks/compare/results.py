@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.benchmarks.compare.output import document, times
-from bitknap.benchmarks.compare.run import WORK, Comparison, compare
+from bitknap.benchmarks.compare.run import Comparison, compare
 from bitknap.benchmarks.compare.setting import Options, Setting, prepare
 from bitknap.benchmarks.compare.strategies import names
 from bitknap.terminal import silence_transformers
@@ -68,7 +68,6 @@ def _run(
     setting: Setting, wanted: Sequence[str], folder: Path, like: Comparison | None = None
 ) -> Comparison:
     """Return a comparison; tables do not depend on profiles, so those of another one serve."""
-    (folder / WORK).mkdir(parents=True, exist_ok=True)
     options = setting.options
     about = {
         "model": setting.source.fingerprint,

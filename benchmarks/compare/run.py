@@ -133,6 +133,8 @@ def compare(
     """
     work = None if folder is None else folder / WORK
     journal = None if work is None else work / "journal"
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
     lines = [] if journal is None else open_lines(journal, about or {})
     cells = [Cell.of_line(line) for line in lines]
     run = Comparison(

@@ -7,6 +7,8 @@ they are here since people ask for them.
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -64,7 +66,9 @@ class Tasks:
         where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if plan is not None:
             where = stored(replay, setting.evidence, plan)
-        with where:
+        # It draws bars and gives advice on stderr, whoever asks.
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        with where, contextlib.redirect_stderr(io.StringIO()):
             language = HFLM(
                 pretrained=replay.model,
                 tokenizer=tokenizer_of(setting.source.folder),

@@ -49,6 +49,7 @@ def quantize(
     force: bool = False,
     text: str = BUILTIN,
     tokens: int = CALIBRATION_TOKENS,
+    max_memory: int | None = None,
     seed: int = 0,
     max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
@@ -68,6 +69,7 @@ def quantize(
         force: round in another way than the plan's costs are of.
         text: of methods that calibrate, a file or "builtin".
         tokens: how much of it to use.
+        max_memory: bytes; when calibrating would take more, it goes layer by layer.
         seed: of the calibration.
         max_shard_size: most bytes of a file, such as "5GB"; a larger tensor has its own.
         overwrite: replace `out` if it exists, and what a run with other inputs left.
@@ -82,7 +84,7 @@ def quantize(
         MismatchError: the plan is for another model or method, or an unfinished run had other
             inputs.
         ModelError: a weight is NaN or infinite.
-        InputError: `out` exists, or the disk has no room for it.
+        InputError: `out` exists, the disk has no room for it, or `max_memory` does not suffice.
         BitknapError: the disk is full.
     """
     rounding = planned(plan, method, force=force)
@@ -92,8 +94,9 @@ def quantize(
         if rounding.needs_inputs:
             checkpoint.check_plan(source, plan)
             roles = checkpoint.roles_of(plan.units)
+            needs: frozenset[str] = frozenset()
             evidence = gather(
-                source, frozenset(), text, tokens, roles, seed, progress, rounding=rounding
+                source, needs, text, tokens, roles, seed, progress, max_memory, rounding
             )
             cut = layout_for(plan.units, evidence.layout)
             inputs = inputs_of_blocks(cut.units, evidence.units, evidence.inputs)

@@ -21,6 +21,7 @@ from bitknap.estimating import (
     one_text,
     resumable,
     run_estimate,
+    size_of,
 )
 from bitknap.options import (
     as_json_option,
@@ -237,6 +238,7 @@ def quantize(
     path = free_path(out, overwrite)
     parse_size(max_shard_size)
     check_refining(budget, options)
+    text = one_text(options)
     if budget is not None:
         check_solving(budget, options)
     else:
@@ -266,8 +268,9 @@ def quantize(
             out,
             method=options["method"],
             force=force,
-            text=one_text(options),
+            text=text,
             tokens=given(options["tokens"], api.CALIBRATION_TOKENS),
+            max_memory=size_of(options["max_memory"]),
             seed=options["seed"],
             max_shard_size=max_shard_size,
             overwrite=overwrite,

@@ -96,12 +96,13 @@ def compare(
 
     wanted, sizes = names(listed(strategies)), _budgets(budgets)
     chosen = _options(model, strategies, options)
-    folder = _folder(Path(out), overwrite)
+    _check_folder(Path(out), overwrite)
     about = _about(chosen, wanted, sizes, options)
     tasks = _tasks(options)
     silence_transformers()
     with progress_bars() as progress:
         setting = prepare(chosen, progress)
+        folder = _cleared(Path(out), overwrite)
         run = judge_all(setting, wanted, sizes, folder, about, tasks)
         document = write(run, folder, _command(sys.argv))
     present(as_json, document | {"path": out}, *strategies_tables(document, run))
@@ -173,19 +174,20 @@ def _formats(options: dict[str, Any]) -> tuple[Format, ...]:
     return formats(widths, size or SIZES, (False, True), metadata or ("compact",))
 
 
-def _folder(out: Path, overwrite: bool) -> Path:
-    """Return the folder to write to: a new one, or one that a run did not finish."""
-    import shutil
-
+def _check_folder(out: Path, overwrite: bool) -> None:
+    """Refuse a folder that is in the way: neither ours to replace nor one that a run left."""
     from bitknap.benchmarks.compare.run import WORK
 
-    if out.exists() and not (out / WORK).is_dir():
-        if not overwrite:
-            raise InputError(f"{out} exists; choose another name or pass --overwrite")
+    if out.exists() and not (overwrite or (out / WORK).is_dir()):
+        raise InputError(f"{out} exists; choose another name or pass --overwrite")
+
+
+def _cleared(out: Path, overwrite: bool) -> Path:
+    """Return the folder to write to, emptied if it may be replaced."""
+    import shutil
+
+    if overwrite and out.exists():
         shutil.rmtree(out) if out.is_dir() else out.unlink()
-    elif overwrite and out.is_dir():
-        shutil.rmtree(out)
-    (out / WORK).mkdir(parents=True, exist_ok=True)
     return out
 
 

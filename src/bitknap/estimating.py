@@ -187,7 +187,7 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
             row_blocks=options["row_blocks"],
             permute=options["permute"],
             rotate=options["rotate"],
-            max_memory=_size(options["max_memory"]),
+            max_memory=size_of(options["max_memory"]),
             seed=options["seed"],
             journal=journal_of(out),
             scratch=beside(out),
@@ -300,7 +300,7 @@ def _precision(model: str) -> str:
     return found.pop()
 
 
-def _size(text: str | None) -> int | None:
+def size_of(text: str | None) -> int | None:
     """Return the bytes of a size such as 12GiB."""
     from bitknap.allocation import Budget
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import tempfile
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -157,7 +158,9 @@ def estimate(
         "super_experts": large,
     }
     if source is not origin:
-        provenance[twin.KEY] = recipe.to_dict(origin)
+        said = recipe.to_dict(origin)
+        # The plan, which is part of the checkpoint, repeats it.
+        provenance |= {twin.KEY: said, "fixed_bytes": fixed_bytes + 2 * len(json.dumps(said))}
     return protected(replace(table, provenance=provenance), large, protect)
 
 

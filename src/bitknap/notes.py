@@ -27,14 +27,23 @@ def table_summary(table: CostTable) -> dict[str, Any]:
             item.name: {"bytes": size, "cost": cost} | ({"forbidden": count} if count else {})
             for item, size, cost, count in zip(table.formats, sizes, costs, forbidden, strict=True)
         },
-        "provenance": dict(table.provenance),
+        "provenance": told(table.provenance),
     }
+
+
+def told(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a header or a provenance to be shown: without the megabytes of an order of neurons."""
+    twin = said.get("rewritten")
+    order = twin.get("order") if isinstance(twin, Mapping) else None
+    if not isinstance(twin, Mapping) or not isinstance(order, Mapping):
+        return dict(said)
+    return {**said, "rewritten": {**twin, "order": {"blocks": order.get("blocks")}}}
 
 
 def notes(table: CostTable) -> str:
     """Return what to know before trusting a table, one fact a line."""
     said = table.provenance
-    lines = [*_experts(said), *_repaired(said)]
+    lines = [*_experts(said), *_repaired(said), *_rewritten(said)]
     for one in (said, *said.get("each", ())):
         lines += [*_check(one), *_proxies(one), *_samples(one)]
     if said.get("initial_router") is False:
@@ -74,6 +83,18 @@ def _experts(said: Mapping[str, Any]) -> list[str]:
 def _repaired(said: Mapping[str, Any]) -> list[str]:
     count = said.get("repaired")
     return [f"{count:,} costs rose with the width and were pooled"] if count else []
+
+
+def _rewritten(said: Mapping[str, Any]) -> list[str]:
+    blocks, twin = said.get("row_blocks"), said.get("rewritten", {})
+    ways = [
+        f"each matrix cut into {blocks} runs of rows" if blocks else "",
+        "neurons sorted by sensitivity" if twin.get("order") else "",
+        f"residual stream rotated (seed {twin.get('rotation')})"
+        if twin.get("rotation") is not None
+        else "",
+    ]
+    return ["; ".join(filter(None, ways))] if any(ways) else []
 
 
 def _check(said: Mapping[str, Any]) -> list[str]:

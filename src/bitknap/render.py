@@ -13,6 +13,7 @@ from bitknap.allocation.budget import human
 from bitknap.allocation.frontier import Frontier
 from bitknap.allocation.price import Price
 from bitknap.allocation.units import kinds
+from bitknap.notes import told
 
 # Plans of a frontier that a table shows.
 _SHOWN = 16
@@ -148,7 +149,7 @@ def frontier_summary(frontier: Frontier) -> dict[str, Any]:
         "weights": frontier.weights,
         "plans": len(frontier.cost),
         "formats": [item.name for item in frontier.formats],
-        "header": dict(frontier.header),
+        "header": told(frontier.header),
         "points": [
             {"bits_per_weight": point.bits_per_weight, "bytes": point.nbytes, "cost": point.cost}
             for point in frontier.points(_SHOWN)
@@ -219,7 +220,7 @@ def plan_summary(plan: BitPlan) -> dict[str, Any]:
         "kind": "plan",
         "model": plan.model,
         "totals": plan.totals,
-        "header": dict(plan.header),
+        "header": told(plan.header),
         "formats": {
             plan.formats[i].name: int((plan.choice == i).sum()) for i in np.unique(plan.choice)
         },

@@ -4,6 +4,7 @@ The meta device stands for an accelerator: it computes nothing, and refuses oper
 tests marked gpu compare a real one with the CPU.
 """
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -16,6 +17,7 @@ from bitknap.quantize.apply import apply, quantize_plan, read_units
 from bitknap.quantize.experts import walk
 from bitknap.quantize.layers import unpacked
 from bitknap.quantize.packed import decode, encode
+from bitknap.quantize.quantized import Quantized
 from bitknap.quantize.rounding import Gptq, Hqq, Inputs, Rtn
 from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.tiled import decode_tiles, encode_tiles, to_plain, to_tiles
@@ -104,18 +106,21 @@ def test_an_accelerator_rounds_as_the_cpu_does(name, rounding, case):
     assert same > (0.9 if rounding.needs_inputs else 0.995)
 
 
+def on_gpu(grid):
+    moved = {
+        key: None if part is None else part.cuda()
+        for key, part in (("scale", grid.scale), ("share", grid.share), ("zero", grid.zero))
+    }
+    return replace(grid, **moved)
+
+
 @pytest.mark.gpu
 @CUDA
 @pytest.mark.parametrize("name", GRIDS)
 def test_an_accelerator_packs_the_very_bytes(name, case):
     format = Format.parse(name)
     here = rtn.quantize(case.weights.flatten(0, 1), format)
-    grid = here.grid
-    moved = {
-        key: None if part is None else part.cuda()
-        for key, part in (("scale", grid.scale), ("share", grid.share), ("zero", grid.zero))
-    }
-    there = type(here)(grid=type(grid)(format=format, cols=COLS, **moved), codes=here.codes.cuda())
+    there = Quantized(grid=on_gpu(here.grid), codes=here.codes.cuda())
     for pack, read in ((encode, decode), (encode_tiles, decode_tiles)):
         assert torch.equal(pack(there).cpu(), pack(here))
         back = read(pack(there), format, 3 * ROWS, COLS).dequantize()
@@ -144,4 +149,5 @@ def test_a_plan_is_applied_and_loaded_on_an_accelerator(tmp_path):
     torch.testing.assert_close(found, expected, rtol=1e-2, atol=1e-3)
     tensors = dict(live.named_parameters())
     for _, rounded in quantize_plan(plan, lambda which: read_units(layout, which, tensors)):
+        assert isinstance(rounded, Quantized)
         assert rounded.codes.is_cuda
