@@ -54,7 +54,7 @@ def report(document: Mapping[str, Any], plans: Mapping[str, BitPlan]) -> str:
         ),
         _figure(
             "Predicted and measured",
-            "Plans below the line lost less than the table said.",
+            "Predicted is what the calibrated table says; plans below the line lost less.",
             prediction(document),
             480,
         ),

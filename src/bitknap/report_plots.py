@@ -94,7 +94,7 @@ def prediction(document: Mapping[str, Any]) -> Any | None:
             name=words(group),
             **_marks(group, some),
         )
-    figure.update_xaxes(title="predicted by the calibrated table, nats/token", **_scale(ends))
+    figure.update_xaxes(title="predicted KL, nats/token", **_scale(ends))
     figure.update_yaxes(title="measured KL, nats/token", **_scale(ends))
     return calm(_legend_above(figure))
 
