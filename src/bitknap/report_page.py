@@ -21,7 +21,10 @@ ul { padding-left: 1.2rem }
 li { margin: .3rem 0 }
 .facts td:first-child { color: var(--soft); white-space: nowrap }
 .claims table { min-width: 44rem }
-.grid { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)) }
+.wide td:last-child { min-width: 12rem }
+.verdict td { white-space: nowrap }
+.grid { display: grid; gap: 0 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)) }
 .grid > div { min-width: 0 }
 """
 
@@ -74,7 +77,7 @@ def _summary(document: Mapping[str, Any]) -> str:
     parts = [f"<ul>{said}</ul>" if said else ""]
     head, rows = verdict_table(document)
     if rows:
-        parts.append(f'<div class="wide">{table(rows, head, numbers=range(3, 7))}</div>')
+        parts.append(f'<div class="wide verdict">{table(rows, head, numbers=range(3, 7))}</div>')
     return section("Summary", "", *parts) if any(parts) else ""
 
 

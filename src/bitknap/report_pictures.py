@@ -56,7 +56,7 @@ def pareto_figure(document: Mapping[str, Any]) -> Figure:
             axes.plot(*places, markersize=size, **style, **more)
     sizes, costs = frontier_of(document, [float(row["bpw"]) for row in rows])
     if sizes:
-        axes.plot(sizes, costs, ":", color=OTHER, linewidth=1, label="predicted frontier")
+        axes.plot(sizes, costs, ":", color=OTHER, linewidth=1, label="predicted")
     _label(axes, [float(row["kl"]) for row in rows], (document.get("about") or {}).get("model"))
     handles, labels = axes.get_legend_handles_labels()
     named = len(groups_of(rows))

@@ -41,7 +41,7 @@ def pareto(document: Mapping[str, Any]) -> Any | None:
     sizes, costs = frontier_of(document, [float(row["bpw"]) for row in measured])
     if sizes:
         line = {**_THIN, "dash": "dot"}
-        figure.add_scatter(x=sizes, y=costs, mode="lines", line=line, name="predicted frontier")
+        figure.add_scatter(x=sizes, y=costs, mode="lines", line=line, name="predicted")
         figure.data[-1].hovertemplate = "predicted %{y:.4g} at %{x:.3f} bpw<extra></extra>"
     for group in reversed(groups_of(measured)):
         rows = [row for row in measured if row.get("group") == group]
@@ -201,17 +201,21 @@ def frontier_of(
 def marked(values: Sequence[float]) -> tuple[int, ...]:
     """Return the leading digits that a logarithmic axis of positive values has marks at.
 
-    None if the values are so near to each other that there might be none among them.
+    None at all if the values are so near to each other that there might be none among them.
     """
     span = max(values) / min(values)
-    return (1, 2, 5) if span >= 6 else tuple(range(1, 10)) if span >= 2.5 else ()
+    return (1, 2, 5) if span >= 6 else (1, 2, 3, 5) if span >= 2.5 else ()
 
 
 def _scale(values: Sequence[float]) -> dict[str, Any]:
-    steps = marked(values)
-    if not steps:
+    digits = marked(values)
+    if not digits:
         return {"tickformat": "~g"}
-    return {"type": "log", "tickformat": "~g", "dtick": "D2" if len(steps) == 3 else "D1"}
+    low, high = min(values) / 2, max(values) * 2
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    return {"type": "log", "tickformat": "~g", "tickvals": shown}
 
 
 def placed(row: Row) -> bool:

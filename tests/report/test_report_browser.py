@@ -143,7 +143,7 @@ def test_by_day_and_night_wide_and_narrow(page, size, name, ink, paper):
     assert page.get_log("browser") == []
 
 
-def test_labels_are_not_cut_off_on_narrow_screens(page):
+def test_labels_are_whole_and_apart_on_narrow_screens(page):
     resize(page, SIZES["narrow"])
     settle(page)
     script = """
@@ -159,6 +159,19 @@ def test_labels_are_not_cut_off_on_narrow_screens(page):
       }
     }
     return cut;
+    """
+    assert page.execute_script(script) == []
+    script = """
+    const near = [];
+    for (const axis of document.querySelectorAll(".xaxislayer-above, .yaxislayer-above")) {
+      const boxes = [...axis.querySelectorAll("text")].map(text => text.getBoundingClientRect());
+      boxes.forEach((a, i) => boxes.slice(i + 1).forEach(b => {
+        if (a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom) {
+          near.push(axis.closest(".plotly-graph-div").id);
+        }
+      }));
+    }
+    return near;
     """
     assert page.execute_script(script) == []
 

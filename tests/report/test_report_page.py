@@ -128,7 +128,7 @@ def test_hostile_names_stay_text(document, plans):
 
 def test_budgets_that_are_close_have_a_linear_scale(document):
     assert marked([0.01, 0.2]) == (1, 2, 5)
-    assert marked([0.02, 0.06]) == tuple(range(1, 10))
+    assert marked([0.02, 0.06]) == (1, 2, 3, 5)
     assert marked([0.021, 0.024]) == ()
     document["rows"] = document["rows"][:2]
     assert pareto(document).layout.yaxis.type is None
@@ -138,7 +138,7 @@ def test_budgets_that_are_close_have_a_linear_scale(document):
 
 def test_the_frontier_is_drawn_around_what_was_measured(document):
     figure = pareto(document)
-    (line,) = [trace for trace in figure.data if trace.name == "predicted frontier"]
+    (line,) = [trace for trace in figure.data if trace.name == "predicted"]
     assert min(line.x) >= 1.8
     assert max(line.x) <= 3.2
     names = [trace.name for trace in figure.data if trace.showlegend is None]
@@ -238,7 +238,7 @@ def test_the_picture_beside_the_page(document, tmp_path):
     assert axes.get_yscale() == "log"
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels[0] == "ours"
-    assert labels[-1] == "predicted frontier"
+    assert labels[-1] == "predicted"
     with pytest.raises(InputError, match="no row has a KL above 0"):
         pareto_figure({})
 
