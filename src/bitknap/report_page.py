@@ -21,7 +21,7 @@ ul { padding-left: 1.2rem }
 li { margin: .3rem 0 }
 .facts td:first-child { color: var(--soft); white-space: nowrap }
 .claims table { min-width: 44rem }
-.wide td:last-child { min-width: 12rem }
+.price td:last-child { min-width: 12rem }
 .verdict td { white-space: nowrap }
 .grid { display: grid; gap: 0 1.5rem;
   grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)) }
@@ -140,7 +140,7 @@ def _prices(rows: Sequence[Mapping[str, Any]]) -> str:
     figure = prices(rows)
     bars = "" if figure is None else drawn(figure, "price", 90 + 36 * len(rows))
     note = "What it costs that units share a format, as runtimes ask; at the same limits."
-    return section("Price of runtime profiles", note, f'<div class="wide">{view}</div>', bars)
+    return section("Price of runtime profiles", note, f'<div class="wide price">{view}</div>', bars)
 
 
 def _refinements(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

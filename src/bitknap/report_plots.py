@@ -30,7 +30,7 @@ def words(text: object) -> str:
     return escape(str(text), quote=False)
 
 
-def pareto(document: Mapping[str, Any]) -> Any | None:
+def pareto(document: Mapping[str, Any]) -> Any:
     """Return KL against bits per weight, or None where nothing was measured."""
     from plotly import graph_objects as go
 
@@ -71,7 +71,7 @@ def pareto(document: Mapping[str, Any]) -> Any | None:
     return calm(_legend_above(figure))
 
 
-def prediction(document: Mapping[str, Any]) -> Any | None:
+def prediction(document: Mapping[str, Any]) -> Any:
     """Return measured against predicted KL with the diagonal, or None without predictions."""
     from plotly import graph_objects as go
 
@@ -99,7 +99,7 @@ def prediction(document: Mapping[str, Any]) -> Any | None:
     return calm(_legend_above(figure))
 
 
-def refinement(steps: Sequence[Mapping[str, Any]]) -> Any | None:
+def refinement(steps: Sequence[Mapping[str, Any]]) -> Any:
     """Return predicted and measured loss by step, accepted steps filled; None without steps."""
     from plotly import graph_objects as go
 
@@ -138,7 +138,7 @@ def refinement(steps: Sequence[Mapping[str, Any]]) -> Any | None:
     return calm(_legend_above(figure))
 
 
-def prices(rows: Sequence[Mapping[str, Any]]) -> Any | None:
+def prices(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Return the predicted cost of every profile that has one as bars, or None."""
     from plotly import graph_objects as go
 
@@ -279,4 +279,6 @@ def decades(values: Sequence[float]) -> tuple[list[float], list[str]]:
     ]
     kept = [step for step in steps if low - 1e-9 <= math.log10(step) <= high + 1e-9]
     kept = kept or [max(values)]
-    return [math.log10(step) for step in kept], [f"{step:,.4g}" for step in kept]
+    return [math.log10(step) for step in kept], [
+        f"{step:,.0f}" if step >= 1 else f"{step:g}" for step in kept
+    ]

@@ -13,7 +13,7 @@ from selenium.webdriver.common.by import By
 
 from bitknap.report_page import report
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
+CHROMIUM, DRIVER = shutil.which("chromium") or "", shutil.which("chromedriver") or ""
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no chromium: apt-get install chromium chromium-driver"
 )

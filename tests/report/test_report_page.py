@@ -205,11 +205,13 @@ def test_plans_without_shapes_have_no_map(document):
 
 
 def test_experts_that_saw_no_tokens_are_marked(document):
-    figure, _, unseen = coverage_figure(document["coverage"])
+    found = coverage_figure(document["coverage"])
+    assert found is not None
+    figure, _, unseen = found
     assert unseen == 2
     assert [list(axis) for axis in (figure.data[1].x, figure.data[1].y)] == [[6, 7], ["3", "3"]]
     assert coverage_figure({"layers": [], "tokens": []}) is None
-    assert coverage_figure({"tokens": [[0, 0]]})[2] == 2
+    assert "2 saw none (crosses)" in report({"coverage": {"tokens": [[0, 0]]}}, {})
     assert "every expert saw some" in report({"coverage": {"tokens": [[3, 4], [5]]}}, {})
 
 
@@ -236,7 +238,9 @@ def test_the_picture_beside_the_page(document, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     (axes,) = pareto_figure(document).axes
     assert axes.get_yscale() == "log"
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels[0] == "ours"
     assert labels[-1] == "predicted"
     with pytest.raises(InputError, match="no row has a KL above 0"):
