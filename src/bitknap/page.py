@@ -9,6 +9,7 @@ from typing import Any
 
 from bitknap.errors import InputError
 
+# The bar for scrolling is there from the start: plots are drawn before the page is long.
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #fff; --line: #d0d7de;
   --lift: #f6f8fa }
@@ -16,6 +17,7 @@ _STYLE = """
   :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --line: #30363d; --lift: #161b22 }
 }
 * { box-sizing: border-box }
+html { overflow-y: scroll }
 body { margin: 2rem auto; max-width: 72rem; padding: 0 1rem; color: var(--ink);
   background: var(--paper); font: 16px/1.5 system-ui, sans-serif }
 h1, h2, h3 { line-height: 1.2; font-weight: 600; overflow-wrap: anywhere }

@@ -149,7 +149,7 @@ def coverage_figure(coverage: Mapping[str, Any]) -> tuple[Any, int, int] | None:
             colorbar=_BAR | {"tickvals": at, "ticktext": text},
             hoverongaps=False,
             hovertemplate="layer %{y}, expert %{x}: %{customdata:,} tokens<extra></extra>",
-            **_gaps(tokens.shape[1]),
+            **_gaps(tokens.shape),
         )
     )
     unseen = np.argwhere(tokens == 0)
@@ -163,7 +163,9 @@ def coverage_figure(coverage: Mapping[str, Any]) -> tuple[Any, int, int] | None:
             name="no tokens",
         )
     figure.update_xaxes(title="expert", showgrid=False, zeroline=False, tickformat="d")
-    figure.update_yaxes(**_LAYERS)
+    # Marks would make axes wider than the map.
+    figure.update_xaxes(range=[-0.5, tokens.shape[1] - 0.5])
+    figure.update_yaxes(**_LAYERS | {"autorange": False, "range": [len(rows) - 0.5, -0.5]})
     height = min(max(_LEAST, _ROW * len(rows)), _MOST) + _AROUND
     return calm(figure), height, len(unseen)
 
@@ -236,7 +238,7 @@ def _heatmap(panel: Panel) -> dict[str, Any]:
         "hovertemplate": f"layer %{{y}}, {what}<br>%{{text}}<br>%{{customdata:.3f}} bpw"
         f"<extra>{words(panel.title)}</extra>",
         **columns,
-        **_gaps(len(panel.columns)),
+        **_gaps(panel.values.shape),
     }
 
 
@@ -251,6 +253,6 @@ def _axes(figure: Any, panel: Panel, place: Mapping[str, int], *, labelled: bool
     figure.update_yaxes(**_LAYERS | {"title": title, "showticklabels": labelled}, **place)
 
 
-def _gaps(columns: int) -> dict[str, int]:
-    """Return the space between cells: none where they are a few pixels wide."""
-    return {"xgap": 1, "ygap": 1} if columns <= _BESIDE else {}
+def _gaps(shape: tuple[int, ...]) -> dict[str, int]:
+    """Return the space between cells: none where they are a few pixels high or wide."""
+    return {"xgap": int(shape[1] <= _BESIDE), "ygap": int(shape[0] <= _BESIDE)}

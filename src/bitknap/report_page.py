@@ -21,7 +21,10 @@ ul { padding-left: 1.2rem }
 li { margin: .3rem 0 }
 .facts td:first-child { color: var(--soft); white-space: nowrap }
 .claims table { min-width: 44rem }
-.grid { display: grid; gap: 0 1.5rem; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)) }
+.price td:last-child { min-width: 12rem }
+.verdict td { white-space: nowrap }
+.grid { display: grid; gap: 0 1.5rem;
+  grid-template-columns: repeat(auto-fill, minmax(min(24rem, 100%), 1fr)) }
 .grid > div { min-width: 0 }
 """
 
@@ -54,7 +57,7 @@ def report(document: Mapping[str, Any], plans: Mapping[str, BitPlan]) -> str:
         ),
         _figure(
             "Predicted and measured",
-            "Plans below the line lost less than the table said.",
+            "Predicted is what the calibrated table says; plans below the line lost less.",
             prediction(document),
             480,
         ),
@@ -74,7 +77,7 @@ def _summary(document: Mapping[str, Any]) -> str:
     parts = [f"<ul>{said}</ul>" if said else ""]
     head, rows = verdict_table(document)
     if rows:
-        parts.append(f'<div class="wide">{table(rows, head, numbers=range(3, 7))}</div>')
+        parts.append(f'<div class="wide verdict">{table(rows, head, numbers=range(3, 7))}</div>')
     return section("Summary", "", *parts) if any(parts) else ""
 
 
@@ -137,7 +140,7 @@ def _prices(rows: Sequence[Mapping[str, Any]]) -> str:
     figure = prices(rows)
     bars = "" if figure is None else drawn(figure, "price", 90 + 36 * len(rows))
     note = "What it costs that units share a format, as runtimes ask; at the same limits."
-    return section("Price of runtime profiles", note, f'<div class="wide">{view}</div>', bars)
+    return section("Price of runtime profiles", note, f'<div class="wide price">{view}</div>', bars)
 
 
 def _refinements(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from bitknap.errors import InputError
 from bitknap.pictures import GRID, INK
 from bitknap.report_plots import best_line, frontier_of, groups_of, marked, placed
-from bitknap.report_rows import GROUPS, OTHER, OURS, rows_of
+from bitknap.report_rows import GROUPS, OTHER, OURS, Row, rows_of
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -44,19 +44,17 @@ def pareto_figure(document: Mapping[str, Any]) -> Figure:
     # Ours is drawn last, and named first.
     for group in reversed(groups_of(rows)):
         colour, some = GROUPS.get(group, OTHER), [row for row in rows if row.get("group") == group]
-        line = best_line(document, group)
-        axes.plot([row["bpw"] for row in line], [row["kl"] for row in line], color=colour, lw=2)
+        axes.plot(*_places(best_line(document, group)), color=colour, lw=2)
         first = [row for row in some if row.get("strategy") == OURS] if group == OURS else some
         rest = [row for row in some if row not in first]
-        size = 7 if group == OURS else 5
-        style = {"linestyle": "none", "marker": _MARKERS.get(group, "o"), "color": colour}
+        style: dict[str, Any] = {"marker": _MARKERS.get(group, "o"), "color": colour}
+        style |= {"linestyle": "none", "markersize": 7 if group == OURS else 5}
+        axes.plot(*_places(first), label=_plain(group), **style)
         # What ours was before it was refined is hollow.
-        for part, more in ((first, {"label": _plain(group)}), (rest, {"markerfacecolor": "none"})):
-            places = ([row[key] for row in part] for key in ("bpw", "kl"))
-            axes.plot(*places, markersize=size, **style, **more)
+        axes.plot(*_places(rest), markerfacecolor="none", **style)
     sizes, costs = frontier_of(document, [float(row["bpw"]) for row in rows])
     if sizes:
-        axes.plot(sizes, costs, ":", color=OTHER, linewidth=1, label="predicted frontier")
+        axes.plot(sizes, costs, ":", color=OTHER, linewidth=1, label="predicted")
     _label(axes, [float(row["kl"]) for row in rows], (document.get("about") or {}).get("model"))
     handles, labels = axes.get_legend_handles_labels()
     named = len(groups_of(rows))
@@ -66,6 +64,10 @@ def pareto_figure(document: Mapping[str, Any]) -> Figure:
         frameon=False,
     )
     return figure
+
+
+def _places(rows: Sequence[Row]) -> tuple[list[float], list[float]]:
+    return [row["bpw"] for row in rows], [row["kl"] for row in rows]
 
 
 def _label(axes: Any, costs: Sequence[float], model: Any) -> None:

@@ -30,7 +30,7 @@ def words(text: object) -> str:
     return escape(str(text), quote=False)
 
 
-def pareto(document: Mapping[str, Any]) -> Any | None:
+def pareto(document: Mapping[str, Any]) -> Any:
     """Return KL against bits per weight, or None where nothing was measured."""
     from plotly import graph_objects as go
 
@@ -41,7 +41,7 @@ def pareto(document: Mapping[str, Any]) -> Any | None:
     sizes, costs = frontier_of(document, [float(row["bpw"]) for row in measured])
     if sizes:
         line = {**_THIN, "dash": "dot"}
-        figure.add_scatter(x=sizes, y=costs, mode="lines", line=line, name="predicted frontier")
+        figure.add_scatter(x=sizes, y=costs, mode="lines", line=line, name="predicted")
         figure.data[-1].hovertemplate = "predicted %{y:.4g} at %{x:.3f} bpw<extra></extra>"
     for group in reversed(groups_of(measured)):
         rows = [row for row in measured if row.get("group") == group]
@@ -71,7 +71,7 @@ def pareto(document: Mapping[str, Any]) -> Any | None:
     return calm(_legend_above(figure))
 
 
-def prediction(document: Mapping[str, Any]) -> Any | None:
+def prediction(document: Mapping[str, Any]) -> Any:
     """Return measured against predicted KL with the diagonal, or None without predictions."""
     from plotly import graph_objects as go
 
@@ -94,12 +94,12 @@ def prediction(document: Mapping[str, Any]) -> Any | None:
             name=words(group),
             **_marks(group, some),
         )
-    figure.update_xaxes(title="predicted by the calibrated table, nats/token", **_scale(ends))
+    figure.update_xaxes(title="predicted KL, nats/token", **_scale(ends))
     figure.update_yaxes(title="measured KL, nats/token", **_scale(ends))
     return calm(_legend_above(figure))
 
 
-def refinement(steps: Sequence[Mapping[str, Any]]) -> Any | None:
+def refinement(steps: Sequence[Mapping[str, Any]]) -> Any:
     """Return predicted and measured loss by step, accepted steps filled; None without steps."""
     from plotly import graph_objects as go
 
@@ -138,7 +138,7 @@ def refinement(steps: Sequence[Mapping[str, Any]]) -> Any | None:
     return calm(_legend_above(figure))
 
 
-def prices(rows: Sequence[Mapping[str, Any]]) -> Any | None:
+def prices(rows: Sequence[Mapping[str, Any]]) -> Any:
     """Return the predicted cost of every profile that has one as bars, or None."""
     from plotly import graph_objects as go
 
@@ -201,17 +201,21 @@ def frontier_of(
 def marked(values: Sequence[float]) -> tuple[int, ...]:
     """Return the leading digits that a logarithmic axis of positive values has marks at.
 
-    None if the values are so near to each other that there might be none among them.
+    None at all if the values are so near to each other that there might be none among them.
     """
     span = max(values) / min(values)
-    return (1, 2, 5) if span >= 6 else tuple(range(1, 10)) if span >= 2.5 else ()
+    return (1, 2, 5) if span >= 6 else (1, 2, 3, 5) if span >= 2.5 else ()
 
 
 def _scale(values: Sequence[float]) -> dict[str, Any]:
-    steps = marked(values)
-    if not steps:
+    digits = marked(values)
+    if not digits:
         return {"tickformat": "~g"}
-    return {"type": "log", "tickformat": "~g", "dtick": "D2" if len(steps) == 3 else "D1"}
+    low, high = min(values) / 2, max(values) * 2
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    ticks = [float(f"{digit}e{power}") for power in powers for digit in digits]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    return {"type": "log", "tickformat": "~g", "tickvals": shown}
 
 
 def placed(row: Row) -> bool:
@@ -275,4 +279,6 @@ def decades(values: Sequence[float]) -> tuple[list[float], list[str]]:
     ]
     kept = [step for step in steps if low - 1e-9 <= math.log10(step) <= high + 1e-9]
     kept = kept or [max(values)]
-    return [math.log10(step) for step in kept], [f"{step:,.4g}" for step in kept]
+    return [math.log10(step) for step in kept], [
+        f"{step:,.0f}" if step >= 1 else f"{step:g}" for step in kept
+    ]

@@ -120,7 +120,7 @@ def test_hostile_names_stay_text(document, plans):
     inside = outside(report(document, {HOSTILE: plans["2bpw"]}))
     assert "<script>alert" not in inside
     assert "<a href" not in inside
-    assert inside.count("<script") == inside.count("</script>") == 2 * 7 + 1
+    assert inside.count("<script") == inside.count("</script>") == 6 + 1
     # Plotly reads tags, too: in what it draws they are entities.
     assert "\\u003ca href" not in inside
     assert "&lt;a href" in inside or "\\u0026lt;a" in inside
@@ -128,7 +128,7 @@ def test_hostile_names_stay_text(document, plans):
 
 def test_budgets_that_are_close_have_a_linear_scale(document):
     assert marked([0.01, 0.2]) == (1, 2, 5)
-    assert marked([0.02, 0.06]) == tuple(range(1, 10))
+    assert marked([0.02, 0.06]) == (1, 2, 3, 5)
     assert marked([0.021, 0.024]) == ()
     document["rows"] = document["rows"][:2]
     assert pareto(document).layout.yaxis.type is None
@@ -138,7 +138,7 @@ def test_budgets_that_are_close_have_a_linear_scale(document):
 
 def test_the_frontier_is_drawn_around_what_was_measured(document):
     figure = pareto(document)
-    (line,) = [trace for trace in figure.data if trace.name == "predicted frontier"]
+    (line,) = [trace for trace in figure.data if trace.name == "predicted"]
     assert min(line.x) >= 1.8
     assert max(line.x) <= 3.2
     names = [trace.name for trace in figure.data if trace.showlegend is None]
@@ -205,11 +205,13 @@ def test_plans_without_shapes_have_no_map(document):
 
 
 def test_experts_that_saw_no_tokens_are_marked(document):
-    figure, _, unseen = coverage_figure(document["coverage"])
+    found = coverage_figure(document["coverage"])
+    assert found is not None
+    figure, _, unseen = found
     assert unseen == 2
     assert [list(axis) for axis in (figure.data[1].x, figure.data[1].y)] == [[6, 7], ["3", "3"]]
     assert coverage_figure({"layers": [], "tokens": []}) is None
-    assert coverage_figure({"tokens": [[0, 0]]})[2] == 2
+    assert "2 saw none (crosses)" in report({"coverage": {"tokens": [[0, 0]]}}, {})
     assert "every expert saw some" in report({"coverage": {"tokens": [[3, 4], [5]]}}, {})
 
 
@@ -236,9 +238,11 @@ def test_the_picture_beside_the_page(document, tmp_path):
     assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
     (axes,) = pareto_figure(document).axes
     assert axes.get_yscale() == "log"
-    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    legend = axes.get_legend()
+    assert legend is not None
+    labels = [text.get_text() for text in legend.get_texts()]
     assert labels[0] == "ours"
-    assert labels[-1] == "predicted frontier"
+    assert labels[-1] == "predicted"
     with pytest.raises(InputError, match="no row has a KL above 0"):
         pareto_figure({})
 
