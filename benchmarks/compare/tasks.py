@@ -11,6 +11,7 @@ import io
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Tasks:
             raise InputError(
                 "--tasks: needs lm-eval; pip install 'bitknap[tasks]', or leave out --tasks"
             )
-        known = self._manager().all_tasks
+        known = _manager(self.folder).all_tasks
         missing = [name for name in self.names if name not in known]
         if missing:
             raise InputError(
@@ -77,7 +78,7 @@ class Tasks:
             found = simple_evaluate(
                 model=language,
                 tasks=list(self.names),
-                task_manager=self._manager(),
+                task_manager=_manager(self.folder),
                 limit=self.limit,
                 bootstrap_iters=0,
                 random_seed=seed,
@@ -87,14 +88,17 @@ class Tasks:
             )
         return {name: dict(_numbers(values)) for name, values in found["results"].items()}
 
-    def _manager(self) -> Any:
-        from lm_eval.tasks import TaskManager
-
-        return TaskManager(include_path=None if self.folder is None else str(self.folder))
-
 
 def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:
     for name, value in sorted(values.items()):
         metric = name.partition(",")[0]
         if isinstance(value, int | float) and not metric.endswith("_stderr") and metric != "alias":
             yield metric, float(value)
+
+
+@cache
+def _manager(folder: Path | None) -> Any:
+    """Return lm-eval's index of tasks, which takes seconds to make."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager(include_path=None if folder is None else str(folder))
