@@ -23,7 +23,7 @@ from bitknap.estimators.journal import Readings
 from bitknap.estimators.moments import SecondMoments
 from bitknap.gathering import gather
 from bitknap.quantize.source import Checkpoint
-from bitknap.refining import Loop, loop_windows, losses_of, measures, open_loop, refine, run_loop
+from bitknap.refining import loop_windows, losses_of, measures, open_loop, refine, run_loop
 
 TEXT = Path(__file__).parent.parent / "LICENSE"
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "256", "--text", str(TEXT))
@@ -46,6 +46,7 @@ def loop(model):
     source = Checkpoint.open(model)
     evidence = gather(source, frozenset({"replay"}), str(TEXT), 256, (), 0)
     replay = evidence.replay
+    assert replay is not None
     return open_loop(replay.model, evidence, TEXT.read_text(), replay.windows, 512, model)
 
 
@@ -99,6 +100,7 @@ def test_a_plan_that_loses_more_than_uniform_does_not_pass_the_gate(loop, table)
     assert not outcome.passed
     assert outcome.recipe
     assert within(Problem(wrong, [Budget.bits(5)]), outcome.plan)
+    assert outcome.uniform is not None
     assert losses_of(loop, loop.gate, outcome.plan).kl.mean() == outcome.uniform.kl.mean()
     assert outcome.uniform.kl.mean() <= outcome.ours.kl.mean()
     assert not outcome.facts()["gate_passed"]
@@ -175,8 +177,3 @@ def test_a_killed_loop_goes_on_and_ends_the_same(model, tmp_path):
     for path in one.iterdir():
         assert path.read_bytes() == (two / path.name).read_bytes(), path.name
     assert not journal.exists()
-
-
-def test_loop_is_a_value():
-    with pytest.raises(AttributeError):
-        Loop(evidence=None, parts=(), gate=None).parts = ()

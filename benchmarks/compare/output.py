@@ -13,17 +13,15 @@ from typing import Any
 import torch
 
 from bitknap.allocation import Budget, profile
-from bitknap.allocation.frontier import frontier
 from bitknap.allocation.price import price, under
 from bitknap.benchmarks.compare.run import WORK, Comparison, rows
 from bitknap.benchmarks.compare.strategies import OURS
 from bitknap.benchmarks.compare.tables import CALIBRATED, facts
 from bitknap.files import write_whole
 from bitknap.options import priced
+from bitknap.quantize_report import coverage_of, frontier_points
 
 _PACKAGES = ("numpy", "torch", "transformers", "optuna", "highspy", "scikit-fuzzy")
-# Points of the predicted frontier.
-_POINTS = 60
 
 
 def about(run: Comparison, command: str) -> dict[str, Any]:
@@ -58,7 +56,6 @@ def document(run: Comparison, command: str) -> dict[str, Any]:
     tied = under(table, profile(name))
     middle = run.budgets[len(run.budgets) // 2]
     prices = price(table, Budget.bits(middle))
-    layers = run.setting.evidence.layers
     ours = {budget: run.done[OURS, budget].values for budget in run.budgets}
     return {
         "format": "bitknap.compare",
@@ -73,22 +70,12 @@ def document(run: Comparison, command: str) -> dict[str, Any]:
             for budget in run.budgets
         ],
         "rows": rows(run),
-        "frontier": [
-            {
-                "bits_per_weight": point.bits_per_weight,
-                "bytes": point.nbytes,
-                "cost": point.cost,
-            }
-            for point in frontier(tied).points(_POINTS)
-        ],
+        "frontier": frontier_points(tied),
         "price": [
             {key: value for key, value in row.items() if key != "seconds"} | {"budget": middle}
             for row in priced(prices, name)["price"]
         ],
-        "coverage": {
-            "layers": sorted(layers),
-            "tokens": [layers[number].count.tolist() for number in sorted(layers)],
-        },
+        "coverage": coverage_of(table),
         "original": original(run),
         "refine": {f"{budget:g}bpw": values["refine"] for budget, values in ours.items()},
         "loop": {f"{budget:g}bpw": values["loop"] for budget, values in ours.items()},

@@ -142,8 +142,8 @@ def _ratio(ours: Row, other: Row | None) -> str:
 def _overall(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return every strategy over all cells it is in."""
     every: dict[str, list[Row]] = {}
-    for _, _, rows in _cells(found):
-        for name, row in rows.items():
+    for _, _, cell in _cells(found):
+        for name, row in cell.items():
             every.setdefault(name, []).append(row)
     lines = [
         "",
@@ -156,14 +156,14 @@ def _overall(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "| strategy | kind | KL over ours | worse | better | of | rank | readings |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    table = []
-    for name, rows in every.items():
-        if name == "ours":
-            continue
-        mean = float(np.exp(np.mean([np.log(row["ratio"]) for row in rows])))
+    every.pop("ours")
+    means = {
+        name: float(np.exp(np.mean([np.log(row["ratio"]) for row in found])))
+        for name, found in every.items()
+    }
+    for name in sorted(every, key=lambda name: (means[name], name)):
+        rows, mean = every[name], means[name]
         rank = float(np.mean([row["rank"] for row in rows]))
-        table.append((mean, name, rows, rank))
-    for mean, name, rows, rank in sorted(table, key=lambda one: one[:2]):
         worse = sum(row["difference"] > _SURE * row["difference_se"] for row in rows)
         better = sum(row["difference"] < -_SURE * row["difference_se"] for row in rows)
         lines.append(

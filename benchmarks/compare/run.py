@@ -23,7 +23,8 @@ from bitknap.errors import BitknapError, InfeasibleError
 from bitknap.estimators.journal import Readings
 from bitknap.estimators.replay import Losses
 from bitknap.journal import append_lines, open_lines
-from bitknap.refining import Outcome, run_loop
+from bitknap.quantize_report import steps_of
+from bitknap.refining import run_loop
 
 # What is read again when a killed run goes on, and of no use afterwards.
 WORK = ".work"
@@ -297,7 +298,7 @@ def _ours(run: Comparison, budget: float, work: Path | None) -> None:
         "predicted": _predicted(run, outcome.plan),
         "perplexity": losses.perplexity,
         "top1": float(losses.top1.mean()),
-        "refine": _steps(outcome),
+        "refine": steps_of(outcome.refined.steps),
         "loop": outcome.facts(),
     }
     if run.tasks is not None:
@@ -313,21 +314,6 @@ def _ours(run: Comparison, budget: float, work: Path | None) -> None:
             seconds=seconds,
         )
     )
-
-
-def _steps(outcome: Outcome) -> list[dict[str, Any]]:
-    return [
-        {
-            "origin": step.origin,
-            "predicted": step.predicted,
-            "loss": float(step.losses.mean()),
-            "blocks": len(step.losses),
-            "gain": step.gain,
-            "error": step.error,
-            "accepted": step.accepted,
-        }
-        for step in outcome.refined.steps
-    ]
 
 
 def rows(run: Comparison) -> list[dict[str, Any]]:

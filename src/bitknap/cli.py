@@ -14,14 +14,11 @@ from bitknap import __version__
 from bitknap.compare_command import compare
 from bitknap.errors import BitknapError, InputError
 from bitknap.estimating import (
-    check_planned,
     estimating,
     forget,
     journal_of,
-    one_text,
     resumable,
     run_estimate,
-    size_of,
 )
 from bitknap.options import (
     as_json_option,
@@ -41,9 +38,8 @@ from bitknap.options import (
     text_option,
     uses,
 )
-from bitknap.refine_options import check_refining, refine_journal, refining, run_refine
+from bitknap.quantize_command import quantize
 from bitknap.show_command import show
-from bitknap.stopping import stoppable
 from bitknap.study_commands import study
 from bitknap.terminal import fail, present, progress_bars, quiet, silence_transformers
 
@@ -75,6 +71,7 @@ def bitknap() -> None:
 
 bitknap.add_command(study)
 bitknap.add_command(compare)
+bitknap.add_command(quantize)
 bitknap.add_command(show)
 
 
@@ -193,103 +190,6 @@ def _solve_frontier(
     write_picture(figure, picture)
     paths = {"path": str(path), "picture": str(picture)}
     present(as_json, frontier_summary(found) | paths, frontier_table(found), str(picture))
-
-
-@bitknap.command()
-@click.argument("model")
-@click.option("--plan", type=click.Path(path_type=Path), default=None, help="PLAN to apply.")
-@click.option("--budget", default=None, help="Instead of a plan: 2.5bpw, 12GiB or 40%.")
-@estimating
-@solving
-@refining
-@click.option("--force", is_flag=True, help="Round in another way than the plan is made for.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Of a file of OUT.")
-@click.option("-o", "out", required=True, help="OUT folder to write.")
-@overwrite_option
-@as_json_option
-def quantize(
-    model: str,
-    plan: Path | None,
-    budget: str | None,
-    force: bool,
-    max_shard_size: str,
-    out: str,
-    overwrite: bool,
-    as_json: bool,
-    **options: Any,
-) -> None:
-    """Write MODEL packed, by a plan or measured and solved for a budget in one go.
-
-    What is measured and written is kept beside OUT: a stopped or killed run goes on when the
-    command is repeated.
-
-    Example: bitknap quantize reference:mixtral --budget 2.5bpw -o out
-    """
-    from bitknap import api
-    from bitknap.allocation import BitPlan
-    from bitknap.allocation.budget import parse_size
-    from bitknap.estimators.journal import telling
-    from bitknap.notes import few_tokens_note
-    from bitknap.notes import notes as notes_of
-    from bitknap.render import bits_table, facts_table, price_table, widths_table
-
-    if (plan is None) == (budget is None):
-        raise InputError("give --plan or --budget, one of them")
-    path = free_path(out, overwrite)
-    parse_size(max_shard_size)
-    check_refining(budget, options)
-    text = one_text(options)
-    if budget is not None:
-        check_solving(budget, options)
-    else:
-        check_planned(options)
-    facts: dict[str, Any] = {}
-    prices: tuple[Any, ...] = ()
-    notes: list[Any] = []
-    if plan is not None:
-        chosen = BitPlan.load(plan)
-    else:
-        with resumable(path):
-            table = run_estimate(model, options, path, overwrite=overwrite)
-            with telling(journal_of(path)):
-                solution, prices = run_solve(table, str(budget), options)
-        chosen, facts = solution.plan, solved(solution)
-        if options["refine"]:
-            outcome = run_refine(model, table, str(budget), options, path)
-            chosen, loop = outcome.plan, outcome.facts()
-            notes.append(facts_table("refined by measuring plans", loop))
-            facts |= {f"refine_{name}": value for name, value in loop.items()}
-        notes += [price_table(prices, options["profile"])] if prices else []
-        notes.append(notes_of(table))
-    with stoppable(), progress_bars() as progress:
-        sizes = api.quantize(
-            model,
-            chosen,
-            out,
-            method=options["method"],
-            force=force,
-            text=text,
-            tokens=given(options["tokens"], api.CALIBRATION_TOKENS),
-            max_memory=size_of(options["max_memory"]),
-            seed=options["seed"],
-            max_shard_size=max_shard_size,
-            overwrite=overwrite,
-            progress=progress,
-        )
-    forget(path)
-    refine_journal(path).unlink(missing_ok=True)
-    facts |= {
-        "method": sizes["method"],
-        "bytes_predicted": sizes["predicted"],
-        "bytes_on_disk": sizes["written"],
-        "checkpoint_bytes": sizes["checkpoint"],
-    }
-    tables = bits_table(chosen), widths_table(chosen), facts_table(out, facts)
-    document = facts | priced(prices, options["profile"]) | {"path": out}
-    if sizes["few_tokens"]:
-        document["few_tokens"] = sizes["few_tokens"]
-        notes.append(few_tokens_note(sizes["few_tokens"]))
-    present(as_json, document, *tables, *notes)
 
 
 @bitknap.command()
