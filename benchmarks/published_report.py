@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -160,6 +160,11 @@ def _claims(models: Any) -> list[str]:
         "by the budgets at which they differ by two standard errors.",
         "",
     ]
+    return lines + claims_table(models)
+
+
+def claims_table(models: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return what became of claims on each model, a line a claim."""
     body = [
         [
             claim["claim"],
@@ -171,7 +176,7 @@ def _claims(models: Any) -> list[str]:
         for model in models
         for claim in model["claims"]
     ]
-    return lines + _table(["claim", "source", "model", "verdict", "figures"], body)
+    return _table(["claim", "source", "model", "verdict", "figures"], body)
 
 
 def _figures(claim: Mapping[str, Any]) -> str:
