@@ -122,12 +122,12 @@ def fewer_measurements(profiling: Mapping[str, Any], model: str) -> dict[str, An
     """
     rows = profiling["models"][model]["rows"]
     dense = next(row for row in rows if row["estimator"] == "dense")
-    over: dict[str, Floats] = {}
+    over: dict[str, list[float]] = {}
     for row in rows:
         name = row["estimator"]
         if name.startswith("fuzzy"):
             ratio = [plan["kl"] / dense["plans"][at]["kl"] for at, plan in row["plans"].items()]
-            over.setdefault(name, []).append(float(np.mean(ratio)) - 1)  # type: ignore[attr-defined]
+            over.setdefault(name, []).append(float(np.mean(ratio)) - 1)
     means = {name: float(np.mean(values)) for name, values in over.items()}
     published = means["fuzzy, as published"]
     best = min(means, key=lambda name: means[name])
