@@ -105,7 +105,7 @@ class Rounds:
             raise BitknapError("refine: nothing was measured yet")
         losses, level = self.best.losses, float(self.best.losses.mean())
         above = [float((step.losses - losses[: len(step.losses)]).mean()) for step in self.steps]
-        choices = np.stack([step.choice for step in self.steps])
+        choices = [step.choice for step in self.steps]
         return Belief.of(self.problem.table, choices, level + np.array(above))
 
 

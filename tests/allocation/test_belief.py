@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bitknap.allocation import CostTable, Units, formats
-from bitknap.allocation.belief import Belief, effects
+from bitknap.allocation.belief import Belief, Groups, kinds_of
 
 
 @pytest.fixture
@@ -26,7 +26,7 @@ def table():
 
 def drawn(table, count, seed=1):
     shape = (count, len(table.units))
-    return np.random.default_rng(seed).integers(0, len(table.formats), shape).astype(np.int32)
+    return list(np.random.default_rng(seed).integers(0, len(table.formats), shape).astype(np.int32))
 
 
 def losses(table, choices, factor):
@@ -76,13 +76,43 @@ def test_one_plan_is_enough_and_forbidden_costs_play_no_part(table):
     cost = table.cost.copy()
     cost[0, 0] = np.inf
     held = CostTable.from_arrays(cost, units=table.units, formats=table.formats)
-    choice = np.full((1, len(table.units)), 2, dtype=np.int32)
+    choice = [np.full(len(table.units), 2, dtype=np.int32)]
     belief = Belief.of(held, choice, np.array([3.0]))
     assert np.isfinite(belief.mean()).all()
 
 
 def test_every_cost_has_one_effect_of_each_kind(table):
-    for kind in effects(table):
-        assert kind.of.shape == table.cost.shape
-        assert kind.of.min() == 0
-        assert kind.of.max() == kind.count - 1
+    for kind in kinds_of(table, drawn(table, 1)[0]):
+        assert kind.factor(np.zeros(kind.count)).sum() == 0
+        if isinstance(kind, Groups):
+            assert kind.of.shape == table.cost.shape
+            assert kind.of.min() == 0
+            assert kind.of.max() == kind.count - 1
+
+
+def test_what_two_layers_do_to_each_other_is_found(table):
+    each, layer = np.arange(len(table.units)), table.units.layer
+
+    def loss(choice):
+        sums = np.bincount(layer, weights=table.cost[each, choice])
+        return sums.sum() + 1.5 * np.sqrt(sums[0] * sums[1])
+
+    choices = drawn(table, 80)
+    belief = Belief.of(table, choices, np.array([loss(choice) for choice in choices]))
+    factor = belief.mean()[each, choices[0]]
+    means = [factor[layer == number].mean() for number in range(3)]
+    assert min(means[:2]) > means[2] + 0.2
+
+
+def test_slopes_of_pairs_are_those_of_their_sums(table):
+    choice = drawn(table, 1)[0]
+    *_, pairs = kinds_of(table, choice)
+    effects = np.array([0.5, -0.2])
+    slope = pairs.factor(effects)[:, 0]
+    each = np.arange(len(choice))
+    for unit in (0, 9, 23):
+        step = 1e-6 * table.cost[unit, choice[unit]]
+        more = table.cost.copy()
+        more[each[unit], choice[unit]] += step
+        change = effects @ (pairs.sums(more, choice) - pairs.sums(table.cost, choice)) / step
+        np.testing.assert_allclose(change, slope[unit], rtol=1e-4)
