@@ -120,7 +120,8 @@ def main() -> None:
     about = {
         "tokens": args.tokens,
         "calibration_tokens": args.calibration_tokens,
-        "formats": ", ".join(item.name for item in FORMATS),
+        "formats": "1 to 4 bits, groups of 64 and whole rows, with and without zero, compact "
+        "metadata",
         "torch": torch.__version__,
         "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
     }
