@@ -99,19 +99,25 @@ def plan_figure(plan: BitPlan, low: float, high: float) -> tuple[Any, int] | Non
         _axes(
             figure, panel, place, labelled=not beside or panel.layers != maps[0].layers or not index
         )
-    marks = [bits for bits in _MARKED if low - 1e-9 <= bits <= high + 1e-9]
-    bar = {"tickvals": np.log2(marks).tolist(), "ticktext": [f"{bits:g}" for bits in marks]}
-    figure.update_layout(
-        coloraxis={
-            "colorscale": _SCALE,
-            "cmin": math.log2(low),
-            "cmax": math.log2(high),
-            "colorbar": _BAR | bar,
-        }
-    )
+    figure.update_layout(coloraxis=_colours(low, high))
     figure.update_annotations(font_size=13)
     calm(figure)
     return figure, height
+
+
+def _colours(low: float, high: float) -> dict[str, Any]:
+    marks = [bits for bits in _MARKED if low - 1e-9 <= bits <= high + 1e-9]
+    if len(marks) < 2:
+        marks = sorted({low, high})
+    bar = {"tickvals": np.log2(marks).tolist(), "ticktext": [f"{bits:.4g}" for bits in marks]}
+    # Plans of one width have a colour, too.
+    margin = 0.0 if low < high else 0.1
+    return {
+        "colorscale": _SCALE,
+        "cmin": math.log2(low) - margin,
+        "cmax": math.log2(high) + margin,
+        "colorbar": _BAR | bar,
+    }
 
 
 def bits_range(plans: Sequence[BitPlan]) -> tuple[float, float]:

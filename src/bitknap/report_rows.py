@@ -70,15 +70,16 @@ def budgets_of(document: Mapping[str, Any]) -> list[str]:
 
 
 def at(document: Mapping[str, Any], budget: str) -> list[Row]:
-    """Return the rows of a budget: ours first, then by KL, then those without one."""
+    """Return the rows of a budget: ours, its variants, others by KL, those without one."""
 
-    def key(row: Row) -> tuple[bool, bool, float, str]:
-        kl = number(row, "kl")
+    def key(row: Row) -> tuple[bool, bool, bool, float, str]:
+        kl, name = number(row, "kl"), str(row.get("strategy"))
         return (
+            name != OURS,
             row.get("group") != OURS,
             kl is None,
             math.inf if kl is None else kl,
-            str(row.get("strategy")),
+            name,
         )
 
     return sorted((row for row in rows_of(document) if str(row.get("budget")) == budget), key=key)

@@ -93,15 +93,18 @@ def plus_minus(value: float | None, error: float | None, *, sign: bool = False) 
 
 def _table(rows: Sequence[Row]) -> str:
     heads = "".join(
-        f'<th scope="col"{" data-text=1" if index < _TEXTS else " class=n"}'
-        f'{f""" title="{escape(note)}" """.rstrip() if note else ""}>'
-        f'<button type="button">{escape(name)}</button></th>'
-        for index, (name, _, note) in enumerate(_COLUMNS)
+        _head(name, note, text=index < _TEXTS) for index, (name, _, note) in enumerate(_COLUMNS)
     )
     body = "\n".join(_row(row) for row in rows)
     return (
         f'<table class="sorted"><thead><tr>{heads}</tr></thead>\n<tbody>\n{body}\n</tbody></table>'
     )
+
+
+def _head(name: str, note: str, *, text: bool) -> str:
+    kind = ' data-text="1"' if text else ' class="n"'
+    title = f' title="{escape(note)}"' if note else ""
+    return f'<th scope="col"{kind}{title}><button type="button">{escape(name)}</button></th>'
 
 
 def _row(row: Row) -> str:

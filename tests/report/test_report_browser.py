@@ -17,6 +17,7 @@ CHROMIUM, DRIVER = shutil.which("chromium") or "", shutil.which("chromedriver") 
 pytestmark = pytest.mark.skipif(
     not (CHROMIUM and DRIVER), reason="no chromium: apt-get install chromium chromium-driver"
 )
+HOSTILE = "<a href='http://x.example'>x</a></script><script>document.title = 1</script>"
 SIZES = {"wide": 1400, "narrow": 400}
 
 
@@ -38,7 +39,11 @@ def page(browser, document_of, plan_of, tmp_path_factory):
     """The page of a small model, opened."""
     plans = {f"{bits:g}bpw": plan_of(bits) for bits in (2.0, 2.5)}
     path = tmp_path_factory.mktemp("report") / "small.html"
-    path.write_text(report(document_of(), plans))
+    document = document_of()
+    for row in document["rows"]:
+        if row["strategy"] == "random":
+            row["strategy"] = HOSTILE
+    path.write_text(report(document, plans))
     return opened(browser, path)
 
 
@@ -109,6 +114,25 @@ def test_a_click_on_a_head_sorts(page):
     assert head(page, "KL").get_attribute("aria-sort") is None
     names = column(page, 0)
     assert names == sorted(before)
+
+
+def test_what_the_pointer_shows_is_text(page):
+    script = """
+    const plot = document.getElementById(arguments[0]);
+    const number = plot.data.findIndex(trace => trace.name === arguments[1]);
+    const place = number < 0 ? {xval: 3, yval: 1} : [{curveNumber: number, pointNumber: 0}];
+    Plotly.Fx.hover(plot, place, "xy");
+    const shown = [...plot.querySelectorAll(".hovertext")].map(x => x.textContent).join("");
+    return [shown, plot.querySelectorAll(".hoverlayer a").length];
+    """
+    shown, links = page.execute_script(script, "plot-size-against-loss", "random")
+    assert HOSTILE in shown
+    assert links == 0
+    shown, _ = page.execute_script(script, "plot-plan-0", "")
+    assert "layer 1, expert 3int" in shown
+    assert "bpw" in shown
+    assert page.title == "Bits of reference:mixtral"
+    assert not page.find_elements(By.CSS_SELECTOR, "td a")
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -7,10 +7,12 @@ from bitknap.allocation import BitPlan, Format, Units
 from bitknap.errors import InputError
 from bitknap.page import drawn, shell, table
 from bitknap.pictures import write_picture
+from bitknap.report_files import write_report
 from bitknap.report_maps import bits_range, coverage_figure, panels, plan_figure
 from bitknap.report_page import report
 from bitknap.report_pictures import pareto_figure
 from bitknap.report_plots import decades, marked, pareto, prediction, prices, refinement
+from bitknap.report_rows import rows_csv
 
 HEADS = [
     "Summary",
@@ -204,6 +206,15 @@ def test_plans_without_shapes_have_no_map(document):
     assert "Plan" not in heads(report(document, {"2bpw": plan}))
 
 
+def test_a_uniform_plan_has_one_colour(plans):
+    plan = BitPlan.uniform(plans["2bpw"].units, Format(3, 32, symmetric=True))
+    found = plan_figure(plan, *bits_range([plan]))
+    assert found is not None
+    axis = found[0].layout.coloraxis
+    assert axis.cmin < axis.cmax
+    assert list(axis.colorbar.ticktext) == ["3.5"]
+
+
 def test_experts_that_saw_no_tokens_are_marked(document):
     found = coverage_figure(document["coverage"])
     assert found is not None
@@ -245,6 +256,16 @@ def test_the_picture_beside_the_page(document, tmp_path):
     assert labels[-1] == "predicted"
     with pytest.raises(InputError, match="no row has a KL above 0"):
         pareto_figure({})
+
+
+def test_all_that_is_beside_the_page(document, plans, tmp_path):
+    write_report(document, plans, tmp_path)
+    names = ["pareto.png", "report.html", "rows.csv"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == names
+    assert (tmp_path / "report.html").read_text() == report(document, plans)
+    assert (tmp_path / "rows.csv").read_text() == rows_csv(document)
+    write_report({"about": document["about"]}, {}, tmp_path / "bare")
+    assert [path.name for path in (tmp_path / "bare").iterdir()] == ["report.html"]
 
 
 def test_the_shell_has_what_it_is_given():
