@@ -146,12 +146,15 @@ def test_the_command_says_what_refining_and_the_gate_came_to(model, document, tm
     out = tmp_path / "out"
     found = document(
         "quantize", model, "--budget", "4bpw", *FAST, "--refine", "4", "--refine-tokens", "512",
-        "-o", out,
+        "--price", "--report", tmp_path / "page.html", "-o", out,
     )  # fmt: skip
     assert found["refine_evaluations"] == 4
     assert found["refine_gate_passed"] in (True, False)
     assert found["bytes_predicted"] == found["bytes_on_disk"]
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "page.html"]
+    page = (tmp_path / "page.html").read_text()
+    for heading in ("Plan", "Expert coverage", "Price of runtime profiles", "Refinement"):
+        assert f"<h2>{heading}</h2>" in page
 
 
 def test_a_killed_loop_goes_on_and_ends_the_same(model, tmp_path):

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from bitknap.estimators.moments import SecondMoments
     from bitknap.estimators.weight_error import WeightError
     from bitknap.quantize.rounding import Gptq, Hqq, Rtn
+    from bitknap.refining import refine
 
 __version__ = "0.1.0"
 
@@ -78,6 +79,7 @@ _HOMES = {
     "bitknap.estimators.moments": ("SecondMoments",),
     "bitknap.estimators.weight_error": ("WeightError",),
     "bitknap.quantize.rounding": ("Gptq", "Hqq", "Rtn"),
+    "bitknap.refining": ("refine",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -117,6 +119,7 @@ __all__ = [
     "price",
     "profile",
     "quantize",
+    "refine",
     "solve",
 ]
 
