@@ -1,6 +1,7 @@
 """The report in a real browser: drawn, sorted, in light and dark, wide and narrow."""
 
 import shutil
+from typing import Any
 
 import pytest
 
@@ -31,7 +32,8 @@ def browser():
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(DRIVER))
     # On a busy machine a page takes long, and is right all the same.
-    driver.command_executor.client_config.timeout = 500
+    remote: Any = driver.command_executor
+    remote.client_config.timeout = 500
     driver.set_page_load_timeout(400)
     driver.set_script_timeout(400)
     yield driver
