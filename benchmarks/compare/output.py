@@ -100,10 +100,7 @@ def times(run: Comparison) -> dict[str, Any]:
 
 def write(run: Comparison, folder: Path, command: str) -> dict[str, Any]:
     """Write everything, forget what was kept for a killed run, and return the document."""
-    from bitknap.pictures import write_picture
-    from bitknap.report_page import report
-    from bitknap.report_pictures import pareto_figure
-    from bitknap.report_rows import rows_csv
+    from bitknap.report_files import write_report
 
     found = document(run, command)
     plans = {f"{budget:g}bpw": plan for budget, plan in run.plans.items()}
@@ -111,9 +108,7 @@ def write(run: Comparison, folder: Path, command: str) -> dict[str, Any]:
         (folder / "plans").mkdir(parents=True, exist_ok=True)
         plan.save(folder / "plans" / f"{name}.json")
     write_whole(folder / "compare.json", _bytes(found))
-    write_whole(folder / "compare.csv", rows_csv(found).encode())
-    write_picture(pareto_figure(found), folder / "compare.png")
-    write_whole(folder / "index.html", report(found, plans).encode())
+    write_report(found, plans, folder)
     write_whole(folder / "times.json", _bytes(times(run)))
     shutil.rmtree(folder / WORK, ignore_errors=True)
     return found

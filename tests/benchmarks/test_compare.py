@@ -83,20 +83,20 @@ def test_exact_solvers_agree_and_ours_is_compared_with_itself_by_nobody(everythi
 def test_files_beside_the_document(everything):
     document = json.loads((everything / "compare.json").read_text())
     assert sorted(path.name for path in everything.iterdir()) == [
-        "compare.csv",
         "compare.json",
-        "compare.png",
-        "index.html",
+        "pareto.png",
         "plans",
+        "report.html",
+        "rows.csv",
         "times.json",
     ]
-    with (everything / "compare.csv").open() as file:
+    with (everything / "rows.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(document["rows"])
     for entry in document["budgets"]:
         plan = BitPlan.load(everything / entry["plan"])
         assert plan.total_bytes <= entry["bytes"]
     assert set(PUBLISHED) <= set(json.loads((everything / "times.json").read_text())["plans"])
-    page = (everything / "index.html").read_text()
+    page = (everything / "report.html").read_text()
     assert "evolution" in page
 
 
@@ -131,7 +131,7 @@ def test_a_killed_comparison_goes_on(words, tmp_path):
         main([*words, *some, "--seed", "1", "-o", str(two)])  # a journal of other inputs
     main([*words, *some, "-o", str(one)])
     main([*words, *some, "-o", str(two)])
-    for name in ("compare.csv", "compare.png", "plans/3bpw.json"):
+    for name in ("rows.csv", "pareto.png", "plans/3bpw.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     assert not (two / running.WORK).exists()
 
