@@ -140,7 +140,8 @@ estimating = options_of(
 
 def journal_of(out: Path) -> Path:
     """Return where measurements are kept while `out` is in the making."""
-    return out.with_name(f"{out.name}.journal")
+    named = out if out.name else out.absolute()  # "." has no name
+    return named.with_name(f"{named.name}.journal")
 
 
 @contextlib.contextmanager
