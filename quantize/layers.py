@@ -21,37 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from bitknap.allocation.format import Format
-from bitknap.quantize import lowbit
-from bitknap.quantize.packed import decode
-from bitknap.quantize.tiled import decode_tiles, to_plain
+from bitknap.quantize.dequantize import dequantize_into
 from bitknap.quantize.views import View
 
 CACHE_BYTES = 1 << 28
-_KEPT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def unpacked(stream: Tensor, format: Format, rows: int, cols: int, layout: str = "plain") -> Tensor:
-    """Return the matrix that one unit's bytes stand for, float32 [rows, cols], where they are.
-
-    Args:
-        stream: uint8.
-        format: how it is stored.
-        rows: output features.
-        cols: input features.
-        layout: how streams lie: "plain" (`packed`) or "tiles" (`tiled`).
-
-    Raises:
-        FileError: the stream does not have the bytes that the format needs.
-    """
-    with stream.device:
-        if format.kind != "keep":
-            read = decode_tiles if layout == "tiles" else decode
-            return read(stream, format, rows, cols).dequantize()
-        if layout == "tiles":
-            stream = to_plain(stream, format, rows, cols)
-        if format.source in _KEPT:
-            return stream.clone().view(_KEPT[format.source]).view(rows, cols).float()
-        return lowbit.restore(stream, format.source, rows, cols)
 
 
 class Piece(NamedTuple):
@@ -166,9 +139,7 @@ class PackedWeight:
                     continue
                 for piece in self.parts[part]:
                     stream = streams[piece.buffer][piece.start : piece.stop]
-                    shape_of = (piece.rows, piece.cols)
-                    matrix = unpacked(stream, piece.format, *shape_of, self.layout)
-                    piece.view.of(place).copy_(matrix)
+                    dequantize_into(piece.view.of(place), stream, piece.format, self.layout)
                 self.cache.offer(self, part, place)
         return out
 

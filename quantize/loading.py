@@ -24,7 +24,8 @@ from bitknap.quantize.checkpoint import (
     roles_of,
 )
 from bitknap.quantize.convert import unit_bytes
-from bitknap.quantize.layers import CACHE_BYTES, unpacked
+from bitknap.quantize.dequantize import dequantize_into
+from bitknap.quantize.layers import CACHE_BYTES
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.outline import PREFIX, streams
 from bitknap.quantize.packed_config import check_config, layout_of, plain_config
@@ -94,13 +95,12 @@ def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
     plan, headers = packed.plan, packed.checkpoint.headers
     tensors = {n: packed.checkpoint.read(n) for n in headers if not n.startswith(PREFIX)}
     tensors |= {n: torch.empty(shape) for n, (_, shape) in packed.shapes.items()}
-    rows, cols = plan.units.rows.tolist(), plan.units.cols.tolist()
     for name, run in streams(plan.units).items():
         stream, at = packed.checkpoint.read(name), 0
         for unit, size in zip(run.tolist(), packed.nbytes[run].tolist(), strict=True):
             view, piece = packed.layout.views[unit], stream[at : at + size]
-            matrix = unpacked(piece, plan.format_of(unit), rows[unit], cols[unit], packed.kind)
-            view.of(tensors[view.tensor]).copy_(matrix)
+            out = view.of(tensors[view.tensor])
+            dequantize_into(out, piece, plan.format_of(unit), packed.kind)
             at += size
     return plan, tensors
 
