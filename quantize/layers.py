@@ -4,8 +4,7 @@ A module keeps its class's behaviour and loses some parameters. In their place i
 `PackedWeight`, which reads its matrices from streams, uint8 buffers that are the very bytes of the
 checkpoint. Reading the attribute (`linear.weight`) gives the whole dequantized tensor, so any
 forward works unchanged. Experts that transformers' `@use_experts_implementation` decorates run
-their own forward on a stand-in that holds just the experts which a batch hit, renumbered, so that
-the others are never dequantized.
+their own forward on `Matrices`, so that those which a batch does not hit are never dequantized.
 
 Resident are the streams, and a cache of dequantized matrices with a cap in bytes.
 """
@@ -21,10 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from bitknap.allocation.format import Format
+from bitknap.quantize.cache import Cache
 from bitknap.quantize.dequantize import dequantize_into
+from bitknap.quantize.matrices import Matrices
 from bitknap.quantize.views import View
-
-CACHE_BYTES = 1 << 28
 
 
 class Piece(NamedTuple):
@@ -47,36 +46,6 @@ class Piece(NamedTuple):
     rows: int
     cols: int
     view: View
-
-
-class Cache:
-    """Dequantized matrices, at most `limit` bytes of them.
-
-    What is in stays in: layers run in turn, so the matrix used longest ago is the one needed next,
-    and dropping it, as caches mostly do, would find nothing from one token to the next.
-    """
-
-    def __init__(self, limit: int = CACHE_BYTES) -> None:
-        self.limit = limit
-        self.used = 0
-        # By the weight itself, not by its id: copies of a model must not mix up their matrices.
-        self._kept: dict[tuple[PackedWeight, int], Tensor] = {}
-
-    def get(self, weight: PackedWeight, part: int) -> Tensor | None:
-        """Return one part of a weight if it is kept."""
-        return self._kept.get((weight, part))
-
-    def offer(self, weight: PackedWeight, part: int, matrix: Tensor) -> None:
-        """Keep a copy of one part of a weight if there is room."""
-        size = matrix.nbytes
-        if self.used + size <= self.limit:
-            self._kept[weight, part] = matrix.clone()
-            self.used += size
-
-    def clear(self) -> None:
-        """Forget everything."""
-        self._kept.clear()
-        self.used = 0
 
 
 class PackedWeight:
@@ -113,35 +82,40 @@ class PackedWeight:
             self.parts.setdefault(part or 0, []).append(piece._replace(view=view))
 
     def whole(self) -> Tensor:
-        """Return the parameter, dequantized."""
-        if self.stacked:
-            return self.experts(range(self.shape[0]))
-        return self._read([0], self.shape)[0]
+        """Return the parameter, dequantized; nobody may write to it."""
+        if self.stacked and self.filled:
+            return torch.stack([self.matrix(expert) for expert in range(self.shape[0])])
+        return self.matrix(0) if self.filled else self._empty(self.shape)
 
-    def experts(self, which: Sequence[int]) -> Tensor:
-        """Return some experts of a stacked parameter, dequantized, [len(which), ., .]."""
-        return self._read(which, self.shape[1:])
-
-    def _read(self, which: Sequence[int], shape: Sequence[int]) -> Tensor:
-        streams = {buffer: holder.get_buffer(buffer) for buffer, holder in self.holders.items()}
-        device = next(iter(streams.values())).device
-        # Tensors made in inference mode could not be used outside it, and these may be cached.
-        with torch.inference_mode(mode=False), torch.no_grad():
-            # transformers initializes what it thinks it did not load; let it, on the meta device.
-            place_of = device if self.filled else torch.device("meta")
-            out = torch.empty(len(which), *shape, dtype=self.dtype, device=place_of)
-            if not self.filled:
-                return out
-            for place, part in zip(out, which, strict=True):
-                known = self.cache.get(self, part)
-                if known is not None:
-                    place.copy_(known)
-                    continue
+    def matrix(self, part: int) -> Tensor:
+        """Return an expert of a stacked parameter, or all of another; nobody may write to it."""
+        key = (self, part)
+        found = self.cache.get(key)
+        if found is None:
+            # Tensors made in inference mode could not be used outside it, and these may be kept.
+            with torch.inference_mode(mode=False), torch.no_grad():
+                found = self._empty(self.shape[1:] if self.stacked else self.shape)
                 for piece in self.parts[part]:
-                    stream = streams[piece.buffer][piece.start : piece.stop]
-                    dequantize_into(piece.view.of(place), stream, piece.format, self.layout)
-                self.cache.offer(self, part, place)
-        return out
+                    stream = self.holders[piece.buffer].get_buffer(piece.buffer)
+                    view = piece.view.of(found)
+                    some = stream[piece.start : piece.stop]
+                    dequantize_into(view, some, piece.format, self.layout)
+            self.cache.offer(key, found)
+        return found
+
+    def matrices(self) -> Matrices:
+        """Return the experts of a stacked parameter, dequantized one by one when used."""
+        return Matrices(self.matrix, self.shape, self.dtype, self._device)
+
+    @property
+    def _device(self) -> torch.device:
+        buffer, holder = next(iter(self.holders.items()))
+        return holder.get_buffer(buffer).device
+
+    def _empty(self, shape: Sequence[int]) -> Tensor:
+        # transformers initializes what it thinks it did not load; let it, on the meta device.
+        device = self._device if self.filled else torch.device("meta")
+        return torch.empty(tuple(shape), dtype=self.dtype, device=device)
 
 
 class _Packed(nn.Module):
@@ -166,29 +140,14 @@ class _PackedExperts(_Packed):
 
     original: type[nn.Module]
 
-    def forward(self, hidden_states: Tensor, index: Tensor, *args: Any, **kwargs: Any) -> Any:
-        count = next(iter(self.packed.values())).shape[0]
-        hit = index.unique()
-        hit = hit[hit < count]  # under expert parallelism greater numbers mean: not here
-        if not len(hit):
-            hit = index.new_zeros(1)
-        # Those stay greater than all others: `searchsorted` puts them at the end.
-        places = torch.searchsorted(hit, index.contiguous())
-        few = self._stand_in(hit)
-        return self.original.forward(few, hidden_states, places, *args, **kwargs)
-
-    def _stand_in(self, hit: Tensor) -> nn.Module:
-        """Return the original module with the experts in `hit`, renumbered, and no others."""
-        which = hit.tolist()
-        own = {
-            name: value[hit] if name.endswith("_bias") and value is not None else value
-            for name, value in self._parameters.items()
-        }
-        few: nn.Module = object.__new__(self.original)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # The class's own forward, on a module that has no stacks but dequantizes what is hit.
+        own: nn.Module = object.__new__(self.original)
+        matrices = {name: weight.matrices() for name, weight in self.packed.items()}
         # torch types parameters more narrowly than a forward needs them.
-        given: Any = own | {name: weight.experts(which) for name, weight in self.packed.items()}
-        few.__dict__.update(self.__dict__ | {"_parameters": given, "num_experts": len(which)})
-        return few
+        given: Any = self._parameters | matrices
+        own.__dict__.update(self.__dict__ | {"_parameters": given})
+        return self.original.forward(own, *args, **kwargs)
 
 
 @cache
@@ -220,7 +179,7 @@ def unpack(module: nn.Module) -> None:
     """Undo `pack`: dequantize into ordinary parameters. Streams stay where they are."""
     if not isinstance(module, _Packed):
         return
-    dequantized = {name: weight.whole() for name, weight in module.packed.items()}
+    dequantized = {name: weight.whole().clone() for name, weight in module.packed.items()}
     module.__class__ = type(module).original  # type: ignore[attr-defined]
     del module.packed
     for name, tensor in dequantized.items():

@@ -15,6 +15,7 @@ from bitknap.errors import FileError, ModelError
 from bitknap.files import check_version, read_json
 from bitknap.quantize.apply import aligned
 from bitknap.quantize.blocks import layout_for
+from bitknap.quantize.cache import CACHE_BYTES
 from bitknap.quantize.checkpoint import (
     PLAN,
     SOURCE,
@@ -25,7 +26,6 @@ from bitknap.quantize.checkpoint import (
 )
 from bitknap.quantize.convert import unit_bytes
 from bitknap.quantize.dequantize import dequantize_into
-from bitknap.quantize.layers import CACHE_BYTES
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.outline import PREFIX, streams
 from bitknap.quantize.packed_config import check_config, layout_of, plain_config

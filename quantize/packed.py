@@ -39,9 +39,7 @@ def decode(stream: Tensor, format: Format, rows: int, cols: int) -> Quantized:
         FileError: the stream does not have the bytes that the format needs.
     """
     codes, grid = open_unit(stream, format, rows, cols)
-    return Quantized(
-        grid=grid, codes=unpack_bits(codes, format.bits, rows * cols).view(rows, cols)
-    )
+    return Quantized(grid=grid, codes=unpack_bits(codes, format.bits, rows * cols).view(rows, cols))
 
 
 def open_unit(stream: Tensor, format: Format, rows: int, cols: int) -> tuple[Tensor, Grid]:

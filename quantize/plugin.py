@@ -24,11 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitknap.errors import ModelError
 from bitknap.quantize.apply import aligned
 from bitknap.quantize.blocks import layout_for
+from bitknap.quantize.cache import Cache
 from bitknap.quantize.checkpoint import roles_of
 from bitknap.quantize.convert import unit_bytes
 from bitknap.quantize.experts import walk
 from bitknap.quantize.layers import (
-    Cache,
     PackedWeight,
     Piece,
     pack,

@@ -30,7 +30,7 @@ from bitknap.gathering import evaluation_windows, gather, too_few_tokens
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
-from bitknap.quantize.layers import CACHE_BYTES
+from bitknap.quantize.cache import CACHE_BYTES
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.rounding import RTN, Gptq, Rounding, planned
 from bitknap.quantize.rounding import method as method_of
