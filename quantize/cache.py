@@ -32,6 +32,7 @@ class Cache:
         # (how often it had been asked for when it was looked at, a tie breaker, key)
         self._coldest: list[tuple[int, int, Hashable]] = []
         self._serial = count()
+        self._told: set[str] = set()
 
     def get(self, key: Hashable) -> Tensor | None:
         """Return a matrix if it is kept; nobody may write to it."""
@@ -71,3 +72,9 @@ class Cache:
         self._asked.clear()
         self._coldest.clear()
         self.used = 0
+
+    def tell(self, what: str) -> bool:
+        """Return whether this is news: a model's modules share a cache, and say things once."""
+        news = what not in self._told
+        self._told.add(what)
+        return news

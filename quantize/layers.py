@@ -1,121 +1,36 @@
-"""Modules whose weights stay packed: a matrix is dequantized when it is used.
+"""Modules whose weights stay packed: a matrix is dequantized when it is used, or never.
 
 A module keeps its class's behaviour and loses some parameters. In their place is a
 `PackedWeight`, which reads its matrices from streams, uint8 buffers that are the very bytes of the
 checkpoint. Reading the attribute (`linear.weight`) gives the whole dequantized tensor, so any
 forward works unchanged. Experts that transformers' `@use_experts_implementation` decorates run
-their own forward on `Matrices`, so that those which a batch does not hit are never dequantized.
+
+    on a CUDA device   by `kernels.moe`, straight from the streams, where kernels know the class's
+                       activation and its formats; otherwise as below, and that is logged once
+    elsewhere          by their own forward on `Matrices`: those that a batch does not hit are
+                       never dequantized
 
 Resident are the streams, and a cache of dequantized matrices with a cap in bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitknap.allocation.format import Format
-from bitknap.quantize.cache import Cache
-from bitknap.quantize.dequantize import dequantize_into
-from bitknap.quantize.matrices import Matrices
-from bitknap.quantize.views import View
+from bitknap.errors import InputError
+from bitknap.kernels.experts import Experts
+from bitknap.kernels.moe import moe
+from bitknap.quantize.kernel_experts import kernel_experts
+from bitknap.quantize.packed_weight import PackedWeight
 
-
-class Piece(NamedTuple):
-    """One unit: its bytes in a stream, and where its matrix lies in the parameter.
-
-    Attributes:
-        buffer: name of the stream in the module that holds it.
-        start: first byte.
-        stop: one past the last byte.
-        format: how it is stored.
-        rows: output features.
-        cols: input features.
-        view: its place in the parameter; in one expert of it where experts are stacked.
-    """
-
-    buffer: str
-    start: int
-    stop: int
-    format: Format
-    rows: int
-    cols: int
-    view: View
-
-
-class PackedWeight:
-    """A parameter that is dequantized when it is read.
-
-    Attributes:
-        holders: the module that holds each of its streams, by the buffer's name.
-        shape: of the parameter.
-        dtype: of the parameter; matrices are rounded to it once.
-        stacked: whether its first dimension counts experts.
-        parts: the pieces of each expert if stacked, else all of them under 0.
-        layout: how streams lie.
-        cache: shared by a model's weights.
-        filled: whether the streams have been read; until then there is nothing but a shape.
-    """
-
-    def __init__(
-        self,
-        holders: Mapping[str, nn.Module],
-        like: Tensor,
-        dtype: torch.dtype,
-        pieces: Sequence[Piece],
-        layout: str,
-        cache: Cache,
-    ) -> None:
-        self.holders, self.shape, self.dtype = holders, tuple(like.shape), dtype
-        self.stacked = like.dim() == 3 and all(p.view.index is not None for p in pieces)
-        self.parts: dict[int, list[Piece]] = {}
-        self.layout, self.cache = layout, cache
-        self.filled = False
-        for piece in pieces:
-            part = piece.view.index if self.stacked else None
-            view = replace(piece.view, index=None) if self.stacked else piece.view
-            self.parts.setdefault(part or 0, []).append(piece._replace(view=view))
-
-    def whole(self) -> Tensor:
-        """Return the parameter, dequantized; nobody may write to it."""
-        if self.stacked and self.filled:
-            return torch.stack([self.matrix(expert) for expert in range(self.shape[0])])
-        return self.matrix(0) if self.filled else self._empty(self.shape)
-
-    def matrix(self, part: int) -> Tensor:
-        """Return an expert of a stacked parameter, or all of another; nobody may write to it."""
-        key = (self, part)
-        found = self.cache.get(key)
-        if found is None:
-            # Tensors made in inference mode could not be used outside it, and these may be kept.
-            with torch.inference_mode(mode=False), torch.no_grad():
-                found = self._empty(self.shape[1:] if self.stacked else self.shape)
-                for piece in self.parts[part]:
-                    stream = self.holders[piece.buffer].get_buffer(piece.buffer)
-                    view = piece.view.of(found)
-                    some = stream[piece.start : piece.stop]
-                    dequantize_into(view, some, piece.format, self.layout)
-            self.cache.offer(key, found)
-        return found
-
-    def matrices(self) -> Matrices:
-        """Return the experts of a stacked parameter, dequantized one by one when used."""
-        return Matrices(self.matrix, self.shape, self.dtype, self._device)
-
-    @property
-    def _device(self) -> torch.device:
-        buffer, holder = next(iter(self.holders.items()))
-        return holder.get_buffer(buffer).device
-
-    def _empty(self, shape: Sequence[int]) -> Tensor:
-        # transformers initializes what it thinks it did not load; let it, on the meta device.
-        device = self._device if self.filled else torch.device("meta")
-        return torch.empty(tuple(shape), dtype=self.dtype, device=device)
+_LOG = logging.getLogger(__name__)
 
 
 class _Packed(nn.Module):
@@ -135,24 +50,74 @@ class _Packed(nn.Module):
         return self
 
 
-class _PackedExperts(_Packed):
-    """What decorated experts gain: only those that are hit are dequantized."""
+class PackedExperts(_Packed):
+    """What decorated experts gain: kernels run them, or only those that are hit are dequantized.
+
+    Attributes:
+        original: the class they are of.
+        kernels: what kernels read; None where they do not run these experts.
+    """
 
     original: type[nn.Module]
+    kernels: Experts | None
+
+    def prepare(self, *, anywhere: bool = False) -> None:
+        """Have kernels run these experts if they are on a CUDA device and kernels can.
+
+        Args:
+            anywhere: on other devices too, by the plain torch twin, which is slow.
+        """
+        weight = next(iter(self.packed.values()))
+        self.kernels = None
+        if not weight.filled or not (anywhere or weight.device.type == "cuda"):
+            return
+        try:
+            self.kernels = kernel_experts(self, self.packed)
+        except InputError as error:
+            if weight.cache.tell(str(error)):
+                _LOG.warning("%s; these experts are dequantized when they are used", error)
+            return
+        if weight.device.type == "cuda":
+            # A CUDA graph would copy all of them at each replay if it thought they could move.
+            for tensor in self.kernels.tensors:
+                torch._dynamo.mark_static_address(tensor)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        anywhere = self.kernels is not None
+        super()._apply(fn, recurse)
+        self.prepare(anywhere=anywhere)
+        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs:
+            args = inspect.signature(self.original.forward).bind(self, *args, **kwargs).args[1:]
+        x = args[0]
+        if self.kernels is None or (torch.is_grad_enabled() and x.requires_grad):
+            return _dequantizing()(self, *args)
+        dtype = next(iter(self.packed.values())).dtype
+        rows = x.reshape(-1, x.shape[-1]).to(dtype)
+        return moe(rows, args[1], args[2], self.kernels).to(x.dtype).view_as(x)
+
+
+@cache
+def _dequantizing() -> Callable[..., Any]:
+    """Return the forward of experts that are dequantized; graphs are cut there."""
+
+    def forward(module: PackedExperts, *args: Any) -> Any:
         # The class's own forward, on a module that has no stacks but dequantizes what is hit.
-        own: nn.Module = object.__new__(self.original)
-        matrices = {name: weight.matrices() for name, weight in self.packed.items()}
+        own: nn.Module = object.__new__(module.original)
+        matrices = {name: weight.matrices() for name, weight in module.packed.items()}
         # torch types parameters more narrowly than a forward needs them.
-        given: Any = self._parameters | matrices
-        own.__dict__.update(self.__dict__ | {"_parameters": given})
-        return self.original.forward(own, *args, **kwargs)
+        given: Any = module._parameters | matrices
+        own.__dict__.update(module.__dict__ | {"_parameters": given})
+        return module.original.forward(own, *args)
+
+    return forward
 
 
 @cache
 def _packed_class(original: type[nn.Module], experts: bool) -> type[nn.Module]:
-    base = _PackedExperts if experts else _Packed
+    base = PackedExperts if experts else _Packed
     return type(f"Packed{original.__name__}", (base, original), {"original": original})
 
 
@@ -163,9 +128,16 @@ def pack(module: nn.Module, weights: Mapping[str, PackedWeight]) -> None:
     decorated = isinstance(getattr(module, "is_concatenated", None), bool)
     experts = decorated and all(weight.stacked for weight in weights.values())
     module.packed = dict(weights)  # type: ignore[assignment]
+    if experts:
+        module.kernels = None  # type: ignore[assignment]
     module.__class__ = _packed_class(type(module), experts)  # type: ignore[arg-type]
     # transformers initializes modules whose parameters it did not load; these have none.
     module._is_hf_initialized = True  # type: ignore[assignment]
+
+
+def is_packed_module(module: nn.Module) -> bool:
+    """Return whether some of a module's parameters are packed."""
+    return isinstance(module, _Packed)
 
 
 def packed_weights(model: nn.Module) -> Iterator[PackedWeight]:
@@ -181,6 +153,12 @@ def unpack(module: nn.Module) -> None:
         return
     dequantized = {name: weight.whole().clone() for name, weight in module.packed.items()}
     module.__class__ = type(module).original  # type: ignore[attr-defined]
-    del module.packed
+    vars(module).pop("packed")
+    vars(module).pop("kernels", None)
     for name, tensor in dequantized.items():
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
+
+
+def packed_experts(model: nn.Module) -> Iterator[PackedExperts]:
+    """Yield the experts of a model that stay packed."""
+    yield from (module for module in model.modules() if isinstance(module, PackedExperts))

@@ -29,15 +29,16 @@ from bitknap.quantize.checkpoint import roles_of
 from bitknap.quantize.convert import unit_bytes
 from bitknap.quantize.experts import walk
 from bitknap.quantize.layers import (
-    PackedWeight,
-    Piece,
+    is_packed_module,
     pack,
+    packed_experts,
     packed_weights,
     unpack,
 )
 from bitknap.quantize.loading import PackedFolder, open_packed, to_plain
 from bitknap.quantize.outline import streams
 from bitknap.quantize.packed_config import METHOD, VERSION, WEIGHTS
+from bitknap.quantize.packed_weight import PackedWeight, Piece
 from bitknap.quantize.saving import Companions, save_pretrained
 from bitknap.quantize.views import Layout
 
@@ -80,6 +81,7 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         self._places: dict[str, _Place] = {}
         self._companions = Companions()
         self._dtypes: dict[str, torch.dtype] = {}
+        self._packed: list[nn.Module] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Point transformers at the weights; of what it calls, this alone sees the config."""
@@ -157,6 +159,9 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
             place.module._buffers[place.buffer] = stream.to(empty.device)
         for weight in packed_weights(model):
             weight.filled = True
+        for experts in packed_experts(model):
+            experts.prepare()
+        self._packed = [module for module in model.modules() if is_packed_module(module)]
         # transformers 5.17 leaves parameters it renames in the dtype they are stored in.
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
@@ -167,8 +172,16 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors of a packed checkpoint, under their names there."""
         state = model.state_dict()
+        laid = {
+            (id(holder), buffer): weight
+            for weight in packed_weights(model)
+            if weight.layout != weight.stored
+            for buffer, holder in weight.holders.items()
+        }
         for name, place in self._places.items():
-            state[name] = state.pop(f"{place.path}.{place.buffer}".removeprefix("."))
+            stream = state.pop(f"{place.path}.{place.buffer}".removeprefix("."))
+            weight = laid.get((id(place.module), place.buffer))
+            state[name] = stream if weight is None else weight.as_stored(place.buffer)
         return state, {}
 
     @property
@@ -193,6 +206,11 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """False: codes have no gradient."""
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether kernels run all that is packed; what is dequantized when used cuts graphs."""
+        return all(getattr(module, "kernels", None) is not None for module in self._packed)
 
 
 def register() -> None:
