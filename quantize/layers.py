@@ -89,6 +89,7 @@ class PackedExperts(_Packed):
         return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the experts as their class does: activations, experts of each token, weights."""
         if kwargs:
             args = inspect.signature(self.original.forward).bind(self, *args, **kwargs).args[1:]
         x = args[0]
