@@ -1,0 +1,315 @@
+"""What all kernels share: from tiles and words in memory to floats in registers.
+
+Constants: CT is the type that `tl.dot` multiplies in: bf16, fp16, or float32 in Triton's
+interpreter, whose bf16 arithmetic is wrong. ASM says whether slots are read by inline PTX, two lanes
+of a 32-bit register at once; else by plain operations, for AMD and the interpreter.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from bitknap.kernels import fields
+from bitknap.kernels.kinds import Kind
+
+
+@triton.constexpr_function
+def bits_of(kind):
+    return Kind.of(kind).bits
+
+
+@triton.constexpr_function
+def share_of(kind):
+    return Kind.of(kind).share
+
+
+@triton.constexpr_function
+def symmetric_of(kind):
+    return Kind.of(kind).symmetric
+
+
+@triton.constexpr_function
+def kept_of(kind):
+    return Kind.of(kind).kept
+
+
+@triton.constexpr_function
+def group_of(kind, cols):
+    return Kind.of(kind).group or cols
+
+
+@triton.constexpr_function
+def groups_of(kind, cols):
+    return -(-cols // group_of(kind, cols))
+
+
+@triton.constexpr_function
+def words_in(kind, cols, width):
+    """Words that a block of `width` columns needs of each row: one, or one a chunk."""
+    group = group_of(kind, cols)
+    return 1 if group == cols or group % 256 == 0 else width // chunk_of(kind, width, 256)
+
+
+@triton.constexpr_function
+def chunk_of(kind, width, widest):
+    """Columns of a block of `width` that are multiplied at once: they share a word."""
+    return min(Kind.of(kind).chunk, width, widest)
+
+
+@triton.constexpr_function
+def word_of(kind):
+    """Bits of a word."""
+    known = Kind.of(kind)
+    if not known.share:
+        return 16 if known.symmetric else 32
+    return 8 if known.share + (0 if known.symmetric else known.bits) <= 8 else 16
+
+
+@triton.constexpr_function
+def tile_size(cols, bits):
+    """16-bit words of one tile of 64 rows."""
+    return -(-cols // 32) * 32 * 4 * bits
+
+
+@triton.constexpr_function
+def main_blocks(cols):
+    """Whole blocks of 256 columns; what is left takes one block each of 128, 64 and 32."""
+    return -(-cols // 32) * 32 // 256
+
+
+@triton.constexpr_function
+def has_tail(cols, lanes):
+    """Whether there is a block of 16 · `lanes` columns after those of 256."""
+    return (-(-cols // 32) * 32) // (16 * lanes) % 2 == 1
+
+
+@triton.constexpr_function
+def tail_begin(cols, lanes):
+    """First column of that block."""
+    return (-(-cols // 32) * 32) // (32 * lanes) * (32 * lanes)
+
+
+@triton.constexpr_function
+def mantissa_of(ct):
+    return 10 if ct == tl.float16 else 7
+
+
+@triton.constexpr_function
+def planes_of(bits, ct):
+    return 1 if ct == tl.float32 else fields.planes(bits, mantissa_of(ct))
+
+
+@triton.constexpr_function
+def power_of(bits, slot, ct, plane):
+    """What a slot's float is too great by."""
+    return 0.0 if ct == tl.float32 else fields.powers(bits, mantissa_of(ct), plane)[slot]
+
+
+@triton.constexpr_function
+def same_powers(bits, ct):
+    return ct == tl.float32 or len(set(fields.powers(bits, mantissa_of(ct), 0))) == 1
+
+
+@triton.constexpr_function
+def whole_power(bits, ct):
+    """What codes are too great by in all planes, where slots do not differ."""
+    return sum(power_of(bits, 0, ct, plane) for plane in range(planes_of(bits, ct)))
+
+
+@triton.constexpr_function
+def slot_of(bits, slot, ct, plane):
+    return fields.read_slot(bits, slot, 10 if ct == tl.float32 else mantissa_of(ct), plane)
+
+
+@triton.constexpr_function
+def part_count(bits, slot, ct, plane):
+    return len(slot_of(bits, slot, ct, plane).parts)
+
+
+@triton.constexpr_function
+def part_word(bits, slot, ct, plane, at):
+    return slot_of(bits, slot, ct, plane).parts[at].word
+
+
+@triton.constexpr_function
+def part_shift(bits, slot, ct, plane, at):
+    return slot_of(bits, slot, ct, plane).parts[at].shift
+
+
+@triton.constexpr_function
+def part_mask(bits, slot, ct, plane, at):
+    return slot_of(bits, slot, ct, plane).parts[at].mask
+
+
+@triton.constexpr_function
+def raise_of(bits, slot, ct):
+    """Bits by which a slot's code stands above the lowest of its float's mantissa."""
+    how = fields.read_slot(bits, slot, 10)
+    return 10 - int(how.value).bit_length() + 1
+
+
+@triton.constexpr_function
+def power_bits(bits, slot, ct, plane):
+    return slot_of(bits, slot, ct, plane).power
+
+
+@triton.constexpr_function
+def slot_assembly(bits, slot, ct, plane):
+    return fields.assembly(slot_of(bits, slot, ct, plane))
+
+
+@triton.constexpr_function
+def slot_constraints(bits, slot, ct, plane):
+    return "=r" + ",r" * part_count(bits, slot, ct, plane)
+
+
+@triton.jit
+def read_slot(
+    W,
+    SLOT: tl.constexpr,
+    BITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Return a slot's power + code, CT [rows, lanes], of words W, int16 [rows, lanes] each."""
+    PARTS: tl.constexpr = part_count(BITS, SLOT, CT, PLANE)
+    inputs = ()
+    for at in tl.static_range(PARTS):
+        inputs = inputs + (W[part_word(BITS, SLOT, CT, PLANE, at)],)
+    if ASM:
+        TEXT: tl.constexpr = slot_assembly(BITS, SLOT, CT, PLANE)
+        NAMES: tl.constexpr = slot_constraints(BITS, SLOT, CT, PLANE)
+        if CT == tl.float16:
+            r = tl.inline_asm_elementwise(
+                TEXT, NAMES, inputs, dtype=tl.float16, is_pure=True, pack=2
+            )
+        else:
+            r = tl.inline_asm_elementwise(
+                TEXT, NAMES, inputs, dtype=tl.bfloat16, is_pure=True, pack=2
+            )
+    else:
+        u = tl.zeros(W[0].shape, tl.uint16)
+        for at in tl.static_range(PARTS):
+            SHIFT: tl.constexpr = part_shift(BITS, SLOT, CT, PLANE, at)
+            MASK: tl.constexpr = part_mask(BITS, SLOT, CT, PLANE, at)
+            w = inputs[at].to(tl.uint16, bitcast=True)
+            u = u | (((w >> SHIFT) if SHIFT >= 0 else (w << -SHIFT)) & MASK)
+        if CT == tl.float32:
+            r = (u >> raise_of(BITS, SLOT, CT)).to(tl.float32)
+        elif CT == tl.float16:
+            r = (u | power_bits(BITS, SLOT, CT, PLANE)).to(tl.float16, bitcast=True)
+        else:
+            r = (u | power_bits(BITS, SLOT, CT, PLANE)).to(tl.bfloat16, bitcast=True)
+    return r
+
+
+@triton.jit
+def join_slots(
+    W,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Return slots FIRST, FIRST + STEP, …: [rows, lanes, 2, …, 2], lowest bit of the slot last."""
+    if COUNT == 1:
+        r = read_slot(W, FIRST, BITS, PLANE, CT, ASM)
+    else:
+        r = tl.join(
+            join_slots(W, FIRST, STEP * 2, COUNT // 2, BITS, PLANE, CT, ASM),
+            join_slots(W, FIRST + STEP, STEP * 2, COUNT // 2, BITS, PLANE, CT, ASM),
+        )
+    return r
+
+
+@triton.jit
+def join_powers(
+    like,
+    FIRST: tl.constexpr,
+    STEP: tl.constexpr,
+    COUNT: tl.constexpr,
+    BITS: tl.constexpr,
+    CT: tl.constexpr,
+):
+    """Return minus what `join_slots` is too great by, of the same shape."""
+    if COUNT == 1:
+        r = tl.full(like.shape, -power_of(BITS, FIRST, CT, 0), CT)
+    else:
+        r = tl.join(
+            join_powers(like, FIRST, STEP * 2, COUNT // 2, BITS, CT),
+            join_powers(like, FIRST + STEP, STEP * 2, COUNT // 2, BITS, CT),
+        )
+    return r
+
+
+@triton.jit
+def in_columns(slots, ROWS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constexpr):
+    """Return joined slots as columns, [rows, COUNT · LANES]; no value moves between threads."""
+    if COUNT == 2:
+        r = tl.permute(slots, (0, 2, 1))
+    elif COUNT == 4:
+        r = tl.permute(slots, (0, 2, 3, 1))
+    elif COUNT == 8:
+        r = tl.permute(slots, (0, 2, 3, 4, 1))
+    else:
+        r = tl.permute(slots, (0, 2, 3, 4, 5, 1))
+    return tl.reshape(r, (ROWS, COUNT * LANES))
+
+
+@triton.jit
+def load_codes(at, BITS: tl.constexpr, LANES: tl.constexpr):
+    """Return the words of one block, int16 [rows, LANES] each; `at` points to the first."""
+    W = ()
+    for word in tl.static_range(BITS):
+        W = W + (tl.load(at + word * 64 * LANES),)
+    return W
+
+
+@triton.jit
+def word_pointer(buffer, words_at, KIND: tl.constexpr):
+    """Return where an expert's words begin, as a pointer to words of their width."""
+    at = buffer + tl.multiple_of(words_at, 16)
+    if word_of(KIND) == 16:
+        r = at.to(tl.pointer_type(tl.int16))
+    elif word_of(KIND) == 8:
+        r = at.to(tl.pointer_type(tl.uint8))
+    else:
+        r = at
+    return r
+
+
+@triton.jit
+def open_word(word, KIND: tl.constexpr):
+    """Return step and value of code 0, float32 [rows]; compact ones still lack `row_scale`."""
+    BITS: tl.constexpr = bits_of(KIND)
+    SHARE: tl.constexpr = share_of(KIND)
+    MIDDLE: tl.constexpr = ((1 << BITS) - 1) / 2
+    if SHARE == 0:
+        if symmetric_of(KIND):
+            step = word.to(tl.float16, bitcast=True).to(tl.float32)
+            zero = step * -MIDDLE
+        else:
+            step = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+            high = (word >> 16).to(tl.int16)
+            zero = high.to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        u = word.to(tl.int32)
+        step = (u & ((1 << SHARE) - 1)).to(tl.float32)
+        if symmetric_of(KIND):
+            zero = step * -MIDDLE
+        else:
+            zero = step * -((u >> SHARE) & ((1 << BITS) - 1)).to(tl.float32)
+    return step, zero
+
+
+@triton.jit
+def row_scale(buffer, rows_at, tile, inside, KIND: tl.constexpr):
+    """Return what compact steps and zeros must be multiplied by, float32 [rows]."""
+    MOST: tl.constexpr = (1 << share_of(KIND)) - 1
+    at = (buffer + rows_at).to(tl.pointer_type(tl.float16)) + tile * 64 + inside
+    return tl.load(at).to(tl.float32) * (1.0 / MOST)
