@@ -22,11 +22,11 @@ import triton.language as tl
 from bitknap.kernels.unpack import (
     bits_of,
     chunk_of,
+    excess_of,
     group_of,
     groups_of,
     has_tail,
     in_columns,
-    join_powers,
     join_slots,
     kept_of,
     load_codes,
@@ -34,11 +34,9 @@ from bitknap.kernels.unpack import (
     open_word,
     planes_of,
     row_scale,
-    same_powers,
     share_of,
     tail_begin,
     tile_size,
-    whole_power,
     word_pointer,
     words_in,
 )
@@ -122,12 +120,27 @@ def weights_of(
     if PLANES == 2:
         high = in_columns(join_slots(W, FIRST, 1, COUNT, BITS, 1, CT, ASM), ROWS, LANES, COUNT)
         q += high.to(tl.float32)
-    if same_powers(BITS, CT):
-        zero -= step * whole_power(BITS, CT)
-    else:
-        joined = join_powers(W[0], FIRST, 1, COUNT, BITS, CT)
-        q += in_columns(joined, ROWS, LANES, COUNT).to(tl.float32)
+    zero -= step * excess_of(BITS, CT)
     return q * step[:, None] + zero[:, None]
+
+
+@triton.jit
+def sums_of(xs, one, ROWS: tl.constexpr, CT: tl.constexpr):
+    """Return the sum of each column of `xs` [n, tokens] in every row, float32 [ROWS, tokens].
+
+    A product with ones, 64 rows of them at most. That they are ones the compiler must not see, nor
+    that they are the same in all threads: it would move constants into place before every single
+    product, which costs as much as the products of codes (sm_90: 0.25 to 0.5 instructions a weight).
+    """
+    N: tl.constexpr = xs.shape[0]
+    BM: tl.constexpr = xs.shape[1]
+    HEIGHT: tl.constexpr = 64 if ROWS > 64 else ROWS
+    ones = tl.minimum(one, 1 + tl.arange(0, HEIGHT)).to(CT)
+    sums = tl.dot(tl.broadcast_to(ones[:, None], (HEIGHT, N)), xs)
+    if ROWS > HEIGHT:
+        sums = tl.broadcast_to(sums[None], (ROWS // HEIGHT, HEIGHT, BM))
+        sums = tl.reshape(sums, (ROWS, BM))
+    return sums
 
 
 @triton.jit
@@ -139,6 +152,7 @@ def add_block(
     x,
     ok,
     first,
+    one,
     LANES: tl.constexpr,
     KIND: tl.constexpr,
     COLS: tl.constexpr,
@@ -157,6 +171,7 @@ def add_block(
         x: pointers to rows of activations, [tokens].
         ok: which of them there are, [tokens].
         first: first column.
+        one: 1, in a way that the compiler does not know.
         LANES: columns of a slot.
         KIND: of the expert.
         COLS: of a row.
@@ -179,12 +194,8 @@ def add_block(
             for plane in tl.static_range(planes_of(BITS, CT)):
                 q = join_slots(W, c * COUNT, 1, COUNT, BITS, plane, CT, ASM)
                 part = tl.dot(in_columns(q, ROWS, LANES, COUNT), xs, part)
-            if same_powers(BITS, CT):
-                zero -= step * whole_power(BITS, CT)
-            else:
-                powers = join_powers(W[0], c * COUNT, 1, COUNT, BITS, CT)
-                part = tl.dot(in_columns(powers, ROWS, LANES, COUNT), xs, part)
-            sums = tl.dot(tl.full((ROWS, CHUNK), 1.0, CT), xs)
+            zero -= step * excess_of(BITS, CT)
+            sums = sums_of(xs, one, ROWS, CT)
             acc += step[:, None] * part + zero[:, None] * sums
         else:
             w = weights_of(W, word, scale, c * COUNT, COUNT, LANES, KIND, ROWS, CT, ASM)
@@ -201,6 +212,7 @@ def add_tail(
     inside,
     x,
     ok,
+    one,
     LANES: tl.constexpr,
     KIND: tl.constexpr,
     COLS: tl.constexpr,
@@ -218,7 +230,7 @@ def add_tail(
         W = load_codes(at, BITS, LANES)
         own = load_words(words, FIRST, COLS, 16 * LANES, KIND)
         acc = add_block(
-            acc, W, own, scale, x, ok, FIRST, LANES, KIND, COLS, WIDEST, POST, CT, ASM
+            acc, W, own, scale, x, ok, FIRST, one, LANES, KIND, COLS, WIDEST, POST, CT, ASM
         )
     return acc
 
@@ -232,6 +244,7 @@ def add_codes(
     inside,
     x,
     ok,
+    one,
     begin,
     end,
     tail,
@@ -256,12 +269,12 @@ def add_codes(
             after = load_words(words, following, COLS, 256, KIND)
             W = load_codes(at + block * (1024 * BITS), BITS, 16)
             acc = add_block(
-                acc, W, own, scale, x, ok, block * 256, 16, KIND, COLS, WIDEST, POST, CT, ASM
+                acc, W, own, scale, x, ok, block * 256, one, 16, KIND, COLS, WIDEST, POST, CT, ASM
             )
     if tail:
         for i in tl.static_range(3):
             acc = add_tail(
-                acc, codes, words, scale, inside, x, ok, 8 >> i, KIND, COLS, WIDEST, POST, CT, ASM
+                acc, codes, words, scale, inside, x, ok, one, 8 >> i, KIND, COLS, WIDEST, POST, CT, ASM
             )
     if POST and share_of(KIND):
         acc = acc * scale[:, None]
@@ -300,6 +313,7 @@ def add_expert(
     n,
     x,
     ok,
+    one,
     begin,
     end,
     tail,
@@ -318,6 +332,7 @@ def add_expert(
         n: rows, [rows].
         x: pointers to rows of activations, [tokens].
         ok: which of them there are, [tokens].
+        one: 1, in a way that the compiler does not know.
         begin: first block of 256 columns.
         end: one past the last.
         tail: whether the columns after all whole blocks are this program's too.
@@ -339,6 +354,7 @@ def add_expert(
             n % 64,
             x,
             ok,
+            one,
             begin,
             end,
             tail,

@@ -59,7 +59,7 @@ def pick(
     return expert, pair, busy
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def decode_gate_up(
     x_ptr,
     index_ptr,
@@ -104,6 +104,7 @@ def decode_gate_up(
     )
     if busy:
         ok = pair < _NONE
+        one = tl.minimum(tokens, 1)
         x = x_ptr + tl.arange(0, BM).to(tl.int64) * HIDDEN
         rows = (pid % NT) * HALF + tl.arange(0, HALF)
         value = intermediate(
@@ -113,6 +114,7 @@ def decode_gate_up(
             tl.minimum(rows, INNER - 1),
             x,
             ok,
+            one,
             KINDS,
             GATE_KINDS,
             HIDDEN,
@@ -132,7 +134,7 @@ def decode_gate_up(
         tl.store(at, value, mask=ok[None, :] & (rows < INNER)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "slots"])
 def decode_down(
     hidden_ptr,
     index_ptr,
@@ -177,6 +179,7 @@ def decode_down(
     there = (rows < HIDDEN)[:, None]
     if busy:
         ok = pair < _NONE
+        one = tl.minimum(tokens, 1)
         n = tl.minimum(rows, HIDDEN - 1)
         x = hidden_ptr + tl.where(ok, pair, 0).to(tl.int64) * INNER
         y = one_expert(
@@ -185,6 +188,7 @@ def decode_down(
             n,
             x,
             ok,
+            one,
             run * BLOCKS // SPLIT,
             (run + 1) * BLOCKS // SPLIT,
             run == SPLIT - 1,

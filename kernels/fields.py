@@ -1,20 +1,25 @@
-"""How a slot's bits become a 16-bit float, for constants of kernels. No Triton here.
+"""How a slot's bits become a 16-bit float, for constants of kernels.
 
 A field of b bits ORed onto a power of two whose last mantissa bits it fills is that power plus the
-code, exactly: 128 + q in bf16 (7 bits of mantissa), 1024 + q in fp16 (10). Where the field lies
-p bits above the lowest, the power is 2^p less, so fields that are within the mantissa after one
-shift of the word need no shift of their own. The powers are taken out again where sums are scaled.
+code, exactly: 128 + q in bf16 (7 bits of mantissa), 1024 + q in fp16 (10). The power is taken out
+again where sums are scaled.
 
 8 bits do not fit bf16's mantissa: there a code is two planes, 128 + low and 256 + 16 high.
+
+Tried and dropped: reading several fields after one shift, onto a smaller power where they lie
+higher in the mantissa. What the saved shifts bring (2 bits, sm_90: 0.31 instructions a weight), the
+second constant operand that then takes out unequal powers costs (0.34).
+
+Functions are Triton's, so that a kernel compiled earlier is not taken for one with other fields.
 """
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from bitknap.kernels.tiles import SLOTS, slot_fields
+import triton
 
-_EXPONENTS = {7: 127, 10: 15}  # bias of the exponent by bits of mantissa
+_BIASES = {7: 127, 10: 15}  # of the exponent, by bits of mantissa
 BOTH = 0x00010001  # a value in both lanes of a 32-bit register
 
 
@@ -32,20 +37,19 @@ class Slot(NamedTuple):
     Attributes:
         parts: ORed together and onto the power.
         power: bits of the float that they are ORed onto, in one lane.
-        value: of that power.
-        scale: by which the code is multiplied in the result.
     """
 
     parts: tuple[Part, ...]
     power: int
-    value: float
 
 
+@triton.constexpr_function
 def planes(bits: int, mantissa: int) -> int:
     """Return into how many floats a code is cut."""
     return 1 if bits <= mantissa else 2
 
 
+@triton.constexpr_function
 def read_slot(bits: int, slot: int, mantissa: int, plane: int = 0) -> Slot:
     """Return how a slot is read.
 
@@ -55,27 +59,26 @@ def read_slot(bits: int, slot: int, mantissa: int, plane: int = 0) -> Slot:
         mantissa: bits of the float's mantissa: 7 or 10.
         plane: of codes in two planes, 0 for the low four bits.
     """
+    from bitknap.kernels.tiles import slot_fields  # Triton refuses plain functions of modules
+
     fields = slot_fields(bits)[slot]
-    if planes(bits, mantissa) == 2:
-        word, shift = fields[0].word, fields[0].shift
-        if plane == 0:
-            return Slot((Part(word, shift, 15), ), *_power(mantissa, 0))
-        # Up three bits of the mantissa and one shift less: 2^8 + 16 q.
-        return Slot((Part(word, shift + 1, 15 << 3),), *_power(mantissa, -1))
-    if len(fields) == 1 and fields[0].width == bits:
-        word, shift = fields[0].word, fields[0].shift
-        base = _base(bits, shift, mantissa)
-        up = shift - base
-        return Slot((Part(word, base, (1 << bits) - 1 << up),), *_power(mantissa, up))
-    parts = tuple(Part(f.word, f.shift - f.at, (1 << f.width) - 1 << f.at) for f in fields)
-    return Slot(parts, *_power(mantissa, 0))
+    if planes(bits, mantissa) == 1:
+        parts = tuple(Part(f.word, f.shift - f.at, (1 << f.width) - 1 << f.at) for f in fields)
+        return Slot(parts, _float(mantissa, mantissa))
+    word, shift = fields[0].word, fields[0].shift
+    if plane == 0:
+        return Slot((Part(word, shift, 15),), _float(mantissa, mantissa))
+    # The high four bits at bit 3 of the mantissa, whose bits are worth 2: 2^8 + 2 · 8 high.
+    return Slot((Part(word, shift + 1, 15 << 3),), _float(mantissa + 1, mantissa))
 
 
-def powers(bits: int, mantissa: int, plane: int = 0) -> tuple[float, ...]:
-    """Return what every slot's float is too great by."""
-    return tuple(read_slot(bits, slot, mantissa, plane).value for slot in range(SLOTS))
+@triton.constexpr_function
+def excess(bits, mantissa):
+    """Return what all planes of a slot together are greater than its code."""
+    return sum(2.0 ** (mantissa + plane) for plane in range(planes(bits, mantissa)))
 
 
+@triton.constexpr_function
 def assembly(slot: Slot) -> str:
     """Return PTX that reads a slot of both lanes: $0 from words $1, $2, …, one a part."""
     lines, done = [".reg .b32 t, r;"], f"{slot.power * BOTH}"
@@ -90,15 +93,7 @@ def assembly(slot: Slot) -> str:
     return "{ " + " ".join(lines) + " }"
 
 
-def _base(bits: int, shift: int, mantissa: int) -> int:
-    """Return the shift that this field shares with those below it that fit the mantissa too."""
-    first = 0
-    for at in range(0, shift + 1, bits):
-        if at - first + bits > mantissa:
-            first = at
-    return first
-
-
-def _power(mantissa: int, up: int) -> tuple[int, float]:
-    exponent = mantissa - up
-    return exponent + _EXPONENTS[mantissa] << mantissa, 2.0**exponent
+@triton.constexpr_function
+def _float(exponent, mantissa):
+    """Return the bits of 2^exponent."""
+    return exponent + _BIASES[mantissa] << mantissa

@@ -43,6 +43,7 @@ def one_expert(
     n,
     x,
     ok,
+    one,
     begin,
     end,
     tail,
@@ -61,9 +62,20 @@ def one_expert(
         if kind == KINDS[i]:
             at = locate(table, expert, n, COLS, KINDS[i])
             acc = add_expert(
-                acc, at, n, x, ok, begin, end, tail, KINDS[i], COLS, WIDEST, POST, CT, ASM
+                acc, at, n, x, ok, one, begin, end, tail, KINDS[i], COLS, WIDEST, POST, CT, ASM
             )
     return acc
+
+
+@triton.jit
+def choose(which, a, b, ALIGNED: tl.constexpr):
+    """Return pointers `a` where `which`, else `b`, multiples of ALIGNED elements; any [rows].
+
+    As a difference from `a`: the compiler forgets where pointers are aligned when it selects them.
+    """
+    SIZE: tl.constexpr = a.dtype.element_ty.primitive_bitwidth // 8
+    apart = (b.to(tl.int64) - a.to(tl.int64)) // SIZE
+    return a + tl.multiple_of(tl.where(which, 0, apart), ALIGNED)
 
 
 @triton.jit
@@ -74,6 +86,7 @@ def both_experts(
     n,
     x,
     ok,
+    one,
     KINDS: tl.constexpr,
     COLS: tl.constexpr,
     BM: tl.constexpr,
@@ -99,8 +112,8 @@ def both_experts(
             of_gate = locate(gate, expert, twice, COLS, KINDS[i])
             of_up = locate(up, expert, twice, COLS, KINDS[i])
             at = (
-                tl.where(is_gate, of_gate[0], of_up[0]),
-                tl.where(is_gate, of_gate[1], of_up[1]),
+                choose(is_gate, of_gate[0], of_up[0], 8),
+                choose(is_gate, of_gate[1], of_up[1], 1),
                 tl.where(is_gate, of_gate[2], of_up[2]),
             )
             acc = add_expert(
@@ -109,6 +122,7 @@ def both_experts(
                 twice,
                 x,
                 ok,
+                one,
                 0,
                 main_blocks(COLS),
                 True,
@@ -130,6 +144,7 @@ def intermediate(
     n,
     x,
     ok,
+    one,
     KINDS: tl.constexpr,
     GATE_KINDS: tl.constexpr,
     COLS: tl.constexpr,
@@ -153,6 +168,7 @@ def intermediate(
         n: rows, [rows].
         x: pointers to rows of activations, [tokens].
         ok: which of them there are, [tokens].
+        one: 1, in a way that the compiler does not know.
         KINDS: of up projections.
         GATE_KINDS: of gate projections.
         COLS: inputs.
@@ -169,15 +185,15 @@ def intermediate(
     """
     BLOCKS: tl.constexpr = main_blocks(COLS)
     if GATED and TIED:
-        a, b = both_experts(gate, up, expert, n, x, ok, KINDS, COLS, BM, WIDEST, POST, CT, ASM)
+        a, b = both_experts(gate, up, expert, n, x, ok, one, KINDS, COLS, BM, WIDEST, POST, CT, ASM)
     else:
         b = one_expert(
-            up, expert, n, x, ok, 0, BLOCKS, True, KINDS, COLS, BM, WIDEST, POST, CT, ASM
+            up, expert, n, x, ok, one, 0, BLOCKS, True, KINDS, COLS, BM, WIDEST, POST, CT, ASM
         )
         a = b
         if GATED:
             a = one_expert(
-                gate, expert, n, x, ok, 0, BLOCKS, True, GATE_KINDS, COLS, BM, WIDEST, POST, CT, ASM
+                gate, expert, n, x, ok, one, 0, BLOCKS, True, GATE_KINDS, COLS, BM, WIDEST, POST, CT, ASM
             )
     if BIASED:
         b += tl.load(up[5] + expert.to(tl.int64) * ROWS + n).to(tl.float32)[:, None]

@@ -11,32 +11,39 @@ import triton
 import triton.language as tl
 
 from bitknap.kernels import fields
-from bitknap.kernels.kinds import Kind
+
+
+@triton.constexpr_function
+def opened(kind):
+    """Return the `Kind` that an integer stands for."""
+    from bitknap.kernels.kinds import Kind  # Triton refuses plain functions of modules
+
+    return Kind.of(kind)
 
 
 @triton.constexpr_function
 def bits_of(kind):
-    return Kind.of(kind).bits
+    return opened(kind).bits
 
 
 @triton.constexpr_function
 def share_of(kind):
-    return Kind.of(kind).share
+    return opened(kind).share
 
 
 @triton.constexpr_function
 def symmetric_of(kind):
-    return Kind.of(kind).symmetric
+    return opened(kind).symmetric
 
 
 @triton.constexpr_function
 def kept_of(kind):
-    return Kind.of(kind).kept
+    return opened(kind).kept
 
 
 @triton.constexpr_function
 def group_of(kind, cols):
-    return Kind.of(kind).group or cols
+    return opened(kind).group or cols
 
 
 @triton.constexpr_function
@@ -54,13 +61,13 @@ def words_in(kind, cols, width):
 @triton.constexpr_function
 def chunk_of(kind, width, widest):
     """Columns of a block of `width` that are multiplied at once: they share a word."""
-    return min(Kind.of(kind).chunk, width, widest)
+    return min(opened(kind).chunk, width, widest)
 
 
 @triton.constexpr_function
 def word_of(kind):
     """Bits of a word."""
-    known = Kind.of(kind)
+    known = opened(kind)
     if not known.share:
         return 16 if known.symmetric else 32
     return 8 if known.share + (0 if known.symmetric else known.bits) <= 8 else 16
@@ -101,20 +108,9 @@ def planes_of(bits, ct):
 
 
 @triton.constexpr_function
-def power_of(bits, slot, ct, plane):
-    """What a slot's float is too great by."""
-    return 0.0 if ct == tl.float32 else fields.powers(bits, mantissa_of(ct), plane)[slot]
-
-
-@triton.constexpr_function
-def same_powers(bits, ct):
-    return ct == tl.float32 or len(set(fields.powers(bits, mantissa_of(ct), 0))) == 1
-
-
-@triton.constexpr_function
-def whole_power(bits, ct):
-    """What codes are too great by in all planes, where slots do not differ."""
-    return sum(power_of(bits, 0, ct, plane) for plane in range(planes_of(bits, ct)))
+def excess_of(bits, ct):
+    """What a slot's floats are greater than its code."""
+    return 0.0 if ct == tl.float32 else fields.excess(bits, mantissa_of(ct))
 
 
 @triton.constexpr_function
@@ -140,13 +136,6 @@ def part_shift(bits, slot, ct, plane, at):
 @triton.constexpr_function
 def part_mask(bits, slot, ct, plane, at):
     return slot_of(bits, slot, ct, plane).parts[at].mask
-
-
-@triton.constexpr_function
-def raise_of(bits, slot, ct):
-    """Bits by which a slot's code stands above the lowest of its float's mantissa."""
-    how = fields.read_slot(bits, slot, 10)
-    return 10 - int(how.value).bit_length() + 1
 
 
 @triton.constexpr_function
@@ -197,7 +186,7 @@ def read_slot(
             w = inputs[at].to(tl.uint16, bitcast=True)
             u = u | (((w >> SHIFT) if SHIFT >= 0 else (w << -SHIFT)) & MASK)
         if CT == tl.float32:
-            r = (u >> raise_of(BITS, SLOT, CT)).to(tl.float32)
+            r = u.to(tl.float32)
         elif CT == tl.float16:
             r = (u | power_bits(BITS, SLOT, CT, PLANE)).to(tl.float16, bitcast=True)
         else:
@@ -223,26 +212,6 @@ def join_slots(
         r = tl.join(
             join_slots(W, FIRST, STEP * 2, COUNT // 2, BITS, PLANE, CT, ASM),
             join_slots(W, FIRST + STEP, STEP * 2, COUNT // 2, BITS, PLANE, CT, ASM),
-        )
-    return r
-
-
-@triton.jit
-def join_powers(
-    like,
-    FIRST: tl.constexpr,
-    STEP: tl.constexpr,
-    COUNT: tl.constexpr,
-    BITS: tl.constexpr,
-    CT: tl.constexpr,
-):
-    """Return minus what `join_slots` is too great by, of the same shape."""
-    if COUNT == 1:
-        r = tl.full(like.shape, -power_of(BITS, FIRST, CT, 0), CT)
-    else:
-        r = tl.join(
-            join_powers(like, FIRST, STEP * 2, COUNT // 2, BITS, CT),
-            join_powers(like, FIRST + STEP, STEP * 2, COUNT // 2, BITS, CT),
         )
     return r
 
