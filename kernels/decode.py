@@ -1,9 +1,9 @@
 """Few tokens: two launches, and no sorting.
 
-A tile is one expert and all tokens that chose it; with at most 16 tokens, token t is column t. Which
-tokens those are each program finds in the ids itself. Down's programs leave what they computed in
-float32, and the last one to finish some output columns adds it up in the order of the tokens' ids:
-the weighted sum over experts costs no third launch and comes out the same every time.
+A tile is one expert and all tokens that chose it; with at most 16 tokens, token t is column t.
+Which tokens those are each program finds in the ids itself. Down's programs leave what they
+computed in float32, and the last one to finish some output columns adds it up in the order of the
+tokens' ids: the weighted sum over experts costs no third launch and comes out the same every time.
 """
 
 from __future__ import annotations
@@ -11,8 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from bitknap.kernels.constants import (
+    main_blocks,
+)
 from bitknap.kernels.products import intermediate, one_expert
-from bitknap.kernels.unpack import main_blocks
 
 _NONE = tl.constexpr(1 << 30)
 
@@ -52,7 +54,7 @@ def pick(
     j = tl.arange(0, KP)
     pair = tl.min(tl.where(ids == expert, t[:, None] * TOPK + j[None, :], _NONE), axis=1)
     first = tl.min(pair, axis=0)
-    if BY_EXPERT:
+    if BY_EXPERT:  # noqa: SIM108 - Triton has no such expression over constants
         busy = first < _NONE
     else:
         busy = (first == slot) & (expert >= 0) & (expert < EXPERTS)
@@ -212,7 +214,7 @@ def decode_down(
         t = tl.arange(0, BM)
         j = tl.arange(0, KP)
         total = tl.zeros((BN, BM), tl.float32)
-        for i in range(0, TOPK):
+        for i in range(TOPK):
             mine = t * TOPK + i
             own = tl.load(index_ptr + mine, mask=t < tokens, other=-1).to(tl.int32)
             same = ids == own[:, None]

@@ -134,9 +134,7 @@ def heuristic(case: Case, processors: int) -> Launch:
         return Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
     for tokens in (16, 32):
         if pairs <= tokens * case.experts:
-            return Launch(
-                path="grouped", tokens=tokens, gate_up=Tile(rows=64), down=Tile(rows=64)
-            )
+            return Launch(path="grouped", tokens=tokens, gate_up=Tile(rows=64), down=Tile(rows=64))
     return Launch(
         path="grouped", tokens=64, gate_up=Tile(rows=64, warps=8), down=Tile(rows=128, warps=8)
     )

@@ -6,7 +6,9 @@ import triton
 import triton.language as tl
 
 from bitknap.kernels.accumulate import add_expert, locate
-from bitknap.kernels.unpack import main_blocks
+from bitknap.kernels.constants import (
+    main_blocks,
+)
 
 
 @triton.jit
@@ -193,7 +195,22 @@ def intermediate(
         a = b
         if GATED:
             a = one_expert(
-                gate, expert, n, x, ok, one, 0, BLOCKS, True, GATE_KINDS, COLS, BM, WIDEST, POST, CT, ASM
+                gate,
+                expert,
+                n,
+                x,
+                ok,
+                one,
+                0,
+                BLOCKS,
+                True,
+                GATE_KINDS,
+                COLS,
+                BM,
+                WIDEST,
+                POST,
+                CT,
+                ASM,
             )
     if BIASED:
         b += tl.load(up[5] + expert.to(tl.int64) * ROWS + n).to(tl.float32)[:, None]

@@ -13,10 +13,13 @@ import triton.language as tl
 from torch import Tensor
 
 from bitknap.kernels.decode import decode_down, decode_gate_up
+from bitknap.kernels.dense import dense_moe
 from bitknap.kernels.experts import Opened, Stack
+from bitknap.kernels.grouped import combine, dequantize, grouped_down, grouped_gate_up, sort_pairs
 from bitknap.kernels.launch import Launch, Tile
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+_DEQUANTIZED = 64  # rows of a program that dequantizes
 _WIDEST = 128  # columns of one product: the most that all of a 256-column block's groups divide
 
 
@@ -41,12 +44,11 @@ def run(
             float32 or fp16.
         asm: whether codes are read by inline PTX.
     """
-    tokens, topk = index.shape
     out = torch.empty_like(x)
     if not index.numel():
         return out.zero_()
     layer = _Layer(x, index, weights, experts, launch, compute or x.dtype, asm)
-    return {"decode": _decode}[launch.path](layer, out)
+    return {"decode": _decode, "grouped": _grouped, "dense": _dense}[launch.path](layer, out)
 
 
 class _Layer:
@@ -159,3 +161,113 @@ def _decode(layer: _Layer, out: Tensor) -> Tensor:
         **_options(down),
     )
     return out
+
+
+def _grouped(layer: _Layer, out: Tensor) -> Tensor:
+    experts, launch = layer.experts, layer.launch
+    counts, starts, pairs = _sorted(layer)
+    common = {
+        **layer.how,
+        "HIDDEN": layer.hidden,
+        "INNER": layer.inner,
+        "EXPERTS": layer.count,
+        "EP": triton.next_power_of_2(layer.count),
+        "BM": launch.tokens,
+        "POST": launch.post,
+    }
+    gate_up, down = launch.gate_up, launch.down
+    tiles = most_tiles(layer.pairs, layer.count, launch.tokens)
+    hidden = layer.empty(layer.pairs, layer.inner, dtype=layer.x.dtype)
+    up = _table(experts.up, experts.up_bias)
+    grouped_gate_up[(tiles * triton.cdiv(layer.inner, gate_up.rows),)](
+        layer.x,
+        counts,
+        starts,
+        pairs,
+        hidden,
+        _table(experts.gate, experts.gate_bias) if experts.gate else up,
+        up,
+        experts.up.columns["order"],
+        layer.tokens,
+        TOPK=layer.topk,
+        **common,
+        **layer.gate_up,
+        HALF=gate_up.rows,
+        **_options(gate_up),
+    )
+    part = layer.empty(layer.pairs, layer.hidden, dtype=layer.x.dtype)
+    grouped_down[(tiles * triton.cdiv(layer.hidden, down.rows),)](
+        hidden,
+        layer.weights,
+        counts,
+        starts,
+        pairs,
+        part,
+        _table(experts.down, experts.down_bias),
+        experts.down.columns["order"],
+        layer.tokens,
+        **common,
+        **layer.down,
+        BN=down.rows,
+        **_options(down),
+    )
+    return _combined(layer, part, out)
+
+
+def _dense(layer: _Layer, out: Tensor) -> Tensor:
+    def weights(stack: Stack) -> Tensor:
+        count = len(stack.columns["bits"])
+        w = layer.empty(count, stack.rows, stack.cols, dtype=layer.x.dtype)
+        dequantize[(count, triton.cdiv(stack.rows, _DEQUANTIZED))](
+            w,
+            _table(stack, None),
+            ROWS=stack.rows,
+            COLS=stack.cols,
+            KINDS=_codes(stack),
+            BN=_DEQUANTIZED,
+            **layer.how,
+            num_warps=4,
+            num_stages=2,
+        )
+        return w
+
+    counts, starts, pairs = _sorted(layer, fill=layer.pairs)
+    part = dense_moe(layer.x, layer.weights, pairs, starts + counts, layer.experts, weights)
+    return _combined(layer, part, out)
+
+
+def _sorted(layer: _Layer, fill: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Return experts' counts [E], starts [E], and pairs by expert [T · k].
+
+    What is past the last pair that has an expert here is `fill`, or anything if None.
+    """
+    counts = layer.empty(layer.count, dtype=torch.int32)
+    starts = layer.empty(layer.count, dtype=torch.int32)
+    pairs = layer.empty(layer.pairs, dtype=torch.int32)
+    if fill is not None:
+        pairs.fill_(fill)
+    block = max(128, min(2048, triton.next_power_of_2(layer.pairs)))
+    sort_pairs[(layer.count,)](
+        layer.index, counts, starts, pairs, layer.pairs, BLOCK=block, num_warps=4
+    )
+    return counts, starts, pairs
+
+
+def _combined(layer: _Layer, part: Tensor, out: Tensor) -> Tensor:
+    block = min(1024, triton.next_power_of_2(layer.hidden))
+    combine[(layer.tokens, triton.cdiv(layer.hidden, block))](
+        part,
+        layer.index,
+        out,
+        HIDDEN=layer.hidden,
+        EXPERTS=layer.count,
+        TOPK=layer.topk,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return out
+
+
+def most_tiles(pairs: int, experts: int, tokens: int) -> int:
+    """Return how many tiles of `tokens` pairs there can be, however pairs fall on experts."""
+    return min(pairs, (pairs + min(experts, pairs) * (tokens - 1)) // tokens)

@@ -1,8 +1,8 @@
 """What all kernels share: from tiles and words in memory to floats in registers.
 
 Constants: CT is the type that `tl.dot` multiplies in: bf16, fp16, or float32 in Triton's
-interpreter, whose bf16 arithmetic is wrong. ASM says whether slots are read by inline PTX, two lanes
-of a 32-bit register at once; else by plain operations, for AMD and the interpreter.
+interpreter, whose bf16 arithmetic is wrong. ASM says whether slots are read by inline PTX, two
+lanes of a 32-bit register at once; else by plain operations, for AMD and the interpreter.
 """
 
 from __future__ import annotations
@@ -10,147 +10,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitknap.kernels import fields
-
-
-@triton.constexpr_function
-def opened(kind):
-    """Return the `Kind` that an integer stands for."""
-    from bitknap.kernels.kinds import Kind  # Triton refuses plain functions of modules
-
-    return Kind.of(kind)
-
-
-@triton.constexpr_function
-def bits_of(kind):
-    return opened(kind).bits
-
-
-@triton.constexpr_function
-def share_of(kind):
-    return opened(kind).share
-
-
-@triton.constexpr_function
-def symmetric_of(kind):
-    return opened(kind).symmetric
-
-
-@triton.constexpr_function
-def kept_of(kind):
-    return opened(kind).kept
-
-
-@triton.constexpr_function
-def group_of(kind, cols):
-    return opened(kind).group or cols
-
-
-@triton.constexpr_function
-def groups_of(kind, cols):
-    return -(-cols // group_of(kind, cols))
-
-
-@triton.constexpr_function
-def words_in(kind, cols, width):
-    """Words that a block of `width` columns needs of each row: one, or one a chunk."""
-    group = group_of(kind, cols)
-    return 1 if group == cols or group % 256 == 0 else width // chunk_of(kind, width, 256)
-
-
-@triton.constexpr_function
-def chunk_of(kind, width, widest):
-    """Columns of a block of `width` that are multiplied at once: they share a word."""
-    return min(opened(kind).chunk, width, widest)
-
-
-@triton.constexpr_function
-def word_of(kind):
-    """Bits of a word."""
-    known = opened(kind)
-    if not known.share:
-        return 16 if known.symmetric else 32
-    return 8 if known.share + (0 if known.symmetric else known.bits) <= 8 else 16
-
-
-@triton.constexpr_function
-def tile_size(cols, bits):
-    """16-bit words of one tile of 64 rows."""
-    return -(-cols // 32) * 32 * 4 * bits
-
-
-@triton.constexpr_function
-def main_blocks(cols):
-    """Whole blocks of 256 columns; what is left takes one block each of 128, 64 and 32."""
-    return -(-cols // 32) * 32 // 256
-
-
-@triton.constexpr_function
-def has_tail(cols, lanes):
-    """Whether there is a block of 16 · `lanes` columns after those of 256."""
-    return (-(-cols // 32) * 32) // (16 * lanes) % 2 == 1
-
-
-@triton.constexpr_function
-def tail_begin(cols, lanes):
-    """First column of that block."""
-    return (-(-cols // 32) * 32) // (32 * lanes) * (32 * lanes)
-
-
-@triton.constexpr_function
-def mantissa_of(ct):
-    return 10 if ct == tl.float16 else 7
-
-
-@triton.constexpr_function
-def planes_of(bits, ct):
-    return 1 if ct == tl.float32 else fields.planes(bits, mantissa_of(ct))
-
-
-@triton.constexpr_function
-def excess_of(bits, ct):
-    """What a slot's floats are greater than its code."""
-    return 0.0 if ct == tl.float32 else fields.excess(bits, mantissa_of(ct))
-
-
-@triton.constexpr_function
-def slot_of(bits, slot, ct, plane):
-    return fields.read_slot(bits, slot, 10 if ct == tl.float32 else mantissa_of(ct), plane)
-
-
-@triton.constexpr_function
-def part_count(bits, slot, ct, plane):
-    return len(slot_of(bits, slot, ct, plane).parts)
-
-
-@triton.constexpr_function
-def part_word(bits, slot, ct, plane, at):
-    return slot_of(bits, slot, ct, plane).parts[at].word
-
-
-@triton.constexpr_function
-def part_shift(bits, slot, ct, plane, at):
-    return slot_of(bits, slot, ct, plane).parts[at].shift
-
-
-@triton.constexpr_function
-def part_mask(bits, slot, ct, plane, at):
-    return slot_of(bits, slot, ct, plane).parts[at].mask
-
-
-@triton.constexpr_function
-def power_bits(bits, slot, ct, plane):
-    return slot_of(bits, slot, ct, plane).power
-
-
-@triton.constexpr_function
-def slot_assembly(bits, slot, ct, plane):
-    return fields.assembly(slot_of(bits, slot, ct, plane))
-
-
-@triton.constexpr_function
-def slot_constraints(bits, slot, ct, plane):
-    return "=r" + ",r" * part_count(bits, slot, ct, plane)
+from bitknap.kernels.constants import (
+    bits_of,
+    part_count,
+    part_mask,
+    part_shift,
+    part_word,
+    power_bits,
+    share_of,
+    slot_assembly,
+    slot_constraints,
+    symmetric_of,
+    word_of,
+)
 
 
 @triton.jit
@@ -170,7 +42,7 @@ def read_slot(
     if ASM:
         TEXT: tl.constexpr = slot_assembly(BITS, SLOT, CT, PLANE)
         NAMES: tl.constexpr = slot_constraints(BITS, SLOT, CT, PLANE)
-        if CT == tl.float16:
+        if tl.float16 == CT:
             r = tl.inline_asm_elementwise(
                 TEXT, NAMES, inputs, dtype=tl.float16, is_pure=True, pack=2
             )
@@ -185,9 +57,9 @@ def read_slot(
             MASK: tl.constexpr = part_mask(BITS, SLOT, CT, PLANE, at)
             w = inputs[at].to(tl.uint16, bitcast=True)
             u = u | (((w >> SHIFT) if SHIFT >= 0 else (w << -SHIFT)) & MASK)
-        if CT == tl.float32:
+        if tl.float32 == CT:
             r = u.to(tl.float32)
-        elif CT == tl.float16:
+        elif tl.float16 == CT:
             r = (u | power_bits(BITS, SLOT, CT, PLANE)).to(tl.float16, bitcast=True)
         else:
             r = (u | power_bits(BITS, SLOT, CT, PLANE)).to(tl.bfloat16, bitcast=True)
