@@ -78,7 +78,7 @@ class Experts:
                 for name, t in tables.items()
             },
             "biases": list(biases),
-            "tied": self.gate is not None and torch.equal(self.gate.kind, self.up.kind),
+            "tied": self.gate is not None and self.gate.kind_list() == self.up.kind_list(),
         }
         object.__setattr__(self, "tensors", (*columns, *(b.contiguous() for b in biases.values())))
         object.__setattr__(self, "how", json.dumps(description))

@@ -5,6 +5,7 @@ Nothing here reads a tensor: sizes, grids and allocations follow from shapes alo
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from bitknap.kernels.grouped import combine, dequantize, grouped_down, grouped_g
 from bitknap.kernels.launch import Launch, Tile
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], Mapping[str, Any], Tile], None]
+"""Starts a kernel: the kernel, its grid, its arguments, its constants, and warps and stages."""
+
 _DEQUANTIZED = 64  # rows of a program that dequantizes
 _WIDEST = 128  # columns of one product: the most that all of a 256-column block's groups divide
 
@@ -31,6 +35,7 @@ def run(
     launch: Launch,
     compute: torch.dtype | None = None,
     asm: bool = True,
+    start: Start | None = None,
 ) -> Tensor:
     """Return what `kernels.moe.moe` does, by Triton.
 
@@ -43,11 +48,12 @@ def run(
         compute: type that products are taken in, that of `x` if None; Triton's interpreter needs
             float32 or fp16.
         asm: whether codes are read by inline PTX.
+        start: what starts kernels, for those who only want to know which and how.
     """
     out = torch.empty_like(x)
     if not index.numel():
         return out.zero_()
-    layer = _Layer(x, index, weights, experts, launch, compute or x.dtype, asm)
+    layer = _Layer(x, index, weights, experts, launch, compute or x.dtype, asm, start or _start)
     return {"decode": _decode, "grouped": _grouped, "dense": _dense}[launch.path](layer, out)
 
 
@@ -63,7 +69,9 @@ class _Layer:
         launch: Launch,
         compute: torch.dtype,
         asm: bool,
+        start: Start,
     ) -> None:
+        self.start = start
         self.x, self.index, self.weights = x, index, weights
         self.experts, self.launch = experts, launch
         self.tokens, self.topk = index.shape
@@ -74,7 +82,6 @@ class _Layer:
             "HIDDEN": self.hidden,
             "INNER": self.inner,
             "EXPERTS": self.count,
-            "TOPK": self.topk,
         }
         self.how: dict[str, Any] = {"WIDEST": _WIDEST, "CT": _TYPES[compute], "ASM": asm}
         gate = experts.gate
@@ -91,8 +98,24 @@ class _Layer:
             "BIASED": experts.down_bias is not None,
         }
 
+    def tables(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return gate's and up's tables; up's twice where there is no gate."""
+        up = _table(self.experts.up, self.experts.up_bias)
+        gate = self.experts.gate
+        return (_table(gate, self.experts.gate_bias) if gate else up, up)
+
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
+
+
+def _start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    tile: Tile,
+) -> None:
+    kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _codes(stack: Stack) -> tuple[int, ...]:
@@ -106,19 +129,15 @@ def _table(stack: Stack, bias: Tensor | None) -> tuple[Tensor, ...]:
     return (c["buffer"], c["codes_at"], c["words_at"], c["rows_at"], c["kind"], last)
 
 
-def _options(tile: Tile) -> dict[str, int]:
-    return {"num_warps": tile.warps, "num_stages": tile.stages}
-
-
 def _decode(layer: _Layer, out: Tensor) -> Tensor:
     experts, launch = layer.experts, layer.launch
     slots = min(layer.pairs, layer.count)
-    by_expert = layer.count <= layer.pairs
     common = {
         **layer.shapes,
         **layer.how,
+        "TOPK": layer.topk,
         "KP": triton.next_power_of_2(layer.topk),
-        "BY_EXPERT": by_expert,
+        "BY_EXPERT": layer.count <= layer.pairs,
         "BM": launch.tokens,
     }
     gate_up, down = launch.gate_up, launch.down
@@ -126,39 +145,39 @@ def _decode(layer: _Layer, out: Tensor) -> Tensor:
     column_tiles = triton.cdiv(layer.hidden, down.rows)
     counters = triton.next_power_of_2(column_tiles)
     arrived = layer.empty(counters, dtype=torch.int32)
-    up = _table(experts.up, experts.up_bias)
-    decode_gate_up[(slots * triton.cdiv(layer.inner, gate_up.rows),)](
-        layer.x,
-        layer.index,
-        hidden,
-        arrived,
-        _table(experts.gate, experts.gate_bias) if experts.gate else up,
-        up,
-        experts.up.columns["order"],
-        layer.tokens,
-        **common,
-        **layer.gate_up,
-        COUNTERS=counters,
-        HALF=gate_up.rows,
-        **_options(gate_up),
+    layer.start(
+        decode_gate_up,
+        (slots * triton.cdiv(layer.inner, gate_up.rows),),
+        (
+            layer.x,
+            layer.index,
+            hidden,
+            arrived,
+            *layer.tables(),
+            experts.up.columns["order"],
+            layer.tokens,
+        ),
+        {**common, **layer.gate_up, "COUNTERS": counters, "HALF": gate_up.rows},
+        gate_up,
     )
     part = layer.empty(down.split, layer.pairs, layer.hidden, dtype=torch.float32)
-    decode_down[(slots * down.split * column_tiles,)](
-        hidden,
-        layer.index,
-        layer.weights,
-        part,
-        arrived,
-        out,
-        _table(experts.down, experts.down_bias),
-        experts.down.columns["order"],
-        layer.tokens,
-        slots,
-        **common,
-        **layer.down,
-        SPLIT=down.split,
-        BN=down.rows,
-        **_options(down),
+    layer.start(
+        decode_down,
+        (slots * down.split * column_tiles,),
+        (
+            hidden,
+            layer.index,
+            layer.weights,
+            part,
+            arrived,
+            out,
+            _table(experts.down, experts.down_bias),
+            experts.down.columns["order"],
+            layer.tokens,
+            slots,
+        ),
+        {**common, **layer.down, "SPLIT": down.split, "BN": down.rows},
+        down,
     )
     return out
 
@@ -167,10 +186,8 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
     experts, launch = layer.experts, layer.launch
     counts, starts, pairs = _sorted(layer)
     common = {
+        **layer.shapes,
         **layer.how,
-        "HIDDEN": layer.hidden,
-        "INNER": layer.inner,
-        "EXPERTS": layer.count,
         "EP": triton.next_power_of_2(layer.count),
         "BM": launch.tokens,
         "POST": launch.post,
@@ -178,38 +195,39 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
     gate_up, down = launch.gate_up, launch.down
     tiles = most_tiles(layer.pairs, layer.count, launch.tokens)
     hidden = layer.empty(layer.pairs, layer.inner, dtype=layer.x.dtype)
-    up = _table(experts.up, experts.up_bias)
-    grouped_gate_up[(tiles * triton.cdiv(layer.inner, gate_up.rows),)](
-        layer.x,
-        counts,
-        starts,
-        pairs,
-        hidden,
-        _table(experts.gate, experts.gate_bias) if experts.gate else up,
-        up,
-        experts.up.columns["order"],
-        layer.tokens,
-        TOPK=layer.topk,
-        **common,
-        **layer.gate_up,
-        HALF=gate_up.rows,
-        **_options(gate_up),
+    layer.start(
+        grouped_gate_up,
+        (tiles * triton.cdiv(layer.inner, gate_up.rows),),
+        (
+            layer.x,
+            counts,
+            starts,
+            pairs,
+            hidden,
+            *layer.tables(),
+            experts.up.columns["order"],
+            layer.tokens,
+        ),
+        {**common, **layer.gate_up, "TOPK": layer.topk, "HALF": gate_up.rows},
+        gate_up,
     )
     part = layer.empty(layer.pairs, layer.hidden, dtype=layer.x.dtype)
-    grouped_down[(tiles * triton.cdiv(layer.hidden, down.rows),)](
-        hidden,
-        layer.weights,
-        counts,
-        starts,
-        pairs,
-        part,
-        _table(experts.down, experts.down_bias),
-        experts.down.columns["order"],
-        layer.tokens,
-        **common,
-        **layer.down,
-        BN=down.rows,
-        **_options(down),
+    layer.start(
+        grouped_down,
+        (tiles * triton.cdiv(layer.hidden, down.rows),),
+        (
+            hidden,
+            layer.weights,
+            counts,
+            starts,
+            pairs,
+            part,
+            _table(experts.down, experts.down_bias),
+            experts.down.columns["order"],
+            layer.tokens,
+        ),
+        {**common, **layer.down, "BN": down.rows},
+        down,
     )
     return _combined(layer, part, out)
 
@@ -218,16 +236,18 @@ def _dense(layer: _Layer, out: Tensor) -> Tensor:
     def weights(stack: Stack) -> Tensor:
         count = len(stack.columns["bits"])
         w = layer.empty(count, stack.rows, stack.cols, dtype=layer.x.dtype)
-        dequantize[(count, triton.cdiv(stack.rows, _DEQUANTIZED))](
-            w,
-            _table(stack, None),
-            ROWS=stack.rows,
-            COLS=stack.cols,
-            KINDS=_codes(stack),
-            BN=_DEQUANTIZED,
-            **layer.how,
-            num_warps=4,
-            num_stages=2,
+        layer.start(
+            dequantize,
+            (count, triton.cdiv(stack.rows, _DEQUANTIZED)),
+            (w, _table(stack, None)),
+            {
+                **layer.how,
+                "ROWS": stack.rows,
+                "COLS": stack.cols,
+                "KINDS": _codes(stack),
+                "BN": _DEQUANTIZED,
+            },
+            Tile(stages=2),
         )
         return w
 
@@ -247,23 +267,29 @@ def _sorted(layer: _Layer, fill: int | None = None) -> tuple[Tensor, Tensor, Ten
     if fill is not None:
         pairs.fill_(fill)
     block = max(128, min(2048, triton.next_power_of_2(layer.pairs)))
-    sort_pairs[(layer.count,)](
-        layer.index, counts, starts, pairs, layer.pairs, BLOCK=block, num_warps=4
+    layer.start(
+        sort_pairs,
+        (layer.count,),
+        (layer.index, counts, starts, pairs, layer.pairs),
+        {"BLOCK": block},
+        Tile(),
     )
     return counts, starts, pairs
 
 
 def _combined(layer: _Layer, part: Tensor, out: Tensor) -> Tensor:
     block = min(1024, triton.next_power_of_2(layer.hidden))
-    combine[(layer.tokens, triton.cdiv(layer.hidden, block))](
-        part,
-        layer.index,
-        out,
-        HIDDEN=layer.hidden,
-        EXPERTS=layer.count,
-        TOPK=layer.topk,
-        BLOCK=block,
-        num_warps=4,
+    layer.start(
+        combine,
+        (layer.tokens, triton.cdiv(layer.hidden, block)),
+        (part, layer.index, out),
+        {
+            "HIDDEN": layer.hidden,
+            "EXPERTS": layer.count,
+            "TOPK": layer.topk,
+            "BLOCK": block,
+        },
+        Tile(),
     )
     return out
 
