@@ -78,6 +78,7 @@ class Experts:
                 for name, t in tables.items()
             },
             "biases": list(biases),
+            "tied": self.gate is not None and self.gate.kind_list() == self.up.kind_list(),
         }
         object.__setattr__(self, "tensors", (*columns, *(b.contiguous() for b in biases.values())))
         object.__setattr__(self, "how", json.dumps(description))
@@ -156,12 +157,16 @@ class Stack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """`Experts` as an operator gets them back from `tensors` and `how`."""
+    """`Experts` as an operator gets them back from `tensors` and `how`.
+
+    `tied` says whether gate and up of every expert are stored alike.
+    """
 
     gate: Stack | None
     up: Stack
     down: Stack
     activation: Activation
+    tied: bool
     gate_bias: Tensor | None
     up_bias: Tensor | None
     down_bias: Tensor | None
@@ -193,6 +198,7 @@ def opened(tensors: list[Tensor], how: str) -> Opened:
         up=stacks["up"],
         down=stacks["down"],
         activation=known["activation"],
+        tied=known["tied"],
         gate_bias=biases.get("gate_bias"),
         up_bias=biases.get("up_bias"),
         down_bias=biases.get("down_bias"),

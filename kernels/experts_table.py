@@ -118,11 +118,14 @@ class ExpertsTable:
     def __len__(self) -> int:
         return len(self.recipes)
 
+    def kind_list(self) -> list[Kind]:
+        """Return the kind of every expert [E]."""
+        return [kind_of(recipe, self.cols, self.kept) for recipe in self.recipes]
+
     @property
     def kinds(self) -> tuple[Kind, ...]:
         """The kinds that occur, each once, most bits first."""
-        found = {kind_of(r, self.cols, self.kept) for r in self.recipes}
-        return tuple(sorted(found, key=lambda kind: (-kind.weight, kind)))
+        return tuple(sorted(set(self.kind_list()), key=lambda kind: (-kind.weight, kind)))
 
     def parts(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return one expert's codes, words and row scales as bytes, uint8 views of the buffer."""

@@ -1,23 +1,29 @@
 """Routed experts of any bit widths as one operator, `bitknap::moe`.
 
-On a CUDA device two to four launches, on any other the plain torch twin. The operator reads no
-tensor back to the host and allocates nothing whose size depends on routing, so a CUDA graph can
-hold it; torch.compile sees it as one opaque call.
+On a CUDA device (or AMD's, which torch calls so) a few launches of Triton kernels, on any other the
+plain torch twin. On a GPU the operator reads no tensor back to the host and allocates nothing whose
+size depends on routing, so a CUDA graph can hold it; torch.compile sees it as one opaque call.
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from bitknap.errors import InputError
 from bitknap.kernels import reference
-from bitknap.kernels.experts import Experts, opened
+from bitknap.kernels.experts import Experts, Opened, opened
+from bitknap.kernels.kinds import check_runnable
+from bitknap.kernels.launch import Case, Launch, check, choose
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 
-def moe(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Tensor:
+def moe(
+    x: Tensor, index: Tensor, weights: Tensor, experts: Experts, launch: Launch | None = None
+) -> Tensor:
     """Return Σ_j weights[t, j] · down_e(act(gate_e x_t) ⊙ up_e x_t) with e = index[t, j].
 
     Args:
@@ -27,24 +33,35 @@ def moe(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Tensor:
             stall the stream, they are skipped too.
         weights: of each token's experts, [T, k], any float dtype.
         experts: of the layer, on the same device.
+        launch: how kernels are launched; chosen from the shapes if None. Only a GPU reads it.
 
     Returns:
         [T, H] in the dtype of `x`, accumulated in float32; zeros where a token has no expert.
 
     Raises:
-        InputError: shapes, dtypes or ids that do not fit.
+        InputError: shapes, dtypes or ids that do not fit; on a GPU, a group size that kernels do
+            not take.
     """
     _check(x, index, weights, experts)
     out: Tensor = torch.ops.bitknap.moe(
-        x.contiguous(), index.contiguous(), weights.contiguous(), experts.tensors, experts.how
+        x.contiguous(),
+        index.contiguous(),
+        weights.contiguous(),
+        experts.tensors,
+        experts.how,
+        launch.text() if launch else "",
     )
     return out
 
 
 @torch.library.custom_op("bitknap::moe", mutates_args=())
-def _moe(x: Tensor, index: Tensor, weights: Tensor, tensors: list[Tensor], how: str) -> Tensor:
+def _moe(
+    x: Tensor, index: Tensor, weights: Tensor, tensors: list[Tensor], how: str, launch: str
+) -> Tensor:
     experts = opened(tensors, how)
-    count = experts.up.columns["bits"].shape[0]
+    if x.is_cuda:
+        return _by_triton(x, index, weights, experts, launch)
+    count = len(experts.up.columns["bits"])
     if index.numel() and not bool(((index >= 0) & (index <= count)).all()):
         raise InputError(
             f"expert ids {int(index.min())} to {int(index.max())}: must be 0 to {count - 1}, or "
@@ -54,8 +71,36 @@ def _moe(x: Tensor, index: Tensor, weights: Tensor, tensors: list[Tensor], how: 
 
 
 @_moe.register_fake
-def _(x: Tensor, index: Tensor, weights: Tensor, tensors: list[Tensor], how: str) -> Tensor:
+def _(
+    x: Tensor, index: Tensor, weights: Tensor, tensors: list[Tensor], how: str, launch: str
+) -> Tensor:
     return torch.empty_like(x)
+
+
+def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launch: str) -> Tensor:
+    from bitknap.kernels.running import run  # Triton exists on Linux alone
+
+    if x.dtype == torch.float32:
+        raise InputError("activations in torch.float32: a GPU takes bfloat16 or float16; cast them")
+    for stack in (experts.gate, experts.up, experts.down):
+        check_runnable(stack.kinds if stack else ())
+    case = Case(
+        tokens=len(x),
+        topk=index.shape[1],
+        experts=len(experts.up.columns["bits"]),
+        hidden=experts.up.cols,
+        intermediate=experts.up.rows,
+    )
+    how = Launch.parse(launch) if launch else choose(case, *_device(x.device.index))
+    check(how, case)
+    return run(x, index, weights, experts, how, asm=torch.version.hip is None)
+
+
+@cache
+def _device(number: int) -> tuple[str, int]:
+    """Return a GPU's name and its multiprocessors."""
+    known = torch.cuda.get_device_properties(number)
+    return known.name, known.multi_processor_count
 
 
 def _check(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> None:

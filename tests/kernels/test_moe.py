@@ -162,5 +162,5 @@ def test_the_operator_is_sound():
     experts = made_up_experts(MIXED, H, INNER)
     x, index, weights = routed()
     tests = ("test_schema", "test_faketensor")
-    arguments = (x, index, weights, list(experts.tensors), experts.how)
+    arguments = (x, index, weights, list(experts.tensors), experts.how, "")
     torch.library.opcheck(torch.ops.bitknap.moe.default, arguments, test_utils=tests)
