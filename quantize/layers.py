@@ -33,60 +33,63 @@ from bitknap.quantize.packed_weight import PackedWeight
 _LOG = logging.getLogger(__name__)
 
 
-class _Packed(nn.Module):
+class Packed(nn.Module):
     """What a module of any class gains when some of its parameters are packed."""
 
     packed: dict[str, PackedWeight]
+    original: type[nn.Module]
+    read: Callable[[PackedWeight], Tensor]
 
     def __getattr__(self, name: str) -> Any:
         packed: Mapping[str, PackedWeight] = self.__dict__.get("packed", {})
-        return packed[name].whole() if name in packed else super().__getattr__(name)
+        return self.read(packed[name]) if name in packed else super().__getattr__(name)
+
+    def prepare(self) -> None:
+        """Say once if these are experts on a GPU whose class kernels know nothing of."""
+        weight = next(iter(self.packed.values()))
+        if weight.stacked and weight.filled and weight.device.type == "cuda":
+            self._tell(f"{self.original.__name__} does not go through transformers' interface")
+
+    def _tell(self, reason: str) -> None:
+        if next(iter(self.packed.values())).cache.tell(reason):
+            _LOG.warning("%s; these experts are dequantized when they are used", reason)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for weight in self.packed.values():
             weight.dtype = fn(torch.empty(0, dtype=weight.dtype)).dtype
             weight.cache.clear()
+        self.prepare()
         return self
 
 
-class PackedExperts(_Packed):
+class PackedExperts(Packed):
     """What decorated experts gain: kernels run them, or only those that are hit are dequantized.
 
     Attributes:
-        original: the class they are of.
         kernels: what kernels read; None where they do not run these experts.
+        anywhere: have them run on other devices too, by their plain torch twin, which is slow.
     """
 
-    original: type[nn.Module]
-    kernels: Experts | None
+    kernels: Experts | None = None
+    anywhere: bool = False
+    dequantizing: Callable[..., Any]
 
-    def prepare(self, *, anywhere: bool = False) -> None:
-        """Have kernels run these experts if they are on a CUDA device and kernels can.
-
-        Args:
-            anywhere: on other devices too, by the plain torch twin, which is slow.
-        """
+    def prepare(self) -> None:
+        """Have kernels run these experts if they are on a CUDA device and kernels can."""
         weight = next(iter(self.packed.values()))
         self.kernels = None
-        if not weight.filled or not (anywhere or weight.device.type == "cuda"):
+        if not weight.filled or not (self.anywhere or weight.device.type == "cuda"):
             return
         try:
             self.kernels = kernel_experts(self, self.packed)
         except InputError as error:
-            if weight.cache.tell(str(error)):
-                _LOG.warning("%s; these experts are dequantized when they are used", error)
+            self._tell(str(error))
             return
         if weight.device.type == "cuda":
             # A CUDA graph would copy all of them at each replay if it thought they could move.
             for tensor in self.kernels.tensors:
                 torch._dynamo.mark_static_address(tensor)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        anywhere = self.kernels is not None
-        super()._apply(fn, recurse)
-        self.prepare(anywhere=anywhere)
-        return self
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the experts as their class does: activations, experts of each token, weights."""
@@ -94,32 +97,31 @@ class PackedExperts(_Packed):
             args = inspect.signature(self.original.forward).bind(self, *args, **kwargs).args[1:]
         x = args[0]
         if self.kernels is None or (torch.is_grad_enabled() and x.requires_grad):
-            return _dequantizing()(self, *args)
+            return self.dequantizing(*args)
         dtype = next(iter(self.packed.values())).dtype
         rows = x.reshape(-1, x.shape[-1]).to(dtype)
         return moe(rows, args[1], args[2], self.kernels).to(x.dtype).view_as(x)
 
 
-@cache
-def _dequantizing() -> Callable[..., Any]:
-    """Return the forward of experts that are dequantized; graphs are cut there."""
-
-    def forward(module: PackedExperts, *args: Any) -> Any:
-        # The class's own forward, on a module that has no stacks but dequantizes what is hit.
-        own: nn.Module = object.__new__(module.original)
-        matrices = {name: weight.matrices() for name, weight in module.packed.items()}
-        # torch types parameters more narrowly than a forward needs them.
-        given: Any = module._parameters | matrices
-        own.__dict__.update(module.__dict__ | {"_parameters": given})
-        return module.original.forward(own, *args)
-
-    return forward
+def _dequantizing(module: PackedExperts, *args: Any) -> Any:
+    """Run the class's own forward on a module that has no stacks: what is hit is dequantized."""
+    own: nn.Module = object.__new__(module.original)
+    matrices = {name: weight.matrices() for name, weight in module.packed.items()}
+    # torch types parameters more narrowly than a forward needs them.
+    given: Any = module._parameters | matrices
+    own.__dict__.update(module.__dict__ | {"_parameters": given})
+    return module.original.forward(own, *args)
 
 
 @cache
 def _packed_class(original: type[nn.Module], experts: bool) -> type[nn.Module]:
-    base = PackedExperts if experts else _Packed
-    return type(f"Packed{original.__name__}", (base, original), {"original": original})
+    base = PackedExperts if experts else Packed
+    # torch.compile cuts its graphs there: which matrices are read is known only when they are.
+    outside = torch.compiler.disable
+    own = {"original": original, "read": staticmethod(outside(PackedWeight.whole))}
+    if experts:
+        own["dequantizing"] = outside(_dequantizing)
+    return type(f"Packed{original.__name__}", (base, original), own)
 
 
 def pack(module: nn.Module, weights: Mapping[str, PackedWeight]) -> None:
@@ -129,28 +131,25 @@ def pack(module: nn.Module, weights: Mapping[str, PackedWeight]) -> None:
     decorated = isinstance(getattr(module, "is_concatenated", None), bool)
     experts = decorated and all(weight.stacked for weight in weights.values())
     module.packed = dict(weights)  # type: ignore[assignment]
-    if experts:
-        module.kernels = None  # type: ignore[assignment]
     module.__class__ = _packed_class(type(module), experts)  # type: ignore[arg-type]
     # transformers initializes modules whose parameters it did not load; these have none.
     module._is_hf_initialized = True  # type: ignore[assignment]
 
 
-def is_packed_module(module: nn.Module) -> bool:
-    """Return whether some of a module's parameters are packed."""
-    return isinstance(module, _Packed)
+def packed_modules(model: nn.Module) -> Iterator[Packed]:
+    """Yield the modules of a model some of whose parameters are packed."""
+    yield from (module for module in model.modules() if isinstance(module, Packed))
 
 
 def packed_weights(model: nn.Module) -> Iterator[PackedWeight]:
     """Yield all packed weights of a model."""
-    for module in model.modules():
-        if isinstance(module, _Packed):
-            yield from module.packed.values()
+    for module in packed_modules(model):
+        yield from module.packed.values()
 
 
 def unpack(module: nn.Module) -> None:
     """Undo `pack`: dequantize into ordinary parameters. Streams stay where they are."""
-    if not isinstance(module, _Packed):
+    if not isinstance(module, Packed):
         return
     dequantized = {name: weight.whole().clone() for name, weight in module.packed.items()}
     module.__class__ = type(module).original  # type: ignore[attr-defined]
@@ -158,8 +157,3 @@ def unpack(module: nn.Module) -> None:
     vars(module).pop("kernels", None)
     for name, tensor in dequantized.items():
         module.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
-
-
-def packed_experts(model: nn.Module) -> Iterator[PackedExperts]:
-    """Yield the experts of a model that stay packed."""
-    yield from (module for module in model.modules() if isinstance(module, PackedExperts))

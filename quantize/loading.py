@@ -131,7 +131,8 @@ def load(
     folder: Path,
     dtype: torch.dtype | str = "auto",
     *,
-    packed: bool = False,
+    device: torch.device | str = "cpu",
+    packed: bool | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Any:
     """Return the transformers model of a packed or of a plain checkpoint, in evaluation mode.
@@ -139,9 +140,12 @@ def load(
     Args:
         folder: the checkpoint.
         dtype: "auto" is what config.json says; quantized weights are rounded to it once.
-        packed: keep the weights of a packed checkpoint packed in memory and dequantize a matrix
-            when it is used: slower, in about the memory that the checkpoint has on disk. Its
-            `save_pretrained` writes a packed checkpoint; otherwise it is an ordinary model.
+        device: where it goes.
+        packed: keep the weights of a packed checkpoint packed in memory, in about the bytes that
+            they have on disk. On a CUDA device, where this is what happens when nothing is said,
+            kernels run its experts; elsewhere a matrix is dequantized when it is used, which is
+            slower than an ordinary model unless it is in the cache. Its `save_pretrained` writes a
+            packed checkpoint; otherwise it is an ordinary model.
         cache_bytes: how much of it may be held dequantized as well, when packed.
 
     Raises:
@@ -149,7 +153,9 @@ def load(
         ModelError: transformers does not know the architecture, or cannot keep it packed.
     """
     config, architecture = _architecture(folder)
-    packed = packed and is_packed(folder)
+    where_to = torch.device(device)
+    wanted = where_to.type == "cuda" if packed is None else packed
+    packed = wanted and is_packed(folder)
     where: dict[str, Any] = {"pretrained_model_name_or_path": folder}
     if is_packed(folder) and dtype == "auto":
         dtype = _own_dtype(folder, config)
@@ -170,7 +176,7 @@ def load(
         raise FileError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}")
     if packed:
         model.hf_quantizer.cache.limit = cache_bytes
-    return model.eval()
+    return model.eval().to(where_to)
 
 
 def to_plain(config: Any) -> Any:

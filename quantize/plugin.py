@@ -29,9 +29,9 @@ from bitknap.quantize.checkpoint import roles_of
 from bitknap.quantize.convert import unit_bytes
 from bitknap.quantize.experts import walk
 from bitknap.quantize.layers import (
-    is_packed_module,
+    Packed,
     pack,
-    packed_experts,
+    packed_modules,
     packed_weights,
     unpack,
 )
@@ -81,7 +81,7 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         self._places: dict[str, _Place] = {}
         self._companions = Companions()
         self._dtypes: dict[str, torch.dtype] = {}
-        self._packed: list[nn.Module] = []
+        self._packed: list[Packed] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Point transformers at the weights; of what it calls, this alone sees the config."""
@@ -159,9 +159,9 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
             place.module._buffers[place.buffer] = stream.to(empty.device)
         for weight in packed_weights(model):
             weight.filled = True
-        for experts in packed_experts(model):
-            experts.prepare()
-        self._packed = [module for module in model.modules() if is_packed_module(module)]
+        self._packed = list(packed_modules(model))
+        for module in self._packed:
+            module.prepare()
         # transformers 5.17 leaves parameters it renames in the dtype they are stored in.
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
@@ -189,14 +189,16 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         """What stands beside the tensors: the plan and its like."""
         return self._companions
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         for module in list(model.modules()):
             unpack(module)
         for place in self._places.values():
             del place.module._buffers[place.buffer]
         vars(model).pop("save_pretrained", None)
         to_plain(model.config)
-        return model if dtype is None else model.to(dtype)
+        # A configuration that has been saved holds the name of its dtype.
+        named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return model if named is None else model.to(named)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Return True: `save_pretrained` writes a packed checkpoint."""

@@ -236,7 +236,8 @@ def load(
     model: str | Path,
     dtype: torch.dtype | str = "auto",
     *,
-    packed: bool = False,
+    device: torch.device | str = "cpu",
+    packed: bool | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Any:
     """Return the transformers model of a packed or plain checkpoint.
@@ -244,11 +245,14 @@ def load(
     Args:
         model: a folder, a hub id, or "reference:NAME".
         dtype: "auto" is the checkpoint's own.
-        packed: keep weights packed in memory and dequantize those of an expert when it is used;
-            otherwise all are dequantized at once.
+        device: where it goes.
+        packed: keep weights packed in memory: on a CUDA device kernels run the experts, elsewhere
+            those of an expert are dequantized when it is used; otherwise all are dequantized at
+            once. When not given, packed on a CUDA device and not elsewhere.
         cache_bytes: how much may be held dequantized as well, when packed.
     """
-    return loading.load(resolve(model), dtype, packed=packed, cache_bytes=cache_bytes)
+    where = {"device": device, "packed": packed, "cache_bytes": cache_bytes}
+    return loading.load(resolve(model), dtype, **where)
 
 
 def evaluate(
