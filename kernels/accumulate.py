@@ -107,23 +107,28 @@ def weights_of(
     LANES: tl.constexpr,
     KIND: tl.constexpr,
     ROWS: tl.constexpr,
+    PRECISE: tl.constexpr,
     CT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Return the weights of COUNT slots from slot FIRST on, float32 [ROWS, COUNT · LANES]."""
+    """Return the weights of COUNT slots from slot FIRST on, [ROWS, COUNT · LANES].
+
+    In float32 if PRECISE. Else in CT, two at a time: codes are exact, but steps and zeros are
+    rounded to CT too (fp16 steps stay as they are in fp16, and lose three bits in bf16).
+    """
     BITS: tl.constexpr = bits_of(KIND)
     step, zero = open_word(word, KIND)
     if share_of(KIND):
         step *= scale
         zero *= scale
-    PLANES: tl.constexpr = planes_of(BITS, CT)
+    TYPE: tl.constexpr = tl.float32 if PRECISE else CT
+    EXCESS: tl.constexpr = excess_of(BITS, CT, 0)
     q = in_columns(join_slots(W, FIRST, 1, COUNT, BITS, 0, CT, ASM), ROWS, LANES, COUNT)
-    q = q.to(tl.float32)
-    if PLANES == 2:
+    q = q.to(TYPE) - EXCESS
+    if planes_of(BITS, CT) == 2:
         high = in_columns(join_slots(W, FIRST, 1, COUNT, BITS, 1, CT, ASM), ROWS, LANES, COUNT)
-        q += high.to(tl.float32)
-    zero -= step * excess_of(BITS, CT)
-    return q * step[:, None] + zero[:, None]
+        q += high.to(TYPE) - excess_of(BITS, CT, 1)
+    return q * step.to(TYPE)[:, None] + zero.to(TYPE)[:, None]
 
 
 @triton.jit
@@ -196,11 +201,11 @@ def add_block(
             for plane in tl.static_range(planes_of(BITS, CT)):
                 q = join_slots(W, c * COUNT, 1, COUNT, BITS, plane, CT, ASM)
                 part = tl.dot(in_columns(q, ROWS, LANES, COUNT), xs, part)
-            zero -= step * excess_of(BITS, CT)
+            zero -= step * (excess_of(BITS, CT, 0) + excess_of(BITS, CT, 1))
             sums = sums_of(xs, one, ROWS, CT)
             acc += step[:, None] * part + zero[:, None] * sums
         else:
-            w = weights_of(W, word, scale, c * COUNT, COUNT, LANES, KIND, ROWS, CT, ASM)
+            w = weights_of(W, word, scale, c * COUNT, COUNT, LANES, KIND, ROWS, False, CT, ASM)
             acc = tl.dot(w.to(CT), xs, acc)
     return acc
 

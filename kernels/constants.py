@@ -111,9 +111,11 @@ def planes_of(bits, ct):
 
 
 @triton.constexpr_function
-def excess_of(bits, ct):
-    """Return what a slot's floats are greater than its code."""
-    return 0.0 if ct == tl.float32 else fields.excess(bits, mantissa_of(ct))
+def excess_of(bits, ct, plane):
+    """Return what a plane's floats are greater than its part of the code."""
+    if ct == tl.float32 or plane >= planes_of(bits, ct):
+        return 0.0
+    return fields.excess(mantissa_of(ct), plane)
 
 
 @triton.constexpr_function

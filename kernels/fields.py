@@ -73,9 +73,9 @@ def read_slot(bits: int, slot: int, mantissa: int, plane: int = 0) -> Slot:
 
 
 @triton.constexpr_function
-def excess(bits, mantissa):
-    """Return what all planes of a slot together are greater than its code."""
-    return sum(2.0 ** (mantissa + plane) for plane in range(planes(bits, mantissa)))
+def excess(mantissa: int, plane: int) -> float:
+    """Return what a plane's floats are greater than its part of the code."""
+    return 2.0 ** (mantissa + plane)
 
 
 @triton.constexpr_function

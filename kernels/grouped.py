@@ -263,7 +263,7 @@ def store_block(
     ROWS: tl.constexpr = out.shape[0]
     for c in tl.static_range(16 * LANES // CHUNK):
         word = words[c // PER_WORD]
-        w = weights_of(W, word, scale, c * COUNT, COUNT, LANES, KIND, ROWS, CT, ASM)
+        w = weights_of(W, word, scale, c * COUNT, COUNT, LANES, KIND, ROWS, True, CT, ASM)
         k = first + c * CHUNK + tl.arange(0, CHUNK)
         at = out[:, None] + k[None, :]
         tl.store(at, w.to(out.dtype.element_ty), mask=(k < COLS)[None, :])

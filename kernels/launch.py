@@ -112,7 +112,7 @@ def choose(case: Case, gpu: str, processors: int) -> Launch:
     return _table(gpu).get(_key(case)) or heuristic(case, processors)
 
 
-def heuristic(case: Case, processors: int) -> Launch:
+def heuristic(case: Case, processors: int, target: str = "") -> Launch:
     """Return a launch from shapes alone."""
     pairs = case.tokens * case.topk
     if case.tokens <= DECODE_TOKENS:

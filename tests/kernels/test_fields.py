@@ -30,8 +30,7 @@ def test_a_slot_is_its_power_and_the_code(bits, mantissa):
         for plane in range(planes(bits, mantissa)):
             how = read_slot(bits, slot, mantissa, plane)
             lanes = read(words, how).to(torch.int16).view(FLOATS[mantissa])
-            total += lanes.float()
-        total -= excess(bits, mantissa)
+            total += lanes.float() - excess(mantissa, plane)
         assert torch.equal(total, codes[:, 16 * slot : 16 * slot + 16].float())
 
 
