@@ -214,8 +214,7 @@ def _nvidia(made: Any, variant: Variant, target: str) -> Built:
         sass = _dump(file, "-sass")
     registers = re.search(r"REG:(\d+)", usage)
     lines = [
-        (int(at, 16), text)
-        for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)
+        (int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,5})\*/\s+([^;]*);", sass)
     ]
     loops = [
         (int(goal, 16), at)
