@@ -90,7 +90,7 @@ class Case:
 
     layer: Layer
     mix: str
-    group: int = 64
+    group: int = 128
     batch: int = 1
     routing: str = "uniform"
     dtype: str = "bf16"
@@ -126,7 +126,7 @@ def cases(*, quick: bool) -> list[Case]:
         for mix, batch in product(("4", "2+3+4+8"), (1, 16, 64, 512)):
             base = Case(layer=layer, mix=mix, batch=batch)
             found += [replace(base, routing=routing) for routing in ROUTINGS[1:]]
-            found += [replace(base, dtype="fp16"), replace(base, group=128)]
+            found += [replace(base, dtype="fp16"), replace(base, group=64)]
     found.sort(key=lambda case: (MODELS.index(case.layer.name), case.weights_name[1:]))
     return found
 

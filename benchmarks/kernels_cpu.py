@@ -11,18 +11,25 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitknap.allocation import BitPlan
 from bitknap.allocation.format import Format
+from bitknap.api import quantize
 from bitknap.quantize.cache import Cache
 from bitknap.quantize.dequantize import dequantize_into
 from bitknap.quantize.layers import pack, unpack
+from bitknap.quantize.loading import load
+from bitknap.quantize.names import walk_headers
 from bitknap.quantize.packed import encode
 from bitknap.quantize.packed_weight import PackedWeight, Piece
 from bitknap.quantize.rounding import RTN
+from bitknap.quantize.source import Checkpoint, resolve
 from bitknap.quantize.tiled import to_tiles
 from bitknap.quantize.views import View
 
@@ -51,7 +58,9 @@ LAYERS: Mapping[str, Layer] = {
 TOY: Mapping[str, Layer] = {"toy": Layer(experts=4, top_k=2, hidden=64, intermediate=96)}
 FORMATS = ("int2-g64-asym", "int3-g64-asym", "int4-g64-asym")
 LAYOUTS = ("plain", "tiles")
+MODEL = "reference:mixtral"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+_LARGE = 1 << 28  # weights of a projection: all in float32, twice, would fill 16 GB and more
 # Tokens of a step.
 DECODE, PREFILL = 1, 512
 
@@ -138,27 +147,22 @@ def rates(shapes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]
 
 
 def layers(
-    which: Mapping[str, Layer],
-    names: Sequence[str],
-    dtypes: Sequence[str],
-    rounds: int,
-    prefill: int,
-    say: Callable[[str], None],
+    which: Mapping[str, Layer], *, rounds: int, prefill: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Return one row a layer, format and dtype: medians in seconds, and whether outputs agree.
 
     Args:
         which: layers.
-        names: of formats.
-        dtypes: of activations and dequantized weights.
         rounds: measurements of each.
         prefill: tokens of a prefill step.
         say: told of every row.
     """
     found = []
     for shape, layer in which.items():
-        for dtype in dtypes:
-            for name in names:
+        large = layer.experts * layer.hidden * layer.intermediate > _LARGE
+        for dtype in ("bf16",) if large else DTYPES:
+            # Once dequantized, all widths are alike.
+            for name in FORMATS if dtype == "bf16" and not large else FORMATS[-1:]:
                 row = _layer(layer, Format.parse(name), DTYPES[dtype], rounds, prefill)
                 found.append({"layer": shape, "format": name, "dtype": dtype, **row})
                 say(f"{shape} {name} {dtype}")
@@ -208,3 +212,53 @@ def turn_about(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
             run()
             spent[name].append(time.process_time() - start)
     return spent
+
+
+def models(folder: Path, *, tokens: int, prefill: int) -> list[dict[str, Any]]:
+    """Return tokens a second of a bundled model: packed, and dequantized.
+
+    Args:
+        folder: for its packed checkpoint.
+        tokens: generated, one at a time.
+        prefill: tokens of a prompt read at once.
+    """
+    folder = _packed_reference(folder / "packed")
+    options: Mapping[str, Mapping[str, Any]] = {
+        "plain": {"packed": False},
+        "all cached": {"packed": True, "cache_bytes": 1 << 30},
+        "nothing cached": {"packed": True, "cache_bytes": 0},
+    }
+    found: list[dict[str, Any]] = []
+    for dtype, kind in DTYPES.items():
+        loaded = {name: load(folder, kind, **how) for name, how in options.items()}
+        ids = torch.arange(prefill).view(1, -1) % 512 + 3
+        ways: dict[str, Callable[[], object]] = {}
+        for name, model in loaded.items():
+            how = {"min_new_tokens": tokens, "max_new_tokens": tokens, "do_sample": False}
+            ways[f"decode {name}"] = partial(model.generate, ids[:, :1], **how)
+            ways[f"prefill {name}"] = partial(_forward, model, ids)
+        seconds = turn_about(ways, 3)
+        made = [ways[f"decode {name}"]() for name in options]
+        row: dict[str, Any] = {"model": MODEL, "dtype": dtype, "prompt": prefill}
+        row["equal"] = all(torch.equal(made[0], one) for one in made)  # type: ignore[arg-type]
+        for name, values in seconds.items():
+            count = tokens if name.startswith("decode") else prefill
+            row[name] = count / statistics.median(values)
+        found.append(row)
+    return found
+
+
+def _packed_reference(out: Path) -> Path:
+    """Write the bundled model with experts of 2, 3 and 4 bits in turn."""
+    source = Checkpoint.open(resolve(MODEL))
+    units = walk_headers(source.config, source.shapes).units
+    grids = [Format.parse(name) for name in FORMATS]
+    plan = BitPlan.from_choice(units, grids, units.expert % 3, model=source.fingerprint)
+    quantize(MODEL, plan, out)
+    return out
+
+
+@torch.inference_mode()
+def _forward(model: Any, ids: Tensor) -> Tensor:
+    logits: Tensor = model(input_ids=ids).logits
+    return logits

@@ -1,4 +1,4 @@
-"""Seconds of a call: in a CUDA graph over weights that no cache holds, and the device's ceilings."""
+"""Seconds of a call: in a CUDA graph, on weights that no cache holds; and the device's ceilings."""
 
 from __future__ import annotations
 
