@@ -127,7 +127,7 @@ def cases(*, quick: bool) -> list[Case]:
             base = Case(layer=layer, mix=mix, batch=batch)
             found += [replace(base, routing=routing) for routing in ROUTINGS[1:]]
             found += [replace(base, dtype="fp16"), replace(base, group=64)]
-    found.sort(key=lambda case: (MODELS.index(case.layer.name), case.weights_name[1:]))
+    found.sort(key=lambda case: (MODELS.index(case.layer.name), case.weights_name, case.dtype))
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from bitknap.benchmarks.kernels_cases import KEPT, MIXES, MODELS, OTHER
 from bitknap.benchmarks.kernels_cpu_report import cpu_section
+from bitknap.benchmarks.kernels_timing import memory_roof
 from bitknap.benchmarks.kernels_ways import GATE_UP, OURS, TRANSFORMERS
 
 Row = Mapping[str, Any]
@@ -80,12 +81,11 @@ def _over_kept(rows: Sequence[Row]) -> list[float]:
 
 
 def _prefill(rows: Sequence[Row]) -> list[float]:
-    peak = [
+    return [
         row["flops"] / row["seconds"] / row["peak"]
         for row in rows
         if row["batch"] in range(512, 4097) and row["mix"] in (_UNIFORM, _MIXED)
     ]
-    return peak
 
 
 TARGETS = (
@@ -175,7 +175,7 @@ def _head(document: Mapping[str, Any]) -> Iterator[str]:
         f"Measured in the same run: {ceilings['read'] / 1e9:,.1f} GB/s read, "
         f"{ceilings['copy'] / 1e9:,.1f} GB/s copied (both ways counted), "
         f"{ceilings['matmul'] / 1e12:,.3g} TFLOP/s of bf16 matmul. The roof of a case is the "
-        "greater of its bytes over the first and its products over the last. Times are medians "
+        "greater of its bytes over the faster of the first two and its products over the last. Times are medians "
         "in CUDA graphs of 20 calls or more that take other weights each time; * marks what "
         "cannot be in a graph."
     )
@@ -244,9 +244,10 @@ def picture(document: Mapping[str, Any], path: Path) -> None:
     with matplotlib.rc_context({"svg.hashsalt": "bitknap", "font.size": 10}):
         figure = Figure(figsize=(8.5, 5.2), layout="constrained")
         axes = figure.add_subplot()
-        knee = ceilings["matmul"] / ceilings["read"]
+        memory = memory_roof(ceilings)
+        knee = ceilings["matmul"] / memory
         ends = [min([r["flops"] / r["bytes"] for r in rows] + [knee]) / 2, knee, knee * 8]
-        roof = [min(x * ceilings["read"], ceilings["matmul"]) / 1e12 for x in ends]
+        roof = [min(x * memory, ceilings["matmul"]) / 1e12 for x in ends]
         axes.plot(ends, roof, color="#222222", linewidth=2, label="measured roof")
         for mix, colour in _COLOURS.items():
             for model in dict.fromkeys(row["model"] for row in rows):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,29 +12,34 @@ import torch
 GRAPH_CALLS = 20
 RUNS = 100
 _WARM = 3
+_LEAST_RUNS, _SECONDS = 10, 2.0  # more runs than the first only while they take less than this
 _CEILING_BYTES = 1 << 30
 _MATMUL = 8192
 
 Call = Callable[[], object]
 
 
-def seconds_of(calls: Sequence[Call], device: str, runs: int = RUNS) -> dict[str, Any]:
+def memory_roof(ceilings: Mapping[str, float]) -> float:
+    """Return bytes a second at best: reading, or reading and writing."""
+    return max(ceilings["read"], ceilings["copy"])
+
+
+def seconds_of(
+    calls: Sequence[Call], device: str, runs: int = RUNS, *, graph: bool = True
+) -> dict[str, Any]:
     """Return the median seconds of one call, and how they were measured.
 
     Args:
         calls: the same on other weights and inputs; they take turns.
         device: "cuda" or "cpu".
-        runs: measurements.
+        runs: measurements, or as many as there is time for.
+        graph: whether calls may be captured: they read nothing back to the host.
     """
     if device == "cpu":
         return _on_cpu(calls, runs)
     turns = [calls[i % len(calls)] for i in range(max(GRAPH_CALLS, len(calls)))]
-    try:
-        return {**_summary(_in_a_graph(turns, runs), len(turns)), "graph": True}
-    except RuntimeError:
-        # It reads something back to the host, as eager experts do: time it as it runs.
-        torch.cuda.synchronize()
-        return {**_summary(_one_by_one(turns, max(5, runs // 10)), len(turns)), "graph": False}
+    run = _in_a_graph if graph else _one_by_one
+    return {**_summary(run(turns, runs), len(turns)), "graph": graph}
 
 
 def _on_cpu(calls: Sequence[Call], runs: int) -> dict[str, Any]:
@@ -72,8 +77,8 @@ def _one_by_one(turns: Sequence[Call], runs: int) -> list[float]:
 
 
 def _timed(run: Callable[[], object], runs: int) -> list[float]:
-    spent = []
-    for _ in range(runs):
+    spent: list[float] = []
+    while len(spent) < runs and (len(spent) < _LEAST_RUNS or sum(spent) < _SECONDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()

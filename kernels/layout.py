@@ -51,7 +51,8 @@ def unpack_bits(stream: Tensor, bits: int, values: int) -> Tensor:
         stream = torch.nn.functional.pad(stream, (0, eights * bits - len(stream)))
     stream = stream.contiguous()
     out = torch.empty(8 * eights, dtype=torch.uint8, device=stream.device)
-    for part, codes in zip(stream.split(_CHUNK // 8 * bits), out.split(_CHUNK), strict=True):
+    chunk = _CHUNK if stream.device.type == "cpu" else max(8, len(out))
+    for part, codes in zip(stream.split(chunk // 8 * bits), out.split(chunk), strict=True):
         _spread(part, codes, bits)
     return out[:values]
 
