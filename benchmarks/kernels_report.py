@@ -160,9 +160,9 @@ def _head(document: Mapping[str, Any]) -> Iterator[str]:
     about, ceilings = document.get("about"), document.get("ceilings", {})
     if about is None:
         yield (
-            "**No GPU was at hand: nothing of this was timed on one, and no figure is better than a "
-            "guessed one.** On a GPU `python -m bitknap.benchmarks.kernels -o benchmarks/results` "
-            "fills this page in. What is measured below is the path of a machine without a GPU."
+            "**No GPU was at hand: no kernel was timed on one, and no figure is better than a guessed "
+            "one.** On a GPU `python -m bitknap.benchmarks.kernels -o benchmarks/results` fills this "
+            "page in. What is measured below is the path of a machine without one."
         )
         return
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())

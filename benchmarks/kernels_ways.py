@@ -218,4 +218,5 @@ class _Peers:
         from vllm.model_executor.layers.fused_moe import fused_experts
 
         x, index, weights = route
-        return partial(fused_experts, x, *self.stacks[i % len(self.stacks)], weights.float(), index)
+        stacks = self.stacks[i % len(self.stacks)]
+        return partial(fused_experts, x, *stacks, weights.float(), index.int())

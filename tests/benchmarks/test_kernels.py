@@ -109,7 +109,7 @@ def test_bytes_are_those_of_the_experts_that_are_hit(case):
     other = elsewhere(experts)
     assert torch.equal(other.up.buffer, experts.up.buffer)
     assert other.up.buffer.data_ptr() != experts.up.buffer.data_ptr()
-    assert experts.tied == (case.mix != OTHER)
+    assert (experts.gate.recipes == experts.up.recipes) == (case.mix != OTHER)
 
 
 def test_routings():
