@@ -160,9 +160,9 @@ def _head(document: Mapping[str, Any]) -> Iterator[str]:
     about, ceilings = document.get("about"), document.get("ceilings", {})
     if about is None:
         yield (
-            "**No GPU was at hand: no kernel was timed on one, and no figure is better than a guessed "
-            "one.** On a GPU `python -m bitknap.benchmarks.kernels -o benchmarks/results` fills this "
-            "page in. What is measured below is the path of a machine without one."
+            "**No GPU was at hand: no kernel was timed on one, and no figure is better than a "
+            "guessed one.** On a GPU `python -m bitknap.benchmarks.kernels -o benchmarks/results` "
+            "fills this page in. What is measured below is the path of a machine without one."
         )
         return
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -175,9 +175,9 @@ def _head(document: Mapping[str, Any]) -> Iterator[str]:
         f"Measured in the same run: {ceilings['read'] / 1e9:,.1f} GB/s read, "
         f"{ceilings['copy'] / 1e9:,.1f} GB/s copied (both ways counted), "
         f"{ceilings['matmul'] / 1e12:,.3g} TFLOP/s of bf16 matmul. The roof of a case is the "
-        "greater of its bytes over the faster of the first two and its products over the last. Times are medians "
-        "in CUDA graphs of 20 calls or more that take other weights each time; * marks what "
-        "cannot be in a graph."
+        "greater of its bytes over the faster of the first two and its products over the last. "
+        "Times are medians in CUDA graphs of 20 calls or more that take other weights each time; "
+        "* marks what cannot be in a graph."
     )
 
 
