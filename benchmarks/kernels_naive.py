@@ -87,8 +87,8 @@ class Naive:
         self.words, self.scales, self.zeros = {}, {}, {}
         for name, (n, k) in self.shapes.items():
             size, across = (experts, k // 8, n), (experts, k // group, n)
-            bounds = {"dtype": torch.int32, "device": device, "generator": random}
-            self.words[name] = torch.randint(-(2**31), 2**31 - 1, size, **bounds)
+            words = torch.randint(-(2**31), 2**31 - 1, size, device=device, generator=random)
+            self.words[name] = words.int()
             scale = torch.rand(across, device=device, generator=random) + 0.5
             self.scales[name] = (scale / (4 * k**0.5)).to(dtype)
             zero = torch.randint(6, 10, across, device=device, generator=random)

@@ -62,7 +62,7 @@ def measured(
     cases: Sequence[Case], setting: Setting, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
     """Return one row a case and way; those of one layer, mix and group one after the other."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for _, group in groupby(cases, key=lambda case: (case.weights_name, case.dtype)):
         some = list(group)
         sets = _sets(some[0], setting.device)

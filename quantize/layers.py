@@ -117,7 +117,7 @@ def _dequantizing(module: PackedExperts, *args: Any) -> Any:
 def _packed_class(original: type[nn.Module], experts: bool) -> type[nn.Module]:
     base = PackedExperts if experts else Packed
     # torch.compile cuts its graphs there: which matrices are read is known only when they are.
-    outside = torch.compiler.disable
+    outside: Any = torch.compiler.disable
     own = {"original": original, "read": staticmethod(outside(PackedWeight.whole))}
     if experts:
         own["dequantizing"] = outside(_dequantizing)
@@ -152,7 +152,7 @@ def unpack(module: nn.Module) -> None:
     if not isinstance(module, Packed):
         return
     dequantized = {name: weight.whole().clone() for name, weight in module.packed.items()}
-    module.__class__ = type(module).original  # type: ignore[attr-defined]
+    module.__class__ = module.original  # type: ignore[assignment]
     vars(module).pop("packed")
     vars(module).pop("kernels", None)
     for name, tensor in dequantized.items():

@@ -251,8 +251,9 @@ def load(
             once. When not given, packed on a CUDA device and not elsewhere.
         cache_bytes: how much may be held dequantized as well, when packed.
     """
-    where = {"device": device, "packed": packed, "cache_bytes": cache_bytes}
-    return loading.load(resolve(model), dtype, **where)
+    return loading.load(
+        resolve(model), dtype, device=device, packed=packed, cache_bytes=cache_bytes
+    )
 
 
 def evaluate(

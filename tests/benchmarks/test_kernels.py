@@ -101,9 +101,10 @@ def test_cases_cover_what_they_should():
 def test_bytes_are_those_of_the_experts_that_are_hit(case):
     experts = experts_of(case, "cpu")
     every = torch.arange(TOY.experts)[None]
-    tables = (experts.gate, experts.up, experts.down)
+    assert experts.gate is not None
+    size = sum(t.buffer.nbytes for t in (experts.gate, experts.up, experts.down))
     rows = 2 * case.batch * TOY.hidden * 4
-    assert bytes_of(experts, case, every) == sum(t.buffer.nbytes for t in tables) + rows
+    assert bytes_of(experts, case, every) == size + rows
     assert bytes_of(experts, case, every[:, :1]) < bytes_of(experts, case, every) / 2
     assert flops_of(case) == 2 * 3 * case.batch * TOY.top_k * TOY.hidden * TOY.intermediate
     other = elsewhere(experts)

@@ -48,7 +48,7 @@ def test_what_becomes_hot_replaces_what_was():
 )
 def test_never_more_than_the_limit(limit, asked):
     cache = Cache(limit)
-    kept = {}
+    kept: dict[tuple[int, int], torch.Tensor] = {}
     for key, size in asked:
         matrix = torch.zeros(25 * size)
         there = cache.get((key, size))

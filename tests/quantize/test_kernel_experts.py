@@ -2,6 +2,7 @@
 
 import copy
 import logging
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from bitknap.testing import packed_checkpoint, tiny_model
 from bitknap.transformers_hook import install
 
 IDS = torch.arange(3, 19).view(2, 8) % 64
-GROUPS = (32, "row")
+GROUPS: tuple[int | Literal["row"], ...] = (32, "row")
 # Concatenated, interleaved with biases, transposed, without gate, beside shared experts.
 FAMILIES = ("mixtral", "gpt_oss", "aria_text", "nemotron_h", "deepseek_v2")
 
@@ -126,9 +127,11 @@ def test_gradients_go_the_other_way(packed, exact):
     x = torch.randn(3, 16, requires_grad=True)
     index, weights = torch.tensor([[0, 1]] * 3), torch.ones(3, 2)
     first(x, index, weights).sum().backward()
-    ours, x.grad = x.grad, None
-    exact.model.layers[0].mlp.experts(x, index, weights).sum().backward()
-    assert torch.equal(ours, x.grad)
+    other = x.detach().clone().requires_grad_()
+    exact.model.layers[0].mlp.experts(other, index, weights).sum().backward()
+    assert x.grad is not None
+    assert other.grad is not None
+    assert torch.equal(x.grad, other.grad)
 
 
 @pytest.mark.parametrize("way", ["compile", "static cache", "dequantizing"])
@@ -192,7 +195,7 @@ def test_blocks_of_rows(tmp_path, caplog):
 @pytest.mark.parametrize("sources", [("fp8-block",), ("mxfp4",), ("bf16", "fp16")])
 def test_kept_precisions_that_kernels_do_not_read(sources):
     module = nn.Module()
-    module.is_concatenated, module.act_fn = True, nn.SiLU()
+    module.__dict__["is_concatenated"], module.act_fn = True, nn.SiLU()
     weights = {}
     for name, rows, cols in (("up", 64, 128), ("down", 128, 64)):
         pieces = [
@@ -216,8 +219,8 @@ class Gated(nn.Module):
         self.name, self.is_concatenated = name, not interleaved
 
     def _apply_gate(self, both):
-        parts = both.chunk(2, -1) if self.is_concatenated else (both[..., ::2], both[..., 1::2])
-        return activate(*parts, self.name)
+        gate, up = both.chunk(2, -1) if self.is_concatenated else (both[..., ::2], both[..., 1::2])
+        return activate(gate, up, self.name)
 
 
 @pytest.mark.parametrize("name", ["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"])

@@ -56,6 +56,7 @@ def test_grouped_products_have_gradients():
     rows = torch.randn(3, 6, requires_grad=True)
     ends = torch.tensor([1, 1, 3, 3, 3], dtype=torch.int32)
     functional.grouped_mm(rows, found, offs=ends).sum().backward()
+    assert rows.grad is not None
     assert torch.equal(rows.grad[0], STACK[0].sum(1))
 
 
