@@ -211,6 +211,24 @@ def test_kept_precisions_that_kernels_do_not_read(sources):
         kernel_experts(module, weights)
 
 
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("llama4_text", "Llama4TextExperts does not go through transformers' interface"),
+        ("mixtral", "activations in torch.float32: kernels take bfloat16 and float16"),
+    ],
+)
+def test_what_is_said_on_a_gpu(family, reason, tmp_path, monkeypatch, caplog):
+    found = loading.load(packed_checkpoint(tmp_path, family, group_sizes=GROUPS), packed=True)
+    monkeypatch.setattr(PackedWeight, "device", torch.device("cuda"))
+    with caplog.at_level(logging.WARNING, "bitknap.quantize.layers"):
+        for _ in range(2):
+            for module in packed_modules(found):
+                module.prepare()
+    (said,) = caplog.records
+    assert said.getMessage() == f"{reason}; these experts are dequantized when they are used"
+
+
 class Gated(nn.Module):
     """An experts module with an activation of its own."""
 
