@@ -35,8 +35,8 @@ from bitknap.kernels.running import run
 from bitknap.kernels.words import Recipe
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
