@@ -4,11 +4,11 @@ The gate of kernels on machines without a GPU: registers that spill, shared memo
 multiprocessor's, and instructions a weight past the budget fail. It runs in a process of its own,
 without TRITON_INTERPRET, and needs no driver.
 
-Budget: a program that unpacks b-bit weights keeps up with memory as long as its instructions take no
+Budget: a program that unpacks weights keeps up with memory as long as its instructions take no
 longer than its bytes. An H200's multiprocessor issues 128 lane-instructions a clock; at 4.3 TB/s
 (measured copy), 132 multiprocessors and 1.98 GHz it gets 16.5 bytes a clock, so a weight of w bits
-may take 0.97 w lane-instructions (design/kernels.md §2). Sums of 64 and more tokens a program are
-bound by matrix units instead: 64 tokens · 1 multiply-add at 2,048 a clock are 4 lane-instructions.
+may take 0.97 w lane-instructions. 64 and more tokens a program are bound by matrix units instead:
+64 multiply-adds at 2,048 a clock take as long as 4 lane-instructions. Budgets are held on sm_90.
 """
 
 from __future__ import annotations
@@ -30,20 +30,25 @@ from triton.compiler import ASTSource
 from bitknap.kernels.experts import Experts, opened
 from bitknap.kernels.experts_table import ExpertsTable
 from bitknap.kernels.kinds import Kind
-from bitknap.kernels.launch import Case, Launch, Tile, heuristic
+from bitknap.kernels.launch import Case, Device, Launch, Tile, heuristic
 from bitknap.kernels.running import run
 from bitknap.kernels.words import Recipe
 
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
     "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_80": GPUTarget("cuda", 80, 32),
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+DEVICES = {
+    "sm_80": Device("A100", 108),
+    "sm_90": Device("H200", 132),
+    "sm_100": Device("B200", 148, least=16),
+    "gfx942": Device("MI300X", 304, amd=True, least=16),
 }
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 PER_BIT = 128 / (4.3e12 / 132 / 1.98e9 * 8)  # lane-instructions a bit of a weight
 _BINARIES = Path(triton.__file__).parent / "backends/nvidia/bin"
-_PROCESSORS = 132
 _TYPES = {
     torch.bfloat16: "*bf16",
     torch.float16: "*fp16",
@@ -149,7 +154,7 @@ def variants(
         hidden=layer.hidden,
         intermediate=layer.intermediate,
     )
-    launch = launch or heuristic(case, _PROCESSORS, target)
+    launch = launch or heuristic(case, DEVICES[target])
     started: list[tuple[Any, ...]] = []
     experts = layer.meta()
     x = torch.empty(tokens, layer.hidden, dtype=dtype, device="meta")
@@ -244,7 +249,9 @@ def _amd(made: Any, variant: Variant, target: str) -> Built:
         found = re.search(rf"\.{name}:\s*(\d+)", text)
         return int(found[1]) if found else 0
 
-    lines, labels, loops = [], {}, []
+    lines: list[tuple[int, str]] = []
+    labels: dict[str, int] = {}
+    loops: list[tuple[int, int]] = []
     for line in text.splitlines():
         if found := re.match(r"(\.LBB\w+):", line):
             labels[found[1]] = len(lines)
@@ -274,7 +281,7 @@ def _per_weight(
     if not variant.rows:
         return ()
     # Instructions by address, and of the loops with one beginning only the longest.
-    busy = {}
+    busy: dict[int, tuple[int, int]] = {}
     for begin, end in loops:
         body = [text for at, text in lines if begin <= at <= end]
         if any(re.search(matrix, text) for text in body):

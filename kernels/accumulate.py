@@ -88,6 +88,15 @@ def load_words(words, first, COLS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.c
 
 
 @triton.jit
+def load_tail(codes, inside, LANES: tl.constexpr, BITS: tl.constexpr, COLS: tl.constexpr):
+    """Return the words of the narrower block of LANES, of tiles at `codes`, rows `inside`."""
+    FIRST: tl.constexpr = tail_begin(COLS, LANES)
+    lane = tl.arange(0, LANES)
+    at = codes[:, None] + (FIRST * 4 * BITS + inside[:, None] * LANES + lane[None, :])
+    return load_codes(at, BITS, LANES)
+
+
+@triton.jit
 def load_x(x, ok, k, COLS: tl.constexpr, CT: tl.constexpr):
     """Return columns `k` [n] of rows that pointers `x` [tokens] begin, CT [n, tokens]."""
     if COLS % 32 == 0:
@@ -230,11 +239,8 @@ def add_tail(
 ):
     """Return acc and the products of the narrower block of LANES, if there is one."""
     if has_tail(COLS, LANES):
-        BITS: tl.constexpr = bits_of(KIND)
+        W = load_tail(codes, inside, LANES, bits_of(KIND), COLS)
         FIRST: tl.constexpr = tail_begin(COLS, LANES)
-        lane = tl.arange(0, LANES)
-        at = codes[:, None] + (FIRST * 4 * BITS + inside[:, None] * LANES + lane[None, :])
-        W = load_codes(at, BITS, LANES)
         own = load_words(words, FIRST, COLS, 16 * LANES, KIND)
         acc = add_block(
             acc, W, own, scale, x, ok, FIRST, one, LANES, KIND, COLS, WIDEST, POST, CT, ASM

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitknap.kernels.accumulate import load_words, locate, weights_of
+from bitknap.kernels.accumulate import load_tail, load_words, locate, weights_of
 from bitknap.kernels.constants import (
     bits_of,
     chunk_of,
@@ -270,6 +270,61 @@ def store_block(
 
 
 @triton.jit
+def store_expert(
+    out,
+    table,
+    expert,
+    n,
+    KIND: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDEST: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Store rows `n` of one expert where `out` [rows] begins them."""
+    codes, words, scale = locate(table, expert, n, COLS, KIND)
+    if kept_of(KIND):
+        for first in range(0, COLS, 256):
+            k = first + tl.arange(0, 256)
+            inner = (k < COLS)[None, :]
+            w = tl.load(codes[:, None] + k[None, :], mask=inner, other=0.0)
+            w = w.to(tl.float32).to(out.dtype.element_ty)
+            tl.store(out[:, None] + k[None, :], w, mask=inner)
+    else:
+        BITS: tl.constexpr = bits_of(KIND)
+        at = codes[:, None] + (n % 64 * 16)[:, None] + tl.arange(0, 16)[None, :]
+        for block in range(main_blocks(COLS)):
+            W = load_codes(at + block * (1024 * BITS), BITS, 16)
+            own = load_words(words, block * 256, COLS, 256, KIND)
+            store_block(out, W, own, scale, block * 256, 16, KIND, COLS, WIDEST, CT, ASM)
+        store_tail(out, codes, words, scale, n % 64, 8, KIND, COLS, WIDEST, CT, ASM)
+        store_tail(out, codes, words, scale, n % 64, 4, KIND, COLS, WIDEST, CT, ASM)
+        store_tail(out, codes, words, scale, n % 64, 2, KIND, COLS, WIDEST, CT, ASM)
+
+
+@triton.jit
+def store_tail(
+    out,
+    codes,
+    words,
+    scale,
+    inside,
+    LANES: tl.constexpr,
+    KIND: tl.constexpr,
+    COLS: tl.constexpr,
+    WIDEST: tl.constexpr,
+    CT: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Store the narrower block of LANES, if there is one."""
+    if has_tail(COLS, LANES):
+        W = load_tail(codes, inside, LANES, bits_of(KIND), COLS)
+        FIRST: tl.constexpr = tail_begin(COLS, LANES)
+        own = load_words(words, FIRST, COLS, 16 * LANES, KIND)
+        store_block(out, W, own, scale, FIRST, LANES, KIND, COLS, WIDEST, CT, ASM)
+
+
+@triton.jit
 def dequantize(
     out_ptr,
     table,
@@ -289,30 +344,4 @@ def dequantize(
     kind = tl.load(table[4] + expert)
     for i in tl.static_range(len(KINDS)):
         if kind == KINDS[i]:
-            KIND: tl.constexpr = KINDS[i]
-            codes, words, scale = locate(table, expert, n, COLS, KIND)
-            if kept_of(KIND):
-                for first in range(0, COLS, 256):
-                    k = first + tl.arange(0, 256)
-                    inner = (k < COLS)[None, :]
-                    w = tl.load(codes[:, None] + k[None, :], mask=inner, other=0.0)
-                    w = w.to(tl.float32).to(out_ptr.dtype.element_ty)
-                    tl.store(out[:, None] + k[None, :], w, mask=inner)
-            else:
-                BITS: tl.constexpr = bits_of(KIND)
-                inside = n % 64
-                at = codes[:, None] + (inside[:, None] * 16 + tl.arange(0, 16)[None, :])
-                for block in range(main_blocks(COLS)):
-                    W = load_codes(at + block * (1024 * BITS), BITS, 16)
-                    own = load_words(words, block * 256, COLS, 256, KIND)
-                    store_block(out, W, own, scale, block * 256, 16, KIND, COLS, WIDEST, CT, ASM)
-                for t in tl.static_range(3):
-                    if has_tail(COLS, 8 >> t):
-                        FIRST: tl.constexpr = tail_begin(COLS, 8 >> t)
-                        lane = tl.arange(0, 8 >> t)
-                        begin = codes[:, None] + FIRST * 4 * BITS
-                        W = load_codes(
-                            begin + (inside[:, None] * (8 >> t) + lane[None, :]), BITS, 8 >> t
-                        )
-                        own = load_words(words, FIRST, COLS, 16 * (8 >> t), KIND)
-                        store_block(out, W, own, scale, FIRST, 8 >> t, KIND, COLS, WIDEST, CT, ASM)
+            store_expert(out, table, expert, n, KINDS[i], COLS, WIDEST, CT, ASM)

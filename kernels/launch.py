@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from importlib import resources
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from bitknap.errors import InputError
 
@@ -101,42 +101,64 @@ class Case:
         return 1 << max(0, self.tokens - 1).bit_length()
 
 
-def choose(case: Case, gpu: str, processors: int) -> Launch:
-    """Return the launch of a case: what was measured on this GPU, or else the heuristic's.
+class Device(NamedTuple):
+    """What a launch is chosen on.
 
-    Args:
-        case: what is launched.
-        gpu: name of the device, as torch has it.
-        processors: multiprocessors of the device.
+    Attributes:
+        name: as torch has it.
+        processors: multiprocessors.
+        amd: whether it is AMD's.
+        least: fewest tokens that a program takes. 8 where matrix units have such a side; for
+            Blackwell 8 spill, and for AMD they fall back to plain arithmetic.
     """
-    return _table(gpu).get(_key(case)) or heuristic(case, processors)
+
+    name: str
+    processors: int
+    amd: bool = False
+    least: int = 8
 
 
-def heuristic(case: Case, processors: int, target: str = "") -> Launch:
+def choose(case: Case, device: Device) -> Launch:
+    """Return the launch of a case: what was measured on this GPU, or else the heuristic's."""
+    return _table(device.name).get(_key(case)) or heuristic(case, device)
+
+
+def heuristic(case: Case, device: Device) -> Launch:
     """Return a launch from shapes alone."""
     pairs = case.tokens * case.topk
     if case.tokens <= DECODE_TOKENS:
-        # As many experts as pairs at most, each one tile of tokens.
-        experts = min(pairs, case.experts)
-        gate_up = 64 if experts * -(-case.intermediate // 64) >= 2 * processors else 32
-        tiles = max(1, experts * -(-case.hidden // 64))
-        # Runs of at least four blocks, so that their pipelines fill.
-        split = max(1, min(4, case.intermediate // 1024, -(-2 * processors // tiles)))
-        return Launch(
-            path="decode",
-            tokens=8 if case.tokens <= 8 else 16,
-            gate_up=Tile(rows=gate_up, stages=4),
-            down=Tile(rows=64, split=split, stages=4),
-        )
+        return _few(case, device)
     # Above this many, weights cost more than reading them once in 16 bits: kernels.md §5 computes
     # 1.2 to 5 thousand tokens for three models; pairs an expert are what they have in common.
     if pairs >= 320 * case.experts:
         return Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
     for tokens in (16, 32):
         if pairs <= tokens * case.experts:
-            return Launch(path="grouped", tokens=tokens, gate_up=Tile(rows=64), down=Tile(rows=64))
+            tile = Tile(rows=64, stages=2 if device.amd else 3)
+            return Launch(path="grouped", tokens=tokens, gate_up=tile, down=tile)
+    if device.amd:  # 64 KiB of shared memory
+        tile = Tile(rows=64, warps=8, stages=1)
+        return Launch(path="grouped", tokens=64, gate_up=replace(tile, rows=32), down=tile)
+    gate_up, down = Tile(rows=64, warps=8, stages=2), Tile(rows=128, warps=8, stages=2)
+    tokens = 64 if pairs < 96 * case.experts else 128
+    return Launch(path="grouped", tokens=tokens, gate_up=gate_up, down=down)
+
+
+def _few(case: Case, device: Device) -> Launch:
+    """Return the launch of the decode path."""
+    # As many experts as pairs at most, each one tile of tokens.
+    experts = min(case.tokens * case.topk, case.experts)
+    wide = experts * -(-case.intermediate // 64) >= 2 * device.processors
+    # 128 rows at once unpack with fewest instructions; cut into runs where that leaves
+    # multiprocessors idle. A run is at least two blocks, so that its pipeline has something to do.
+    tiles = max(1, experts * -(-case.hidden // 128))
+    split = min(8, case.intermediate // 512, -(-2 * device.processors // tiles))
+    stages = 2 if device.amd else 3
     return Launch(
-        path="grouped", tokens=64, gate_up=Tile(rows=64, warps=8), down=Tile(rows=128, warps=8)
+        path="decode",
+        tokens=max(device.least, 8 if case.tokens <= 8 else 16),
+        gate_up=Tile(rows=64 if wide else 32, stages=stages),
+        down=Tile(rows=128, split=max(1, split), stages=stages),
     )
 
 

@@ -16,7 +16,7 @@ from bitknap.errors import InputError
 from bitknap.kernels import reference
 from bitknap.kernels.experts import Experts, Opened, opened
 from bitknap.kernels.kinds import check_runnable
-from bitknap.kernels.launch import Case, Launch, check, choose
+from bitknap.kernels.launch import Case, Device, Launch, check, choose
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -91,16 +91,22 @@ def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launc
         hidden=experts.up.cols,
         intermediate=experts.up.rows,
     )
-    how = Launch.parse(launch) if launch else choose(case, *_device(x.device.index))
+    device = _device(x.device.index)
+    how = Launch.parse(launch) if launch else choose(case, device)
     check(how, case)
-    return run(x, index, weights, experts, how, asm=torch.version.hip is None)
+    return run(x, index, weights, experts, how, asm=not device.amd)
 
 
 @cache
-def _device(number: int) -> tuple[str, int]:
-    """Return a GPU's name and its multiprocessors."""
+def _device(number: int) -> Device:
     known = torch.cuda.get_device_properties(number)
-    return known.name, known.multi_processor_count
+    amd = torch.version.hip is not None
+    return Device(
+        name=known.name,
+        processors=known.multi_processor_count,
+        amd=amd,
+        least=8 if not amd and known.major < 10 else 16,
+    )
 
 
 def _check(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> None:

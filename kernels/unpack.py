@@ -26,6 +26,13 @@ from bitknap.kernels.constants import (
 
 
 @triton.jit
+def read_field(word, SHIFT: tl.constexpr, MASK: tl.constexpr):
+    """Return (word >> SHIFT) & MASK, uint16; a negative SHIFT shifts up."""
+    w = word.to(tl.uint16, bitcast=True)
+    return ((w >> SHIFT) if SHIFT >= 0 else (w << -SHIFT)) & MASK
+
+
+@triton.jit
 def read_slot(
     W,
     SLOT: tl.constexpr,
@@ -53,10 +60,11 @@ def read_slot(
     else:
         u = tl.zeros(W[0].shape, tl.uint16)
         for at in tl.static_range(PARTS):
-            SHIFT: tl.constexpr = part_shift(BITS, SLOT, CT, PLANE, at)
-            MASK: tl.constexpr = part_mask(BITS, SLOT, CT, PLANE, at)
-            w = inputs[at].to(tl.uint16, bitcast=True)
-            u = u | (((w >> SHIFT) if SHIFT >= 0 else (w << -SHIFT)) & MASK)
+            u |= read_field(
+                inputs[at],
+                part_shift(BITS, SLOT, CT, PLANE, at),
+                part_mask(BITS, SLOT, CT, PLANE, at),
+            )
         if tl.float32 == CT:
             r = u.to(tl.float32)
         elif tl.float16 == CT:
