@@ -149,7 +149,9 @@ def _pieces(buffer: Tensor, cols: int, bits: int) -> Iterator[tuple[Blocks, slic
     at = 0
     for block in blocks(cols):
         size = block.width // SLOTS * ROWS * bits
-        step = max(1, _CHUNK // (block.width * ROWS))
+        step = max(
+            1, _CHUNK // (block.width * ROWS) if buffer.device.type == "cpu" else len(buffer)
+        )
         for first in range(0, len(buffer), step):
             chunk = slice(first, first + step)
             words = buffer[chunk, at : at + size].view(torch.int32)
