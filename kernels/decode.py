@@ -15,17 +15,26 @@ from bitknap.kernels.constants import (
     main_blocks,
 )
 from bitknap.kernels.products import intermediate, one_expert
+from bitknap.kernels.unpack import known_id
 
 _NONE = tl.constexpr(1 << 30)
 
 
 @triton.jit
-def ids_of(index_ptr, tokens, TOPK: tl.constexpr, KP: tl.constexpr, BM: tl.constexpr):
-    """Return all ids int32 [BM, KP], -1 where there is none."""
+def ids_of(
+    index_ptr,
+    tokens,
+    EXPERTS: tl.constexpr,
+    TOPK: tl.constexpr,
+    KP: tl.constexpr,
+    BM: tl.constexpr,
+):
+    """Return all ids int32 [BM, KP], -1 where there is none that is an expert's."""
     t = tl.arange(0, BM)
     j = tl.arange(0, KP)
     there = (t < tokens)[:, None] & (j < TOPK)[None, :]
-    return tl.load(index_ptr + t[:, None] * TOPK + j[None, :], mask=there, other=-1).to(tl.int32)
+    ids = tl.load(index_ptr + t[:, None] * TOPK + j[None, :], mask=there, other=-1)
+    return known_id(ids, EXPERTS)
 
 
 @triton.jit
@@ -49,7 +58,7 @@ def pick(
     if BY_EXPERT:
         expert = tl.load(order_ptr + slot).to(tl.int32)
     else:
-        expert = tl.load(index_ptr + slot).to(tl.int32)
+        expert = known_id(tl.load(index_ptr + slot), EXPERTS)
     t = tl.arange(0, BM)
     j = tl.arange(0, KP)
     pair = tl.min(tl.where(ids == expert, t[:, None] * TOPK + j[None, :], _NONE), axis=1)
@@ -57,7 +66,7 @@ def pick(
     if BY_EXPERT:  # noqa: SIM108 - Triton has no such expression over constants
         busy = first < _NONE
     else:
-        busy = (first == slot) & (expert >= 0) & (expert < EXPERTS)
+        busy = (first == slot) & (expert >= 0)
     return expert, pair, busy
 
 
@@ -100,7 +109,7 @@ def decode_gate_up(
         # Counters of the down projection's arrivals, which comes after all of this launch.
         c = tl.arange(0, COUNTERS)
         tl.store(arrived_ptr + c, tl.zeros((COUNTERS,), tl.int32))
-    ids = ids_of(index_ptr, tokens, TOPK, KP, BM)
+    ids = ids_of(index_ptr, tokens, EXPERTS, TOPK, KP, BM)
     expert, pair, busy = pick(
         ids, index_ptr, order_ptr, pid // NT, TOPK, KP, BM, EXPERTS, BY_EXPERT
     )
@@ -173,7 +182,7 @@ def decode_down(
     pid = tl.program_id(0)
     nt = pid % NT
     run = pid // NT % SPLIT
-    ids = ids_of(index_ptr, tokens, TOPK, KP, BM)
+    ids = ids_of(index_ptr, tokens, EXPERTS, TOPK, KP, BM)
     expert, pair, busy = pick(
         ids, index_ptr, order_ptr, pid // NT // SPLIT, TOPK, KP, BM, EXPERTS, BY_EXPERT
     )
@@ -216,10 +225,10 @@ def decode_down(
         total = tl.zeros((BN, BM), tl.float32)
         for i in range(TOPK):
             mine = t * TOPK + i
-            own = tl.load(index_ptr + mine, mask=t < tokens, other=-1).to(tl.int32)
+            own = known_id(tl.load(index_ptr + mine, mask=t < tokens, other=-1), EXPERTS)
             same = ids == own[:, None]
             first = tl.min(tl.where(same, t[:, None] * TOPK + j[None, :], _NONE), axis=1)
-            there_is = (own >= 0) & (own < EXPERTS)
+            there_is = own >= 0
             w = tl.load(weights_ptr + mine, mask=t < tokens, other=0.0).to(tl.float32)
             for s in tl.static_range(SPLIT):
                 at = (s * tokens * TOPK + first).to(tl.int64)[None, :] * HIDDEN + rows[:, None]

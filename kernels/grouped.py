@@ -22,6 +22,7 @@ from bitknap.kernels.constants import (
 )
 from bitknap.kernels.products import intermediate, one_expert
 from bitknap.kernels.unpack import (
+    known_id,
     load_codes,
 )
 
@@ -33,6 +34,7 @@ def sort_pairs(
     starts_ptr,
     sorted_ptr,
     pairs,
+    EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """Write each expert's pairs, ascending, where they begin, and how many. Grid: experts.
@@ -45,7 +47,8 @@ def sort_pairs(
     own = tl.zeros((BLOCK,), tl.int32)
     at = tl.arange(0, BLOCK)
     for first in range(0, pairs, BLOCK):
-        ids = tl.load(index_ptr + first + at, mask=first + at < pairs, other=-1).to(tl.int32)
+        ids = tl.load(index_ptr + first + at, mask=first + at < pairs, other=-1)
+        ids = known_id(ids, EXPERTS)
         before += ((ids >= 0) & (ids < expert)).to(tl.int32)
         own += (ids == expert).to(tl.int32)
     start = tl.sum(before, axis=0)
@@ -55,7 +58,8 @@ def sort_pairs(
     if count > 0:
         place = start
         for first in range(0, pairs, BLOCK):
-            ids = tl.load(index_ptr + first + at, mask=first + at < pairs, other=-1).to(tl.int32)
+            ids = tl.load(index_ptr + first + at, mask=first + at < pairs, other=-1)
+            ids = known_id(ids, EXPERTS)
             mine = (ids == expert).to(tl.int32)
             rank = tl.cumsum(mine, axis=0)
             tl.store(sorted_ptr + place + rank - 1, first + at, mask=mine == 1)

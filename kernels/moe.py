@@ -91,14 +91,15 @@ def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launc
         hidden=experts.up.cols,
         intermediate=experts.up.rows,
     )
-    device = _device(x.device.index)
+    device = device_of(x.device.index)
     how = Launch.parse(launch) if launch else choose(case, device)
     check(how, case)
     return run(x, index, weights, experts, how, asm=not device.amd)
 
 
 @cache
-def _device(number: int) -> Device:
+def device_of(number: int) -> Device:
+    """Return what launches must know of a GPU."""
     known = torch.cuda.get_device_properties(number)
     amd = torch.version.hip is not None
     return Device(

@@ -271,7 +271,7 @@ def _sorted(layer: _Layer, fill: int | None = None) -> tuple[Tensor, Tensor, Ten
         sort_pairs,
         (layer.count,),
         (layer.index, counts, starts, pairs, layer.pairs),
-        {"BLOCK": block},
+        {"EXPERTS": layer.count, "BLOCK": block},
         Tile(),
     )
     return counts, starts, pairs

@@ -26,6 +26,12 @@ from bitknap.kernels.constants import (
 
 
 @triton.jit
+def known_id(value, EXPERTS: tl.constexpr):
+    """Return an id as int32, -1 if it is no expert's; 64 bits are looked at before they are cut."""
+    return tl.where((value >= 0) & (value < EXPERTS), value, -1).to(tl.int32)
+
+
+@triton.jit
 def read_field(word, SHIFT: tl.constexpr, MASK: tl.constexpr):
     """Return (word >> SHIFT) & MASK, uint16; a negative SHIFT shifts up."""
     w = word.to(tl.uint16, bitcast=True)

@@ -83,7 +83,7 @@ def error(name):
     experts = made_up_experts(recipes, hidden, inner, **more)
     x, index, weights = inputs(len(recipes), tokens, topk, hidden, compute)
     if name == "every grid":
-        index[0, 1], index[1, 0], index[1, 1] = index[0, 0], len(recipes), 1 << 30
+        index[0, 1], index[1, 0], index[1, 1] = index[0, 0], len(recipes), 1 << 40
     expected = index.where(index <= len(recipes), len(recipes))
     expected = reference.moe(x, expected, weights, experts).float()
     how = opened(list(experts.tensors), experts.how)
