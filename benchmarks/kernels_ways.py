@@ -27,8 +27,8 @@ from bitknap.benchmarks.quantize_peers import installed
 from bitknap.errors import BitknapError
 from bitknap.kernels.experts import Experts, opened
 from bitknap.kernels.launch import Case as Shape
-from bitknap.kernels.launch import choose, heuristic
-from bitknap.kernels.moe import moe
+from bitknap.kernels.launch import Device, choose, heuristic
+from bitknap.kernels.moe import device_of, moe
 
 OURS, GATE_UP, INTERPRETED, NAIVE = "ours", "ours: gate and up", "ours: interpreted", "naive Triton"
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
@@ -140,16 +140,16 @@ def _by_triton(case: Case, route: Routing, experts: Experts, *, gate_up: bool = 
     )
     how = opened(list(experts.tensors), experts.how)
     if _interpreting():
-        launch = heuristic(shape, _PROCESSORS)
+        launch = heuristic(shape, Device("none", _PROCESSORS))
         return lambda: run(*route, how, launch, torch.float32, asm=False)
-    device = torch.cuda.get_device_properties(0)
-    launch = choose(shape, device.name, device.multi_processor_count)
+    device = device_of(torch.cuda.current_device())
+    launch = choose(shape, device)
 
     def start(kernel: Any, grid: Any, given: Any, constants: Any, tile: Any) -> None:
         if not (gate_up and kernel.__name__ in _AFTER):
             kernel[grid](*given, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
-    return lambda: run(*route, how, launch, asm=torch.version.hip is None, start=start)
+    return lambda: run(*route, how, launch, asm=not device.amd, start=start)
 
 
 def _interpreting() -> bool:
