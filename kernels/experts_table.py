@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from bitknap.errors import InputError
+from bitknap.kernels.kinds import Kind, kind_of
 from bitknap.kernels.tiles import unpack_tiles
 from bitknap.kernels.words import Recipe, unpack_words
 
@@ -35,6 +36,8 @@ class ExpertsTable:
         codes_at: where codes begin in `buffer`, in its elements, int64 [E].
         words_at: where words begin, int64 [E].
         rows_at: where row scales begin, int64 [E]; the end of the words if there are none.
+        kind: what a program branches on, `kinds.Kind.code`, int32 [E].
+        order: experts, most bits first, int32 [E]: those tiles should start early.
         recipes: the same once more, for the host [E].
         kept: dtype of the experts in source precision, if there are any.
     """
@@ -50,6 +53,8 @@ class ExpertsTable:
     codes_at: Tensor
     words_at: Tensor
     rows_at: Tensor
+    kind: Tensor
+    order: Tensor
     recipes: tuple[Recipe, ...]
     kept: torch.dtype | None = None
 
@@ -86,6 +91,9 @@ class ExpertsTable:
         device = buffer.device
         codes_at, words_at, rows_at = (b.contiguous().to(device) for b in begins.unbind(1))
 
+        kinds = [kind_of(r, cols, kept) for r in recipes]
+        heavy = sorted(range(len(kinds)), key=lambda expert: -kinds[expert].weight)
+
         def column(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
 
@@ -101,12 +109,23 @@ class ExpertsTable:
             codes_at=codes_at,
             words_at=words_at,
             rows_at=rows_at,
+            kind=column([kind.code for kind in kinds]),
+            order=column(heavy),
             recipes=tuple(recipes),
             kept=kept,
         )
 
     def __len__(self) -> int:
         return len(self.recipes)
+
+    def kind_list(self) -> list[Kind]:
+        """Return the kind of every expert [E]."""
+        return [kind_of(recipe, self.cols, self.kept) for recipe in self.recipes]
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The kinds that occur, each once, most bits first."""
+        return tuple(sorted(set(self.kind_list()), key=lambda kind: (-kind.weight, kind)))
 
     def parts(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
         """Return one expert's codes, words and row scales as bytes, uint8 views of the buffer."""
@@ -122,10 +141,11 @@ def dequantize_tiles(table: ExpertsTable) -> Tensor:
 
     The operations and their order are those of `Quantized.dequantize`: equal bit for bit.
     """
-    return torch.stack([_weights(table, expert) for expert in range(len(table))])
+    return torch.stack([expert_weights(table, expert) for expert in range(len(table))])
 
 
-def _weights(table: ExpertsTable, expert: int) -> Tensor:
+def expert_weights(table: ExpertsTable, expert: int) -> Tensor:
+    """Return one expert's weights as `dequantize_tiles` does, float32 [rows, cols]."""
     recipe, rows, cols = table.recipes[expert], table.rows, table.cols
     codes, words, scales = table.parts(expert)
     if recipe.kept:

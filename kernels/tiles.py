@@ -123,15 +123,17 @@ def pack_tiles(codes: Tensor, bits: int) -> Tensor:
     return out.view(-1)
 
 
-def unpack_tiles(buffer: Tensor, bits: int, rows: int, cols: int) -> Tensor:
-    """Undo `pack_tiles`: return uint8 [rows, cols]."""
+def unpack_tiles(
+    buffer: Tensor, bits: int, rows: int, cols: int, dtype: torch.dtype = torch.uint8
+) -> Tensor:
+    """Undo `pack_tiles`: return the codes [rows, cols] in a dtype that holds them."""
     height, width = padded(rows, cols)
-    tiles = torch.empty(height // ROWS, ROWS, width, dtype=torch.uint8, device=buffer.device)
+    tiles = torch.empty(height // ROWS, ROWS, width, dtype=dtype, device=buffer.device)
     for block, chunk, words in _pieces(buffer.view(len(tiles), -1), cols, bits):
         part = tiles[chunk, :, block.first : block.first + block.width]
         slots = _drain(words, bits).view(torch.int16)
         shape = (len(part), ROWS, block.repeat, SLOTS, block.lanes)
-        part.unflatten(2, shape[2:]).copy_(slots.permute(1, 3, 2, 0, 4))
+        part.unflatten(2, shape[2:]).copy_(slots.permute(0, 3, 1, 2, 4))
     codes: Tensor = tiles.view(height, width)[:rows, :cols]
     return codes.contiguous()
 
@@ -147,7 +149,9 @@ def _pieces(buffer: Tensor, cols: int, bits: int) -> Iterator[tuple[Blocks, slic
     at = 0
     for block in blocks(cols):
         size = block.width // SLOTS * ROWS * bits
-        step = max(1, _CHUNK // (block.width * ROWS))
+        step = max(
+            1, _CHUNK // (block.width * ROWS) if buffer.device.type == "cpu" else len(buffer)
+        )
         for first in range(0, len(buffer), step):
             chunk = slice(first, first + step)
             words = buffer[chunk, at : at + size].view(torch.int32)
@@ -170,17 +174,19 @@ def _fill(words: Tensor, slots: Tensor, bits: int) -> None:
 
 
 def _drain(words: Tensor, bits: int) -> Tensor:
-    """Undo `_fill`: return slots int32 [16, tiles, blocks, 64, lanes / 2]."""
-    slots = torch.empty(SLOTS, *words[:, :, 0].shape, dtype=torch.int32, device=words.device)
-    for slot, fields in zip(slots, slot_fields(bits), strict=True):
+    """Undo `_fill`: return slots int32 [tiles, blocks, 16, 64, lanes / 2]."""
+    tiles, many, _, *tail = words.shape
+    slots = torch.empty(tiles, many, SLOTS, *tail, dtype=torch.int32, device=words.device)
+    per = SLOTS // bits
+    inside = slots[:, :, : per * bits].unflatten(2, (bits, per))
+    for k in range(per):  # of all words at once
+        torch.bitwise_right_shift(words, k * bits, out=inside[:, :, :, k])
+    inside.bitwise_and_(_both(bits))
+    for slot, fields in enumerate(slot_fields(bits)[per * bits :], per * bits):
+        out = slots[:, :, slot].zero_()
         for field in fields:
-            source = words[:, :, field.word]
-            if field.at == 0:
-                torch.bitwise_right_shift(source, field.shift, out=slot)
-                slot.bitwise_and_(_both(field.width))
-            else:
-                part = (source >> field.shift).bitwise_and_(_both(field.width))
-                slot.add_(part, alpha=1 << field.at)
+            part = (words[:, :, field.word] >> field.shift).bitwise_and_(_both(field.width))
+            out.add_(part, alpha=1 << field.at)
     return slots
 
 

@@ -15,6 +15,7 @@ from bitknap.errors import FileError, ModelError
 from bitknap.files import check_version, read_json
 from bitknap.quantize.apply import aligned
 from bitknap.quantize.blocks import layout_for
+from bitknap.quantize.cache import CACHE_BYTES
 from bitknap.quantize.checkpoint import (
     PLAN,
     SOURCE,
@@ -24,7 +25,7 @@ from bitknap.quantize.checkpoint import (
     roles_of,
 )
 from bitknap.quantize.convert import unit_bytes
-from bitknap.quantize.layers import CACHE_BYTES, unpacked
+from bitknap.quantize.dequantize import dequantize_into
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.outline import PREFIX, streams
 from bitknap.quantize.packed_config import check_config, layout_of, plain_config
@@ -94,13 +95,12 @@ def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
     plan, headers = packed.plan, packed.checkpoint.headers
     tensors = {n: packed.checkpoint.read(n) for n in headers if not n.startswith(PREFIX)}
     tensors |= {n: torch.empty(shape) for n, (_, shape) in packed.shapes.items()}
-    rows, cols = plan.units.rows.tolist(), plan.units.cols.tolist()
     for name, run in streams(plan.units).items():
         stream, at = packed.checkpoint.read(name), 0
         for unit, size in zip(run.tolist(), packed.nbytes[run].tolist(), strict=True):
             view, piece = packed.layout.views[unit], stream[at : at + size]
-            matrix = unpacked(piece, plan.format_of(unit), rows[unit], cols[unit], packed.kind)
-            view.of(tensors[view.tensor]).copy_(matrix)
+            out = view.of(tensors[view.tensor])
+            dequantize_into(out, piece, plan.format_of(unit), packed.kind)
             at += size
     return plan, tensors
 
@@ -131,7 +131,8 @@ def load(
     folder: Path,
     dtype: torch.dtype | str = "auto",
     *,
-    packed: bool = False,
+    device: torch.device | str = "cpu",
+    packed: bool | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Any:
     """Return the transformers model of a packed or of a plain checkpoint, in evaluation mode.
@@ -139,9 +140,12 @@ def load(
     Args:
         folder: the checkpoint.
         dtype: "auto" is what config.json says; quantized weights are rounded to it once.
-        packed: keep the weights of a packed checkpoint packed in memory and dequantize a matrix
-            when it is used: slower, in about the memory that the checkpoint has on disk. Its
-            `save_pretrained` writes a packed checkpoint; otherwise it is an ordinary model.
+        device: where it goes.
+        packed: keep the weights of a packed checkpoint packed in memory, in about the bytes that
+            they have on disk. On a CUDA device, where this is what happens when nothing is said,
+            kernels run its experts; elsewhere a matrix is dequantized when it is used, which is
+            slower than an ordinary model unless it is in the cache. Its `save_pretrained` writes a
+            packed checkpoint; otherwise it is an ordinary model.
         cache_bytes: how much of it may be held dequantized as well, when packed.
 
     Raises:
@@ -149,7 +153,9 @@ def load(
         ModelError: transformers does not know the architecture, or cannot keep it packed.
     """
     config, architecture = _architecture(folder)
-    packed = packed and is_packed(folder)
+    where_to = torch.device(device)
+    wanted = where_to.type == "cuda" if packed is None else packed
+    packed = wanted and is_packed(folder)
     where: dict[str, Any] = {"pretrained_model_name_or_path": folder}
     if is_packed(folder) and dtype == "auto":
         dtype = _own_dtype(folder, config)
@@ -170,7 +176,7 @@ def load(
         raise FileError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}")
     if packed:
         model.hf_quantizer.cache.limit = cache_bytes
-    return model.eval()
+    return model.eval().to(where_to)
 
 
 def to_plain(config: Any) -> Any:

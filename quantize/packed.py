@@ -38,14 +38,24 @@ def decode(stream: Tensor, format: Format, rows: int, cols: int) -> Quantized:
     Raises:
         FileError: the stream does not have the bytes that the format needs.
     """
+    codes, grid = open_unit(stream, format, rows, cols)
+    return Quantized(grid=grid, codes=unpack_bits(codes, format.bits, rows * cols).view(rows, cols))
+
+
+def open_unit(stream: Tensor, format: Format, rows: int, cols: int) -> tuple[Tensor, Grid]:
+    """Return the bytes of a unit's codes, a view of the stream, and its grid.
+
+    Raises:
+        FileError: the stream does not have the bytes that the format needs.
+    """
     needed = int(format.nbytes(rows, cols))
     if len(stream) != needed:
         raise FileError(
             f"packed unit {rows}x{cols} {format.name}: {len(stream)} bytes, not {needed}"
         )
-    cut = _Cutter(stream)
+    first = packed_bytes(rows * cols, format.bits)
+    cut = _Cutter(stream[first:])
     groups = int(format.groups(cols))
-    codes = cut.codes(rows, cols, format.bits)
     across = 1 if format.compact else groups
     scale = cut.take(rows * across * 2).view(torch.float16).view(rows, across)
     share = zero = None
@@ -55,8 +65,7 @@ def decode(stream: Tensor, format: Format, rows: int, cols: int) -> Quantized:
         zero = cut.codes(rows, groups, format.bits)
     elif not format.symmetric:
         zero = cut.take(rows * groups * 2).view(torch.float16).view(rows, groups)
-    grid = Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
-    return Quantized(grid=grid, codes=codes)
+    return stream[:first], Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
 
 
 def _raw(tensor: Tensor) -> Tensor:

@@ -24,20 +24,21 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitknap.errors import ModelError
 from bitknap.quantize.apply import aligned
 from bitknap.quantize.blocks import layout_for
+from bitknap.quantize.cache import Cache
 from bitknap.quantize.checkpoint import roles_of
 from bitknap.quantize.convert import unit_bytes
 from bitknap.quantize.experts import walk
 from bitknap.quantize.layers import (
-    Cache,
-    PackedWeight,
-    Piece,
+    Packed,
     pack,
+    packed_modules,
     packed_weights,
     unpack,
 )
 from bitknap.quantize.loading import PackedFolder, open_packed, to_plain
 from bitknap.quantize.outline import streams
 from bitknap.quantize.packed_config import METHOD, VERSION, WEIGHTS
+from bitknap.quantize.packed_weight import PackedWeight, Piece
 from bitknap.quantize.saving import Companions, save_pretrained
 from bitknap.quantize.views import Layout
 
@@ -80,6 +81,7 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         self._places: dict[str, _Place] = {}
         self._companions = Companions()
         self._dtypes: dict[str, torch.dtype] = {}
+        self._packed: list[Packed] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
         """Point transformers at the weights; of what it calls, this alone sees the config."""
@@ -157,6 +159,9 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
             place.module._buffers[place.buffer] = stream.to(empty.device)
         for weight in packed_weights(model):
             weight.filled = True
+        self._packed = list(packed_modules(model))
+        for module in self._packed:
+            module.prepare()
         # transformers 5.17 leaves parameters it renames in the dtype they are stored in.
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
@@ -167,8 +172,16 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
         """Return the tensors of a packed checkpoint, under their names there."""
         state = model.state_dict()
+        laid = {
+            (id(holder), buffer): weight
+            for weight in packed_weights(model)
+            if weight.layout != weight.stored
+            for buffer, holder in weight.holders.items()
+        }
         for name, place in self._places.items():
-            state[name] = state.pop(f"{place.path}.{place.buffer}".removeprefix("."))
+            stream = state.pop(f"{place.path}.{place.buffer}".removeprefix("."))
+            weight = laid.get((id(place.module), place.buffer))
+            state[name] = stream if weight is None else weight.as_stored(place.buffer)
         return state, {}
 
     @property
@@ -176,14 +189,16 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         """What stands beside the tensors: the plan and its like."""
         return self._companions
 
-    def _dequantize(self, model: Any, dtype: torch.dtype | None = None) -> Any:
+    def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
         for module in list(model.modules()):
             unpack(module)
         for place in self._places.values():
             del place.module._buffers[place.buffer]
         vars(model).pop("save_pretrained", None)
         to_plain(model.config)
-        return model if dtype is None else model.to(dtype)
+        # A configuration that has been saved holds the name of its dtype.
+        named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
+        return model if named is None else model.to(named)
 
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """Return True: `save_pretrained` writes a packed checkpoint."""
@@ -193,6 +208,11 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """False: codes have no gradient."""
         return False
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether kernels run all that is packed; what is dequantized when used cuts graphs."""
+        return all(getattr(module, "kernels", None) is not None for module in self._packed)
 
 
 def register() -> None:

@@ -110,16 +110,26 @@ class Grid:
         return codes
 
     def values(self, codes: Tensor) -> Tensor:
-        """Return the weights that `codes` uint8 [rows, cols] stand for, float32."""
+        """Return the weights that `codes` [rows, cols] stand for, float32.
+
+        Args:
+            codes: uint8, or float32, which the weights then overwrite.
+        """
         steps, x = self.steps(), codes.float()
-        for at, group in enumerate(x.split(self.size, dim=1)):  # views: x is changed in place
-            s = steps[:, at : at + 1]
-            if self.zero is None:
-                group.sub_((2**self.format.bits - 1) / 2).mul_(s)
-            elif self.zero.dtype == torch.uint8:
-                group.sub_(self.zero[:, at : at + 1].float()).mul_(s)
-            else:
-                group.mul_(s).add_(self.zero[:, at : at + 1].float())
+        whole = self.cols - self.cols % min(self.size, self.cols)
+        for part, groups in (
+            (x[:, :whole], slice(0, whole // self.size or 1)),
+            (x[:, whole:], slice(-1, None)),
+        ):
+            if part.shape[1]:
+                s = steps[:, groups, None]
+                part = part.unflatten(1, (s.shape[1], -1))  # a view: x is changed in place
+                if self.zero is None:
+                    part.sub_((2**self.format.bits - 1) / 2).mul_(s)
+                elif self.zero.dtype == torch.uint8:
+                    part.sub_(self.zero[:, groups, None].float()).mul_(s)
+                else:
+                    part.mul_(s).add_(self.zero[:, groups, None].float())
         return x
 
     def rows(self, start: int, stop: int) -> Grid:

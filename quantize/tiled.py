@@ -78,22 +78,29 @@ def decode_tiles(stream: Tensor, format: Format, rows: int, cols: int) -> Quanti
     Raises:
         FileError: the stream does not have the bytes that the format needs.
     """
+    codes, grid = open_tiles(stream, format, rows, cols)
+    return Quantized(
+        grid=grid, codes=unpack_tiles(codes.view(torch.int16), format.bits, rows, cols)
+    )
+
+
+def open_tiles(stream: Tensor, format: Format, rows: int, cols: int) -> tuple[Tensor, Grid]:
+    """Return the bytes of a unit's codes, aligned for wider types, and its grid.
+
+    Raises:
+        FileError: the stream does not have the bytes that the format needs.
+    """
     _check_size("tiled", stream, format, rows, cols, int(tiled_bytes(format, rows, cols)))
     how = recipe(format, rows, cols)
-    codes, words, scales = (
-        # Copied, so that wider types are aligned.
-        part.clone()
-        for part in stream.split(list(how.part_bytes(rows, cols)))
-    )
+    if stream.storage_offset() % 4:
+        stream = stream.clone()
+    codes, words, scales = stream.split(list(how.part_bytes(rows, cols)))
     steps, zero = unpack_words(words, how, rows)
     scale, share = steps, None
     if format.compact:
         scale = scales.view(torch.float16)[:rows].view(rows, 1)
         share = steps if steps.shape[1] > 1 else None
-    grid = Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
-    return Quantized(
-        grid=grid, codes=unpack_tiles(codes.view(torch.int16), format.bits, rows, cols)
-    )
+    return codes, Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
 
 
 def to_tiles(stream: Tensor, format: Format, rows: int, cols: int) -> Tensor:

@@ -20,7 +20,7 @@ from bitknap.gathering import evaluation_windows, gather, too_few_tokens
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading, twin
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
-from bitknap.quantize.layers import CACHE_BYTES
+from bitknap.quantize.cache import CACHE_BYTES
 from bitknap.quantize.resume import Partial
 from bitknap.quantize.rounding import Gptq, Rounding, planned
 from bitknap.quantize.shards import MAX_SHARD_SIZE
@@ -134,7 +134,8 @@ def load(
     model: str | Path,
     dtype: torch.dtype | str = "auto",
     *,
-    packed: bool = False,
+    device: torch.device | str = "cpu",
+    packed: bool | None = None,
     cache_bytes: int = CACHE_BYTES,
 ) -> Any:
     """Return the transformers model of a packed or plain checkpoint.
@@ -142,11 +143,15 @@ def load(
     Args:
         model: a folder, a hub id, or "reference:NAME".
         dtype: "auto" is the checkpoint's own.
-        packed: keep weights packed in memory and dequantize those of an expert when it is used;
-            otherwise all are dequantized at once.
+        device: where it goes.
+        packed: keep weights packed in memory: on a CUDA device kernels run the experts, elsewhere
+            those of an expert are dequantized when it is used; otherwise all are dequantized at
+            once. When not given, packed on a CUDA device and not elsewhere.
         cache_bytes: how much may be held dequantized as well, when packed.
     """
-    return loading.load(resolve(model), dtype, packed=packed, cache_bytes=cache_bytes)
+    return loading.load(
+        resolve(model), dtype, device=device, packed=packed, cache_bytes=cache_bytes
+    )
 
 
 def evaluate(

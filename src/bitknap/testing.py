@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bitknap.contracts import SolverContract
 from bitknap.errors import InputError
@@ -242,7 +242,12 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
 
 
 def packed_checkpoint(
-    root: Path, family: str = "mixtral", include: Collection[str] = (), **changes: Any
+    root: Path,
+    family: str = "mixtral",
+    include: Collection[str] = (),
+    *,
+    group_sizes: Collection[int | Literal["row"]] = (8, 32, "row"),
+    **changes: Any,
 ) -> Path:
     """Write a tiny model and its packed checkpoint, units of all formats mixed; return the latter.
 
@@ -250,6 +255,7 @@ def packed_checkpoint(
         root: the model goes to root/source, the checkpoint to root/packed.
         family: one of `FAMILIES`.
         include: roles beside routed experts.
+        group_sizes: of the formats.
         changes: config values to replace; "dtype" is the one weights are stored in.
     """
     import numpy as np
@@ -265,7 +271,7 @@ def packed_checkpoint(
     tiny_model(family, **changes).to(dtype).save_pretrained(source)
     checkpoint = Checkpoint.open(source)
     units = walk_headers(checkpoint.config, checkpoint.shapes, include).units
-    grids = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
+    grids = formats(range(1, 9), tuple(group_sizes), (False, True), ("fp16", "compact"))
     options = (*grids, Format.keep({torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]))
     choice = np.random.default_rng(0).permutation(np.arange(len(units)) % len(options))
     choice[0] = len(options) - 1

@@ -11,7 +11,8 @@ from transformers import (
 
 from bitknap.allocation import Format, formats
 from bitknap.quantize import loading
-from bitknap.quantize.layers import Cache, unpacked
+from bitknap.quantize.cache import Cache
+from bitknap.quantize.dequantize import unpacked
 from bitknap.quantize.packed import encode
 from bitknap.quantize.rounding import RTN
 from bitknap.quantize.tiled import to_tiles

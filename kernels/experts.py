@@ -1,0 +1,215 @@
+"""One layer's routed experts as launches read them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from bitknap.errors import InputError
+from bitknap.kernels.experts_table import ExpertsTable
+from bitknap.kernels.kinds import Kind
+from bitknap.kernels.words import Recipe
+
+Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"]
+"""What gate (or up, where there is no gate) goes through. `swiglu_oai` is gpt-oss's: gate is capped
+at 7, up is clamped to ±7, and (up + 1) · gate · sigmoid(1.702 gate) comes out."""
+
+_DTYPES = {str(d): d for d in (torch.bfloat16, torch.float16, torch.float32)}
+_COLUMNS = (
+    "buffer",
+    "bits",
+    "group",
+    "word",
+    "share",
+    "symmetric",
+    "codes_at",
+    "words_at",
+    "rows_at",
+    "kind",
+    "order",
+)
+_TABLES = ("gate", "up", "down")
+_BIASES = ("gate_bias", "up_bias", "down_bias")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experts:
+    """The experts [E] of one layer: hidden size H, intermediate size I.
+
+    Attributes:
+        gate: gate projections [I, H]; None where experts have none, and up alone is activated.
+        up: up projections [I, H].
+        down: down projections [H, I].
+        activation: of gate, or of up.
+        gate_bias: added to gate's outputs, [E, I].
+        up_bias: added to up's outputs, [E, I].
+        down_bias: added to down's outputs, before they are weighted, [E, H].
+        tensors: all tensors above, in an order that `how` tells; made here.
+        how: everything else, for an operator that takes only tensors and a string; made here.
+
+    Raises:
+        InputError: parts that do not belong together.
+    """
+
+    gate: ExpertsTable | None = None
+    up: ExpertsTable
+    down: ExpertsTable
+    activation: Activation
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
+    tensors: tuple[Tensor, ...] = field(init=False, repr=False)
+    how: str = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._check()
+        tables = {name: t for name in _TABLES if (t := getattr(self, name)) is not None}
+        biases = {name: b for name in _BIASES if (b := getattr(self, name)) is not None}
+        columns = [getattr(table, name) for table in tables.values() for name in _COLUMNS]
+        description = {
+            "activation": self.activation,
+            "tables": {
+                name: [t.rows, t.cols, str(t.kept), *(k.code for k in t.kinds)]
+                for name, t in tables.items()
+            },
+            "biases": list(biases),
+            "tied": self.gate is not None and self.gate.kind_list() == self.up.kind_list(),
+        }
+        object.__setattr__(self, "tensors", (*columns, *(b.contiguous() for b in biases.values())))
+        object.__setattr__(self, "how", json.dumps(description))
+
+    def __len__(self) -> int:
+        return len(self.up)
+
+    @property
+    def hidden(self) -> int:
+        """H, the hidden size."""
+        return self.up.cols
+
+    @property
+    def intermediate(self) -> int:
+        """I, the intermediate size."""
+        return self.up.rows
+
+    def _check(self) -> None:
+        if self.activation not in get_args(Activation):
+            raise InputError(
+                f"activation {self.activation}: not known; use one of "
+                f"{', '.join(get_args(Activation))}"
+            )
+        if self.gate is None and self.activation == "swiglu_oai":
+            raise InputError("activation swiglu_oai: needs a gate, and there is none; pass one")
+        shape = (len(self.up), self.up.rows, self.up.cols)
+        wanted = {"gate": shape, "down": (shape[0], shape[2], shape[1])}
+        for name, expected in wanted.items():
+            table = getattr(self, name)
+            if table is not None and (len(table), table.rows, table.cols) != expected:
+                found = (len(table), table.rows, table.cols)
+                raise InputError(f"{name} projections {found}: up's {shape} ask for {expected}")
+        sizes = {"gate_bias": shape[:2], "up_bias": shape[:2], "down_bias": wanted["down"][:2]}
+        for name, size in sizes.items():
+            bias = getattr(self, name)
+            if bias is not None and tuple(bias.shape) != size:
+                raise InputError(f"{name} {tuple(bias.shape)}: must be {size}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Stack:
+    """One projection's tensors and what launches are compiled for.
+
+    Attributes:
+        rows: outputs.
+        cols: inputs.
+        kinds: that occur, most bits first.
+        kept: dtype of experts in source precision, if there are any.
+        columns: the tensors of an `ExpertsTable` by name.
+    """
+
+    rows: int
+    cols: int
+    kinds: tuple[Kind, ...]
+    kept: torch.dtype | None
+    columns: dict[str, Tensor]
+
+    def table(self) -> ExpertsTable:
+        """Return the table again; reads the columns back to the host."""
+        names = ("bits", "group", "word", "share", "symmetric")
+        rows = zip(*(self.columns[name].tolist() for name in names), strict=True)
+        recipes = tuple(
+            Recipe(
+                bits=bits,
+                group=group,
+                share=share,
+                symmetric=bool(symmetric),
+                kept=0 if word else self.rows * self.cols * bits // 8,
+            )
+            for bits, group, word, share, symmetric in rows
+        )
+        return ExpertsTable(
+            rows=self.rows, cols=self.cols, recipes=recipes, kept=self.kept, **self.columns
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """`Experts` as an operator gets them back from `tensors` and `how`.
+
+    `tied` says whether gate and up of every expert are stored alike.
+    """
+
+    gate: Stack | None
+    up: Stack
+    down: Stack
+    activation: Activation
+    tied: bool
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
+
+    def experts(self) -> Experts:
+        """Return the experts again; reads small tensors back to the host."""
+        return Experts(
+            gate=self.gate.table() if self.gate else None,
+            up=self.up.table(),
+            down=self.down.table(),
+            activation=self.activation,
+            gate_bias=self.gate_bias,
+            up_bias=self.up_bias,
+            down_bias=self.down_bias,
+        )
+
+
+def opened(tensors: list[Tensor], how: str) -> Opened:
+    """Return what `Experts.tensors` and `Experts.how` stand for, without reading any tensor."""
+    known = _parsed(how)
+    stacks, at = {}, 0
+    for name, (rows, cols, kept, kinds) in known["tables"].items():
+        columns = dict(zip(_COLUMNS, tensors[at : at + len(_COLUMNS)], strict=True))
+        stacks[name] = Stack(rows=rows, cols=cols, kinds=kinds, kept=kept, columns=columns)
+        at += len(_COLUMNS)
+    biases = dict(zip(known["biases"], tensors[at:], strict=True))
+    return Opened(
+        gate=stacks.get("gate"),
+        up=stacks["up"],
+        down=stacks["down"],
+        activation=known["activation"],
+        tied=known["tied"],
+        gate_bias=biases.get("gate_bias"),
+        up_bias=biases.get("up_bias"),
+        down_bias=biases.get("down_bias"),
+    )
+
+
+@cache
+def _parsed(how: str) -> dict[str, Any]:
+    known: dict[str, Any] = json.loads(how)
+    known["tables"] = {
+        name: (rows, cols, _DTYPES.get(kept), tuple(Kind.of(code) for code in codes))
+        for name, (rows, cols, kept, *codes) in known["tables"].items()
+    }
+    return known

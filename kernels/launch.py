@@ -1,0 +1,205 @@
+"""How a layer is launched: a frozen choice, by a heuristic or from a table measured on a GPU.
+
+The heuristic's numbers are reasoned from compiled code (registers, shared memory, tiles against
+multiprocessors), and not yet measured: no GPU was at hand. `kernels.tune` measures and writes
+`configs/<GPU>.json`, which overrides them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from importlib import resources
+from typing import Literal, NamedTuple
+
+from bitknap.errors import InputError
+
+DECODE_TOKENS = 16
+Path = Literal["decode", "grouped", "dense"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """How one projection is cut.
+
+    Attributes:
+        rows: of one matrix that a program takes: 32, 64 or 128.
+        split: runs that its columns are cut into, for few tokens' down projection.
+        warps: of a program.
+        stages: of its software pipeline.
+    """
+
+    rows: int = 64
+    split: int = 1
+    warps: int = 4
+    stages: int = 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Launch:
+    """How a layer is launched.
+
+    Attributes:
+        path: "decode" (at most 16 tokens, nothing sorted), "grouped" (pairs sorted by expert), or
+            "dense" (weights dequantized once, then torch's grouped product).
+        tokens: that a program takes: 8, 16, 32, 64 or 128; up to 32, sums are scaled instead of
+            weights.
+        gate_up: how gate and up are cut.
+        down: how down is cut.
+    """
+
+    path: Path
+    tokens: int
+    gate_up: Tile
+    down: Tile
+
+    @property
+    def post(self) -> bool:
+        """Whether sums are scaled group by group, not weights."""
+        return self.tokens <= 32
+
+    def text(self) -> str:
+        """Return the launch as JSON."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def parse(cls, text: str) -> Launch:
+        """Undo `text`."""
+        return _parsed(text)
+
+
+@cache
+def _parsed(text: str) -> Launch:
+    known = json.loads(text)
+    gate_up, down = Tile(**known.pop("gate_up")), Tile(**known.pop("down"))
+    return Launch(**known, gate_up=gate_up, down=down)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """What a launch is chosen for.
+
+    Attributes:
+        tokens: T.
+        topk: experts of a token.
+        experts: E.
+        hidden: H.
+        intermediate: I.
+    """
+
+    tokens: int
+    topk: int
+    experts: int
+    hidden: int
+    intermediate: int
+
+    @property
+    def bucket(self) -> int:
+        """The least power of two that is not below `tokens`: cases of one bucket share a launch."""
+        return 1 << max(0, self.tokens - 1).bit_length()
+
+
+class Device(NamedTuple):
+    """What a launch is chosen on.
+
+    Attributes:
+        name: as torch has it.
+        processors: multiprocessors.
+        amd: whether it is AMD's.
+        least: fewest tokens that a program takes. 8 where matrix units have such a side; for
+            Blackwell 8 spill, and for AMD they fall back to plain arithmetic.
+    """
+
+    name: str
+    processors: int
+    amd: bool = False
+    least: int = 8
+
+
+def choose(case: Case, device: Device) -> Launch:
+    """Return the launch of a case: what was measured on this GPU, or else the heuristic's."""
+    return _table(device.name).get(_key(case)) or heuristic(case, device)
+
+
+def heuristic(case: Case, device: Device) -> Launch:
+    """Return a launch from shapes alone."""
+    pairs = case.tokens * case.topk
+    if case.tokens <= DECODE_TOKENS:
+        return _few(case, device)
+    # Above this many, weights cost more than reading them once in 16 bits: kernels.md §5 computes
+    # 1.2 to 5 thousand tokens for three models; pairs an expert are what they have in common.
+    if pairs >= 320 * case.experts:
+        return Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
+    for tokens in (16, 32):
+        if pairs <= tokens * case.experts:
+            tile = Tile(rows=64, stages=2 if device.amd else 3)
+            return Launch(path="grouped", tokens=tokens, gate_up=tile, down=tile)
+    if device.amd:  # 64 KiB of shared memory
+        tile = Tile(rows=64, warps=8, stages=1)
+        return Launch(path="grouped", tokens=64, gate_up=replace(tile, rows=32), down=tile)
+    gate_up, down = Tile(rows=64, warps=8, stages=2), Tile(rows=128, warps=8, stages=2)
+    tokens = 64 if pairs < 96 * case.experts else 128
+    return Launch(path="grouped", tokens=tokens, gate_up=gate_up, down=down)
+
+
+def _few(case: Case, device: Device) -> Launch:
+    """Return the launch of the decode path."""
+    # As many experts as pairs at most, each one tile of tokens.
+    experts = min(case.tokens * case.topk, case.experts)
+    wide = experts * -(-case.intermediate // 64) >= 2 * device.processors
+    # 128 rows at once unpack with fewest instructions; cut into runs where that leaves
+    # multiprocessors idle. A run is at least two blocks, so that its pipeline has something to do.
+    tiles = max(1, experts * -(-case.hidden // 128))
+    split = min(8, case.intermediate // 512, -(-2 * device.processors // tiles))
+    stages = 2 if device.amd else 3
+    return Launch(
+        path="decode",
+        tokens=max(device.least, 8 if case.tokens <= 8 else 16),
+        gate_up=Tile(rows=64 if wide else 32, stages=stages),
+        down=Tile(rows=128, split=max(1, split), stages=stages),
+    )
+
+
+def write_table(gpu: str, rows: Sequence[tuple[Case, Launch]], note: str) -> str:
+    """Return a GPU's table as JSON.
+
+    Args:
+        gpu: name of the device.
+        rows: the best launch of each case.
+        note: date and versions that it was measured with.
+    """
+    launches = [{"case": _key(case), "launch": asdict(launch)} for case, launch in rows]
+    return json.dumps({"gpu": gpu, "measured": note, "launches": launches}, indent=1) + "\n"
+
+
+def file_name(gpu: str) -> str:
+    """Return the name of a GPU's table."""
+    return "".join(c if c.isalnum() else "_" for c in gpu).lower() + ".json"
+
+
+def _key(case: Case) -> str:
+    return f"E{case.experts} k{case.topk} H{case.hidden} I{case.intermediate} T{case.bucket}"
+
+
+@cache
+def _table(gpu: str) -> dict[str, Launch]:
+    file = resources.files("bitknap.kernels") / "configs" / file_name(gpu)
+    if not file.is_file():
+        return {}
+    rows = json.loads(file.read_text())["launches"]
+    return {row["case"]: _parsed(json.dumps(row["launch"])) for row in rows}
+
+
+def check(launch: Launch, case: Case) -> None:
+    """Raise unless a case can be launched so.
+
+    Raises:
+        InputError: too many tokens for the path.
+    """
+    if launch.path == "decode" and case.tokens > launch.tokens:
+        raise InputError(
+            f"launch: {case.tokens} tokens, and the decode path takes {launch.tokens} here; "
+            "choose the grouped path"
+        )

@@ -1,0 +1,80 @@
+"""Dequantized matrices of a model, the most used ones, in a fixed number of bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from heapq import heappop, heappush, heapreplace
+from itertools import count
+
+from torch import Tensor
+
+CACHE_BYTES = 1 << 28
+
+
+class Cache:
+    """Matrices by key, at most `limit` bytes of them.
+
+    What was asked for most often stays: layers run in turn, so the matrix used longest ago is the
+    one needed next, and dropping it, as caches mostly do, would find nothing from one token to the
+    next; but of a layer's experts routers prefer some.
+
+    Attributes:
+        limit: in bytes; may be changed at any time.
+        used: bytes of what is kept.
+    """
+
+    def __init__(self, limit: int = CACHE_BYTES) -> None:
+        self.limit = limit
+        self.used = 0
+        self._kept: dict[Hashable, Tensor] = {}
+        self._asked: Counter[Hashable] = Counter()
+        # (how often it had been asked for when it was looked at, a tie breaker, key)
+        self._coldest: list[tuple[int, int, Hashable]] = []
+        self._serial = count()
+        self._told: set[str] = set()
+
+    def get(self, key: Hashable) -> Tensor | None:
+        """Return a matrix if it is kept; nobody may write to it."""
+        self._asked[key] += 1
+        return self._kept.get(key)
+
+    def offer(self, key: Hashable, matrix: Tensor) -> bool:
+        """Keep a matrix if there is room beside those asked for as often; return whether it is."""
+        if matrix.nbytes > self.limit:
+            return False
+        while self.used + matrix.nbytes > self.limit:
+            if not self._drop_below(self._asked[key]):
+                return False
+        self._kept[key] = matrix
+        self.used += matrix.nbytes
+        heappush(self._coldest, (self._asked[key], next(self._serial), key))
+        return True
+
+    def _drop_below(self, asked: int) -> bool:
+        """Drop the matrix asked for least often, if that is less often than `asked`."""
+        while self._coldest:
+            known, serial, key = self._coldest[0]
+            now = self._asked[key]
+            if known < now:
+                heapreplace(self._coldest, (now, serial, key))
+            elif now < asked:
+                heappop(self._coldest)
+                self.used -= self._kept.pop(key).nbytes
+                return True
+            else:
+                return False
+        return False
+
+    def clear(self) -> None:
+        """Forget everything."""
+        self._kept.clear()
+        self._asked.clear()
+        self._coldest.clear()
+        self.used = 0
+
+    def tell(self, what: str) -> bool:
+        """Return whether this is news: a model's modules share a cache, and say things once."""
+        news = what not in self._told
+        self._told.add(what)
+        return news

@@ -1,0 +1,37 @@
+"""Every Triton kernel and width in the interpreter: numbers as the plain torch twin has them."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+SCRIPT = Path(__file__).parent / "interpreted.py"
+
+
+@pytest.fixture(scope="module")
+def errors():
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "every width",
+        "every grid",
+        "tails alone",
+        "gate differs",
+        "runs",
+        "no gate",
+        "gpt-oss",
+        "sums scaled",
+        "weights scaled",
+        "dense",
+    ],
+)
+def test_kernels_do_what_their_twins_do(errors, name):
+    assert errors[name] < 1
