@@ -157,7 +157,7 @@ def power_bits(bits, slot, ct, plane):
 @triton.constexpr_function
 def slot_assembly(bits, slot, ct, plane):
     """Return PTX that reads a slot of two lanes."""
-    return fields.assembly(slot_of(bits, slot, ct, plane))
+    return fields.assembly(bits, slot, mantissa_of(ct), plane)
 
 
 @triton.constexpr_function

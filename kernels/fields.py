@@ -79,11 +79,21 @@ def excess(mantissa: int, plane: int) -> float:
 
 
 @triton.constexpr_function
-def assembly(slot: Slot) -> str:
-    """Return PTX that reads a slot of both lanes: $0 from words $1, $2, …, one a part."""
-    lines, done = [".reg .b32 t, r;"], f"{slot.power * BOTH}"
-    for at, (_, shift, mask) in enumerate(slot.parts, start=1):
-        source, last = f"${at}", at == len(slot.parts)
+def assembly(bits: int, slot: int, mantissa: int, plane: int = 0) -> str:
+    """Return PTX that reads a slot of both lanes: $0 from words $1, $2, …, one a part.
+
+    Args:
+        bits: of a code.
+        slot: 0 to 15.
+        mantissa: bits of the float's mantissa: 7 or 10.
+        plane: of codes in two planes, 0 for the low four bits.
+    """
+    # Numbers alone: Triton 3.6 makes bare tuples of named ones that it is handed.
+    parts, power = read_slot(bits, slot, mantissa, plane)
+    lines, done = [".reg .b32 t, r;"], f"{power * BOTH}"
+    for at, part in enumerate(parts, start=1):  # nor does it read nested targets
+        _, shift, mask = part
+        source, last = f"${at}", at == len(parts)
         if shift:
             # Bits that cross from one lane into the other are none of the mask's.
             lines.append(f"sh{'r.u' if shift > 0 else 'l.b'}32 t, {source}, {abs(shift)};")

@@ -52,10 +52,10 @@ def test_both_lanes_of_a_register_are_read_at_once(mantissa):
 
 
 def test_assembly_by_hand():
-    assert assembly(read_slot(4, 0, 7)) == (
+    assert assembly(4, 0, 7) == (
         "{ .reg .b32 t, r; lop3.b32 $0, $1, 983055, 1124090624, 0xea; }"
     )
-    left = assembly(read_slot(3, 15, 7))
+    left = assembly(3, 15, 7)
     assert left == (
         "{ .reg .b32 t, r; shr.u32 t, $1, 15; lop3.b32 r, t, 65537, 1124090624, 0xea; "
         "shr.u32 t, $2, 14; lop3.b32 r, t, 131074, r, 0xea; "
