@@ -18,6 +18,7 @@ import os
 import platform
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,16 +56,35 @@ def about(device: str) -> dict[str, Any]:
     return found
 
 
-def measure(
-    out: Path, *, quick: bool, only: str, toy: bool, runs: int, say: Callable[[str], None]
-) -> None:
-    """Measure the kernels, and write the report.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """What is asked of a GPU.
+
+    Attributes:
+        quick: the cases of the targets alone.
+        only: what must be in the name of a case.
+        batches: which ones; all when empty.
+        toy: a small case on any machine.
+        runs: measurements of each.
+        processes: in which kernels are compiled first; none compiles them as they come.
+    """
+
+    quick: bool = False
+    only: str = ""
+    batches: tuple[int, ...] = ()
+    toy: bool = False
+    runs: int = 100
+    processes: int = 0
+
+
+def measure(out: Path, asked: Asked, say: Callable[[str], None]) -> None:
+    """Measure the kernels, and write the report, anew after each case.
 
     Raises:
         InputError: there is no GPU, or no such case.
     """
-    device = "cpu" if toy else "cuda"
-    if not toy and not torch.cuda.is_available():
+    device = "cpu" if asked.toy else "cuda"
+    if not asked.toy and not torch.cuda.is_available():
         raise InputError(
             "kernels: torch sees no GPU; pass --cpu for the path without one, or --toy"
         )
@@ -72,13 +92,27 @@ def measure(
     from bitknap.benchmarks.kernels_timing import ceilings
     from bitknap.benchmarks.kernels_ways import Setting, measured
 
-    chosen = [case for case in (toy_cases() if toy else cases(quick=quick)) if only in case.name]
+    chosen = [
+        case
+        for case in (toy_cases() if asked.toy else cases(quick=asked.quick))
+        if asked.only in case.name and (not asked.batches or case.batch in asked.batches)
+    ]
     if not chosen:
-        raise InputError(f"--cases: {only!r} is in the name of no case, such as 'Mixtral-8x7B 4'")
+        raise InputError(
+            f"--cases {asked.only!r}: in the name of no case of these batches; write such as "
+            "'Mixtral-8x7B 4'"
+        )
+    if asked.processes:
+        from bitknap.benchmarks.kernels_compile import compile_all
+
+        compile_all(chosen, asked.processes, say)
     found = ceilings(device)
-    setting = Setting(device=device, runs=runs, ceilings=found)
-    rows = measured(chosen, setting, say)
-    write(out, {"about": about(device), "toy": toy, "ceilings": found, "rows": rows})
+    setting = Setting(device=device, runs=asked.runs, ceilings=found)
+    rows: list[dict[str, Any]] = []
+    for name, more in measured(chosen, setting):
+        rows += more
+        write(out, {"about": about(device), "toy": asked.toy, "ceilings": found, "rows": rows})
+        say(name)
 
 
 def measure_cpu(out: Path, *, toy: bool, rounds: int, say: Callable[[str], None]) -> None:
@@ -117,6 +151,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("-o", "--out", type=Path, required=True)
     parser.add_argument("--quick", action="store_true", help="the cases of the targets alone")
     parser.add_argument("--cases", default="", help="those whose name holds this text")
+    parser.add_argument("--batches", default="", help="some of them, such as 1,16,512")
+    parser.add_argument("--compile", type=int, default=0, help="first, in so many processes")
     parser.add_argument("--runs", type=int, default=100, help="measurements of each on a GPU")
     parser.add_argument("--cpu", action="store_true", help="the path without a GPU")
     parser.add_argument("--rounds", type=int, default=8, help="measurements of each on a CPU")
@@ -129,8 +165,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         if given.toy or not given.cpu:
             runs = 1 if given.toy else given.runs
-            how = {"quick": given.quick, "only": given.cases, "toy": given.toy}
-            measure(given.out, **how, runs=runs, say=say)
+            asked = Asked(
+                quick=given.quick,
+                only=given.cases,
+                batches=tuple(int(batch) for batch in given.batches.split(",") if batch),
+                toy=given.toy,
+                runs=runs,
+                processes=given.compile,
+            )
+            measure(given.out, asked, say)
         if given.cpu or given.toy:
             rounds = 1 if given.toy else given.rounds
             measure_cpu(given.out, toy=given.toy, rounds=rounds, say=say)

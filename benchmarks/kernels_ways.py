@@ -58,22 +58,17 @@ class Setting:
     ceilings: Mapping[str, float]
 
 
-def measured(
-    cases: Sequence[Case], setting: Setting, say: Callable[[str], None]
-) -> list[dict[str, Any]]:
-    """Return one row a case and way; those of one layer, mix and group one after the other."""
-    rows: list[dict[str, Any]] = []
+def measured(cases: Sequence[Case], setting: Setting) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Yield the name of each case and a row a way; cases of the same weights come in a row."""
     for _, group in groupby(cases, key=lambda case: (case.weights_name, case.dtype)):
         some = list(group)
         sets = _sets(some[0], setting.device)
         peers = _Peers(some[0], setting.device)
         for case in some:
-            rows += _rows(case, sets, peers, setting)
-            say(case.name)
+            yield case.name, list(_rows(case, sets, peers, setting))
         del sets, peers
         if setting.device == "cuda":
             torch.cuda.empty_cache()
-    return rows
 
 
 def _rows(

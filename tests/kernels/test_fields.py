@@ -52,9 +52,7 @@ def test_both_lanes_of_a_register_are_read_at_once(mantissa):
 
 
 def test_assembly_by_hand():
-    assert assembly(4, 0, 7) == (
-        "{ .reg .b32 t, r; lop3.b32 $0, $1, 983055, 1124090624, 0xea; }"
-    )
+    assert assembly(4, 0, 7) == ("{ .reg .b32 t, r; lop3.b32 $0, $1, 983055, 1124090624, 0xea; }")
     left = assembly(3, 15, 7)
     assert left == (
         "{ .reg .b32 t, r; shr.u32 t, $1, 15; lop3.b32 r, t, 65537, 1124090624, 0xea; "

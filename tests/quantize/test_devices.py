@@ -14,8 +14,8 @@ import bitknap
 from bitknap.allocation import BitPlan, Format
 from bitknap.quantize import gptq, rtn
 from bitknap.quantize.apply import apply, quantize_plan, read_units
-from bitknap.quantize.experts import walk
 from bitknap.quantize.dequantize import unpacked
+from bitknap.quantize.experts import walk
 from bitknap.quantize.packed import decode, encode
 from bitknap.quantize.quantized import Quantized
 from bitknap.quantize.rounding import Gptq, Hqq, Inputs, Rtn
