@@ -133,7 +133,7 @@ def measure(
     with torch.cuda.graph(graph):
         call()
     graph.replay()
-    times = []
+    times: list[float] = []
     for _ in range(_ROUNDS):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()

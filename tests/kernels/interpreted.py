@@ -7,6 +7,7 @@ few, since a program costs milliseconds whatever its size. Run as `python interp
 import json
 import os
 import sys
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"
 
@@ -45,7 +46,7 @@ def grouped(tokens):
 DENSE = Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
 
 # recipes, tokens, experts a token, hidden, intermediate, launch, compute, more of the experts
-CASES = {
+CASES: dict[str, Any] = {
     "every width": (WIDTHS, 4, 2, 256, 64, decode(), HALF, {}),
     "every grid": (GRIDS, 4, 2, 288, 96, decode(rows=32), FLOAT, {"biased": True}),
     "tails alone": (GRIDS, 3, 3, 224, 40, decode(), FLOAT, {"activation": "gelu"}),

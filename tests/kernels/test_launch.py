@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict
+from importlib import resources
 
 import pytest
 import torch
@@ -48,9 +49,8 @@ def test_a_few_tokens_fit_one_tile_and_fill_the_device(model):
         assert heuristic(case, MI300X).tokens == 16
         experts = min(case.tokens * case.topk, case.experts)
         programs = experts * chosen.down.split * -(-case.hidden // chosen.down.rows)
-        assert programs >= H200.processors or chosen.down.split * 512 >= min(
-            case.intermediate, 4096
-        )
+        runs = chosen.down.split
+        assert programs >= H200.processors or (runs + 1) * 512 > case.intermediate or runs == 8
 
 
 def test_a_launch_is_read_back():
@@ -65,7 +65,7 @@ def test_what_was_measured_comes_first(monkeypatch, tmp_path):
     (tmp_path / "configs" / file_name("NVIDIA H200")).write_text(
         write_table("NVIDIA H200", [(case, mine)], "never")
     )
-    monkeypatch.setattr(module.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(resources, "files", lambda package: tmp_path)
     module._table.cache_clear()
     try:
         assert choose(case, H200) == mine
