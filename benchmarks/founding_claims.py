@@ -106,7 +106,12 @@ def _samples(evidence: Evidence, cells: np.ndarray, loss: Floats) -> LossSamples
         unit=cells // len(FORMATS),
         column=cells % len(FORMATS),
         loss=loss,
-        provenance={"model": "", "text": "", **evidence.provenance},
+        provenance={
+            "model": "",
+            "text": "",
+            "method": evidence.rounding.name,
+            **evidence.provenance,
+        },
     )
 
 

@@ -1,8 +1,8 @@
 """How a layer is launched: a frozen choice, by a heuristic or from a table measured on a GPU.
 
 The heuristic's numbers are reasoned from compiled code (registers, shared memory, tiles against
-multiprocessors), and not yet measured: no GPU was at hand. `kernels.tune` measures and writes
-`configs/<GPU>.json`, which overrides them.
+multiprocessors). On an H200 they give what `benchmarks/results/kernels.md` shows, and are not yet
+tuned by it: `kernels.tune` measures launches and writes `configs/<GPU>.json`, which overrides them.
 """
 
 from __future__ import annotations

@@ -258,6 +258,8 @@ def test_an_ungated_activation():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+# torch.compile, which a static cache brings in on a GPU, recommends TF32.
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_on_a_gpu_kernels_run_them_unasked(dtype, packed):
     found = loading.load(packed, dtype, device="cuda")
