@@ -6,7 +6,7 @@ Weights are random and mixed over the widths given; speed does not depend on the
 captured in CUDA graphs that walk over several layers' weights, so that they come from memory and
 not from a cache; the median of their times decides. Move the file to `configs/` beside this one.
 
-No table is shipped yet, and this file was never run: no GPU was at hand.
+No table is shipped yet.
 """
 
 from __future__ import annotations
