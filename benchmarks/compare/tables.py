@@ -31,7 +31,8 @@ _CELLS = 48
 # Measured unit by unit: among whole rows alone, or hours would go into it.
 DENSE = ("measured-block", "measured-kl", "measured-layer")
 # Costs of formats, and signals of units alone; dense profiling only where it is asked for.
-LADDER = (*_BASES, *(name for name in sorted(COSTS) if name not in DENSE), FUZZY)
+UNMEASURED = tuple(name for name in sorted(COSTS) if name not in DENSE)
+LADDER = (*_BASES, *UNMEASURED, FUZZY)
 SCORES = (*sorted(SIGNALS), ROUTER)
 ESTIMATORS = (*LADDER, *SCORES, *DENSE)
 
