@@ -112,7 +112,7 @@ def _headline(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         verdict = ""
         if best is not None:
             gain, error = best["difference"], best["difference_se"]
-            lowest += gain > -error
+            lowest += gain >= -error
             verdict = f"{gain:+.5f} ± {error:.5f}"
         lines.append(
             f"| {name.replace('.', ', ')} | {budget.removesuffix('bpw')} | {_kl(uniform)} | "
