@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -84,7 +84,7 @@ class Setting:
         evidence: the calibration pass: moments, curvature, traces and gradients.
         judge: measures plans on the evaluation text.
         loop: measures plans on calibration text.
-        sets: passes over quarters of the calibration text, for MoQa.
+        sets: makes passes over quarters of the calibration text, for MoQa.
         final: router norms, by layer.
         initial: those before training, where they are known.
         progress: called with (what, done, of).
@@ -95,7 +95,7 @@ class Setting:
     evidence: Evidence
     judge: Judge
     loop: Loop
-    sets: tuple[Evidence, ...]
+    sets: Callable[[], tuple[Evidence, ...]]
     final: Mapping[int, Floats]
     initial: Mapping[int, Floats] | None
     progress: Progress | None
@@ -143,7 +143,7 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
             names=names,
         ),
         loop=loop,
-        sets=tuple(_sets(model, layout, windows, options.seed)),
+        sets=lambda: tuple(_sets(model, layout, windows, options.seed)),
         final=router_norms(dict(model.named_parameters()), layout),
         initial=_initial(source.folder, layout),
         progress=progress,

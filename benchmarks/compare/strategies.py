@@ -57,6 +57,7 @@ PUBLISHED: Mapping[str, str] = MappingProxyType(
         "mlx-lm": "mlx-lm",
     }
 )
+_BEFORE_MOQA = frozenset({"chowdhury", "mc-moe", "mxmoe", "gemq"})
 # Plans that a search of the solver `search` measures, each on the first part of the text.
 _TRIALS = 8
 
@@ -172,11 +173,13 @@ def published(setting: Setting, wanted: Sequence[str]) -> Iterator[Strategy]:
     """Yield the wanted published rules, in their own order."""
     slugs = {title: slug for slug, title in PUBLISHED.items()}
     left = set(wanted) & set(PUBLISHED)
+    # Rules are drawn in turn, so those after MoQa need its sets as well.
+    several = bool(left - _BEFORE_MOQA)
     material = Material(
         evidence=setting.evidence,
         final=setting.final,
         initial=setting.initial,
-        sets=setting.sets,
+        sets=setting.sets() if several else (),
     )
     every = rules(material, setting.progress)
     while left and (rule := next(every, None)) is not None:
