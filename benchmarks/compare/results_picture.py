@@ -39,8 +39,12 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> Figure:
         place.grid(True, color=_GRID, linewidth=0.6)
         place.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("KL on unseen text, nats per token")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], frameon=False, loc="outside right center")
+    known = {}
+    for place in axes:
+        known |= dict(zip(*place.get_legend_handles_labels()[::-1], strict=True))
+    names = [group for group in reversed(_COLOURS) if group in known]
+    handles = [known[name] for name in names]
+    figure.legend(handles, names, frameon=False, loc="outside right center")
     return figure
 
 

@@ -234,9 +234,21 @@ def _alike(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
             for row in rows.values()
             if row["group"] != "ours" and abs(row["difference"]) <= _SURE * row["difference_se"]
         ]
-        said = ", ".join(alike) or "none"
-        lines.append(f"* {name.replace('.', ', ')}, {budget}: {said}")
+        lines.append(f"* {name.replace('.', ', ')}, {budget}: {_by_estimator(alike)}")
     return lines
+
+
+def _by_estimator(names: Sequence[str]) -> str:
+    """Return strategies with the solvers of one estimator together."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        first, _, solver = name.partition(":")
+        found.setdefault(first, []).append(solver)
+    parts = [
+        f"{first} ({', '.join(sorted(solvers))})" if any(solvers) else first
+        for first, solvers in found.items()
+    ]
+    return ", ".join(parts) or "none"
 
 
 if __name__ == "__main__":
