@@ -34,8 +34,8 @@ _SOME = {
     "rtn": ("published", "random", *(f"{name}:knapsack" for name in (*UNMEASURED, *SCORES))),
     "gptq": ("published", "random", *_TIED, "frequency:knapsack"),
 }
-# Plans that the loop measures where choice is free, and under a profile: its first alone.
-_EVALUATIONS = (32, 1)
+# Plans that the loop measures where choice is free; under a profile its first alone.
+_EVALUATIONS = 32
 
 
 def main() -> None:
@@ -45,27 +45,28 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("build/compare"))
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--evaluations", type=int, default=_EVALUATIONS)
     args = parser.parse_args()
     silence_transformers()
     for name in args.models:
         for method in args.methods:
             path = args.out / f"compare.{name}.{method}.json"
             if not path.exists():
-                found = measured(name, method, args.work / f"{name}.{method}")
+                work = args.work / f"{name}.{method}"
+                found = measured(name, method, work, args.evaluations)
                 args.out.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measured(name: str, method: str, work: Path) -> dict[str, Any]:
+def measured(name: str, method: str, work: Path, evaluations: int) -> dict[str, Any]:
     """Return the comparison of one model and method, by profile, JSON values."""
-    free, tied = _EVALUATIONS
-    options = Options(model=f"reference:{name}", method=method, evaluations=free)
+    options = Options(model=f"reference:{name}", method=method, evaluations=evaluations)
     setting = prepare(options, _say)
     wanted = ("all",) if (name, method) in _EVERY else _SOME[method]
     first = _run(setting, names(wanted), work / "free")
     found = {"free": _document(first)}
     for profile in PROFILES:
-        other = replace(setting, options=replace(options, profile=profile, evaluations=tied))
+        other = replace(setting, options=replace(options, profile=profile, evaluations=1))
         run = _run(other, names(_TIED), work / profile, first)
         found[profile] = _document(run)
     return found
