@@ -97,7 +97,9 @@ class Lagrangian:
                 high, choice = float(point.multipliers[0]), point.choice
             else:
                 low = float(point.multipliers[0])
-        return Answer(choice=choice, bound=best, status=Status.FEASIBLE)
+        # Rounding at large multipliers may lift a dual value above what a plan costs.
+        least = float(cost[np.arange(len(choice)), choice].sum())
+        return Answer(choice=choice, bound=min(best, least), status=Status.FEASIBLE)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
