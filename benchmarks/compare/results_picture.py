@@ -39,7 +39,7 @@ def picture(found: Mapping[str, Mapping[str, Any]]) -> Figure:
         place.grid(True, color=_GRID, linewidth=0.6)
         place.spines[["top", "right"]].set_visible(False)
     axes[0].set_ylabel("KL on unseen text, nats per token")
-    known = {}
+    known: dict[str, Any] = {}
     for place in axes:
         known |= dict(zip(*place.get_legend_handles_labels()[::-1], strict=True))
     names = [group for group in reversed(_COLOURS) if group in known]
