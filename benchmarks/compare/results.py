@@ -46,6 +46,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--evaluations", type=int, default=_EVALUATIONS)
+    parser.add_argument("--strategies", nargs="+", help="instead of the usual ones")
     args = parser.parse_args()
     silence_transformers()
     for name in args.models:
@@ -53,16 +54,18 @@ def main() -> None:
             path = args.out / f"compare.{name}.{method}.json"
             if not path.exists():
                 work = args.work / f"{name}.{method}"
-                found = measured(name, method, work, args.evaluations)
+                found = measured(name, method, work, args.evaluations, args.strategies)
                 args.out.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(found, indent=1) + "\n")
 
 
-def measured(name: str, method: str, work: Path, evaluations: int) -> dict[str, Any]:
+def measured(
+    name: str, method: str, work: Path, evaluations: int, strategies: Sequence[str] | None
+) -> dict[str, Any]:
     """Return the comparison of one model and method, by profile, JSON values."""
     options = Options(model=f"reference:{name}", method=method, evaluations=evaluations)
     setting = prepare(options, _say)
-    wanted = ("all",) if (name, method) in _EVERY else _SOME[method]
+    wanted = strategies or (("all",) if (name, method) in _EVERY else _SOME[method])
     first = _run(setting, names(wanted), work / "free")
     found = {"free": _document(first)}
     for profile in PROFILES:
