@@ -117,8 +117,8 @@ _SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
             *(f"{name}:{solver}" for name in SCORES for solver in SOLVERS[:3]),
         ),
         "quick": (
-            *RECIPES,
-            "random",
+            "uniform",
+            "down-high",
             "chowdhury",
             "mc-moe",
             *(f"{name}:knapsack" for name in ("weight-error", "moments", "fisher-output")),

@@ -49,7 +49,7 @@ _PARTLY = 1
     type=int,
     default=None,
     metavar="N",
-    help="Plans that our closed loop measures at each budget. Default: 64, and 8 for quick.",
+    help="Plans that our closed loop measures at each budget. Default: 64, and 4 for quick.",
 )
 @click.option(
     "--refine-tokens", type=int, default=None, help="Of the text, to measure on. Default: 16384."
@@ -130,7 +130,7 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
     from bitknap.refining import REFINE_TOKENS
 
     profile(options["profile"])
-    usual = 8 if listed(strategies) == ["quick"] else 64
+    usual = 4 if listed(strategies) == ["quick"] else 64
     evaluations = given(options["refine"], usual)
     if evaluations < 1:
         raise InputError(f"--refine {evaluations}: at least 1, which measures the first plan alone")
