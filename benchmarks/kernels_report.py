@@ -168,6 +168,9 @@ def _head(document: Mapping[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     yield f"{about.get('device', about['cpu'])}, {about['date']}; {versions}."
     yield ""
+    if "note" in about:
+        yield about["note"]
+        yield ""
     if document.get("toy"):
         yield "**A toy run: it shows that everything runs, and nothing of speed.**"
         yield ""

@@ -61,6 +61,7 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
             command=about["command"],
         ),
         *_headline(found),
+        *_unlike(found),
         *_overall(found),
         *_profiles(found),
         *_loops(found),
@@ -126,6 +127,21 @@ def _headline(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"cells; over the best published rule of each cell, at that rule's bytes, the geometric "
         f"mean of its KL is {mean:.2f}.",
     ]
+    return lines
+
+
+def _unlike(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """Return what was not the same for all: strategies and plans that the loop measured."""
+    lines = ["", "Not the same everywhere:", ""]
+    for name, profiles in found.items():
+        document = profiles["free"]
+        plans = max(len(steps) for steps in document["refine"].values())
+        strategies = {row["strategy"] for row in document["rows"]}
+        published = {r["strategy"] for r in document["rows"] if r["group"] == "published"}
+        lines.append(
+            f"* {name.replace('.', ', ')}: {len(strategies)} strategies, {len(published)} of them "
+            f"published rules; the loop measured {plans} plans"
+        )
     return lines
 
 
