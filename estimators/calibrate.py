@@ -12,15 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from bitknap.errors import InputError
-from bitknap.estimators.evidence import Evidence, LayerEvidence, LinearEvidence
+from bitknap.estimators.evidence import Evidence, LayerEvidence
 from bitknap.estimators.gains import gain_of, noisy
-from bitknap.estimators.recording import (
-    LayerSums,
-    caught_alone,
-    check_seen,
-    recording,
-    recording_linears,
-)
+from bitknap.estimators.linears import recording_linears
+from bitknap.estimators.recording import LayerSums, caught_alone, check_seen, recording
 from bitknap.estimators.replay import BATCH_TOKENS, Replay
 from bitknap.estimators.windows import logits_of
 from bitknap.progress import Progress
@@ -70,7 +65,6 @@ def calibrate(
         raise InputError(f"trace_tokens: {trace_tokens} is below 1; leave it out to keep all")
     batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
     generator = torch.Generator().manual_seed(seed)
-    linears: dict[int, LinearEvidence] = {}
     traced = (trace_tokens or windows.numel()) if traces or gradients else 0
     with recording(
         model, layout, full=full, curvature=curvature, trace_tokens=traced, gradients=gradients
@@ -78,7 +72,7 @@ def calibrate(
         drawn = generator if curvature or gradients else None
         # A model whose parameters are all frozen has no graph of its own.
         alone = by_layer or not any(p.requires_grad for p in model.parameters())
-        with recording_linears(model, layout, linears, full=full):
+        with recording_linears(model, layout, full=full) as linears:
             labels = _run(model, batches, drawn, backward=not alone, progress=progress)
         if labels and alone:
             _backward_by_layer(model, batches, labels, sums, progress)
@@ -92,7 +86,7 @@ def calibrate(
     return Evidence(
         layout=layout,
         layers=_layers(model, layout, sums, replay, generator, progress),
-        linears=linears,
+        linears={unit: seen.evidence() for unit, seen in linears.items()},
         weights=weights,
         replay=replay,
         provenance=provenance_of(windows, seed),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -123,7 +124,19 @@ def beside(
                     yield readings
             finally:
                 if not count(path):
-                    path.unlink(missing_ok=True)
+                    forget(path)
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder beside a journal for what is too large for it."""
+    return path.with_name(f"{path.name}.files")
+
+
+def forget(path: Path) -> None:
+    """Delete a journal, if there is one, and the folder beside it."""
+    with contextlib.suppress(IsADirectoryError, PermissionError):
+        path.unlink(missing_ok=True)
+    shutil.rmtree(folder_of(path), ignore_errors=True)
 
 
 def count(path: Path) -> int:
@@ -163,8 +176,7 @@ def _opened(path: Path, about: Mapping[str, Any], *, overwrite: bool) -> Reading
         empty = isinstance(error, MismatchError) and not count(path)
         if not (overwrite or empty):
             raise
-    with contextlib.suppress(IsADirectoryError, PermissionError):
-        path.unlink()
+    forget(path)
     return Readings.open(path, about, way_out=way_out)
 
 

@@ -8,25 +8,28 @@ gradients are caught on each projection's output; per-token squares are then a m
 Where traces are asked for, the experts' inputs and routing are kept token by token, and with
 gradients also dL/d(output). Gradients can be caught one layer a backward pass (`caught_alone`):
 then only that layer and those after it hold a graph.
-
-Ordinary linear projections (attention, shared, dense) are watched by hooks on their inputs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from bitknap.allocation.units import ROLES
 from bitknap.errors import ModelError
-from bitknap.estimators.evidence import LayerTrace, LinearEvidence, zeros
+from bitknap.estimators.evidence import LayerTrace, zeros
 from bitknap.estimators.forward import Experts, experts_at
 from bitknap.quantize.views import ExpertLayer, Layout
+
+# Of a layer's sums, what `finished` gives and `restore` takes under its own name.
+_SUMS = (
+    *("count", "gate_sum", "gate_square", "output_square", "output_max"),
+    *("input_square", "middle_square", "input_full", "middle_full"),
+)
 
 
 class LayerSums:
@@ -139,9 +142,30 @@ class LayerSums:
         calls = [call for call, kept in enumerate(self.kept) if len(kept[0])]
         if not calls:
             return None
-        hidden, index, weights = (torch.cat([self.kept[c][i] for c in calls]) for i in range(3))
-        gradient = torch.cat([self.gradients[c] for c in calls]) if self.graded else None
+        hidden, index, weights = (_joined([self.kept[c][i] for c in calls]) for i in range(3))
+        gradient = _joined([self.gradients[c] for c in calls]) if self.graded else None
         return LayerTrace(hidden=hidden, index=index, weights=weights, gradient=gradient)
+
+    def finished(self) -> dict[str, Tensor]:
+        """Return all but gradients, by name, for `restore`."""
+        found = {name: getattr(self, name) for name in _SUMS if getattr(self, name) is not None}
+        found |= {f"slopes.{name}": slope for name, slope in self.slopes.items()}
+        trace = self.trace()
+        if trace is not None:
+            kept = {"hidden": trace.hidden, "index": trace.index, "weights": trace.weights}
+            found |= {f"trace.{name}": tensor for name, tensor in kept.items()}
+        return found | {"seen": torch.tensor([self.calls, self.tokens])}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `finished` gave, in place of what is here."""
+        for name in _SUMS:
+            if name in tensors:
+                setattr(self, name, tensors[name])
+        self.kept.clear()
+        if "trace.hidden" in tensors:
+            self.kept.append(tuple(tensors[f"trace.{x}"] for x in ("hidden", "index", "weights")))
+        self.slopes = {name: tensors[f"slopes.{name}"] for name in self.slopes}
+        self.calls, self.tokens = tensors["seen"].tolist()
 
     def catch(self, expert: int, name: str, z: Tensor, x: Tensor) -> None:
         """Add squared gradients of a projection, once backward reaches its output z [n, out]."""
@@ -153,6 +177,11 @@ class LayerSums:
                 self.curvature[part][expert] += g.float().square().T @ square
 
         z.register_hook(caught)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts; one alone is not copied, for it may lie in a file."""
+    return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
 
 
 def _recorded(experts: Experts, sums: LayerSums, *args: Tensor) -> Tensor:
@@ -282,48 +311,4 @@ def check_seen(sums: dict[int, LayerSums]) -> None:
             raise ModelError(
                 f"layer {number} ({layer.layer.module}) saw no expert call during calibration; "
                 "its costs would be made up, so nothing was written"
-            )
-
-
-@contextlib.contextmanager
-def recording_linears(
-    model: nn.Module, layout: Layout, found: dict[int, LinearEvidence], *, full: bool = False
-) -> Iterator[None]:
-    """Record the inputs of units that are ordinary linear layers; give them when the block ends.
-
-    Args:
-        model: a live transformers model.
-        layout: its units.
-        found: gets what each of them saw, by unit.
-        full: keep whole second-moment matrices, not their diagonals only.
-    """
-    handles = []
-    tokens: dict[int, int] = {}
-    squares: dict[int, Tensor] = {}
-    whole: dict[int, Tensor] = {}
-    for unit, view in enumerate(layout.views):
-        if ROLES[layout.units.role[unit]] == "routed":
-            continue
-        cols = int(layout.units.cols[unit])
-        tokens[unit], squares[unit] = 0, zeros(cols)
-        if full:
-            whole[unit] = torch.zeros(cols, cols)
-
-        def keep(module: nn.Module, args: Any, _unit: int = unit) -> None:
-            x = args[0].detach().flatten(0, -2)
-            tokens[_unit] += len(x)
-            squares[_unit].add_(x.double().square().sum(0))
-            if full:
-                whole[_unit].addmm_(x.float().T, x.float())
-
-        module = model.get_submodule(view.tensor.removesuffix(".weight"))
-        handles.append(module.register_forward_pre_hook(keep))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-        for unit, square in squares.items():
-            found[unit] = LinearEvidence(
-                tokens=tokens[unit], input_square=square, input_full=whole.get(unit)
             )

@@ -6,28 +6,37 @@ all of them. That is the arithmetic of `calibrate`, and the same noise. What it 
 gradients and a live model to measure plans or groups on.
 
 On disk lie, while it runs, a float32 number for each token and number of the residual stream, once
-for each MoE layer and once more; embeddings and head; and, as long as the evidence lives, what it
-holds of whole moments and traces.
+for each MoE layer and twice more; embeddings and head; and, as long as the evidence lives, what it
+holds of whole moments and traces. With a journal they have names there, and every layer that a
+stream has passed is kept, so that a killed run goes on from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import contextlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from bitknap.errors import InputError
-from bitknap.estimators.calibrate import layer_evidence, provenance_of
-from bitknap.estimators.evidence import Evidence, LayerTrace, LinearEvidence
+from bitknap.estimators.calibrate import digest_of, layer_evidence, provenance_of
+from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.gains import gain_of, noisy
-from bitknap.estimators.recording import LayerSums, check_seen, recording, recording_linears
+from bitknap.estimators.journal import Readings
+from bitknap.estimators.linears import LinearSums, recording_linears
+from bitknap.estimators.recording import LayerSums, check_seen, recording
 from bitknap.estimators.replay import BATCH_TOKENS, kl_of
+from bitknap.estimators.shelf import Shelf
 from bitknap.estimators.skeleton import Skeleton
-from bitknap.estimators.spill import moved
 from bitknap.estimators.streamed import Stream, Streamed
 from bitknap.progress import Progress
 from bitknap.quantize.source import Checkpoint
+
+# Streams that are not those of a noisy layer: the first sweep's, and the second's unchanged one.
+_FIRST, _PLAIN = "first", "plain"
 
 
 def calibrate_by_layer(
@@ -40,6 +49,7 @@ def calibrate_by_layer(
     trace_tokens: int | None = None,
     spilled: torch.dtype = torch.float32,
     seed: int = 0,
+    readings: Readings | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
     """Run `windows` through a checkpoint layer by layer and record what its experts see.
@@ -54,6 +64,7 @@ def calibrate_by_layer(
         spilled: what activations are kept in between layers; bfloat16 takes half the disk, and
             its rounding is measured as noise too.
         seed: of the noise that measures gains.
+        readings: journal of finished layers, whose files the evidence reads; none if not given.
         progress: called with (what, done, of).
 
     Returns:
@@ -62,15 +73,16 @@ def calibrate_by_layer(
     Raises:
         InputError: `trace_tokens` is below 1.
         ModelError: the model cannot be run layer by layer, or an MoE layer saw no expert call.
-        FileError: a tensor is missing or damaged.
+        FileError: a tensor, or a file beside the journal, is missing or damaged.
         BitknapError: the disk has no room for the activations.
     """
     if trace_tokens is not None and trace_tokens < 1:
         raise InputError(f"trace_tokens: {trace_tokens} is below 1; leave it out to keep all")
     skeleton = Skeleton(source, include)
     text = Stream(windows.split(max(1, BATCH_TOKENS // windows.shape[1])), spilled)
-    linears: dict[int, LinearEvidence] = {}
-    kept: dict[int, LayerTrace] = {}
+    about = (source.fingerprint, digest_of(windows), len(skeleton.layout.views), seed)
+    shelf = Shelf.of(readings or Readings(), *about, spilled, full, traces, trace_tokens)
+    work = _Pass(Streamed(skeleton), shelf)
     with (
         recording(
             skeleton.model,
@@ -78,88 +90,170 @@ def calibrate_by_layer(
             full=full,
             trace_tokens=(trace_tokens or windows.numel()) if traces else 0,
         ) as sums,
-        recording_linears(skeleton.model, skeleton.layout, linears, full=full),
+        recording_linears(skeleton.model, skeleton.layout, full=full) as linears,
     ):
-        _record(skeleton, text, sums, kept, progress)
+        work.record(text, sums, linears, progress)
     check_seen(sums)
-    losses = _losses(skeleton, text, sums, seed, progress)
+    losses = work.losses(text, sums, seed, progress)
     skeleton.drop_rest()
     return Evidence(
         layout=skeleton.layout,
         layers={n: layer_evidence(x, gain_of(losses[n], x)) for n, x in sums.items()},
-        linears=linears,
+        linears={unit: seen.evidence() for unit, seen in linears.items()},
         weights=skeleton.weights,
         replay=None,
         provenance=provenance_of(windows, seed),
-        traces=kept,
+        traces={number: kept for number, x in sums.items() if (kept := x.trace())},
     )
 
 
-def _record(
-    skeleton: Skeleton,
-    text: Stream,
-    sums: dict[int, LayerSums],
-    traces: dict[int, LayerTrace],
-    progress: Progress | None,
-) -> None:
-    """Run the text through all layers, which are watched by the caller."""
-    stream, run, there = text.fork(), Streamed(skeleton), skeleton.numbers
-    for place in range(len(skeleton.layers)):
-        if progress:
-            progress("calibrate", place, len(skeleton.layers))
-        with skeleton.loaded(place):
-            run.advance(place, stream, stream)
-        for number in there.get(place, ()):
-            _settle(number, sums[number], traces)
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Streams through a model's layers; a step that is on the shelf is not done again."""
 
+    run: Streamed
+    shelf: Shelf
 
-def _settle(number: int, sums: LayerSums, traces: dict[int, LayerTrace]) -> None:
-    """Move what is large of a finished layer into files."""
-    if sums.input_full is not None and sums.middle_full is not None:
-        sums.input_full, sums.middle_full = moved(sums.input_full), moved(sums.middle_full)
-    trace = sums.trace()
-    sums.kept.clear()
-    if trace is not None:
-        traces[number] = LayerTrace(
-            hidden=moved(trace.hidden), index=trace.index, weights=trace.weights, gradient=None
-        )
+    def record(
+        self,
+        text: Stream,
+        sums: Mapping[int, LayerSums],
+        linears: Mapping[int, LinearSums],
+        progress: Progress | None,
+    ) -> None:
+        """Run the text through all layers, which are watched by the caller."""
+        skeleton, stream = self.run.skeleton, text
+        for place in range(len(skeleton.layers)):
+            if progress:
+                progress("calibrate", place, len(skeleton.layers))
+            watched: dict[str, LayerSums | LinearSums] = {
+                f"layer {number}": sums[number] for number in skeleton.numbers.get(place, ())
+            }
+            for unit, seen in linears.items():
+                if skeleton.holds(place, skeleton.layout.views[unit].tensor):
+                    watched[f"linear {unit}"] = seen
+            with self._loaded(place, [_FIRST]):
+                kept = partial(_finished, watched)
+                stream, found = self._advanced(_FIRST, place, stream, kept)
+            for name, watcher in watched.items():
+                start = f"{name}/"
+                parts = {n.removeprefix(start): x for n, x in found.items() if n.startswith(start)}
+                watcher.restore(parts)
+        self._end([_FIRST])
 
+    def losses(
+        self, text: Stream, sums: Mapping[int, LayerSums], seed: int, progress: Progress | None
+    ) -> dict[int, float]:
+        """Return the KL, nats a token, that noise at each MoE layer's expert output makes."""
+        skeleton, plain = self.run.skeleton, text
+        changed: dict[int, Stream] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for place in range(len(skeleton.layers)):
+            if progress:
+                progress("gains", place, len(skeleton.layers))
+            here = skeleton.numbers.get(place, ())
+            with self._loaded(place, [*map(_noise, (*changed, *here)), _PLAIN]):
+                for number, other in changed.items():
+                    changed[number], _ = self._advanced(_noise(number), place, other)
+                for number in here:
+                    with noisy(skeleton.model, sums[number], generator):
+                        changed[number], found = self._advanced(
+                            _noise(number), place, plain, lambda: {"drawn": generator.get_state()}
+                        )
+                    generator.set_state(found["drawn"])
+                plain, _ = self._advanced(_PLAIN, place, plain)
+        losses = self._divergences(plain, changed)
+        self._end([*map(_noise, changed), _PLAIN])
+        return losses
 
-def _losses(
-    skeleton: Skeleton,
-    text: Stream,
-    sums: dict[int, LayerSums],
-    seed: int,
-    progress: Progress | None,
-) -> dict[int, float]:
-    """Return the KL, nats a token, that noise at each MoE layer's expert output makes."""
-    stream, run, there = text.fork(), Streamed(skeleton), skeleton.numbers
-    changed: dict[int, Stream] = {}
-    generator = torch.Generator().manual_seed(seed)
-    for place in range(len(skeleton.layers)):
-        if progress:
-            progress("gains", place, len(skeleton.layers))
-        with skeleton.loaded(place):
-            for other in changed.values():
-                run.advance(place, other, other)
-            for number in there.get(place, ()):
-                changed[number] = text.fork()
-                with noisy(skeleton.model, sums[number], generator):
-                    run.advance(place, stream, changed[number])
-            run.advance(place, stream, stream)
-    return _divergences(run, stream, changed)
+    def _loaded(
+        self, place: int, labels: Collection[str]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold the weights of a layer while the block runs, unless all its steps are done."""
+        if all(self.shelf.done(_step(label, place)) for label in labels):
+            return contextlib.nullcontext()
+        return self.run.skeleton.loaded(place)
 
+    def _advanced(
+        self,
+        label: str,
+        place: int,
+        start: Stream,
+        also: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> tuple[Stream, Mapping[str, Tensor]]:
+        """Return what a layer gives for a stream, and what is kept with it.
 
-@torch.no_grad()
-def _divergences(run: Streamed, stream: Stream, changed: dict[int, Stream]) -> dict[int, float]:
-    """Return the mean KL of changed streams after the last layer, one window at a time."""
-    total, tokens = dict.fromkeys(changed, 0.0), 0
-    for number, batch in enumerate(stream.batches):
-        for row in range(len(batch)):
+        Args:
+            label: of the stream.
+            place: the layer, which is loaded unless the step is done.
+            start: what the layer before gave.
+            also: gives what else to keep, once the layer has run.
+        """
+        step, after = _step(label, place), self.run.after
+        if self.shelf.done(step):
+            found = self.shelf.get(step)
+            path, shape = self.shelf.room(step), found["shape"].tolist()
+            stream = Stream(start.batches, start.dtype, path=path, shape=shape)
+            # -1 stands for none: see `after`.
+            after[place] = None if int(found["after"]) < 0 else int(found["after"])
+        else:
+            stream = self.run.advance(place, start, self.shelf.room(step))
+            nones = after[place]
+            about = {
+                "shape": torch.tensor(stream.shape),
+                "after": torch.tensor(-1 if nones is None else nones),
+            }
+            found = self.shelf.put(step, about | dict(also()))
+        self.shelf.clear(_step(label, place - 1))
+        return stream, found
+
+    def _divergences(self, plain: Stream, changed: Mapping[int, Stream]) -> dict[int, float]:
+        """Return the mean KL of changed streams after the last layer."""
+        total, tokens = torch.zeros(len(changed), dtype=torch.float64), 0
+        for number in range(len(plain.batches)):
+            step = f"loss.{number}"
+            if self.shelf.done(step):
+                found = self.shelf.get(step)
+            else:
+                found = self.shelf.put(step, self._divergence(number, plain, changed))
+            total += found["loss"]
+            tokens += int(found["tokens"])
+        return dict(zip(changed, (total / tokens).tolist(), strict=True))
+
+    @torch.no_grad()
+    def _divergence(
+        self, number: int, plain: Stream, changed: Mapping[int, Stream]
+    ) -> dict[str, Tensor]:
+        """Return the summed KL of one batch, float64 [changed], and its tokens."""
+        total, tokens = torch.zeros(len(changed), dtype=torch.float64), 0
+        for row in range(len(plain.batches[number])):
             here = slice(row, row + 1)
-            reference = run.log_probabilities(stream, number, here)
+            reference = self.run.log_probabilities(plain, number, here)
             tokens += len(reference)
-            for layer, other in changed.items():
-                log = run.log_probabilities(other, number, here)
-                total[layer] += float(kl_of(log, reference).double().sum())
-    return {layer: kl / tokens for layer, kl in total.items()}
+            for place, other in enumerate(changed.values()):
+                log = self.run.log_probabilities(other, number, here)
+                total[place] += kl_of(log, reference).double().sum()
+        return {"loss": total, "tokens": torch.tensor(tokens)}
+
+    def _end(self, labels: Collection[str]) -> None:
+        """Delete streams that passed the last layer and were read."""
+        for label in labels:
+            self.shelf.clear(_step(label, len(self.run.skeleton.layers) - 1))
+
+
+def _finished(watched: Mapping[str, LayerSums | LinearSums]) -> dict[str, Tensor]:
+    """Return all that was summed, by owner and name."""
+    return {
+        f"{owner}/{name}": tensor
+        for owner, sums in watched.items()
+        for name, tensor in sums.finished().items()
+    }
+
+
+def _noise(number: int) -> str:
+    """Return the label of the stream that noise in a layer changed."""
+    return f"noise{number}"
+
+
+def _step(label: str, place: int) -> str:
+    return f"{label}.{place}"

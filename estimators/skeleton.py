@@ -79,6 +79,10 @@ class Skeleton:
         finally:
             self._drop(names)
 
+    def holds(self, place: int, tensor: str) -> bool:
+        """Return whether a tensor of the model is one of a decoder layer's."""
+        return tensor.startswith(f"{self._list}.{place}.")
+
     def drop_rest(self) -> None:
         """Drop what was read of the model outside its decoder layers."""
         self._drop([name for name in self._state if not name.startswith(f"{self._list}.")])

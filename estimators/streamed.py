@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from bitknap.errors import ModelError
 from bitknap.estimators.replay import log_probabilities
 from bitknap.estimators.skeleton import Skeleton
-from bitknap.estimators.spill import on_disk
+from bitknap.estimators.spill import on_disk, read_back
 from bitknap.estimators.windows import logits_of
 
 
@@ -35,52 +36,76 @@ class Stream:
     Args:
         batches: the text, int64 [windows, length] each.
         dtype: what it is kept in; bfloat16 takes half the disk and rounds at every layer.
+        path: the file, which may be there from a former run; one without a name when not given.
+        shape: of a window's part, if the file is there.
     """
 
-    def __init__(self, batches: Sequence[Tensor], dtype: torch.dtype = torch.float32) -> None:
-        self.batches, self._dtype = batches, dtype
-        self._parts: list[Tensor] = []
+    def __init__(
+        self,
+        batches: Sequence[Tensor],
+        dtype: torch.dtype = torch.float32,
+        *,
+        path: Path | None = None,
+        shape: Sequence[int] = (),
+    ) -> None:
+        self.batches, self.dtype, self.shape = batches, dtype, tuple(shape)
+        self._path = path
+        self._parts: Sequence[Tensor] = ()
 
     def __getitem__(self, batch: int) -> Tensor:
-        """Return the output for a batch, float32 [windows, tokens, ...]."""
-        return self._parts[batch].float()
+        """Return the output for a batch, float32 [windows, tokens, ...].
 
-    def fork(self) -> Stream:
-        """Return an empty stream over the same text."""
-        return Stream(self.batches, self._dtype)
+        Raises:
+            FileError: the file is missing or damaged.
+        """
+        if not self._parts and self._path is not None:
+            self._parts = self._split(read_back(self._path, self._whole, self.dtype))
+        return self._parts[batch].float()
 
     def write(self, batch: int, hidden: Tensor) -> None:
         """Keep a layer's output for a batch."""
         if not self._parts:
-            rows = [len(part) for part in self.batches]
-            whole = on_disk((sum(rows), *hidden.shape[1:]), self._dtype)
-            self._parts = list(whole.split(rows))
+            self.shape = tuple(hidden.shape[1:])
+            self._parts = self._split(on_disk(self._whole, self.dtype, path=self._path))
         self._parts[batch].copy_(hidden)
+
+    @property
+    def _whole(self) -> tuple[int, ...]:
+        return (sum(map(len, self.batches)), *self.shape)
+
+    def _split(self, whole: Tensor) -> Sequence[Tensor]:
+        return list(whole.split([len(part) for part in self.batches]))
 
 
 class Streamed:
-    """Runs the layers of a skeleton, of which the caller has loaded the one that is run."""
+    """Runs the layers of a skeleton, of which the caller has loaded the one that is run.
+
+    Attributes:
+        skeleton: the model.
+        after: by layer that ran, how many Nones come after its hidden states; None if it gives
+            these alone.
+    """
 
     def __init__(self, skeleton: Skeleton) -> None:
         self.skeleton = skeleton
-        # How many Nones come after each layer's hidden states; None if it gives these alone.
-        self._after: dict[int, int | None] = {}
+        self.after: dict[int, int | None] = {}
 
     @torch.no_grad()
-    def advance(self, place: int, start: Stream, into: Stream) -> None:
-        """Run a layer on what the one before it gave.
+    def advance(self, place: int, start: Stream, path: Path | None = None) -> Stream:
+        """Return what a layer gives.
 
         Args:
             place: the layer, which is loaded.
             start: what the layer before gave; anything for the first.
-            into: gets what it gives; may be `start`.
+            path: file that keeps what it gives; one without a name when not given.
 
         Raises:
             ModelError: the layer cannot be run alone.
         """
+        found = Stream(start.batches, start.dtype, path=path)
         for number, batch in enumerate(start.batches):
-            before = start[number] if place else None
-            into.write(number, self._run(place, batch, before))
+            found.write(number, self._run(place, batch, start[number] if place else None))
+        return found
 
     @torch.no_grad()
     def log_probabilities(self, end: Stream, batch: int, rows: slice) -> Tensor:
@@ -111,7 +136,7 @@ class Streamed:
     def _hidden(self, place: int, output: Any) -> Tensor:
         """Return the one tensor in a layer's output."""
         rest = output[1:] if isinstance(output, tuple) else ()
-        self._after[place] = len(rest) if isinstance(output, tuple) else None
+        self.after[place] = len(rest) if isinstance(output, tuple) else None
         hidden = output[0] if isinstance(output, tuple) else output
         if not isinstance(hidden, Tensor) or any(x is not None for x in rest):
             raise self._refused(place, "gives more than one tensor")
@@ -129,7 +154,7 @@ class Streamed:
             answer = before
             if before is not None and number < place - 1:
                 answer = before.new_full((), torch.nan).expand(before.shape)
-            after = self._after[number]
+            after = self.after[number]
             whole = answer if after is None else (answer, *[None] * after)
             layer.forward = lambda *args, _answer=whole, **kwargs: _answer
         try:

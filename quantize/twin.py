@@ -126,6 +126,16 @@ class Recipe:
         return cls(rotation=rotation, order=None if order is None else Sorting.from_dict(order))
 
 
+def recipe_of(header: Mapping[str, Any]) -> Recipe:
+    """Return how the twin of a plan is made; of any other plan, the recipe that changes nothing.
+
+    Raises:
+        FileError: the plan does not say how its twin is made.
+    """
+    said = header.get(KEY)
+    return Recipe.from_dict(said) if isinstance(said, Mapping) else Recipe()
+
+
 def beside(out: Path) -> Path:
     """Return where the twin of a run that writes `out` grows."""
     return out.absolute().parent / f".{out.name}.twin"
@@ -168,7 +178,7 @@ def planned(origin: Checkpoint, header: Mapping[str, Any], model: str, folder: P
             f"the plan is for a rotated or sorted twin of model {of}, this one is "
             f"{origin.fingerprint}; give the model that the table was estimated on"
         )
-    found = make(origin, Recipe.from_dict(said), folder)
+    found = make(origin, recipe_of(header), folder)
     if found.fingerprint != model:
         raise MismatchError(
             f"the plan is for model {model}, its {KEY} makes {found.fingerprint} of this one; "

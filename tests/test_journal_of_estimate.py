@@ -4,7 +4,6 @@ import errno
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,11 +11,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-import bitknap
 from bitknap.cli import main
 from bitknap.errors import FileError, InputError
 from bitknap.estimators.journal import Readings, beside, key_of
+from bitknap.estimators.memory import layer_bytes
 from bitknap.estimators.replay import Replay
+from bitknap.estimators.streamed import Streamed
+from bitknap.quantize.names import walk_headers
+from bitknap.quantize.source import Checkpoint
 
 TEXT = ("--text", str(Path(__file__).parent.parent / "LICENSE"))  # short: quick to tokenize
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "128", *TEXT)
@@ -96,46 +98,18 @@ def test_several_texts_share_a_journal(made, tmp_path, meter):
     assert out.read_bytes() == whole.read_bytes()
 
 
-# Readings one by one and slowly, so that kills fall between and inside of them.
-SCRIPT = """
-import sys, time
-from bitknap.estimators import replay
-kl = replay.Replay.kl
-def slow(*args):
-    time.sleep(0.03)
-    return kl(*args)
-replay.Replay.kl = slow
-from bitknap.cli import main
-main(sys.argv[1:])
-"""
+# So slow that kills fall between readings and inside of them.
+SLOWED = [("bitknap.estimators.replay.Replay.kl", 0.03)]
 
 
-def started(*words):
-    environment = {
-        **os.environ,
-        "PYTHONPATH": str(Path(bitknap.__file__).parent.parent),
-        "OMP_NUM_THREADS": "1",
-    }
-    command = [sys.executable, "-c", SCRIPT, *map(str, words)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(journal, lines):
-    deadline = time.monotonic() + 120
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > lines):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def test_killed_and_terminated_quantizing_for_a_budget_ends_with_the_same_bytes(made, tmp_path):
+def test_killed_and_terminated_quantizing_for_a_budget_ends_with_the_same_bytes(
+    made, tmp_path, background
+):
     words = ["quantize", made.model, "--budget", "4bpw", *FAST, "--row-blocks", "2", "--permute"]
     whole, out = tmp_path / "whole", tmp_path / "out"
     journal, done = tmp_path / "out.journal", 0
     for number, status in ((signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 143)):
-        process = started(*words, "-o", out)
-        wait_for(journal, done + 3)
+        process = background([*words, "-o", out], journal, done + 3, slowed=SLOWED)
         time.sleep(0.015)
         process.send_signal(number)
         output, errors = process.communicate(timeout=120)
@@ -191,6 +165,82 @@ def test_a_journal_of_other_inputs_is_refused(made, tmp_path, meter, refused):
         assert journal.read_bytes() == content
     estimate(made.model, out, "--tokens", "64", "--overwrite")
     assert not journal.exists()
+
+
+@pytest.fixture
+def layered(made):
+    """What says to calibrate layer by layer: less memory than the whole model takes."""
+    source = Checkpoint.open(made.model)
+    units = walk_headers(source.config, source.shapes, ())
+    return ("--max-memory", f"{layer_bytes(source, units, 128, {'moments', 'full'})}B")
+
+
+# Steps of a pass over layers take a while, so that kills fall inside of them too.
+LAYERS = [("bitknap.estimators.streamed.Streamed.advance", 0.2)]
+
+
+@pytest.mark.parametrize("kill", ["first", "later"])
+def test_a_killed_calibration_goes_on(kill, made, tmp_path, background, layered, monkeypatch):
+    words = ["estimate", str(made.model), *FAST, "--estimator", "moments", *layered]
+    whole, out = tmp_path / "whole.safetensors", tmp_path / "t.safetensors"
+    main([*words, "-o", str(whole)])
+    journal = tmp_path / "t.safetensors.journal"
+    lines = {"first": 1, "later": 4}[kill]
+    process = background([*words, "-o", out], journal, lines, slowed=LAYERS)
+    time.sleep(0.1)
+    process.kill()
+    process.wait()
+    assert not out.exists()
+    passed, real = [], Streamed.advance
+
+    def counted(*args):
+        passed.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(Streamed, "advance", counted)
+    with pytest.raises(SystemExit):
+        main([*words, "-o", str(out), "--seed", "1"])  # a journal of other inputs
+    assert not passed
+    main([*words, "-o", str(out)])
+    # Two layers: each is recorded, run unchanged and with noise, and the first noise passes both.
+    assert 0 < len(passed) <= 7 - lines
+    assert out.read_bytes() == whole.read_bytes()
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["t.safetensors", "whole.safetensors"]
+
+
+def test_gptq_goes_on_from_what_estimating_calibrated(made, tmp_path, layered, monkeypatch):
+    words = ["quantize", str(made.model), "--budget", "4bpw", *FAST, "--method", "gptq"]
+    words += ["--estimator", "moments", *layered]
+    passed, real = [], Streamed.advance
+
+    def counted(*args):
+        passed.append(args)
+        return real(*args)
+
+    monkeypatch.setattr(Streamed, "advance", counted)
+    main([*words, "-o", str(tmp_path / "out")])
+    assert len(passed) == 7  # and not twice
+    assert [x.name for x in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stopped_calibration_says_what_is_kept(made, tmp_path, layered, monkeypatch, capsys):
+    words = ["estimate", str(made.model), *FAST, "--estimator", "moments", *layered]
+    out, real, left = tmp_path / "t.safetensors", Streamed.advance, [3]
+
+    def stopped(*args):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(Streamed, "advance", stopped)
+    with pytest.raises(SystemExit) as exit:
+        main([*words, "-o", str(out)])
+    assert exit.value.code == 130
+    line = f"stopped; 3 readings are kept in {out}.journal, and the same command goes on from there"
+    assert line in capsys.readouterr().err
+    main([*words[:-2], "-o", str(out), "--overwrite", "--seed", "3"])  # needs no journal at all
+    assert sorted(x.name for x in tmp_path.iterdir()) == ["t.safetensors"]
 
 
 @pytest.mark.parametrize(

@@ -1,11 +1,6 @@
 """The closed loop on a live model: prefixes from memory, the gate, resuming, bad input."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -157,23 +152,14 @@ def test_the_command_says_what_refining_and_the_gate_came_to(model, document, tm
         assert f"<h2>{heading}</h2>" in page
 
 
-def test_a_killed_loop_goes_on_and_ends_the_same(model, tmp_path):
+def test_a_killed_loop_goes_on_and_ends_the_same(model, tmp_path, background):
     words = ["quantize", str(model), "--budget", "4bpw", *FAST]
     words += ["--refine", "8", "--refine-tokens", "512"]
     one, two = tmp_path / "one", tmp_path / "two"
     main([*words, "-o", str(one)])
     journal = tmp_path / "two.refine.journal"
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "bitknap", *words, "-o", str(two)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    for _ in range(6000):
-        if journal.exists() and journal.read_bytes().count(b"\n") > 4:
-            break
-        time.sleep(0.01)
-    worker.send_signal(signal.SIGKILL)
+    worker = background([*words, "-o", two], journal, 4)
+    worker.kill()
     worker.wait()
     assert journal.exists()
     main([*words, "-o", str(two)])

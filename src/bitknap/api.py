@@ -14,9 +14,11 @@ from bitknap import files
 from bitknap.allocation import BitPlan
 from bitknap.errors import MismatchError
 from bitknap.estimation import CALIBRATION_TOKENS, GROUP_SIZES, default_formats, estimate
+from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.journal import beside
 from bitknap.estimators.replay import Losses, compare
 from bitknap.estimators.text import BUILTIN
-from bitknap.gathering import evaluation_windows, gather, too_few_tokens
+from bitknap.gathering import evaluation_windows, gather, readings_about, too_few_tokens
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading, twin
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
@@ -52,6 +54,7 @@ def quantize(
     max_memory: int | None = None,
     seed: int = 0,
     max_shard_size: int | str = MAX_SHARD_SIZE,
+    journal: Path | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -72,6 +75,8 @@ def quantize(
         max_memory: bytes; when calibrating would take more, it goes layer by layer.
         seed: of the calibration.
         max_shard_size: most bytes of a file, such as "5GB"; a larger tensor has its own.
+        journal: file that keeps each layer that a calibration layer by layer has finished, such as
+            the one that `estimate` was given; `journal.forget` it when `out` is there.
         overwrite: replace `out` if it exists, and what a run with other inputs left.
         progress: called with ("quantize", done, of).
 
@@ -90,13 +95,22 @@ def quantize(
     rounding = planned(plan, method, force=force)
     files.check_free_name(Path(out), overwrite=overwrite)
     inputs, about, few = None, {}, []
-    with _planned(Checkpoint.open(resolve(model)), plan, Path(out)) as source:
+    origin = Checkpoint.open(resolve(model))
+    with _planned(origin, plan, Path(out)) as source:
         if rounding.needs_inputs:
             checkpoint.check_plan(source, plan)
-            roles = checkpoint.roles_of(plan.units)
-            needs: frozenset[str] = frozenset()
-            evidence = gather(
-                source, needs, text, tokens, roles, seed, progress, max_memory, rounding
+            evidence = _calibrated(
+                origin,
+                source,
+                plan,
+                rounding=rounding,
+                text=text,
+                tokens=tokens,
+                max_memory=max_memory,
+                seed=seed,
+                journal=journal,
+                overwrite=overwrite,
+                progress=progress,
             )
             cut = layout_for(plan.units, evidence.layout)
             inputs = inputs_of_blocks(cut.units, evidence.units, evidence.inputs)
@@ -114,6 +128,46 @@ def quantize(
             progress=progress,
         )
     return {**sizes, "method": rounding.name, "few_tokens": few}
+
+
+def _calibrated(
+    origin: Checkpoint,
+    source: Checkpoint,
+    plan: BitPlan,
+    *,
+    rounding: Rounding,
+    text: str,
+    tokens: int,
+    max_memory: int | None,
+    seed: int,
+    journal: Path | None,
+    overwrite: bool,
+    progress: Progress | None,
+) -> Evidence:
+    """Return what rounding needs to know of a text; see `quantize`."""
+    roles, recipe = checkpoint.roles_of(plan.units), twin.recipe_of(plan.header)
+    # In one piece the pass is quick, and nothing of it is kept.
+    layers = journal if max_memory is not None else None
+    about = {}
+    if layers is not None:
+        sorted_into = None if recipe.order is None else recipe.order.blocks
+        turned = recipe.rotation
+        about = readings_about(
+            origin, [text], tokens, roles, seed, rounding, rotation=turned, blocks=sorted_into
+        )
+    with beside(layers, about, overwrite=overwrite) as readings:
+        return gather(
+            source,
+            frozenset(),
+            text,
+            tokens,
+            roles,
+            seed,
+            progress,
+            max_memory,
+            rounding,
+            readings,
+        )
 
 
 @contextlib.contextmanager

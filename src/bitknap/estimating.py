@@ -204,9 +204,10 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
 
 def forget(out: Path) -> None:
     """Delete what was kept beside a finished `out`."""
+    from bitknap.estimators import journal
     from bitknap.quantize.twin import beside
 
-    journal_of(out).unlink(missing_ok=True)
+    journal.forget(journal_of(out))
     shutil.rmtree(beside(out), ignore_errors=True)
 
 

@@ -101,8 +101,9 @@ def estimate(
         rotate: turn the residual stream by random Hadamard transforms first.
         max_memory: bytes; when more is needed, gradients or the whole pass go layer by layer.
         seed: of everything drawn at random.
-        journal: file that keeps each measured KL; after a kill the same call goes on from there.
-            Delete it when the table is saved.
+        journal: file that keeps each measured KL and, where calibration goes layer by layer, each
+            finished layer; after a kill the same call goes on from there. `journal.forget` it when
+            the table is saved.
         scratch: folder where a permuted or rotated copy of the model is written, and left for
             `quantize` to find; a temporary one, deleted, when not given.
         overwrite: start a journal of other inputs anew.
@@ -132,15 +133,26 @@ def estimate(
         seed=seed,
         progress=progress,
     )
-    with _folder(scratch) as folder:
+    about = {}
+    if journal is not None and job.keeps:
+        about = readings_about(
+            origin,
+            texts,
+            tokens,
+            include,
+            seed,
+            job.rounding,
+            rotation=seed if rotate else None,
+            blocks=row_blocks if permute else None,
+        )
+    kept = beside(journal if job.keeps else None, about, overwrite=overwrite)
+    with _folder(scratch) as folder, kept as readings:
         recipe = twin.Recipe(rotation=seed if rotate else None)
         source = twin.make(origin, recipe, folder)
         if permute:
-            recipe = replace(recipe, order=job.sorting(source))
+            recipe = replace(recipe, order=job.sorting(source, readings))
             source = twin.make(origin, recipe, folder)
-        about = job.about(source) if journal is not None and job.measures else {}
-        with beside(journal if job.measures else None, about, overwrite=overwrite) as readings:
-            tables, passes = job.run(source, readings)
+        tables, passes = job.run(source, readings)
         table = as_one(tables, robust or "mean", risk) if len(tables) > 1 else tables[0]
         table, _ = isotonic(table)
         on_disk = walk_headers(source.config, source.shapes, include)
@@ -180,20 +192,15 @@ class _Job:
     progress: Progress | None
 
     @property
-    def measures(self) -> bool:
+    def keeps(self) -> bool:
         """Whether anything is measured that would be worth a journal."""
-        return "replay" in self.estimator.needs
+        reads = bool(self.estimator.needs) or self.rounding.needs_inputs
+        return "replay" in self.estimator.needs or (reads and self.max_memory is not None)
 
-    def about(self, source: Checkpoint) -> dict[str, object]:
-        """Return what the journal's readings depend on."""
-        return readings_about(
-            source, self.texts, self.tokens, self.include, self.seed, self.rounding
-        )
-
-    def sorting(self, source: Checkpoint) -> twin.Sorting:
+    def sorting(self, source: Checkpoint, readings: Readings) -> twin.Sorting:
         """Return how neurons are sorted, by the first text if any is read."""
         needs = frozenset({"moments"}) if self.estimator.needs else frozenset()
-        evidence = self._gather(source, needs, self.texts[0], Readings())
+        evidence = self._gather(source, needs, self.texts[0], readings)
         return blocks_of_rows.sorting(evidence, self.row_blocks)
 
     def run(self, source: Checkpoint, readings: Readings) -> tuple[list[CostTable], list[_Seen]]:

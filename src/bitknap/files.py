@@ -71,12 +71,19 @@ def check_free_name(path: Path, *, overwrite: bool) -> None:
         raise InputError(f"{path} exists; choose another folder or pass --overwrite")
 
 
+def synced(path: Path) -> None:
+    """Return when what was written to a file is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def move_into_place(part: Path, path: Path) -> None:
     """Make the finished folder `part` become `path`, in the place of what is there."""
     for file in part.iterdir():
-        descriptor = os.open(file, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.close(descriptor)
+        synced(file)
     part.chmod(0o755)
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)

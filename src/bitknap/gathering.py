@@ -86,6 +86,7 @@ def gather(
             full=full,
             traces=traces,
             seed=seed,
+            readings=readings,
             progress=progress,
         )
     else:
@@ -108,22 +109,39 @@ def gather(
 
 
 def readings_about(
-    source: Checkpoint,
+    origin: Checkpoint,
     texts: Sequence[str],
     tokens: int,
     include: Collection[str],
     seed: int,
     rounding: Rounding,
+    *,
+    rotation: int | None = None,
+    blocks: int | None = None,
 ) -> dict[str, Any]:
-    """Return what measurements on a model depend on, JSON values; reads all of its weights."""
-    windows = [_calibration_windows(source, text, tokens) for text in texts]
+    """Return what measurements on a model depend on, JSON values; reads all of its weights.
+
+    Args:
+        origin: the model, before it is rotated or sorted.
+        texts: calibration texts.
+        tokens: of each.
+        include: roles beside routed experts.
+        seed: of everything drawn at random.
+        rounding: how weights will be rounded.
+        rotation: seed of what turns the residual stream; None leaves it.
+        blocks: of rows that neurons are sorted into; None does not sort.
+    """
+    units = walk_headers(origin.config, origin.shapes, include).units
+    windows = [_calibration_windows(origin, text, tokens) for text in texts]
     return {
-        "model": source.checksum(),
+        "model": origin.checksum(),
         "text": [provenance_of(one, seed)["text"] for one in windows],
         "tokens": tokens,
-        "include": sorted(include),
+        "include": sorted(checkpoint.roles_of(units)),
         "seed": seed,
         "method": settings(rounding),
+        "rotation": rotation,
+        "sorting": blocks,
     }
 
 

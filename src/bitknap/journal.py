@@ -18,7 +18,8 @@ from bitknap.errors import BitknapError, FileError, MismatchError
 from bitknap.files import check_version, write_whole
 
 _KIND, _VERSION = "bitknap.journal", "1.0"
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# A disk without room.
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 def open_lines(
@@ -84,7 +85,7 @@ def keeping(out: Path, kept: Callable[[], str]) -> Iterator[None]:
     except (BitknapError, KeyboardInterrupt) as error:
         raise type(error)(f"{str(error) or 'stopped'}{kept()}") from None
     except OSError as error:
-        if error.errno not in _FULL:
+        if error.errno not in FULL:
             raise
         raise BitknapError(f"{out}: no space left on the disk; free some{kept()}") from None
 

@@ -124,6 +124,7 @@ def quantize(
             max_memory=size_of(options["max_memory"]),
             seed=options["seed"],
             max_shard_size=max_shard_size,
+            journal=journal_of(path),
             overwrite=overwrite,
             progress=progress,
         )

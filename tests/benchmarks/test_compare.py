@@ -2,12 +2,7 @@
 
 import csv
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -110,21 +105,12 @@ def test_two_runs_are_the_same_but_for_times(words, tmp_path):
             assert path.read_bytes().replace(b"/one", b"/two") == same, path.name
 
 
-def test_a_killed_comparison_goes_on(words, tmp_path):
+def test_a_killed_comparison_goes_on(words, tmp_path, background):
     some = ["--budgets", "3,4", "--strategies", "uniform,moments:knapsack,gemq,evolution"]
     one, two = tmp_path / "one", tmp_path / "two"
-    worker = subprocess.Popen(
-        [sys.executable, "-m", "bitknap", *words, *some, "-o", str(two)],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
     journal = two / running.WORK / "journal"
-    for _ in range(9000):
-        if journal.exists() and journal.read_bytes().count(b"\n") > 3:
-            break
-        time.sleep(0.01)
-    worker.send_signal(signal.SIGKILL)
+    worker = background([*words, *some, "-o", two], journal, 3)
+    worker.kill()
     worker.wait()
     assert journal.exists()
     with pytest.raises(SystemExit):

@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy, linear
 from bitknap.allocation import ROLES
 from bitknap.errors import InputError, ModelError
 from bitknap.estimators.calibrate import calibrate
-from bitknap.estimators.evidence import PRIOR_TOKENS, Evidence, LinearEvidence
-from bitknap.estimators.recording import check_seen, recording, recording_linears
+from bitknap.estimators.evidence import PRIOR_TOKENS, Evidence
+from bitknap.estimators.linears import recording_linears
+from bitknap.estimators.recording import check_seen, recording
 from bitknap.quantize.experts import matrix, walk
 from bitknap.testing import tiny_model
 
@@ -295,7 +296,6 @@ def test_experts_of_an_unknown_class_name_the_way_out():
 
 def linears_of(model, layout, full):
     """Return what ordinary linears saw, and their inputs [tokens, in] by unit, float64."""
-    found: dict[int, LinearEvidence] = {}
     inputs: dict[int, torch.Tensor] = {}
     handles = []
     for unit, view in enumerate(layout.views):
@@ -307,11 +307,11 @@ def linears_of(model, layout, full):
 
         module = model.get_submodule(view.tensor.removesuffix(".weight"))
         handles.append(module.register_forward_pre_hook(keep))
-    with torch.no_grad(), recording_linears(model, layout, found, full=full):
+    with torch.no_grad(), recording_linears(model, layout, full=full) as sums:
         run(model)
     for handle in handles:
         handle.remove()
-    return found, inputs
+    return {unit: seen.evidence() for unit, seen in sums.items()}, inputs
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,10 @@ from bitknap.allocation import formats
 from bitknap.api import estimate
 from bitknap.errors import BitknapError, FileError, InputError, ModelError
 from bitknap.estimators import calibrate as whole_pass
-from bitknap.estimators import memory, replay, resident, spill
+from bitknap.estimators import memory, replay, resident, spill, streamed
 from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.calibrated import Calibrated
+from bitknap.estimators.journal import Readings, folder_of, forget
 from bitknap.estimators.memory import layer_bytes, peak_bytes, way_to_calibrate
 from bitknap.estimators.moments import SecondMoments
 from bitknap.estimators.resident import calibrate_by_layer
@@ -152,6 +153,79 @@ def test_progress(tmp_path):
     assert said == [(what, i, 2) for what in ("calibrate", "gains") for i in range(2)]
 
 
+class Stop(Exception):
+    """Ends a pass in the midst of it."""
+
+
+def same(one, other):
+    """Whether two pieces of evidence are the same to the bit."""
+    for number, layer in one.layers.items():
+        mine = other.layers[number]
+        assert (mine.tokens, mine.gain, mine.output_square) == (
+            layer.tokens,
+            layer.gain,
+            layer.output_square,
+        )
+        for name in ("count", "gate_square", "input_square", "middle_full", "output_max"):
+            assert torch.equal(getattr(mine, name), getattr(layer, name))
+        assert all(torch.equal(mine.slopes[x], slope) for x, slope in layer.slopes.items())
+        for name in ("hidden", "index", "weights"):
+            kept = getattr(one.traces[number], name)
+            assert torch.equal(kept, getattr(other.traces[number], name))
+    assert other.linears.keys() == one.linears.keys()
+    for unit, linear in one.linears.items():
+        assert other.linears[unit].tokens == linear.tokens
+        assert torch.equal(other.linears[unit].input_full, linear.input_full)
+    return True
+
+
+@pytest.mark.parametrize("family", ["mixtral", "longcat_flash"])
+def test_a_pass_stopped_anywhere_goes_on(family, tmp_path, monkeypatch):
+    source, path = stored(tmp_path / "model", family), tmp_path / "work" / "journal"
+
+    def found(readings=None):
+        return calibrate_by_layer(
+            source, windows(), include=INCLUDE, full=True, traces=True, readings=readings
+        )
+
+    whole, left, stops = found(), [0], 0
+
+    def counted(real):
+        def run(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                raise Stop
+            return real(*args, **kwargs)
+
+        return run
+
+    for kind, name in ((streamed.Streamed, "_run"), (resident._Pass, "_divergence")):
+        monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
+    again = None
+    while again is None:
+        left[0] = 4  # a step is three batches: each time one is done, and the next is begun
+        try:
+            again = found(Readings.open(path, {}))
+        except Stop:
+            stops += 1
+    assert stops > 2
+    assert same(whole, again)
+    left[0] = 0
+    assert same(whole, found(Readings.open(path, {})))
+    assert not list(folder_of(path).glob("*.bin"))  # streams go when nobody will go on from them
+    forget(path)
+    assert list(path.parent.iterdir()) == []
+
+
+def test_files_beside_a_journal_are_needed(tmp_path):
+    source, path = stored(tmp_path / "model"), tmp_path / "journal"
+    calibrate_by_layer(source, windows(), readings=Readings.open(path, {}))
+    for file in folder_of(path).iterdir():
+        file.write_bytes(b"no tensors")
+    with pytest.raises(FileError, match=r"cannot be read .*; delete .*journal to start anew$"):
+        calibrate_by_layer(source, windows(), readings=Readings.open(path, {}))
+
+
 def test_an_encoder_decoder_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r": an encoder-decoder cannot be calibrated layer by"):
         calibrate_by_layer(stored(tmp_path, "switch_transformers"), windows())
@@ -208,6 +282,14 @@ def test_files_of_tensors(tmp_path):
     assert spill.moved(torch.zeros(0, 3)).shape == (0, 3)
     assert list(tmp_path.iterdir()) == []  # without a name from the start
     assert spill.on_disk((0, 3), torch.float32, tmp_path).shape == (0, 3)
+    path = tmp_path / "named"
+    spill.on_disk((2, 3), torch.bfloat16, path=path).fill_(1.5)
+    assert torch.equal(spill.read_back(path, (2, 3), torch.bfloat16), torch.full((2, 3), 1.5))
+    with pytest.raises(FileError, match=r"named: has 12 bytes, expected 8$"):
+        spill.read_back(path, (2, 1), torch.float32)
+    path.unlink()
+    with pytest.raises(FileError, match=r"named: cannot be read"):
+        spill.read_back(path, (2, 1), torch.float32)
     with pytest.raises(InputError, match=r"none: cannot be written to .*; set TMPDIR$"):
         spill.on_disk((1,), torch.float32, tmp_path / "none")
 

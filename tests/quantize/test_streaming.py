@@ -6,10 +6,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -349,39 +346,15 @@ def test_sizes_that_make_no_sense(case, tmp_path, size):
 
 
 # Pieces of a few rows, journalled one by one, so that kills fall between and inside of them.
-SCRIPT = """
-import sys, time
+SMALL = """
 from bitknap.quantize import apply, pieces, streaming
 apply.PIECE = pieces.PIECE = pieces.COPY = 4096
 streaming.BATCH_BYTES = 1
-make = pieces.Work.make
-def slow(*args):
-    time.sleep(0.005)
-    return make(*args)
-pieces.Work.make = slow
-from bitknap.cli import main
-main(sys.argv[1:])
 """
+SLOWED = [("bitknap.quantize.pieces.Work.make", 0.005)]
 
 
-def started(case, out):
-    words = ["quantize", case.folder, "--plan", case.root / "plan.json", "-o", out]
-    command = [sys.executable, "-c", SCRIPT, *map(str, words), "--max-shard-size", "40kB"]
-    path = str(Path(bitknap.__file__).parent.parent)
-    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def wait_for(journal, lines):
-    deadline = time.monotonic() + 60
-    while not (journal.exists() and journal.read_bytes().count(b"\n") > lines):
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def test_stopped_and_killed_anywhere_it_ends_with_the_same_bytes(case, tmp_path, small):
+def test_stopped_and_killed_anywhere_it_ends_with_the_same_bytes(case, tmp_path, small, background):
     random.seed(0)
     journal, done = tmp_path / PARTIAL / "journal.jsonl", 0
     ways = (
@@ -389,8 +362,10 @@ def test_stopped_and_killed_anywhere_it_ends_with_the_same_bytes(case, tmp_path,
         (signal.SIGKILL, -signal.SIGKILL, ""),
     )
     for number, status, words in ways:
-        process = started(case, tmp_path / "out")
-        wait_for(journal, done + random.randrange(5, 40))
+        command = ["quantize", case.folder, "--plan", case.root / "plan.json"]
+        command += ["-o", tmp_path / "out", "--max-shard-size", "40kB"]
+        lines = done + random.randrange(5, 40)
+        process = background(command, journal, lines, slowed=SLOWED, setup=SMALL)
         time.sleep(random.random() * 0.01)
         process.send_signal(number)
         output, errors = process.communicate(timeout=60)

@@ -1,0 +1,93 @@
+"""Finished steps of a pass over layers: files beside the journal, for what is too large for a line.
+
+A step is done when the journal says so, which it does once the step's files are on the disk. Files
+of a step that it does not speak of are of a killed run, and are written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bitknap.errors import FileError
+from bitknap.estimators.journal import Readings, folder_of
+from bitknap.estimators.spill import moved
+from bitknap.files import synced
+
+# A tensor below this stays in memory where nothing is kept.
+_LARGE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shelf:
+    """The steps of one pass, by name; without a journal none is ever done.
+
+    Attributes:
+        readings: the journal.
+        name: of the pass, which tells it from others of the same journal.
+    """
+
+    readings: Readings
+    name: str
+
+    @classmethod
+    def of(cls, readings: Readings, *about: object) -> Shelf:
+        """Return the shelf of a pass, named by what it is about."""
+        return cls(readings=readings, name=hashlib.sha256(repr(about).encode()).hexdigest()[:12])
+
+    def done(self, step: str) -> bool:
+        """Return whether a step is done."""
+        return self.readings.known(self._key(step), 0) is not None
+
+    def room(self, step: str) -> Path | None:
+        """Return the file that a step's stream goes to; None where nothing is kept."""
+        return self._file(step, "bin")
+
+    def put(self, step: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put a step away, with its stream, and return its tensors as they lie on the disk."""
+        file = self._file(step, "safetensors")
+        if file is None:
+            return {n: x if x.nbytes < _LARGE else moved(x) for n, x in tensors.items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        for path in (file, self.room(step)):
+            if path is not None and path.exists():
+                synced(path)
+        self.readings.keep(self._key(step), ())
+        return self.get(step)
+
+    def get(self, step: str) -> dict[str, Tensor]:
+        """Return the tensors of a step that is done, read when they are used.
+
+        Raises:
+            FileError: the file is missing or damaged.
+        """
+        file = self._file(step, "safetensors")
+        assert file is not None
+        try:
+            found: dict[str, Tensor] = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise FileError(
+                f"{file}: cannot be read ({error}); delete {self.readings.path} to start anew"
+            ) from None
+        return found
+
+    def clear(self, step: str) -> None:
+        """Delete the stream of a step that nobody will go on from."""
+        path = self.room(step)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def _key(self, step: str) -> str:
+        return f"{self.name}/{step}"
+
+    def _file(self, step: str, suffix: str) -> Path | None:
+        if self.readings.path is None:
+            return None
+        return folder_of(self.readings.path) / f"{self.name}.{step}.{suffix}"
