@@ -223,33 +223,42 @@ def attempt(
     """Ask for a trial, evaluate it, tell the result, and return the finished trial.
 
     Parameters without a plan are told as pruned and a value that is no number as failed, with the
-    reason; any other error is told as failed and raised again.
+    reason; any other error is told as failed and raised again. SQLite does not lock rows, so two
+    workers may take the same waiting trial: it is that of the last to sign it, and the other still
+    owes one.
     """
+    from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
 
     trial = study.ask()
-    trial.set_user_attr(WORKER, worker())
+
+    def ours() -> bool:
+        seen = study.get_trials(deepcopy=False)[trial.number]
+        return not seen.state.is_finished() and seen.user_attrs.get(WORKER) == worker()
+
     try:
+        trial.set_user_attr(WORKER, worker())
         values = list(evaluate(trial))
+    except UpdateFinishedTrialError:
+        return attempt(study, evaluate)
     except InfeasibleError as error:
+        if not ours():
+            return attempt(study, evaluate)
         trial.set_user_attr(REASON, str(error))
         return study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
     except BaseException as error:
-        trial.set_user_attr(REASON, ": ".join(dict.fromkeys([type(error).__name__, _line(error)])))
-        study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        if ours():
+            reason = dict.fromkeys([type(error).__name__, _line(error)])
+            trial.set_user_attr(REASON, ": ".join(reason))
+            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
         raise
+    if not ours():
+        return attempt(study, evaluate)
     wrong = [value for value in values if not math.isfinite(value)]
     if wrong:
         trial.set_user_attr(REASON, f"the objective is {wrong[0]}")
         return study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-    try:
-        return study.tell(trial, values)
-    except ValueError:
-        if not study.get_trials(deepcopy=False)[trial.number].state.is_finished():
-            raise
-        # Two workers took the same waiting trial, since SQLite does not lock rows, and the other
-        # told it first: this one still owes a trial.
-        return attempt(study, evaluate)
+    return study.tell(trial, values)
 
 
 def attempts(
