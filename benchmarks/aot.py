@@ -60,7 +60,7 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A layer to launch: shapes of a model, and how its experts are stored in turn."""
+    """A layer to launch: shapes of a model, and how experts' blocks of rows are stored in turn."""
 
     name: str
     hidden: int
@@ -72,24 +72,26 @@ class Layer:
     gated: bool = True
     biased: bool = False
     activation: Any = "silu"
+    blocks: int = 1
 
     def meta(self) -> Experts:
         """Return the experts without any memory."""
 
         def table(recipes: Sequence[Recipe], rows: int, cols: int) -> ExpertsTable:
+            long = rows // self.blocks
             own = [
                 Recipe(
                     bits=r.bits,
                     group=min(r.group, cols),
                     share=r.share,
                     symmetric=r.symmetric,
-                    kept=2 * rows * cols if r.kept else 0,
+                    kept=2 * long * cols if r.kept else 0,
                 )
-                for r in (recipes[i % len(recipes)] for i in range(self.experts))
+                for r in (recipes[i % len(recipes)] for i in range(self.experts * self.blocks))
             ]
-            size = sum(sum(r.part_bytes(rows, cols)) for r in own)
+            size = sum(sum(r.part_bytes(long, cols)) for r in own)
             buffer = torch.empty(size, dtype=torch.uint8, device="meta")
-            return ExpertsTable.of(buffer, own, rows, cols, torch.bfloat16)
+            return ExpertsTable.of(buffer, own, rows, cols, torch.bfloat16, self.blocks)
 
         def bias(rows: int) -> Tensor | None:
             if not self.biased:

@@ -80,6 +80,8 @@ def layers() -> Iterator[tuple[Layer, tuple[int, ...], tuple[str, ...]]]:
     yield layer("gate differs from up", MANY, *other, gate=other[::-1]), (8,), ("sm_90",)
     grids = (wide(4, 256), wide(3, 1 << 20), wide(4, 64, symmetric=True))
     yield layer("g256, rows, symmetric", MANY, *grids), (1,), ("sm_90",)
+    blocks = layer("2+4 in 4 blocks of rows", MANY, wide(2), wide(4), blocks=4)
+    yield blocks, (1, 64), ("sm_90",)
     plain = layer("4 g128, no gate", MANY, wide(4), gated=False, activation="relu2")
     yield plain, (1,), ("sm_90",)
     yield layer("bf16 alone", MANY, kept[1]), (1,), ("sm_90",)

@@ -164,3 +164,9 @@ def slot_assembly(bits, slot, ct, plane):
 def slot_constraints(bits, slot, ct, plane):
     """Return the registers of that PTX."""
     return "=r" + ",r" * part_count(bits, slot, ct, plane)
+
+
+@triton.constexpr_function
+def tiles_of(rows, blocks, tall):
+    """Return the tiles of `tall` rows of a matrix in blocks of rows; none is of two of them."""
+    return blocks * -(-(rows // blocks) // tall)

@@ -11,10 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitknap.kernels.constants import (
-    main_blocks,
-)
-from bitknap.kernels.products import intermediate, one_expert
+from bitknap.kernels.constants import main_blocks, tiles_of
+from bitknap.kernels.products import intermediate, one_expert, rows_of
 from bitknap.kernels.unpack import known_id
 
 _NONE = tl.constexpr(1 << 30)
@@ -87,6 +85,7 @@ def decode_gate_up(
     KP: tl.constexpr,
     KINDS: tl.constexpr,
     GATE_KINDS: tl.constexpr,
+    CUT: tl.constexpr,
     GATED: tl.constexpr,
     TIED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -101,9 +100,9 @@ def decode_gate_up(
 ):
     """Fill hidden [tokens · TOPK, INNER]: each expert's activated intermediate.
 
-    A token's row for an expert is that of its first pair with it. Grid: slots · ⌈INNER / HALF⌉.
+    A token's row for an expert is that of its first pair with it. Grid: slots · tiles of an expert.
     """
-    NT: tl.constexpr = (INNER + HALF - 1) // HALF
+    NT: tl.constexpr = tiles_of(INNER, CUT, HALF)
     pid = tl.program_id(0)
     if pid == 0:
         # Counters of the down projection's arrivals, which comes after all of this launch.
@@ -117,19 +116,19 @@ def decode_gate_up(
         ok = pair < _NONE
         one = tl.minimum(tokens, 1)
         x = x_ptr + tl.arange(0, BM).to(tl.int64) * HIDDEN
-        rows = (pid % NT) * HALF + tl.arange(0, HALF)
+        entry, n, there, rows = rows_of(expert, pid % NT, INNER, CUT, HALF)
         value = intermediate(
             gate,
             up,
-            expert,
-            tl.minimum(rows, INNER - 1),
+            entry,
+            n,
             x,
             ok,
             one,
             KINDS,
             GATE_KINDS,
             HIDDEN,
-            INNER,
+            INNER // CUT,
             BM,
             GATED,
             TIED,
@@ -142,7 +141,7 @@ def decode_gate_up(
         )
         at = hidden_ptr + pair.to(tl.int64)[None, :] * INNER + rows[:, None]
         value = value.to(hidden_ptr.dtype.element_ty)
-        tl.store(at, value, mask=ok[None, :] & (rows < INNER)[:, None])
+        tl.store(at, value, mask=ok[None, :] & there[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens", "slots"])
@@ -163,6 +162,7 @@ def decode_down(
     TOPK: tl.constexpr,
     KP: tl.constexpr,
     KINDS: tl.constexpr,
+    CUT: tl.constexpr,
     BIASED: tl.constexpr,
     BY_EXPERT: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -175,9 +175,9 @@ def decode_down(
     """Fill out [tokens, HIDDEN]: each token's weighted sum over its experts.
 
     Columns of the inputs are cut into SPLIT runs; part float32 [SPLIT, tokens · TOPK, HIDDEN] takes
-    what programs compute. Grid: slots · SPLIT · ⌈HIDDEN / BN⌉.
+    what programs compute. Grid: slots · SPLIT · tiles of an expert.
     """
-    NT: tl.constexpr = (HIDDEN + BN - 1) // BN
+    NT: tl.constexpr = tiles_of(HIDDEN, CUT, BN)
     BLOCKS: tl.constexpr = main_blocks(INNER)
     pid = tl.program_id(0)
     nt = pid % NT
@@ -186,16 +186,15 @@ def decode_down(
     expert, pair, busy = pick(
         ids, index_ptr, order_ptr, pid // NT // SPLIT, TOPK, KP, BM, EXPERTS, BY_EXPERT
     )
-    rows = nt * BN + tl.arange(0, BN)
-    there = (rows < HIDDEN)[:, None]
+    entry, n, inside, rows = rows_of(expert, nt, HIDDEN, CUT, BN)
+    there = inside[:, None]
     if busy:
         ok = pair < _NONE
         one = tl.minimum(tokens, 1)
-        n = tl.minimum(rows, HIDDEN - 1)
         x = hidden_ptr + tl.where(ok, pair, 0).to(tl.int64) * INNER
         y = one_expert(
             down,
-            expert,
+            entry,
             n,
             x,
             ok,
@@ -212,7 +211,7 @@ def decode_down(
             ASM,
         )
         if BIASED:
-            bias = tl.load(down[5] + expert.to(tl.int64) * HIDDEN + n).to(tl.float32)
+            bias = tl.load(down[5] + entry.to(tl.int64) * (HIDDEN // CUT) + n).to(tl.float32)
             y += tl.where(run == 0, bias, 0.0)[:, None]
         at = (run * tokens * TOPK + pair).to(tl.int64)[None, :] * HIDDEN + rows[:, None]
         tl.store(part_ptr + at, y, mask=ok[None, :] & there)

@@ -74,7 +74,7 @@ class Experts:
         description = {
             "activation": self.activation,
             "tables": {
-                name: [t.rows, t.cols, str(t.kept), *(k.code for k in t.kinds)]
+                name: [t.rows, t.cols, str(t.kept), t.blocks, *(k.code for k in t.kinds)]
                 for name, t in tables.items()
             },
             "biases": list(biases),
@@ -111,6 +111,10 @@ class Experts:
             if table is not None and (len(table), table.rows, table.cols) != expected:
                 found = (len(table), table.rows, table.cols)
                 raise InputError(f"{name} projections {found}: up's {shape} ask for {expected}")
+        if self.gate is not None and self.gate.blocks != self.up.blocks:
+            raise InputError(
+                f"gate in {self.gate.blocks} blocks of rows, up in {self.up.blocks}: cut them alike"
+            )
         sizes = {"gate_bias": shape[:2], "up_bias": shape[:2], "down_bias": wanted["down"][:2]}
         for name, size in sizes.items():
             bias = getattr(self, name)
@@ -127,6 +131,7 @@ class Stack:
         cols: inputs.
         kinds: that occur, most bits first.
         kept: dtype of experts in source precision, if there are any.
+        blocks: of rows, of each expert.
         columns: the tensors of an `ExpertsTable` by name.
     """
 
@@ -134,7 +139,16 @@ class Stack:
     cols: int
     kinds: tuple[Kind, ...]
     kept: torch.dtype | None
+    blocks: int
     columns: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(self.columns["order"])
+
+    @property
+    def long(self) -> int:
+        """Rows of a block."""
+        return self.rows // self.blocks
 
     def table(self) -> ExpertsTable:
         """Return the table again; reads the columns back to the host."""
@@ -146,12 +160,17 @@ class Stack:
                 group=group,
                 share=share,
                 symmetric=bool(symmetric),
-                kept=0 if word else self.rows * self.cols * bits // 8,
+                kept=0 if word else self.long * self.cols * bits // 8,
             )
             for bits, group, word, share, symmetric in rows
         )
         return ExpertsTable(
-            rows=self.rows, cols=self.cols, recipes=recipes, kept=self.kept, **self.columns
+            rows=self.rows,
+            cols=self.cols,
+            recipes=recipes,
+            kept=self.kept,
+            blocks=self.blocks,
+            **self.columns,
         )
 
 
@@ -188,9 +207,9 @@ def opened(tensors: list[Tensor], how: str) -> Opened:
     """Return what `Experts.tensors` and `Experts.how` stand for, without reading any tensor."""
     known = _parsed(how)
     stacks, at = {}, 0
-    for name, (rows, cols, kept, kinds) in known["tables"].items():
+    for name, about in known["tables"].items():
         columns = dict(zip(_COLUMNS, tensors[at : at + len(_COLUMNS)], strict=True))
-        stacks[name] = Stack(rows=rows, cols=cols, kinds=kinds, kept=kept, columns=columns)
+        stacks[name] = Stack(columns=columns, **about)
         at += len(_COLUMNS)
     biases = dict(zip(known["biases"], tensors[at:], strict=True))
     return Opened(
@@ -209,7 +228,13 @@ def opened(tensors: list[Tensor], how: str) -> Opened:
 def _parsed(how: str) -> dict[str, Any]:
     known: dict[str, Any] = json.loads(how)
     known["tables"] = {
-        name: (rows, cols, _DTYPES.get(kept), tuple(Kind.of(code) for code in codes))
-        for name, (rows, cols, kept, *codes) in known["tables"].items()
+        name: {
+            "rows": rows,
+            "cols": cols,
+            "kept": _DTYPES.get(kept),
+            "blocks": blocks,
+            "kinds": tuple(Kind.of(code) for code in codes),
+        }
+        for name, (rows, cols, kept, blocks, *codes) in known["tables"].items()
     }
     return known

@@ -2,7 +2,8 @@
 
 Experts of any widths, group sizes and metadata lie back to back in one buffer. What tells them
 apart stands in small tensors on the same device, so that a program looks up its expert's width and
-places, and nothing is decided on the host.
+places, and nothing is decided on the host. Where each expert is cut into blocks of rows, blocks
+have widths of their own: then they are what lies back to back and has entries, in order.
 """
 
 from __future__ import annotations
@@ -21,25 +22,26 @@ from bitknap.kernels.words import Recipe, unpack_words
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExpertsTable:
-    """The experts [E] of one projection, each [rows, cols].
+    """The experts [E] of one projection, each [rows, cols], B blocks of rows each.
 
     Attributes:
         rows: outputs of each expert.
         cols: inputs of each expert. A kernel must read inputs past the last column as 0: the
             codes there are 0, which need not stand for a weight of 0.
-        buffer: every expert's codes (`tiles`), words (`words`) and row scales fp16, int32 [n].
-        bits: of a code, or of a kept weight, int32 [E].
-        group: weights that share a word, int32 [E].
-        word: bits of a word: 8, 16, 32; 0 for an expert kept in source precision. int32 [E].
-        share: bits of the share in a word, 0 for an fp16 step, int32 [E].
-        symmetric: 1 where no zero is stored, int32 [E].
-        codes_at: where codes begin in `buffer`, in its elements, int64 [E].
-        words_at: where words begin, int64 [E].
-        rows_at: where row scales begin, int64 [E]; the end of the words if there are none.
-        kind: what a program branches on, `kinds.Kind.code`, int32 [E].
+        buffer: every block's codes (`tiles`), words (`words`) and row scales fp16, int32 [n].
+        bits: of a code, or of a kept weight, int32 [E · B].
+        group: weights that share a word, int32 [E · B].
+        word: bits of a word: 8, 16, 32; 0 where kept in source precision. int32 [E · B].
+        share: bits of the share in a word, 0 for an fp16 step, int32 [E · B].
+        symmetric: 1 where no zero is stored, int32 [E · B].
+        codes_at: where codes begin in `buffer`, in its elements, int64 [E · B].
+        words_at: where words begin, int64 [E · B].
+        rows_at: where row scales begin, int64 [E · B]; the end of the words if there are none.
+        kind: what a program branches on, `kinds.Kind.code`, int32 [E · B].
         order: experts, most bits first, int32 [E]: those tiles should start early.
-        recipes: the same once more, for the host [E].
-        kept: dtype of the experts in source precision, if there are any.
+        recipes: the same once more, for the host [E · B].
+        kept: dtype of what is in source precision, if there is any.
+        blocks: B, of equal length.
     """
 
     rows: int
@@ -57,6 +59,7 @@ class ExpertsTable:
     order: Tensor
     recipes: tuple[Recipe, ...]
     kept: torch.dtype | None = None
+    blocks: int = 1
 
     @classmethod
     def of(
@@ -66,24 +69,33 @@ class ExpertsTable:
         rows: int,
         cols: int,
         kept: torch.dtype | None = None,
+        blocks: int = 1,
     ) -> ExpertsTable:
         """Return the table of experts that lie back to back in `buffer`, without copying it.
 
         Args:
             buffer: uint8; only if it begins at an odd place of its storage is it copied.
-            recipes: how each expert is stored.
-            rows: outputs of each.
-            cols: inputs of each.
+            recipes: how each block of each expert is stored.
+            rows: outputs of each expert.
+            cols: inputs of each expert.
             kept: dtype of those in source precision.
+            blocks: of rows, of each expert.
 
         Raises:
-            InputError: the buffer does not have the bytes that the recipes need.
+            InputError: the buffer does not have the bytes that the recipes need, or blocks are not
+                of one length.
         """
-        sizes = torch.tensor([r.part_bytes(rows, cols) for r in recipes], dtype=torch.int64)
+        if rows % blocks or len(recipes) % blocks:
+            raise InputError(
+                f"experts {rows}x{cols}: {rows} rows do not make {blocks} blocks of one length; "
+                "dequantize these units instead"
+            )
+        long = rows // blocks
+        sizes = torch.tensor([r.part_bytes(long, cols) for r in recipes], dtype=torch.int64)
         needed = int(sizes.sum())
         if len(buffer) != needed:
             raise InputError(
-                f"experts {len(recipes)} x {rows}x{cols}: {len(buffer)} bytes, not {needed}; "
+                f"experts {len(recipes)} x {long}x{cols}: {len(buffer)} bytes, not {needed}; "
                 "pass a stack in the layout for kernels"
             )
         ends = sizes.view(-1).cumsum(0).view(-1, 3)
@@ -92,7 +104,11 @@ class ExpertsTable:
         codes_at, words_at, rows_at = (b.contiguous().to(device) for b in begins.unbind(1))
 
         kinds = [kind_of(r, cols, kept) for r in recipes]
-        heavy = sorted(range(len(kinds)), key=lambda expert: -kinds[expert].weight)
+        weight = [
+            sum(kind.weight for kind in kinds[first : first + blocks])
+            for first in range(0, len(kinds), blocks)
+        ]
+        heavy = sorted(range(len(weight)), key=lambda expert: -weight[expert])
 
         def column(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
@@ -113,13 +129,19 @@ class ExpertsTable:
             order=column(heavy),
             recipes=tuple(recipes),
             kept=kept,
+            blocks=blocks,
         )
 
     def __len__(self) -> int:
-        return len(self.recipes)
+        return len(self.recipes) // self.blocks
+
+    @property
+    def long(self) -> int:
+        """Rows of a block."""
+        return self.rows // self.blocks
 
     def kind_list(self) -> list[Kind]:
-        """Return the kind of every expert [E]."""
+        """Return the kind of every block of every expert [E · B]."""
         return [kind_of(recipe, self.cols, self.kept) for recipe in self.recipes]
 
     @property
@@ -127,10 +149,10 @@ class ExpertsTable:
         """The kinds that occur, each once, most bits first."""
         return tuple(sorted(set(self.kind_list()), key=lambda kind: (-kind.weight, kind)))
 
-    def parts(self, expert: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return one expert's codes, words and row scales as bytes, uint8 views of the buffer."""
-        first = 4 * int(self.codes_at[expert])
-        sizes = self.recipes[expert].part_bytes(self.rows, self.cols)
+    def parts(self, entry: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return one block's codes, words and row scales as bytes, uint8 views of the buffer."""
+        first = 4 * int(self.codes_at[entry])
+        sizes = self.recipes[entry].part_bytes(self.long, self.cols)
         whole = self.buffer.view(torch.uint8)[first : first + sum(sizes)]
         codes, words, scales = whole.split(list(sizes))
         return codes, words, scales
@@ -146,10 +168,17 @@ def dequantize_tiles(table: ExpertsTable) -> Tensor:
 
 def expert_weights(table: ExpertsTable, expert: int) -> Tensor:
     """Return one expert's weights as `dequantize_tiles` does, float32 [rows, cols]."""
-    recipe, rows, cols = table.recipes[expert], table.rows, table.cols
-    codes, words, scales = table.parts(expert)
+    entries = range(expert * table.blocks, (expert + 1) * table.blocks)
+    return torch.cat([_block_weights(table, entry) for entry in entries])
+
+
+def _block_weights(table: ExpertsTable, entry: int) -> Tensor:
+    """Return one block's weights, float32 [long, cols]."""
+    recipe, rows, cols = table.recipes[entry], table.long, table.cols
+    codes, words, scales = table.parts(entry)
     if recipe.kept:
         if table.kept is None:
+            expert = entry // table.blocks
             raise InputError(f"expert {expert} is kept in source precision; pass its dtype as kept")
         weights: Tensor = codes[: recipe.kept].view(table.kept).view(rows, cols).float()
         return weights

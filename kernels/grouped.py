@@ -18,9 +18,10 @@ from bitknap.kernels.constants import (
     kept_of,
     main_blocks,
     tail_begin,
+    tiles_of,
     words_in,
 )
-from bitknap.kernels.products import intermediate, one_expert
+from bitknap.kernels.products import intermediate, one_expert, rows_of
 from bitknap.kernels.unpack import (
     known_id,
     load_codes,
@@ -113,6 +114,7 @@ def grouped_gate_up(
     EP: tl.constexpr,
     KINDS: tl.constexpr,
     GATE_KINDS: tl.constexpr,
+    CUT: tl.constexpr,
     GATED: tl.constexpr,
     TIED: tl.constexpr,
     BIASED: tl.constexpr,
@@ -124,27 +126,27 @@ def grouped_gate_up(
     CT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Fill hidden [tokens · TOPK, INNER] by pair. Grid: most tiles · ⌈INNER / HALF⌉."""
-    NT: tl.constexpr = (INNER + HALF - 1) // HALF
+    """Fill hidden [tokens · TOPK, INNER] by pair. Grid: most tiles · tiles of an expert's rows."""
+    NT: tl.constexpr = tiles_of(INNER, CUT, HALF)
     pid = tl.program_id(0)
     expert, pair, ok, busy = find_tile(
         counts_ptr, starts_ptr, sorted_ptr, order_ptr, pid // NT, EXPERTS, EP, BM
     )
     if busy:
         one = tl.minimum(tokens, 1)
-        rows = (pid % NT) * HALF + tl.arange(0, HALF)
+        entry, n, there, rows = rows_of(expert, pid % NT, INNER, CUT, HALF)
         value = intermediate(
             gate,
             up,
-            expert,
-            tl.minimum(rows, INNER - 1),
+            entry,
+            n,
             x_ptr + (pair // TOPK).to(tl.int64) * HIDDEN,
             ok,
             one,
             KINDS,
             GATE_KINDS,
             HIDDEN,
-            INNER,
+            INNER // CUT,
             BM,
             GATED,
             TIED,
@@ -157,7 +159,7 @@ def grouped_gate_up(
         )
         at = hidden_ptr + pair.to(tl.int64)[None, :] * INNER + rows[:, None]
         value = value.to(hidden_ptr.dtype.element_ty)
-        tl.store(at, value, mask=ok[None, :] & (rows < INNER)[:, None])
+        tl.store(at, value, mask=ok[None, :] & there[:, None])
 
 
 @triton.jit(do_not_specialize=["tokens"])
@@ -176,6 +178,7 @@ def grouped_down(
     EXPERTS: tl.constexpr,
     EP: tl.constexpr,
     KINDS: tl.constexpr,
+    CUT: tl.constexpr,
     BIASED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -186,20 +189,19 @@ def grouped_down(
 ):
     """Fill part [tokens · TOPK, HIDDEN] with weighted outputs by pair.
 
-    Grid: most tiles · ⌈HIDDEN / BN⌉.
+    Grid: most tiles · tiles of an expert's rows.
     """
-    NT: tl.constexpr = (HIDDEN + BN - 1) // BN
+    NT: tl.constexpr = tiles_of(HIDDEN, CUT, BN)
     pid = tl.program_id(0)
     expert, pair, ok, busy = find_tile(
         counts_ptr, starts_ptr, sorted_ptr, order_ptr, pid // NT, EXPERTS, EP, BM
     )
     if busy:
         one = tl.minimum(tokens, 1)
-        rows = (pid % NT) * BN + tl.arange(0, BN)
-        n = tl.minimum(rows, HIDDEN - 1)
+        entry, n, there, rows = rows_of(expert, pid % NT, HIDDEN, CUT, BN)
         y = one_expert(
             down,
-            expert,
+            entry,
             n,
             hidden_ptr + pair.to(tl.int64) * INNER,
             ok,
@@ -216,11 +218,12 @@ def grouped_down(
             ASM,
         )
         if BIASED:
-            y += tl.load(down[5] + expert.to(tl.int64) * HIDDEN + n).to(tl.float32)[:, None]
+            bias = tl.load(down[5] + entry.to(tl.int64) * (HIDDEN // CUT) + n)
+            y += bias.to(tl.float32)[:, None]
         y *= tl.load(weights_ptr + pair, mask=ok, other=0.0).to(tl.float32)[None, :]
         at = part_ptr + pair.to(tl.int64)[None, :] * HIDDEN + rows[:, None]
         y = y.to(part_ptr.dtype.element_ty)
-        tl.store(at, y, mask=ok[None, :] & (rows < HIDDEN)[:, None])
+        tl.store(at, y, mask=ok[None, :] & there[:, None])
 
 
 @triton.jit
@@ -340,7 +343,7 @@ def dequantize(
     CT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Fill out [experts, ROWS, COLS] with weights. Grid: experts, ⌈ROWS / BN⌉."""
+    """Fill out [entries, ROWS, COLS] with weights. Grid: entries, ⌈ROWS / BN⌉."""
     expert = tl.program_id(0)
     # Rows past the last are the last once more: they store the same values.
     n = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), ROWS - 1)

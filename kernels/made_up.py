@@ -24,14 +24,15 @@ def made_up_experts(
     gated: bool = True,
     biased: bool = False,
     kept: torch.dtype = torch.bfloat16,
+    blocks: int = 1,
     device: str = "cpu",
     seed: int = 0,
 ) -> Experts:
     """Return experts with random weights of about 1 / √inputs, the same for the same seed.
 
     Args:
-        recipes: of up projections, and of the others unless they are given. Groups longer than a
-            row, and the bytes of kept matrices, are set right for each projection.
+        recipes: of up projections, and of the others unless they are given; one a block of rows.
+            Groups longer than a row, and the bytes of kept matrices, are set right for each.
         hidden: H.
         intermediate: I.
         gate: recipes of gate projections.
@@ -40,18 +41,19 @@ def made_up_experts(
         gated: whether there is a gate.
         biased: whether all projections have biases.
         kept: dtype of the experts in source precision, and of biases.
+        blocks: of rows, of every matrix.
         device: where they lie in the end.
         seed: of all random numbers.
     """
     random = torch.Generator().manual_seed(seed)
 
     def table(which: Sequence[Recipe], rows: int, cols: int) -> ExpertsTable:
-        return made_up_table(which, rows, cols, random, kept, device)
+        return made_up_table(which, rows, cols, random, kept, device, blocks)
 
     def bias(rows: int) -> Tensor | None:
         if not biased:
             return None
-        return torch.randn(len(recipes), rows, generator=random).to(device, kept)
+        return torch.randn(len(recipes) // blocks, rows, generator=random).to(device, kept)
 
     return Experts(
         gate=table(gate or recipes, intermediate, hidden) if gated else None,
@@ -71,16 +73,18 @@ def made_up_table(
     random: torch.Generator,
     kept: torch.dtype = torch.bfloat16,
     device: str = "cpu",
+    blocks: int = 1,
 ) -> ExpertsTable:
-    """Return the table of random experts [rows, cols]."""
-    fitting = [_fitting(recipe, rows, cols, kept) for recipe in recipes]
+    """Return the table of random experts [rows, cols] in blocks of rows."""
+    long = rows // blocks
+    fitting = [_fitting(recipe, long, cols, kept) for recipe in recipes]
     streams = [
-        _kept(recipe, rows, cols, random, kept)
+        _kept(recipe, long, cols, random, kept)
         if recipe.kept
-        else _coded(recipe, rows, cols, random)
+        else _coded(recipe, long, cols, random)
         for recipe in fitting
     ]
-    return ExpertsTable.of(torch.cat(streams).to(device), fitting, rows, cols, kept)
+    return ExpertsTable.of(torch.cat(streams).to(device), fitting, rows, cols, kept, blocks)
 
 
 def _fitting(recipe: Recipe, rows: int, cols: int, kept: torch.dtype) -> Recipe:

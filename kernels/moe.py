@@ -61,7 +61,7 @@ def _moe(
     experts = opened(tensors, how)
     if x.is_cuda:
         return _by_triton(x, index, weights, experts, launch)
-    count = len(experts.up.columns["bits"])
+    count = len(experts.up)
     if index.numel() and not bool(((index >= 0) & (index <= count)).all()):
         raise InputError(
             f"expert ids {int(index.min())} to {int(index.max())}: must be 0 to {count - 1}, or "
@@ -87,7 +87,7 @@ def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launc
     case = Case(
         tokens=len(x),
         topk=index.shape[1],
-        experts=len(experts.up.columns["bits"]),
+        experts=len(experts.up),
         hidden=experts.up.cols,
         intermediate=experts.up.rows,
     )

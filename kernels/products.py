@@ -39,6 +39,24 @@ def activated(gate, up, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def rows_of(expert, tile, ROWS: tl.constexpr, CUT: tl.constexpr, TALL: tl.constexpr):
+    """Return where one of an expert's tiles of TALL rows lies; no tile is of two blocks of rows.
+
+    Returns:
+        Its entry in tables, rows within the block [TALL], which of them there are, and the rows of
+        the whole matrix.
+    """
+    LONG: tl.constexpr = ROWS // CUT
+    TILES: tl.constexpr = (LONG + TALL - 1) // TALL
+    block = 0
+    if CUT > 1:
+        block = tile // TILES
+        tile = tile % TILES
+    inside = tile * TALL + tl.arange(0, TALL)
+    return expert * CUT + block, tl.minimum(inside, LONG - 1), inside < LONG, block * LONG + inside
+
+
+@triton.jit
 def one_expert(
     table,
     expert,
@@ -166,15 +184,15 @@ def intermediate(
     Args:
         gate: table of gate projections: buffer, codes_at, words_at, rows_at, kind, bias.
         up: table of up projections.
-        expert: which.
-        n: rows, [rows].
+        expert: which entry of the tables.
+        n: rows of it, [rows].
         x: pointers to rows of activations, [tokens].
         ok: which of them there are, [tokens].
         one: 1, in a way that the compiler does not know.
         KINDS: of up projections.
         GATE_KINDS: of gate projections.
         COLS: inputs.
-        ROWS: outputs.
+        ROWS: outputs of an entry.
         BM: tokens.
         GATED: whether there is a gate.
         TIED: whether gate and up of every expert are of one kind.

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from bitknap.kernels.constants import tiles_of
 from bitknap.kernels.decode import decode_down, decode_gate_up
 from bitknap.kernels.dense import dense_moe
 from bitknap.kernels.experts import Opened, Stack
@@ -76,7 +77,7 @@ class _Layer:
         self.experts, self.launch = experts, launch
         self.tokens, self.topk = index.shape
         self.pairs = index.numel()
-        self.count = experts.up.columns["bits"].shape[0]
+        self.count = len(experts.up)
         self.inner, self.hidden = experts.up.rows, experts.up.cols
         self.shapes: dict[str, Any] = {
             "HIDDEN": self.hidden,
@@ -89,12 +90,14 @@ class _Layer:
             "KINDS": _codes(experts.up),
             "GATE_KINDS": _codes(gate or experts.up),
             "GATED": gate is not None,
+            "CUT": experts.up.blocks,
             "TIED": experts.tied,
             "BIASED": experts.up_bias is not None or experts.gate_bias is not None,
             "ACTIVATION": experts.activation,
         }
         self.down: dict[str, Any] = {
             "KINDS": _codes(experts.down),
+            "CUT": experts.down.blocks,
             "BIASED": experts.down_bias is not None,
         }
 
@@ -142,12 +145,12 @@ def _decode(layer: _Layer, out: Tensor) -> Tensor:
     }
     gate_up, down = launch.gate_up, launch.down
     hidden = layer.empty(layer.pairs, layer.inner, dtype=layer.x.dtype)
-    column_tiles = triton.cdiv(layer.hidden, down.rows)
+    column_tiles = tiles_of(layer.hidden, experts.down.blocks, down.rows)
     counters = triton.next_power_of_2(column_tiles)
     arrived = layer.empty(counters, dtype=torch.int32)
     layer.start(
         decode_gate_up,
-        (slots * triton.cdiv(layer.inner, gate_up.rows),),
+        (slots * tiles_of(layer.inner, experts.up.blocks, gate_up.rows),),
         (
             layer.x,
             layer.index,
@@ -197,7 +200,7 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
     hidden = layer.empty(layer.pairs, layer.inner, dtype=layer.x.dtype)
     layer.start(
         grouped_gate_up,
-        (tiles * triton.cdiv(layer.inner, gate_up.rows),),
+        (tiles * tiles_of(layer.inner, experts.up.blocks, gate_up.rows),),
         (
             layer.x,
             counts,
@@ -214,7 +217,7 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
     part = layer.empty(layer.pairs, layer.hidden, dtype=layer.x.dtype)
     layer.start(
         grouped_down,
-        (tiles * triton.cdiv(layer.hidden, down.rows),),
+        (tiles * tiles_of(layer.hidden, experts.down.blocks, down.rows),),
         (
             hidden,
             layer.weights,
@@ -234,15 +237,14 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
 
 def _dense(layer: _Layer, out: Tensor) -> Tensor:
     def weights(stack: Stack) -> Tensor:
-        count = len(stack.columns["bits"])
-        w = layer.empty(count, stack.rows, stack.cols, dtype=layer.x.dtype)
+        w = layer.empty(len(stack), stack.rows, stack.cols, dtype=layer.x.dtype)
         layer.start(
             dequantize,
-            (count, triton.cdiv(stack.rows, _DEQUANTIZED)),
+            (len(stack) * stack.blocks, triton.cdiv(stack.long, _DEQUANTIZED)),
             (w, _table(stack, None)),
             {
                 **layer.how,
-                "ROWS": stack.rows,
+                "ROWS": stack.long,
                 "COLS": stack.cols,
                 "KINDS": _codes(stack),
                 "BN": _DEQUANTIZED,

@@ -47,11 +47,13 @@ def kernel_experts(module: nn.Module, packed: Mapping[str, PackedWeight]) -> Exp
     stacks = _projections(packed)
     gated = "gate" in stacks
     activation = activation_of(module, gated, device)
+    experts = next(iter(packed.values())).shape[0]
     for pieces in stacks.values():
-        _check(pieces)
+        _check(pieces, experts)
     for weight in packed.values():
         weight.lay("tiles")
-    tables = {name: _table(pieces, packed) for name, pieces in _projections(packed).items()}
+    laid = _projections(packed)
+    tables = {name: _table(pieces, experts, packed) for name, pieces in laid.items()}
     gate_bias, up_bias = _split_bias(module, gated)
     return Experts(
         gate=tables.get("gate"),
@@ -93,24 +95,22 @@ def activation_of(module: nn.Module, gated: bool, device: torch.device) -> Activ
 
 
 def _projections(packed: Mapping[str, PackedWeight]) -> dict[str, list[Piece]]:
-    """Return the units of each projection, expert after expert."""
+    """Return the units of each projection, expert after expert, and block of rows after block."""
     found: defaultdict[str, list[Piece]] = defaultdict(list)
-    for name, weight in packed.items():
+    for weight in packed.values():
         for expert in range(weight.shape[0]):
-            pieces = weight.parts[expert]
-            # Streams are named after projections: bitknap_routed_gate.
-            of = [piece.buffer.rpartition("_")[2] for piece in pieces]
-            if len(set(of)) < len(of):
-                raise InputError(f"{name}: blocks of rows at widths of their own; kernels take one")
-            for projection, piece in zip(of, pieces, strict=True):
-                found[projection].append(piece)
+            for piece in sorted(weight.parts[expert], key=lambda piece: piece.start):
+                # Streams are named after projections: bitknap_routed_gate.
+                found[piece.buffer.rpartition("_")[2]].append(piece)
     if not {"up", "down"} <= set(found) <= {"gate", "up", "down"}:
         raise InputError(f"projections {', '.join(sorted(found))}: kernels take gate, up and down")
     return dict(found)
 
 
-def _check(pieces: Sequence[Piece]) -> None:
+def _check(pieces: Sequence[Piece], experts: int) -> None:
     """Raise unless kernels can run a projection's formats, before anything is laid elsewhere."""
+    if len(pieces) % experts or len({piece.rows for piece in pieces}) > 1:
+        raise InputError(f"{pieces[0].buffer}: blocks of rows of several lengths; kernels take one")
     kept = {piece.format.source for piece in pieces if piece.format.kind == "keep"}
     if low := sorted(kept - KEPT.keys()):
         raise InputError(f"experts kept in {', '.join(low)}: kernels read {', '.join(KEPT)}")
@@ -121,7 +121,9 @@ def _check(pieces: Sequence[Piece]) -> None:
     check_runnable(tuple(kind_of(recipe(f, rows, cols), cols, dtype) for f, rows, cols in shapes))
 
 
-def _table(pieces: Sequence[Piece], packed: Mapping[str, PackedWeight]) -> ExpertsTable:
+def _table(
+    pieces: Sequence[Piece], experts: int, packed: Mapping[str, PackedWeight]
+) -> ExpertsTable:
     """Return what one launch reads of a projection's stream."""
     first = pieces[0]
     holder = next(w.holders[first.buffer] for w in packed.values() if first.buffer in w.holders)
@@ -131,7 +133,9 @@ def _table(pieces: Sequence[Piece], packed: Mapping[str, PackedWeight]) -> Exper
         if piece.start != at or (piece.rows, piece.cols) != (first.rows, first.cols):
             raise InputError(f"{first.buffer}: experts do not lie back to back in order")
         at = piece.stop
-    return experts_table(stream, [piece.format for piece in pieces], first.rows, first.cols)
+    blocks = len(pieces) // experts
+    formats = [piece.format for piece in pieces]
+    return experts_table(stream, formats, blocks * first.rows, first.cols, blocks)
 
 
 def _split_bias(module: nn.Module, gated: bool) -> tuple[Tensor | None, Tensor | None]:

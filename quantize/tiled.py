@@ -128,18 +128,21 @@ def to_plain(stream: Tensor, format: Format, rows: int, cols: int) -> Tensor:
     return stream[: int(format.nbytes(rows, cols))].clone()
 
 
-def experts_table(stack: Tensor, formats: Sequence[Format], rows: int, cols: int) -> ExpertsTable:
+def experts_table(
+    stack: Tensor, formats: Sequence[Format], rows: int, cols: int, blocks: int = 1
+) -> ExpertsTable:
     """Return what one launch reads of a stack of units in tiles, back to back.
 
     Args:
         stack: uint8, such as one tensor of a checkpoint in tiles; not copied.
         formats: of each unit.
-        rows: of each unit.
+        rows: of each expert's matrix.
         cols: of each unit.
+        blocks: units of rows that make up a matrix.
 
     Raises:
-        InputError: the stack does not have the bytes that the formats need, or a unit keeps a
-            precision that kernels do not read.
+        InputError: the stack does not have the bytes that the formats need, a unit keeps a
+            precision that kernels do not read, or blocks are not of one length.
     """
     sources = {f.source for f in formats if f.kind == "keep"}
     if len(sources) > 1 or not sources <= _KEPT.keys():
@@ -148,7 +151,8 @@ def experts_table(stack: Tensor, formats: Sequence[Format], rows: int, cols: int
             "codes; dequantize these units instead"
         )
     kept = _KEPT[sources.pop()] if sources else None
-    return ExpertsTable.of(stack, [recipe(f, rows, cols) for f in formats], rows, cols, kept)
+    recipes = [recipe(f, rows // blocks, cols) for f in formats]
+    return ExpertsTable.of(stack, recipes, rows, cols, kept, blocks)
 
 
 def _check_size(

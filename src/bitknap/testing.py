@@ -247,6 +247,7 @@ def packed_checkpoint(
     include: Collection[str] = (),
     *,
     group_sizes: Collection[int | Literal["row"]] = (8, 32, "row"),
+    row_blocks: int = 1,
     **changes: Any,
 ) -> Path:
     """Write a tiny model and its packed checkpoint, units of all formats mixed; return the latter.
@@ -256,6 +257,7 @@ def packed_checkpoint(
         family: one of `FAMILIES`.
         include: roles beside routed experts.
         group_sizes: of the formats.
+        row_blocks: that every matrix is cut into.
         changes: config values to replace; "dtype" is the one weights are stored in.
     """
     import numpy as np
@@ -263,6 +265,7 @@ def packed_checkpoint(
 
     from bitknap.allocation import BitPlan, Format, formats
     from bitknap.api import quantize
+    from bitknap.quantize.blocks import block_units
     from bitknap.quantize.names import walk_headers
     from bitknap.quantize.source import Checkpoint
 
@@ -270,7 +273,9 @@ def packed_checkpoint(
     source, out = root / "source", root / "packed"
     tiny_model(family, **changes).to(dtype).save_pretrained(source)
     checkpoint = Checkpoint.open(source)
-    units = walk_headers(checkpoint.config, checkpoint.shapes, include).units
+    units, _ = block_units(
+        walk_headers(checkpoint.config, checkpoint.shapes, include).units, row_blocks
+    )
     grids = formats(range(1, 9), tuple(group_sizes), (False, True), ("fp16", "compact"))
     options = (*grids, Format.keep({torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]))
     choice = np.random.default_rng(0).permutation(np.arange(len(units)) % len(options))

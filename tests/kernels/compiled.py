@@ -11,10 +11,15 @@ from bitknap.benchmarks.aot import Layer, build, problems, variants
 from bitknap.kernels.words import Recipe
 
 
-def layer(*bits):
-    recipes = tuple(Recipe(bits=b, group=128) for b in bits)
+def layer(*bits, blocks=1):
     return Layer(
-        name=str(bits), hidden=2048, intermediate=1408, experts=64, topk=6, recipes=recipes
+        name=f"{bits} in {blocks}",
+        hidden=2048,
+        intermediate=1408,
+        experts=64,
+        topk=6,
+        recipes=tuple(Recipe(bits=b, group=128) for b in bits),
+        blocks=blocks,
     )
 
 
@@ -23,6 +28,7 @@ CASES = [
     (layer(2, 4), 1, "sm_90", "decode_gate_up"),
     (layer(3), 1, "sm_90", "decode_down"),
     (layer(4), 600, "sm_90", "grouped_down"),
+    (layer(2, 4, blocks=4), 1, "sm_90", "decode_gate_up"),
     (layer(4), 600, "sm_90", "sort_pairs"),
     (layer(4), 600, "sm_90", "combine"),
     (layer(4), 1, "sm_80", "decode_down"),

@@ -45,6 +45,9 @@ def grouped(tokens):
 
 DENSE = Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
 
+# Two of each matrix: three experts. Of 48 and 144 rows, 80 and 48, and so on: tiles have tails.
+BLOCKS = {"blocks": 2, "biased": True}
+
 # recipes, tokens, experts a token, hidden, intermediate, launch, compute, more of the experts
 CASES: dict[str, Any] = {
     "every width": (WIDTHS, 4, 2, 256, 64, decode(), HALF, {}),
@@ -66,6 +69,9 @@ CASES: dict[str, Any] = {
     "sums scaled": (GRIDS[:4], 20, 2, 288, 64, grouped(16), FLOAT, {"biased": True}),
     "weights scaled": (WIDTHS[1:4], 20, 2, 256, 64, grouped(64), HALF, {}),
     "dense": ([*GRIDS[:4], KEPT], 20, 2, 96, 64, DENSE, FLOAT, {"biased": True}),
+    "row blocks": ([*GRIDS[:5], KEPT], 4, 2, 288, 96, decode(rows=32), FLOAT, BLOCKS),
+    "row blocks, grouped": ([*GRIDS[:5], KEPT], 20, 2, 96, 160, grouped(16), FLOAT, BLOCKS),
+    "row blocks, dense": ([*GRIDS[:5], KEPT], 20, 2, 96, 64, DENSE, FLOAT, BLOCKS),
 }
 ALIKE = {HALF: 2e-3, FLOAT: 2e-6}
 
@@ -82,10 +88,11 @@ def error(name):
     """Return the relative error, over what is alike in this precision."""
     recipes, tokens, topk, hidden, inner, launch, compute, more = CASES[name]
     experts = made_up_experts(recipes, hidden, inner, **more)
-    x, index, weights = inputs(len(recipes), tokens, topk, hidden, compute)
+    count = len(experts)
+    x, index, weights = inputs(count, tokens, topk, hidden, compute)
     if name == "every grid":
-        index[0, 1], index[1, 0], index[1, 1] = index[0, 0], len(recipes), 1 << 40
-    expected = index.where(index <= len(recipes), len(recipes))
+        index[0, 1], index[1, 0], index[1, 1] = index[0, 0], count, 1 << 40
+    expected = index.where(index <= count, count)
     expected = reference.moe(x, expected, weights, experts).float()
     how = opened(list(experts.tensors), experts.how)
     found = run(x, index, weights, how, launch, compute, asm=False)

@@ -71,8 +71,8 @@ def agrees(recipes, tokens, topk, hidden, inner, dtype, launch=None, **more):
     on_gpu = made_up_experts(recipes, hidden, inner, device="cuda", **more)
     random = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, hidden, generator=random).to(dtype)
-    index = torch.rand(tokens, len(recipes), generator=random).argsort(1)[:, :topk]
-    index[0, 0] = len(recipes)  # an expert that is elsewhere
+    index = torch.rand(tokens, len(on_cpu), generator=random).argsort(1)[:, :topk]
+    index[0, 0] = len(on_cpu)  # an expert that is elsewhere
     weights = torch.rand(tokens, topk, generator=random)
     expected = reference.moe(x, index, weights, on_cpu).float()
     arguments = (x.cuda(), index.cuda(), weights.cuda(), on_gpu, launch)
@@ -98,6 +98,13 @@ def test_every_tile_agrees_with_the_twin(path, tokens):
     tile = Tile(rows=64, warps=warps, stages=2)
     launch = Launch(path=path, tokens=tokens, gate_up=tile, down=tile)
     agrees(GRIDS, 100, 3, 608, 352, torch.bfloat16, launch, biased=True)
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 40, 3000])
+def test_blocks_of_rows_agree_with_the_twin(tokens):
+    # Two blocks of 304 and of 176 rows: neither is whole tiles.
+    recipes = (*GRIDS, *GRIDS[::-1])
+    agrees(recipes, tokens, 2, 608, 352, torch.bfloat16, blocks=2, biased=True)
 
 
 def test_other_layers_agree_with_the_twin():

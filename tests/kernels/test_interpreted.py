@@ -31,6 +31,9 @@ def errors():
         "sums scaled",
         "weights scaled",
         "dense",
+        "row blocks",
+        "row blocks, grouped",
+        "row blocks, dense",
     ],
 )
 def test_kernels_do_what_their_twins_do(errors, name):

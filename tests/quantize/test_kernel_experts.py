@@ -4,28 +4,23 @@ import copy
 import logging
 from typing import Literal
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, CompileConfig
 
-import bitknap
-from bitknap.allocation import BitPlan, Format, formats
+from bitknap.allocation import Format
 from bitknap.errors import InputError
 from bitknap.kernels.reference import activate
 from bitknap.quantize import loading
-from bitknap.quantize.blocks import block_units
 from bitknap.quantize.cache import Cache
 from bitknap.quantize.convert import convert
 from bitknap.quantize.kernel_experts import activation_of, kernel_experts
 from bitknap.quantize.layers import PackedExperts, packed_modules, packed_weights
-from bitknap.quantize.names import walk_headers
 from bitknap.quantize.packed_weight import PackedWeight, Piece
-from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.views import View
-from bitknap.testing import packed_checkpoint, tiny_model
+from bitknap.testing import packed_checkpoint
 from bitknap.transformers_hook import install
 
 IDS = torch.arange(3, 19).view(2, 8) % 64
@@ -69,9 +64,11 @@ def close(one, other, tolerance=1e-5):
     torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_storage_of_experts(family, tmp_path):
-    folder = packed_checkpoint(tmp_path, family, group_sizes=GROUPS)
+@pytest.mark.parametrize(
+    ("family", "blocks"), [*((family, 1) for family in FAMILIES), ("mixtral", 2), ("gpt_oss", 4)]
+)
+def test_every_storage_of_experts(family, blocks, tmp_path):
+    folder = packed_checkpoint(tmp_path, family, group_sizes=GROUPS, row_blocks=blocks)
     found, expected = loading.load(folder, packed=True), loading.load(folder)
     experts = by_kernels(found)
     assert experts
@@ -179,17 +176,9 @@ def test_groups_that_kernels_do_not_have(tmp_path, caplog):
     assert "group size 8: kernels take multiples of 32" in refused(folder, caplog)
 
 
-def test_blocks_of_rows(tmp_path, caplog):
-    source, out = tmp_path / "source", tmp_path / "packed"
-    tiny_model("mixtral").save_pretrained(source)
-    checkpoint = Checkpoint.open(source)
-    units, _ = block_units(walk_headers(checkpoint.config, checkpoint.shapes).units, 3)
-    choice = np.random.default_rng(0).integers(0, 2, len(units))
-    grids = formats((2, 4), "row", True)
-    bitknap.quantize(
-        source, BitPlan.from_choice(units, grids, choice, model=checkpoint.fingerprint), out
-    )
-    assert "blocks of rows" in refused(out, caplog)
+def test_blocks_of_several_lengths(tmp_path, caplog):
+    folder = packed_checkpoint(tmp_path, group_sizes=GROUPS, row_blocks=3)
+    assert "blocks of rows of several lengths; kernels take one" in refused(folder, caplog)
 
 
 @pytest.mark.parametrize("sources", [("fp8-block",), ("mxfp4",), ("bf16", "fp16")])
