@@ -200,17 +200,25 @@ def routed(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return x.to(device), index.indices.to(device), weights.to(device, dtype)
 
 
-def bytes_of(experts: Experts, case: Case, index: Tensor) -> int:
-    """Return the bytes that one call must read and write, each once."""
-    hit = index.unique().tolist()
+def bytes_of(experts: Experts, case: Case, index: Tensor, *, down: bool = True) -> int:
+    """Return the bytes that one call must read and write, each once.
+
+    Args:
+        experts: of the layer.
+        case: what is called.
+        index: experts of each token.
+        down: of the whole layer; else up to the activated intermediate.
+    """
+    hit, layer = index.unique().tolist(), case.layer
     total = 0
-    for table in (experts.gate, experts.up, experts.down):
+    for table in (experts.gate, experts.up, experts.down if down else None):
         if table is not None:
             total += sum(sum(table.recipes[e].part_bytes(table.rows, table.cols)) for e in hit)
-    return total + 2 * case.batch * case.layer.hidden * DTYPES[case.dtype].itemsize
+    written = layer.hidden if down else layer.top_k * layer.intermediate
+    return total + case.batch * (layer.hidden + written) * DTYPES[case.dtype].itemsize
 
 
-def flops_of(case: Case) -> int:
-    """Return the multiplications and additions of one call."""
+def flops_of(case: Case, *, down: bool = True) -> int:
+    """Return the multiplications and additions of one call, or without `down` of gate and up."""
     layer = case.layer
-    return 6 * case.batch * layer.top_k * layer.hidden * layer.intermediate
+    return (6 if down else 4) * case.batch * layer.top_k * layer.hidden * layer.intermediate

@@ -75,9 +75,13 @@ def _rows(
     case: Case, sets: Sequence[Experts], peers: _Peers, setting: Setting
 ) -> Iterator[dict[str, Any]]:
     routes = [routed(case, setting.device, seed) for seed in range(_SETS)]
-    size = sum(bytes_of(sets[0], case, index) for _, index, _ in routes) / len(routes)
-    flops = flops_of(case)
-    ideal = max(size / memory_roof(setting.ceilings), flops / setting.ceilings["matmul"])
+
+    def roof(*, down: bool) -> dict[str, Any]:
+        sizes = [bytes_of(sets[0], case, index, down=down) for _, index, _ in routes]
+        size, flops = sum(sizes) / len(sizes), flops_of(case, down=down)
+        ideal = max(size / memory_roof(setting.ceilings), flops / setting.ceilings["matmul"])
+        return {"bytes": size, "flops": flops, "ideal": ideal}
+
     facts = {
         "model": case.layer.name,
         "mix": case.mix,
@@ -85,18 +89,16 @@ def _rows(
         "batch": case.batch,
         "routing": case.routing,
         "dtype": case.dtype,
-        "bytes": size,
-        "flops": flops,
-        "ideal": ideal,
     }
     for way, make in {**_ours(case, sets, setting.device), **peers.ways(case)}.items():
+        about = {**facts, **roof(down=way != GATE_UP), "way": way}
         try:
             calls = [make(i, route) for i, route in enumerate(routes)]
             found = seconds_of(calls, setting.device, setting.runs, graph=way != EAGER)
         except (torch.cuda.OutOfMemoryError, BitknapError) as error:
-            yield {**facts, "way": way, "note": str(error).splitlines()[0]}
+            yield {**about, "note": str(error).splitlines()[0]}
             continue
-        yield {**facts, "way": way, **found, "share": ideal / found["seconds"]}
+        yield {**about, **found, "share": about["ideal"] / found["seconds"]}
 
 
 def _sets(case: Case, device: str) -> list[Experts]:
@@ -113,7 +115,7 @@ Make = Callable[[int, Routing], Call]
 
 def _ours(case: Case, sets: Sequence[Experts], device: str) -> dict[str, Make]:
     ways: dict[str, Make] = {OURS: lambda i, route: partial(moe, *route, sets[i % len(sets)])}
-    if device == "cuda":
+    if device == "cuda" and choose(_shape(case), device_of(0)).path != "dense":
         # The rest of the layer is down and what joins experts' outputs.
         ways[GATE_UP] = lambda i, route: _by_triton(case, route, sets[i % len(sets)], gate_up=True)
     elif _interpreting() and len(set(MIXES[case.mix])) > 2:  # every width in one launch; slow
@@ -125,14 +127,7 @@ def _by_triton(case: Case, route: Routing, experts: Experts, *, gate_up: bool = 
     """Return a call of the Triton kernels themselves, of all or of those up to gate and up."""
     from bitknap.kernels.running import run
 
-    layer = case.layer
-    shape = Shape(
-        tokens=case.batch,
-        topk=layer.top_k,
-        experts=layer.experts,
-        hidden=layer.hidden,
-        intermediate=layer.intermediate,
-    )
+    shape = _shape(case)
     how = opened(list(experts.tensors), experts.how)
     if _interpreting():
         launch = heuristic(shape, Device("none", _PROCESSORS))
@@ -145,6 +140,17 @@ def _by_triton(case: Case, route: Routing, experts: Experts, *, gate_up: bool = 
             kernel[grid](*given, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
     return lambda: run(*route, how, launch, asm=not device.amd, start=start)
+
+
+def _shape(case: Case) -> Shape:
+    layer = case.layer
+    return Shape(
+        tokens=case.batch,
+        topk=layer.top_k,
+        experts=layer.experts,
+        hidden=layer.hidden,
+        intermediate=layer.intermediate,
+    )
 
 
 def _interpreting() -> bool:
