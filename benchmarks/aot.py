@@ -28,9 +28,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from bitknap.kernels.experts import Experts, opened
-from bitknap.kernels.experts_table import ExpertsTable
 from bitknap.kernels.kinds import Kind
 from bitknap.kernels.launch import Case, Device, Launch, Tile, heuristic
+from bitknap.kernels.made_up import hollow_experts
 from bitknap.kernels.running import run
 from bitknap.kernels.words import Recipe
 
@@ -77,36 +77,18 @@ class Layer:
     def meta(self) -> Experts:
         """Return the experts without any memory."""
 
-        def table(recipes: Sequence[Recipe], rows: int, cols: int) -> ExpertsTable:
-            long = rows // self.blocks
-            own = [
-                Recipe(
-                    bits=r.bits,
-                    group=min(r.group, cols),
-                    share=r.share,
-                    symmetric=r.symmetric,
-                    kept=2 * long * cols if r.kept else 0,
-                )
-                for r in (recipes[i % len(recipes)] for i in range(self.experts * self.blocks))
-            ]
-            size = sum(sum(r.part_bytes(long, cols)) for r in own)
-            buffer = torch.empty(size, dtype=torch.uint8, device="meta")
-            return ExpertsTable.of(buffer, own, rows, cols, torch.bfloat16, self.blocks)
+        def entries(recipes: Sequence[Recipe]) -> list[Recipe]:
+            return [recipes[i % len(recipes)] for i in range(self.experts * self.blocks)]
 
-        def bias(rows: int) -> Tensor | None:
-            if not self.biased:
-                return None
-            return torch.empty(self.experts, rows, dtype=torch.bfloat16, device="meta")
-
-        inner, hidden = self.intermediate, self.hidden
-        return Experts(
-            gate=table(self.gate or self.recipes, inner, hidden) if self.gated else None,
-            up=table(self.recipes, inner, hidden),
-            down=table(self.recipes, hidden, inner),
+        return hollow_experts(
+            entries(self.recipes),
+            self.hidden,
+            self.intermediate,
+            gate=None if self.gate is None else entries(self.gate),
             activation=self.activation,
-            gate_bias=bias(inner) if self.gated else None,
-            up_bias=bias(inner),
-            down_bias=bias(hidden),
+            gated=self.gated,
+            biased=self.biased,
+            blocks=self.blocks,
         )
 
 

@@ -29,12 +29,15 @@ class Tile:
         split: runs that its columns are cut into, for few tokens' down projection.
         warps: of a program.
         stages: of its software pipeline.
+        columns: most that are multiplied at once: 32, 64 or 128, which all of a block's groups
+            divide. Fewer leave more room for products and unpacking to overlap.
     """
 
     rows: int = 64
     split: int = 1
     warps: int = 4
     stages: int = 3
+    columns: int = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,6 +66,43 @@ def made_up_experts(
     )
 
 
+def hollow_experts(
+    recipes: Sequence[Recipe],
+    hidden: int,
+    intermediate: int,
+    *,
+    gate: Sequence[Recipe] | None = None,
+    activation: Activation = "silu",
+    gated: bool = True,
+    biased: bool = False,
+    kept: torch.dtype = torch.bfloat16,
+    blocks: int = 1,
+    device: str = "meta",
+) -> Experts:
+    """Return experts that are zero everywhere, for compiling; arguments as `made_up_experts`'s."""
+
+    def table(which: Sequence[Recipe], rows: int, cols: int) -> ExpertsTable:
+        fitting = [_fitting(recipe, rows // blocks, cols, kept) for recipe in which]
+        size = sum(sum(recipe.part_bytes(rows // blocks, cols)) for recipe in fitting)
+        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        return ExpertsTable.of(buffer, fitting, rows, cols, kept, blocks)
+
+    def bias(rows: int) -> Tensor | None:
+        return (
+            torch.zeros(len(recipes) // blocks, rows, dtype=kept, device=device) if biased else None
+        )
+
+    return Experts(
+        gate=table(gate or recipes, intermediate, hidden) if gated else None,
+        up=table(recipes, intermediate, hidden),
+        down=table(recipes, hidden, intermediate),
+        activation=activation,
+        gate_bias=bias(intermediate) if gated else None,
+        up_bias=bias(intermediate),
+        down_bias=bias(hidden),
+    )
+
+
 def made_up_table(
     recipes: Sequence[Recipe],
     rows: int,

@@ -24,8 +24,7 @@ _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32:
 Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], Mapping[str, Any], Tile], None]
 """Starts a kernel: the kernel, its grid, its arguments, its constants, and warps and stages."""
 
-_DEQUANTIZED = 64  # rows of a program that dequantizes
-_WIDEST = 128  # columns of one product: the most that all of a 256-column block's groups divide
+_DEQUANTIZING = Tile(rows=64, stages=2)
 
 
 def run(
@@ -84,7 +83,7 @@ class _Layer:
             "INNER": self.inner,
             "EXPERTS": self.count,
         }
-        self.how: dict[str, Any] = {"WIDEST": _WIDEST, "CT": _TYPES[compute], "ASM": asm}
+        self.how: dict[str, Any] = {"CT": _TYPES[compute], "ASM": asm}
         gate = experts.gate
         self.gate_up: dict[str, Any] = {
             "KINDS": _codes(experts.up),
@@ -125,6 +124,11 @@ def _codes(stack: Stack) -> tuple[int, ...]:
     return tuple(kind.code for kind in stack.kinds)
 
 
+def _cut(tile: Tile, rows: str) -> dict[str, int]:
+    """Return how a projection is cut, with the name that a kernel has for a tile's rows."""
+    return {rows: tile.rows, "WIDEST": tile.columns}
+
+
 def _table(stack: Stack, bias: Tensor | None) -> tuple[Tensor, ...]:
     c = stack.columns
     # A launch without biases does not look at the last one.
@@ -160,7 +164,7 @@ def _decode(layer: _Layer, out: Tensor) -> Tensor:
             experts.up.columns["order"],
             layer.tokens,
         ),
-        {**common, **layer.gate_up, "COUNTERS": counters, "HALF": gate_up.rows},
+        {**common, **layer.gate_up, "COUNTERS": counters, **_cut(gate_up, "HALF")},
         gate_up,
     )
     part = layer.empty(down.split, layer.pairs, layer.hidden, dtype=torch.float32)
@@ -179,7 +183,7 @@ def _decode(layer: _Layer, out: Tensor) -> Tensor:
             layer.tokens,
             slots,
         ),
-        {**common, **layer.down, "SPLIT": down.split, "BN": down.rows},
+        {**common, **layer.down, "SPLIT": down.split, **_cut(down, "BN")},
         down,
     )
     return out
@@ -211,7 +215,7 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
             experts.up.columns["order"],
             layer.tokens,
         ),
-        {**common, **layer.gate_up, "TOPK": layer.topk, "HALF": gate_up.rows},
+        {**common, **layer.gate_up, "TOPK": layer.topk, **_cut(gate_up, "HALF")},
         gate_up,
     )
     part = layer.empty(layer.pairs, layer.hidden, dtype=layer.x.dtype)
@@ -229,7 +233,7 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
             experts.down.columns["order"],
             layer.tokens,
         ),
-        {**common, **layer.down, "BN": down.rows},
+        {**common, **layer.down, **_cut(down, "BN")},
         down,
     )
     return _combined(layer, part, out)
@@ -240,16 +244,16 @@ def _dense(layer: _Layer, out: Tensor) -> Tensor:
         w = layer.empty(len(stack), stack.rows, stack.cols, dtype=layer.x.dtype)
         layer.start(
             dequantize,
-            (len(stack) * stack.blocks, triton.cdiv(stack.long, _DEQUANTIZED)),
+            (len(stack) * stack.blocks, triton.cdiv(stack.long, _DEQUANTIZING.rows)),
             (w, _table(stack, None)),
             {
                 **layer.how,
                 "ROWS": stack.long,
                 "COLS": stack.cols,
                 "KINDS": _codes(stack),
-                "BN": _DEQUANTIZED,
+                **_cut(_DEQUANTIZING, "BN"),
             },
-            Tile(stages=2),
+            _DEQUANTIZING,
         )
         return w
 

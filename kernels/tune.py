@@ -5,6 +5,7 @@
 Weights are random and mixed over the widths given; speed does not depend on their values. Calls are
 captured in CUDA graphs that walk over several layers' weights, so that they come from memory and
 not from a cache; the median of their times decides. Move the file to `configs/` beside this one.
+Most of the time goes into compiling: give --processes as many as the machine has cores.
 
 No table is shipped yet.
 """
@@ -12,12 +13,18 @@ No table is shipped yet.
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -26,50 +33,50 @@ from bitknap.errors import InputError
 from bitknap.files import write_whole
 from bitknap.kernels.experts import Experts
 from bitknap.kernels.launch import (
-    DECODE_TOKENS,
     Case,
+    Device,
     Launch,
     Tile,
     file_name,
     heuristic,
     write_table,
 )
-from bitknap.kernels.made_up import made_up_experts
+from bitknap.kernels.made_up import hollow_experts, made_up_experts
 from bitknap.kernels.moe import device_of, moe
 from bitknap.kernels.words import Recipe
 
+Projection = Literal["gate_up", "down"]
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 _COPIES = 8  # layers that a graph walks over, unless fewer take `_MEMORY` bytes
 _MEMORY = 1 << 30  # well past any second-level cache
 _CALLS, _ROUNDS = 20, 30
 
 
-def candidates(case: Case, least: int) -> Iterator[Launch]:
-    """Yield the launches that are tried for a case.
+def starts(case: Case, device: Device) -> list[Launch]:
+    """Return what tuning begins at: the heuristic's launch, and others of other paths and tiles."""
+    first = heuristic(case, device)
+    if first.path == "decode":
+        return [first]
+    found = [first]
+    for tokens in (16, 32, 64, 128):
+        tile = Tile(rows=64, warps=4 if tokens <= 32 else 8, stages=2)
+        found.append(Launch(path="grouped", tokens=tokens, gate_up=tile, down=tile))
+    dense = Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
+    return list(dict.fromkeys([*found, dense]))
 
-    Args:
-        case: what is launched.
-        least: fewest tokens that a program takes on this device.
-    """
-    if case.tokens <= DECODE_TOKENS:
-        tokens = max(least, 8 if case.tokens <= 8 else 16)
-        for rows, stages, split, down in product((32, 64), (2, 3, 4), (1, 2, 4, 8), (64, 128)):
-            yield Launch(
-                path="decode",
-                tokens=tokens,
-                gate_up=Tile(rows=rows, stages=stages),
-                down=Tile(rows=down, stages=stages, split=split),
-            )
-        return
-    for tokens, rows, down, stages in product((16, 32, 64, 128), (32, 64), (64, 128), (2, 3)):
-        warps = 4 if tokens <= 32 else 8
-        yield Launch(
-            path="grouped",
-            tokens=tokens,
-            gate_up=Tile(rows=rows, warps=warps, stages=stages),
-            down=Tile(rows=down, warps=warps, stages=stages),
-        )
-    yield Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
+
+def changes(launch: Launch, projection: Projection) -> list[Launch]:
+    """Return launches that cut one projection otherwise; it does not depend on the other."""
+    decode, now = launch.path == "decode", getattr(launch, projection)
+    if launch.path == "dense":
+        return []
+    rows = (32, 64) if projection == "gate_up" else (64, 128)
+    splits = (1, 2, 4, 8) if decode and projection == "down" else (1,)
+    stages = (2, 3, 4) if decode and projection == "gate_up" else (2, 3)
+    return [
+        replace(launch, **{projection: replace(now, rows=r, split=s, stages=n, columns=c)})
+        for r, s, n, c in product(rows, splits, stages, (64, 128))
+    ]
 
 
 def tune(
@@ -80,39 +87,98 @@ def tune(
     bits: Sequence[int] = (2, 3, 4, 8),
     dtype: torch.dtype = torch.bfloat16,
     tokens: Sequence[int] = TOKENS,
+    processes: int = 1,
 ) -> list[tuple[Case, Launch, float]]:
-    """Return the fastest launch of each number of tokens, and its seconds, best of all candidates.
+    """Return the fastest launch found of each number of tokens, and its seconds.
+
+    Of every start the cuts of gate and up are tried, and then, with the best, those of down.
+
+    Args:
+        experts: E.
+        topk: experts of a token.
+        hidden: H.
+        intermediate: I.
+        bits: widths, in turn.
+        dtype: of activations.
+        tokens: numbers of them.
+        processes: that compile everything first.
 
     Raises:
         InputError: there is no GPU.
     """
     if not torch.cuda.is_available():
         raise InputError("tune: no GPU is at hand, and launches are measured on one")
+    device = device_of(torch.cuda.current_device())
+    cases = [
+        Case(tokens=count, topk=topk, experts=experts, hidden=hidden, intermediate=intermediate)
+        for count in tokens
+    ]
     recipes = [Recipe(bits=bits[i % len(bits)], group=128) for i in range(experts)]
+    if processes > 1:
+        _compile_all(cases, recipes, device, dtype, processes)
     layers = [made_up_experts(recipes, hidden, intermediate, device="cuda")]
     size = sum(t.nbytes for t in layers[0].tensors)
     for seed in range(1, min(_COPIES, max(2, _MEMORY // size))):
         layers.append(made_up_experts(recipes, hidden, intermediate, device="cuda", seed=seed))
-    device = device_of(torch.cuda.current_device())
+
+    def fastest(case: Case, launches: Iterable[Launch]) -> tuple[float, Launch]:
+        timed = [(measure(layers, case, one, dtype), one) for one in dict.fromkeys(launches)]
+        return min(timed, key=lambda pair: pair[0])
+
     found = []
-    for count in tokens:
-        case = Case(
-            tokens=count, topk=topk, experts=experts, hidden=hidden, intermediate=intermediate
-        )
-        timed = []
-        for launch in dict.fromkeys([heuristic(case, device), *candidates(case, device.least)]):
-            seconds = measure(layers, case, launch, dtype)
-            if seconds is not None:
-                timed.append((seconds, launch))
-        seconds, best = min(timed, key=lambda pair: pair[0])
+    for case in cases:
+        ends = []
+        for start in starts(case, device):
+            _, cut = fastest(case, [start, *changes(start, "gate_up")])
+            ends.append(fastest(case, [cut, *changes(cut, "down")]))
+        seconds, best = min(ends, key=lambda pair: pair[0])
         found.append((case, best, seconds))
     return found
 
 
+def _compile_all(
+    cases: Sequence[Case],
+    recipes: Sequence[Recipe],
+    device: Device,
+    dtype: torch.dtype,
+    processes: int,
+) -> None:
+    """Launch all once in several processes, whose compilations Triton keeps for this one."""
+    jobs: dict[Launch, Case] = {}
+    for case in cases:
+        for start in starts(case, device):
+            for launch in (start, *changes(start, "gate_up"), *changes(start, "down")):
+                jobs.setdefault(launch, case)
+    each = [list(jobs.items())[i :: 4 * processes] for i in range(4 * processes)]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(partial(_launched, recipes, dtype), each))
+
+
+def _launched(
+    recipes: Sequence[Recipe], dtype: torch.dtype, jobs: Sequence[tuple[Launch, Case]]
+) -> None:
+    """Launch some cases on weights that are all zero."""
+    for launch, case in jobs:
+        layer = hollow_experts(recipes, case.hidden, case.intermediate, device="cuda")
+        measure([layer], case, launch, dtype, rounds=0)
+
+
 def measure(
-    layers: Sequence[Experts], case: Case, launch: Launch, dtype: torch.dtype
-) -> float | None:
-    """Return the median seconds of one call, None if the device cannot run this launch."""
+    layers: Sequence[Experts],
+    case: Case,
+    launch: Launch,
+    dtype: torch.dtype,
+    rounds: int = _ROUNDS,
+) -> float:
+    """Return the median seconds of one call; infinity if the device cannot run it, or not asked to.
+
+    Args:
+        layers: whose weights calls take in turn.
+        case: the shapes.
+        launch: how.
+        dtype: of activations.
+        rounds: graphs of calls that are timed; 0 launches a few calls and times nothing.
+    """
     from triton.runtime.errors import OutOfResources
 
     x = torch.randn(case.tokens, case.hidden, device="cuda", dtype=dtype)
@@ -127,14 +193,16 @@ def measure(
     try:
         call()
     except (OutOfResources, torch.cuda.OutOfMemoryError):
-        return None
+        return math.inf
     torch.cuda.synchronize()
+    if not rounds:
+        return math.inf
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
     graph.replay()
     times: list[float] = []
-    for _ in range(_ROUNDS):
+    for _ in range(rounds):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         graph.replay()
@@ -154,6 +222,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     for name in ("experts", "topk", "hidden", "intermediate"):
         parser.add_argument(f"--{name}", type=int, required=True)
+    parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
+    parser.add_argument("--processes", type=int, default=1, help="that compile first")
     parser.add_argument("-o", "--out", type=Path, help="default: the GPU's name")
     given = vars(parser.parse_args(arguments))
     out = given.pop("out")

@@ -139,6 +139,8 @@ def test_verdicts():
         row("4", 1, 125),  # 0.8 of the roof
         row("4", 16, 150),  # 0.67
         row("2+3+4+8", 16, 160),
+        row("3", 16, 120, size=3e8),
+        row("2+3+4", 16, 140, size=3e8),
         row(KEPT, 16, 300, size=16e8),
         row("4", 512, 2000),
         row(KEPT, 512, 1000, way="transformers grouped_mm"),
@@ -157,8 +159,9 @@ def test_verdicts():
         "Qwen3, DeepSeek, batch 1": "miss",
         "Qwen3, DeepSeek, batch 8–64": "not measured",
         "2 bits, batch 4–64": "not measured",
-        "3 bits, batch 4–64": "not measured",
-        "mixed over uniform, bytes a second": "pass",
+        "3 bits, batch 4–64": "pass",
+        "2, 3, 4 and 8 bits over uniform 4, bytes a second": "pass",
+        "2, 3 and 4 bits over uniform 3, bytes a second": "miss",
         "4 bits over our bf16 kernel, batch 1–16": "miss",
         "prefill of 512–4096": "miss",
     }

@@ -43,6 +43,7 @@ def grouped(tokens):
     return Launch(path="grouped", tokens=tokens, gate_up=Tile(rows=64), down=Tile(rows=128))
 
 
+NARROW = Launch(path="decode", tokens=8, gate_up=Tile(columns=64), down=Tile(rows=128, columns=32))
 DENSE = Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
 
 # Two of each matrix: three experts. Of 48 and 144 rows, 80 and 48, and so on: tiles have tails.
@@ -69,6 +70,7 @@ CASES: dict[str, Any] = {
     "sums scaled": (GRIDS[:4], 20, 2, 288, 64, grouped(16), FLOAT, {"biased": True}),
     "weights scaled": (WIDTHS[1:4], 20, 2, 256, 64, grouped(64), HALF, {}),
     "dense": ([*GRIDS[:4], KEPT], 20, 2, 96, 64, DENSE, FLOAT, {"biased": True}),
+    "narrow products": (WIDTHS[1:4], 4, 2, 512, 64, NARROW, HALF, {}),
     "row blocks": ([*GRIDS[:5], KEPT], 4, 2, 288, 96, decode(rows=32), FLOAT, BLOCKS),
     "row blocks, grouped": ([*GRIDS[:5], KEPT], 20, 2, 96, 160, grouped(16), FLOAT, BLOCKS),
     "row blocks, dense": ([*GRIDS[:5], KEPT], 20, 2, 96, 64, DENSE, FLOAT, BLOCKS),

@@ -31,6 +31,7 @@ def errors():
         "sums scaled",
         "weights scaled",
         "dense",
+        "narrow products",
         "row blocks",
         "row blocks, grouped",
         "row blocks, dense",

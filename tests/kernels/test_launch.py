@@ -20,7 +20,7 @@ from bitknap.kernels.launch import (
     heuristic,
     write_table,
 )
-from bitknap.kernels.tune import candidates, main
+from bitknap.kernels.tune import changes, main, starts
 
 H200, MI300X = Device("NVIDIA H200", 132), Device("AMD", 304, amd=True, least=16)
 MODELS = {
@@ -97,10 +97,15 @@ def test_the_decode_path_takes_only_a_few_tokens():
 @pytest.mark.parametrize("tokens", [1, 16, 100])
 def test_candidates_of_the_tuner_can_all_be_launched(tokens):
     case = Case(tokens=tokens, **MODELS["qwen3"])
-    tried = list(candidates(case, 8))
-    assert len(set(tried)) == len(tried)
-    for launch in tried:
-        check(launch, case)
+    begun = starts(case, H200)
+    assert begun[0] == heuristic(case, H200)
+    assert len(set(begun)) == len(begun)
+    for launch in begun:
+        for tried in (changes(launch, "gate_up"), changes(launch, "down")):
+            assert len(set(tried)) == len(tried) > 0 or launch.path == "dense"
+            assert all(one.gate_up == launch.gate_up or one.down == launch.down for one in tried)
+            for one in tried:
+                check(one, case)
 
 
 def test_nothing_is_tuned_without_a_gpu(capsys):
