@@ -4,11 +4,10 @@ Products are out^T = W · x^T: weights on the side of the matrix units that is 6
 on the side that may be 8, so that few tokens waste little. Two ways to apply steps and zeros:
 
     POST   sums of raw codes are scaled group by group:  s · (W_q x) + m · (1 x)
-           Both products run on matrix units, the second with a constant operand, which is cheaper
-           than a sum over x's columns; codes need no subtraction and no multiplication. For few
-           tokens, where matrix units idle.
-    else   every weight is s q + m in float32, rounded to CT once. For many tokens, where twice the
-           products would cost more than an operation or two a weight.
+           Codes need no subtraction and no multiplication, and the sums of x are at hand (`sums`).
+           For few tokens, whose sums take little beside the weights.
+    else   every weight is s q + m in float32, rounded to CT once. For many tokens, where scaling
+           sums would cost more than an operation or two a weight.
 
 Words of the next block are loaded while this one is multiplied: they come without matrix units'
 asynchronous copies, and would be waited for in every round.
@@ -30,6 +29,7 @@ from bitknap.kernels.constants import (
     main_blocks,
     planes_of,
     share_of,
+    sums_at,
     tail_begin,
     tile_size,
     words_in,
@@ -141,25 +141,6 @@ def weights_of(
 
 
 @triton.jit
-def sums_of(xs, one, ROWS: tl.constexpr, CT: tl.constexpr):
-    """Return the sum of each column of `xs` [n, tokens] in every row, float32 [ROWS, tokens].
-
-    A product with ones, 64 rows of them at most. That they are ones the compiler must not see, nor
-    that they are the same in all threads: it would move constants into place before every product
-    (sm_90: 0.15 to 0.25 instructions a weight).
-    """
-    N: tl.constexpr = xs.shape[0]
-    BM: tl.constexpr = xs.shape[1]
-    HEIGHT: tl.constexpr = 64 if ROWS > 64 else ROWS
-    ones = tl.minimum(one, 1 + tl.arange(0, HEIGHT)).to(CT)
-    sums = tl.dot(tl.broadcast_to(ones[:, None], (HEIGHT, N)), xs)
-    if ROWS > HEIGHT:
-        sums = tl.broadcast_to(sums[None], (ROWS // HEIGHT, HEIGHT, BM))
-        sums = tl.reshape(sums, (ROWS, BM))
-    return sums
-
-
-@triton.jit
 def add_block(
     acc,
     W,
@@ -168,7 +149,7 @@ def add_block(
     x,
     ok,
     first,
-    one,
+    sums,
     LANES: tl.constexpr,
     KIND: tl.constexpr,
     COLS: tl.constexpr,
@@ -187,7 +168,7 @@ def add_block(
         x: pointers to rows of activations, [tokens].
         ok: which of them there are, [tokens].
         first: first column.
-        one: 1, in a way that the compiler does not know.
+        sums: pointers to rows of their sums (`sums.write_sums`), [tokens]; read if POST.
         LANES: columns of a slot.
         KIND: of the expert.
         COLS: of a row.
@@ -197,7 +178,9 @@ def add_block(
         ASM: whether slots are read by inline PTX.
     """
     BITS: tl.constexpr = bits_of(KIND)
-    CHUNK: tl.constexpr = chunk_of(KIND, 16 * LANES, WIDEST)
+    # Planes of raw codes are in registers at the same time.
+    MOST: tl.constexpr = WIDEST // planes_of(BITS, CT) if POST else WIDEST
+    CHUNK: tl.constexpr = chunk_of(KIND, 16 * LANES, MOST)
     COUNT: tl.constexpr = CHUNK // LANES
     PER_WORD: tl.constexpr = 16 * LANES // CHUNK // words_in(KIND, COLS, 16 * LANES)
     ROWS: tl.constexpr = acc.shape[0]
@@ -206,13 +189,14 @@ def add_block(
         word = words[c // PER_WORD]
         if POST:
             step, zero = open_word(word, KIND)
+            at = sums_at(COLS, CHUNK) + (first + c * CHUNK) // CHUNK
+            total = tl.load(sums + at, mask=ok, other=0.0)
             part = tl.zeros(acc.shape, tl.float32)
             for plane in tl.static_range(planes_of(BITS, CT)):
                 q = join_slots(W, c * COUNT, 1, COUNT, BITS, plane, CT, ASM)
                 part = tl.dot(in_columns(q, ROWS, LANES, COUNT), xs, part)
             zero -= step * (excess_of(BITS, CT, 0) + excess_of(BITS, CT, 1))
-            sums = sums_of(xs, one, ROWS, CT)
-            acc += step[:, None] * part + zero[:, None] * sums
+            acc += step[:, None] * part + zero[:, None] * total[None, :]
         else:
             w = weights_of(W, word, scale, c * COUNT, COUNT, LANES, KIND, ROWS, False, CT, ASM)
             acc = tl.dot(w.to(CT), xs, acc)
@@ -228,7 +212,7 @@ def add_tail(
     inside,
     x,
     ok,
-    one,
+    sums,
     LANES: tl.constexpr,
     KIND: tl.constexpr,
     COLS: tl.constexpr,
@@ -243,7 +227,7 @@ def add_tail(
         FIRST: tl.constexpr = tail_begin(COLS, LANES)
         own = load_words(words, FIRST, COLS, 16 * LANES, KIND)
         acc = add_block(
-            acc, W, own, scale, x, ok, FIRST, one, LANES, KIND, COLS, WIDEST, POST, CT, ASM
+            acc, W, own, scale, x, ok, FIRST, sums, LANES, KIND, COLS, WIDEST, POST, CT, ASM
         )
     return acc
 
@@ -257,7 +241,7 @@ def add_codes(
     inside,
     x,
     ok,
-    one,
+    sums,
     begin,
     end,
     tail,
@@ -282,7 +266,7 @@ def add_codes(
             after = load_words(words, following, COLS, 256, KIND)
             W = load_codes(at + block * (1024 * BITS), BITS, 16)
             acc = add_block(
-                acc, W, own, scale, x, ok, block * 256, one, 16, KIND, COLS, WIDEST, POST, CT, ASM
+                acc, W, own, scale, x, ok, block * 256, sums, 16, KIND, COLS, WIDEST, POST, CT, ASM
             )
     if tail:
         for i in tl.static_range(3):
@@ -294,7 +278,7 @@ def add_codes(
                 inside,
                 x,
                 ok,
-                one,
+                sums,
                 8 >> i,
                 KIND,
                 COLS,
@@ -340,7 +324,7 @@ def add_expert(
     n,
     x,
     ok,
-    one,
+    sums,
     begin,
     end,
     tail,
@@ -359,7 +343,7 @@ def add_expert(
         n: rows, [rows].
         x: pointers to rows of activations, [tokens].
         ok: which of them there are, [tokens].
-        one: 1, in a way that the compiler does not know.
+        sums: pointers to rows of their sums (`sums.write_sums`), [tokens]; read if POST.
         begin: first block of 256 columns.
         end: one past the last.
         tail: whether the columns after all whole blocks are this program's too.
@@ -381,7 +365,7 @@ def add_expert(
             n % 64,
             x,
             ok,
-            one,
+            sums,
             begin,
             end,
             tail,

@@ -170,3 +170,15 @@ def slot_constraints(bits, slot, ct, plane):
 def tiles_of(rows, blocks, tall):
     """Return the tiles of `tall` rows of a matrix in blocks of rows; none is of two of them."""
     return blocks * -(-(rows // blocks) // tall)
+
+
+@triton.constexpr_function
+def sums_at(cols, width):
+    """Return where sums of runs of `width` columns begin among those of a row: widest first."""
+    return sum(-(-cols // wider) for wider in (128, 64, 32) if wider > width)
+
+
+@triton.constexpr_function
+def sums_of(cols):
+    """Return the sums of a row of columns."""
+    return sums_at(cols, 0)

@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from bitknap.kernels.constants import main_blocks, tiles_of
+from bitknap.kernels.constants import main_blocks, sums_of, tiles_of
 from bitknap.kernels.products import intermediate, one_expert, rows_of
+from bitknap.kernels.sums import write_sums
 from bitknap.kernels.unpack import known_id
 
 _NONE = tl.constexpr(1 << 30)
@@ -74,6 +75,7 @@ def decode_gate_up(
     index_ptr,
     hidden_ptr,
     arrived_ptr,
+    sums_ptr,
     gate,
     up,
     order_ptr,
@@ -91,6 +93,7 @@ def decode_gate_up(
     BIASED: tl.constexpr,
     ACTIVATION: tl.constexpr,
     BY_EXPERT: tl.constexpr,
+    OWN_SUMS: tl.constexpr,
     COUNTERS: tl.constexpr,
     BM: tl.constexpr,
     HALF: tl.constexpr,
@@ -114,8 +117,13 @@ def decode_gate_up(
     )
     if busy:
         ok = pair < _NONE
-        one = tl.minimum(tokens, 1)
-        x = x_ptr + tl.arange(0, BM).to(tl.int64) * HIDDEN
+        t = tl.arange(0, BM).to(tl.int64)
+        x = x_ptr + t * HIDDEN
+        sums = sums_ptr + t * sums_of(HIDDEN)
+        if OWN_SUMS:
+            # Programs write the same; each reads what it wrote itself.
+            write_sums(x, ok, sums, 0, HIDDEN, HIDDEN)
+            tl.debug_barrier()
         entry, n, there, rows = rows_of(expert, pid % NT, INNER, CUT, HALF)
         value = intermediate(
             gate,
@@ -124,7 +132,7 @@ def decode_gate_up(
             n,
             x,
             ok,
-            one,
+            sums,
             KINDS,
             GATE_KINDS,
             HIDDEN,
@@ -152,6 +160,7 @@ def decode_down(
     part_ptr,
     arrived_ptr,
     out_ptr,
+    sums_ptr,
     down,
     order_ptr,
     tokens,
@@ -165,6 +174,7 @@ def decode_down(
     CUT: tl.constexpr,
     BIASED: tl.constexpr,
     BY_EXPERT: tl.constexpr,
+    OWN_SUMS: tl.constexpr,
     SPLIT: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -190,17 +200,24 @@ def decode_down(
     there = inside[:, None]
     if busy:
         ok = pair < _NONE
-        one = tl.minimum(tokens, 1)
-        x = hidden_ptr + tl.where(ok, pair, 0).to(tl.int64) * INNER
+        begin = run * BLOCKS // SPLIT
+        end = (run + 1) * BLOCKS // SPLIT
+        row = tl.where(ok, pair, 0).to(tl.int64)
+        x = hidden_ptr + row * INNER
+        sums = sums_ptr + row * sums_of(INNER)
+        if OWN_SUMS:
+            last = tl.where(run == SPLIT - 1, INNER, end * 256)
+            write_sums(x, ok, sums, begin * 256, last, INNER)
+            tl.debug_barrier()
         y = one_expert(
             down,
             entry,
             n,
             x,
             ok,
-            one,
-            run * BLOCKS // SPLIT,
-            (run + 1) * BLOCKS // SPLIT,
+            sums,
+            begin,
+            end,
             run == SPLIT - 1,
             KINDS,
             INNER,

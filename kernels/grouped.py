@@ -17,6 +17,7 @@ from bitknap.kernels.constants import (
     has_tail,
     kept_of,
     main_blocks,
+    sums_of,
     tail_begin,
     tiles_of,
     words_in,
@@ -96,17 +97,17 @@ def find_tile(
     return expert, pair, ok, busy
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def grouped_gate_up(
     x_ptr,
     counts_ptr,
     starts_ptr,
     sorted_ptr,
     hidden_ptr,
+    sums_ptr,
     gate,
     up,
     order_ptr,
-    tokens,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -133,16 +134,17 @@ def grouped_gate_up(
         counts_ptr, starts_ptr, sorted_ptr, order_ptr, pid // NT, EXPERTS, EP, BM
     )
     if busy:
-        one = tl.minimum(tokens, 1)
+        token = (pair // TOPK).to(tl.int64)
         entry, n, there, rows = rows_of(expert, pid % NT, INNER, CUT, HALF)
+        sums = sums_ptr + token * sums_of(HIDDEN)
         value = intermediate(
             gate,
             up,
             entry,
             n,
-            x_ptr + (pair // TOPK).to(tl.int64) * HIDDEN,
+            x_ptr + token * HIDDEN,
             ok,
-            one,
+            sums,
             KINDS,
             GATE_KINDS,
             HIDDEN,
@@ -162,7 +164,7 @@ def grouped_gate_up(
         tl.store(at, value, mask=ok[None, :] & there[:, None])
 
 
-@triton.jit(do_not_specialize=["tokens"])
+@triton.jit
 def grouped_down(
     hidden_ptr,
     weights_ptr,
@@ -170,9 +172,9 @@ def grouped_down(
     starts_ptr,
     sorted_ptr,
     part_ptr,
+    sums_ptr,
     down,
     order_ptr,
-    tokens,
     HIDDEN: tl.constexpr,
     INNER: tl.constexpr,
     EXPERTS: tl.constexpr,
@@ -197,15 +199,16 @@ def grouped_down(
         counts_ptr, starts_ptr, sorted_ptr, order_ptr, pid // NT, EXPERTS, EP, BM
     )
     if busy:
-        one = tl.minimum(tokens, 1)
         entry, n, there, rows = rows_of(expert, pid % NT, HIDDEN, CUT, BN)
+        row = pair.to(tl.int64)
+        sums = sums_ptr + row * sums_of(INNER)
         y = one_expert(
             down,
             entry,
             n,
-            hidden_ptr + pair.to(tl.int64) * INNER,
+            hidden_ptr + row * INNER,
             ok,
-            one,
+            sums,
             0,
             main_blocks(INNER),
             True,

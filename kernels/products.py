@@ -63,7 +63,7 @@ def one_expert(
     n,
     x,
     ok,
-    one,
+    sums,
     begin,
     end,
     tail,
@@ -82,7 +82,7 @@ def one_expert(
         if kind == KINDS[i]:
             at = locate(table, expert, n, COLS, KINDS[i])
             acc = add_expert(
-                acc, at, n, x, ok, one, begin, end, tail, KINDS[i], COLS, WIDEST, POST, CT, ASM
+                acc, at, n, x, ok, sums, begin, end, tail, KINDS[i], COLS, WIDEST, POST, CT, ASM
             )
     return acc
 
@@ -106,7 +106,7 @@ def both_experts(
     n,
     x,
     ok,
-    one,
+    sums,
     KINDS: tl.constexpr,
     COLS: tl.constexpr,
     BM: tl.constexpr,
@@ -142,7 +142,7 @@ def both_experts(
                 twice,
                 x,
                 ok,
-                one,
+                sums,
                 0,
                 main_blocks(COLS),
                 True,
@@ -164,7 +164,7 @@ def intermediate(
     n,
     x,
     ok,
-    one,
+    sums,
     KINDS: tl.constexpr,
     GATE_KINDS: tl.constexpr,
     COLS: tl.constexpr,
@@ -188,7 +188,7 @@ def intermediate(
         n: rows of it, [rows].
         x: pointers to rows of activations, [tokens].
         ok: which of them there are, [tokens].
-        one: 1, in a way that the compiler does not know.
+        sums: pointers to rows of their sums (`sums.write_sums`), [tokens]; read if POST.
         KINDS: of up projections.
         GATE_KINDS: of gate projections.
         COLS: inputs.
@@ -205,10 +205,12 @@ def intermediate(
     """
     BLOCKS: tl.constexpr = main_blocks(COLS)
     if GATED and TIED:
-        a, b = both_experts(gate, up, expert, n, x, ok, one, KINDS, COLS, BM, WIDEST, POST, CT, ASM)
+        a, b = both_experts(
+            gate, up, expert, n, x, ok, sums, KINDS, COLS, BM, WIDEST, POST, CT, ASM
+        )
     else:
         b = one_expert(
-            up, expert, n, x, ok, one, 0, BLOCKS, True, KINDS, COLS, BM, WIDEST, POST, CT, ASM
+            up, expert, n, x, ok, sums, 0, BLOCKS, True, KINDS, COLS, BM, WIDEST, POST, CT, ASM
         )
         a = b
         if GATED:
@@ -218,7 +220,7 @@ def intermediate(
                 n,
                 x,
                 ok,
-                one,
+                sums,
                 0,
                 BLOCKS,
                 True,

@@ -13,17 +13,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from bitknap.kernels.constants import tiles_of
+from bitknap.kernels.constants import sums_of, tiles_of
 from bitknap.kernels.decode import decode_down, decode_gate_up
 from bitknap.kernels.dense import dense_moe
 from bitknap.kernels.experts import Opened, Stack
 from bitknap.kernels.grouped import combine, dequantize, grouped_down, grouped_gate_up, sort_pairs
 from bitknap.kernels.launch import Launch, Tile
+from bitknap.kernels.sums import row_sums
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], Mapping[str, Any], Tile], None]
 """Starts a kernel: the kernel, its grid, its arguments, its constants, and warps and stages."""
 
+# Up to so many tokens, programs of the decode path sum their inputs themselves: to read them twice
+# takes less than another launch.
+_OWN_SUMS = 4
+_SUMMED = 2048  # columns that a program of their own sums
 _DEQUANTIZING = Tile(rows=64, stages=2)
 
 
@@ -139,6 +144,7 @@ def _table(stack: Stack, bias: Tensor | None) -> tuple[Tensor, ...]:
 def _decode(layer: _Layer, out: Tensor) -> Tensor:
     experts, launch = layer.experts, layer.launch
     slots = min(layer.pairs, layer.count)
+    own = layer.tokens <= _OWN_SUMS
     common = {
         **layer.shapes,
         **layer.how,
@@ -146,12 +152,14 @@ def _decode(layer: _Layer, out: Tensor) -> Tensor:
         "KP": triton.next_power_of_2(layer.topk),
         "BY_EXPERT": layer.count <= layer.pairs,
         "BM": launch.tokens,
+        "OWN_SUMS": own,
     }
     gate_up, down = launch.gate_up, launch.down
     hidden = layer.empty(layer.pairs, layer.inner, dtype=layer.x.dtype)
     column_tiles = tiles_of(layer.hidden, experts.down.blocks, down.rows)
     counters = triton.next_power_of_2(column_tiles)
     arrived = layer.empty(counters, dtype=torch.int32)
+    sums = _sums(layer, layer.x, launched=not own)
     layer.start(
         decode_gate_up,
         (slots * tiles_of(layer.inner, experts.up.blocks, gate_up.rows),),
@@ -160,6 +168,7 @@ def _decode(layer: _Layer, out: Tensor) -> Tensor:
             layer.index,
             hidden,
             arrived,
+            sums,
             *layer.tables(),
             experts.up.columns["order"],
             layer.tokens,
@@ -167,6 +176,7 @@ def _decode(layer: _Layer, out: Tensor) -> Tensor:
         {**common, **layer.gate_up, "COUNTERS": counters, **_cut(gate_up, "HALF")},
         gate_up,
     )
+    sums = _sums(layer, hidden, launched=not own)
     part = layer.empty(down.split, layer.pairs, layer.hidden, dtype=torch.float32)
     layer.start(
         decode_down,
@@ -178,6 +188,7 @@ def _decode(layer: _Layer, out: Tensor) -> Tensor:
             part,
             arrived,
             out,
+            sums,
             _table(experts.down, experts.down_bias),
             experts.down.columns["order"],
             layer.tokens,
@@ -211,9 +222,9 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
             starts,
             pairs,
             hidden,
+            _sums(layer, layer.x) if launch.post else layer.x,
             *layer.tables(),
             experts.up.columns["order"],
-            layer.tokens,
         ),
         {**common, **layer.gate_up, "TOPK": layer.topk, **_cut(gate_up, "HALF")},
         gate_up,
@@ -229,9 +240,9 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
             starts,
             pairs,
             part,
+            _sums(layer, hidden) if launch.post else hidden,
             _table(experts.down, experts.down_bias),
             experts.down.columns["order"],
-            layer.tokens,
         ),
         {**common, **layer.down, **_cut(down, "BN")},
         down,
@@ -260,6 +271,16 @@ def _dense(layer: _Layer, out: Tensor) -> Tensor:
     counts, starts, pairs = _sorted(layer, fill=layer.pairs)
     part = dense_moe(layer.x, layer.weights, pairs, starts + counts, layer.experts, weights)
     return _combined(layer, part, out)
+
+
+def _sums(layer: _Layer, x: Tensor, *, launched: bool = True) -> Tensor:
+    """Return the sums of runs of each row's columns; without a launch, room for them."""
+    rows, cols = x.shape
+    found = layer.empty(rows, sums_of(cols), dtype=torch.float32)
+    if launched:
+        grid = (rows, triton.cdiv(cols, _SUMMED))
+        layer.start(row_sums, grid, (x, found), {"COLS": cols, "BLOCK": _SUMMED}, Tile())
+    return found
 
 
 def _sorted(layer: _Layer, fill: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

@@ -70,6 +70,7 @@ CASES: dict[str, Any] = {
     "sums scaled": (GRIDS[:4], 20, 2, 288, 64, grouped(16), FLOAT, {"biased": True}),
     "weights scaled": (WIDTHS[1:4], 20, 2, 256, 64, grouped(64), HALF, {}),
     "dense": ([*GRIDS[:4], KEPT], 20, 2, 96, 64, DENSE, FLOAT, {"biased": True}),
+    "sums launched": (GRIDS[:4], 6, 2, 288, 160, decode(rows=32), FLOAT, {"biased": True}),
     "narrow products": (WIDTHS[1:4], 4, 2, 512, 64, NARROW, HALF, {}),
     "row blocks": ([*GRIDS[:5], KEPT], 4, 2, 288, 96, decode(rows=32), FLOAT, BLOCKS),
     "row blocks, grouped": ([*GRIDS[:5], KEPT], 20, 2, 96, 160, grouped(16), FLOAT, BLOCKS),

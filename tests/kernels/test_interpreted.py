@@ -31,6 +31,7 @@ def errors():
         "sums scaled",
         "weights scaled",
         "dense",
+        "sums launched",
         "narrow products",
         "row blocks",
         "row blocks, grouped",
