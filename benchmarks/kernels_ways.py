@@ -39,7 +39,6 @@ _SETS = 8
 _MEMORY = 24 << 30  # bytes of all sets together
 _COPIES = 8 << 30  # most bytes that `batched_mm` may copy in a call
 _PROCESSORS = 132
-_AFTER = ("decode_down", "grouped_down", "combine")  # kernels behind gate and up
 Routing = tuple[Tensor, Tensor, Tensor]
 
 
@@ -135,11 +134,18 @@ def _by_triton(case: Case, route: Routing, experts: Experts, *, gate_up: bool = 
     device = device_of(torch.cuda.current_device())
     launch = choose(shape, device)
 
-    def start(kernel: Any, grid: Any, given: Any, constants: Any, tile: Any) -> None:
-        if not (gate_up and kernel.__name__ in _AFTER):
-            kernel[grid](*given, **constants, num_warps=tile.warps, num_stages=tile.stages)
+    def call() -> object:
+        past = False
 
-    return lambda: run(*route, how, launch, asm=not device.amd, start=start)
+        def start(kernel: Any, grid: Any, given: Any, constants: Any, tile: Any) -> None:
+            nonlocal past
+            if not (gate_up and past):
+                kernel[grid](*given, **constants, num_warps=tile.warps, num_stages=tile.stages)
+            past = past or kernel.__name__.endswith("gate_up")
+
+        return run(*route, how, launch, asm=not device.amd, start=start)
+
+    return call
 
 
 def _shape(case: Case) -> Shape:

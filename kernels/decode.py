@@ -1,4 +1,4 @@
-"""Few tokens: two launches, and no sorting.
+"""Few tokens: two launches, four where inputs are not summed on the way, and no sorting.
 
 A tile is one expert and all tokens that chose it; with at most 16 tokens, token t is column t.
 Which tokens those are each program finds in the ids itself. Down's programs leave what they

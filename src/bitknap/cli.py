@@ -109,8 +109,8 @@ def inspect(model: str, include: str, as_json: bool) -> None:
 def estimate(model: str, out: str, overwrite: bool, as_json: bool, **options: Any) -> None:
     """Fill a cost table: what every format would cost every unit of MODEL.
 
-    What is measured is kept in TABLE.journal: a stopped or killed run goes on when the command is
-    repeated.
+    What is measured is kept in TABLE.journal, and layers that are finished within --max-memory in
+    TABLE.journal.files: a stopped or killed run goes on when the command is repeated.
 
     Example: bitknap estimate reference:mixtral --formats 2,3,4 -o table.safetensors
     """
