@@ -38,6 +38,7 @@ from bitknap.kernels.unpack import (
     in_columns,
     join_slots,
     load_codes,
+    opaque,
     open_word,
     row_scale,
     word_pointer,
@@ -194,7 +195,8 @@ def add_block(
             part = tl.zeros(acc.shape, tl.float32)
             for plane in tl.static_range(planes_of(BITS, CT)):
                 q = join_slots(W, c * COUNT, 1, COUNT, BITS, plane, CT, ASM)
-                part = tl.dot(in_columns(q, ROWS, LANES, COUNT), xs, part)
+                q = opaque(in_columns(q, ROWS, LANES, COUNT), LANES, ASM)
+                part = tl.dot(q, xs, part)
             zero -= step * (excess_of(BITS, CT, 0) + excess_of(BITS, CT, 1))
             acc += step[:, None] * part + zero[:, None] * total[None, :]
         else:
@@ -258,12 +260,17 @@ def add_codes(
     if MAIN > 0:
         lane = tl.arange(0, 16)
         at = codes[:, None] + (inside[:, None] * 16 + lane[None, :])
+        # More words of two blocks than this do not fit registers.
+        AHEAD: tl.constexpr = words_in(KIND, COLS, 256) <= 4
         after = load_words(words, begin * 256, COLS, 256, KIND)
         for block in range(begin, end):
             own = after
-            # The last round loads its own words again rather than what is past the end.
-            following = tl.minimum(block + 1, MAIN - 1) * 256
-            after = load_words(words, following, COLS, 256, KIND)
+            if AHEAD:
+                # The last round loads its own words again rather than what is past the end.
+                following = tl.minimum(block + 1, MAIN - 1) * 256
+                after = load_words(words, following, COLS, 256, KIND)
+            else:
+                own = load_words(words, block * 256, COLS, 256, KIND)
             W = load_codes(at + block * (1024 * BITS), BITS, 16)
             acc = add_block(
                 acc, W, own, scale, x, ok, block * 256, sums, 16, KIND, COLS, WIDEST, POST, CT, ASM

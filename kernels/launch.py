@@ -152,6 +152,8 @@ def _few(case: Case, device: Device) -> Launch:
     # As many experts as pairs at most, each one tile of tokens.
     experts = min(case.tokens * case.topk, case.experts)
     wide = experts * -(-case.intermediate // 64) >= 2 * device.processors
+    if device.least > 8 and not device.amd:
+        wide = False  # twice as many rows of groups of 32 spill
     # 128 rows at once unpack with fewest instructions; cut into runs where that leaves
     # multiprocessors idle. A run is at least two blocks, so that its pipeline has something to do.
     tiles = max(1, experts * -(-case.hidden // 128))

@@ -117,6 +117,20 @@ def in_columns(slots, ROWS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constex
 
 
 @triton.jit
+def opaque(q, LANES: tl.constexpr, ASM: tl.constexpr):
+    """Return `q`, for narrow blocks in a way that the compiler does not see through.
+
+    Triton 3.9 would move what `in_columns` does to operands in shared memory on Blackwell, and has
+    no layout for fewer than 8 lanes there: it aborts.
+    """
+    if ASM and LANES < 8:
+        q = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", (q,), dtype=q.dtype, is_pure=True, pack=2
+        )
+    return q
+
+
+@triton.jit
 def load_codes(at, BITS: tl.constexpr, LANES: tl.constexpr):
     """Return the words of one block, int16 [rows, LANES] each; `at` points to the first."""
     W = ()
