@@ -30,7 +30,7 @@ from triton.compiler import ASTSource
 from bitknap.kernels.experts import Experts, opened
 from bitknap.kernels.kinds import Kind
 from bitknap.kernels.launch import Case, Device, Launch, Tile, heuristic
-from bitknap.kernels.made_up import hollow_experts
+from bitknap.kernels.made_up import made_up_experts
 from bitknap.kernels.running import run
 from bitknap.kernels.words import Recipe
 
@@ -80,7 +80,7 @@ class Layer:
         def entries(recipes: Sequence[Recipe]) -> list[Recipe]:
             return [recipes[i % len(recipes)] for i in range(self.experts * self.blocks)]
 
-        return hollow_experts(
+        return made_up_experts(
             entries(self.recipes),
             self.hidden,
             self.intermediate,
@@ -89,6 +89,8 @@ class Layer:
             gated=self.gated,
             biased=self.biased,
             blocks=self.blocks,
+            device="meta",
+            seed=None,
         )
 
 

@@ -26,7 +26,7 @@ def made_up_experts(
     kept: torch.dtype = torch.bfloat16,
     blocks: int = 1,
     device: str = "cpu",
-    seed: int = 0,
+    seed: int | None = 0,
 ) -> Experts:
     """Return experts with random weights of about 1 / √inputs, the same for the same seed.
 
@@ -43,17 +43,20 @@ def made_up_experts(
         kept: dtype of the experts in source precision, and of biases.
         blocks: of rows, of every matrix.
         device: where they lie in the end.
-        seed: of all random numbers.
+        seed: of all random numbers; None leaves all zero, which takes no time, for compiling.
     """
-    random = torch.Generator().manual_seed(seed)
+    random = None if seed is None else torch.Generator().manual_seed(seed)
 
     def table(which: Sequence[Recipe], rows: int, cols: int) -> ExpertsTable:
         return made_up_table(which, rows, cols, random, kept, device, blocks)
 
     def bias(rows: int) -> Tensor | None:
+        shape = len(recipes) // blocks, rows
         if not biased:
             return None
-        return torch.randn(len(recipes) // blocks, rows, generator=random).to(device, kept)
+        if random is None:
+            return torch.zeros(shape, dtype=kept, device=device)
+        return torch.randn(shape, generator=random).to(device, kept)
 
     return Experts(
         gate=table(gate or recipes, intermediate, hidden) if gated else None,
@@ -66,55 +69,22 @@ def made_up_experts(
     )
 
 
-def hollow_experts(
-    recipes: Sequence[Recipe],
-    hidden: int,
-    intermediate: int,
-    *,
-    gate: Sequence[Recipe] | None = None,
-    activation: Activation = "silu",
-    gated: bool = True,
-    biased: bool = False,
-    kept: torch.dtype = torch.bfloat16,
-    blocks: int = 1,
-    device: str = "meta",
-) -> Experts:
-    """Return experts that are zero everywhere, for compiling; arguments as `made_up_experts`'s."""
-
-    def table(which: Sequence[Recipe], rows: int, cols: int) -> ExpertsTable:
-        fitting = [_fitting(recipe, rows // blocks, cols, kept) for recipe in which]
-        size = sum(sum(recipe.part_bytes(rows // blocks, cols)) for recipe in fitting)
-        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
-        return ExpertsTable.of(buffer, fitting, rows, cols, kept, blocks)
-
-    def bias(rows: int) -> Tensor | None:
-        return (
-            torch.zeros(len(recipes) // blocks, rows, dtype=kept, device=device) if biased else None
-        )
-
-    return Experts(
-        gate=table(gate or recipes, intermediate, hidden) if gated else None,
-        up=table(recipes, intermediate, hidden),
-        down=table(recipes, hidden, intermediate),
-        activation=activation,
-        gate_bias=bias(intermediate) if gated else None,
-        up_bias=bias(intermediate),
-        down_bias=bias(hidden),
-    )
-
-
 def made_up_table(
     recipes: Sequence[Recipe],
     rows: int,
     cols: int,
-    random: torch.Generator,
+    random: torch.Generator | None,
     kept: torch.dtype = torch.bfloat16,
     device: str = "cpu",
     blocks: int = 1,
 ) -> ExpertsTable:
-    """Return the table of random experts [rows, cols] in blocks of rows."""
+    """Return the table of random experts [rows, cols], or zero ones, in blocks of rows."""
     long = rows // blocks
     fitting = [_fitting(recipe, long, cols, kept) for recipe in recipes]
+    if random is None:
+        size = sum(sum(recipe.part_bytes(long, cols)) for recipe in fitting)
+        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+        return ExpertsTable.of(buffer, fitting, rows, cols, kept, blocks)
     streams = [
         _kept(recipe, long, cols, random, kept)
         if recipe.kept
