@@ -41,10 +41,10 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 DEVICES = {
-    "sm_80": Device("A100", 108),
+    "sm_80": Device("A100", 108, 8),
     "sm_90": Device("H200", 132),
-    "sm_100": Device("B200", 148, least=16),
-    "gfx942": Device("MI300X", 304, amd=True, least=16),
+    "sm_100": Device("B200", 148, 10),
+    "gfx942": Device("MI300X", 304, 0),
 }
 SHARED = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 PER_BIT = 128 / (4.3e12 / 132 / 1.98e9 * 8)  # lane-instructions a bit of a weight

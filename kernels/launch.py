@@ -110,15 +110,31 @@ class Device(NamedTuple):
     Attributes:
         name: as torch has it.
         processors: multiprocessors.
-        amd: whether it is AMD's.
-        least: fewest tokens that a program takes. 8 where matrix units have such a side; for
-            Blackwell 8 spill, and for AMD they fall back to plain arithmetic.
+        generation: major compute capability; 0 for AMD's.
     """
 
     name: str
     processors: int
-    amd: bool = False
-    least: int = 8
+    generation: int = 9
+
+    @property
+    def amd(self) -> bool:
+        """Whether it is AMD's."""
+        return self.generation == 0
+
+    @property
+    def least(self) -> int:
+        """Fewest tokens that a program takes.
+
+        8 where matrix units have such a side; on Blackwell 8 spill, and on AMD they fall back to
+        plain arithmetic.
+        """
+        return 8 if self.generation in (8, 9) else 16
+
+    @property
+    def roomy(self) -> bool:
+        """Whether tiles that Hopper's registers hold fit: elsewhere some of them spill."""
+        return self.generation == 9
 
 
 def choose(case: Case, device: Device) -> Launch:
@@ -142,7 +158,8 @@ def heuristic(case: Case, device: Device) -> Launch:
     if device.amd:  # 64 KiB of shared memory
         tile = Tile(rows=64, warps=8, stages=1)
         return Launch(path="grouped", tokens=64, gate_up=replace(tile, rows=32), down=tile)
-    gate_up, down = Tile(rows=64, warps=8, stages=2), Tile(rows=128, warps=8, stages=2)
+    rows = 64 if device.roomy else 32
+    gate_up, down = Tile(rows=rows, warps=8, stages=2), Tile(rows=2 * rows, warps=8, stages=2)
     tokens = 64 if pairs < 96 * case.experts else 128
     return Launch(path="grouped", tokens=tokens, gate_up=gate_up, down=down)
 
@@ -152,8 +169,7 @@ def _few(case: Case, device: Device) -> Launch:
     # As many experts as pairs at most, each one tile of tokens.
     experts = min(case.tokens * case.topk, case.experts)
     wide = experts * -(-case.intermediate // 64) >= 2 * device.processors
-    if device.least > 8 and not device.amd:
-        wide = False  # twice as many rows of groups of 32 spill
+    wide = wide and (device.roomy or device.amd)
     # 128 rows at once unpack with fewest instructions; cut into runs where that leaves
     # multiprocessors idle. A run is at least two blocks, so that its pipeline has something to do.
     tiles = max(1, experts * -(-case.hidden // 128))

@@ -101,12 +101,10 @@ def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launc
 def device_of(number: int) -> Device:
     """Return what launches must know of a GPU."""
     known = torch.cuda.get_device_properties(number)
-    amd = torch.version.hip is not None
     return Device(
         name=known.name,
         processors=known.multi_processor_count,
-        amd=amd,
-        least=8 if not amd and known.major < 10 else 16,
+        generation=0 if torch.version.hip is not None else known.major,
     )
 
 

@@ -22,7 +22,7 @@ from bitknap.kernels.launch import (
 )
 from bitknap.kernels.tune import changes, main, starts
 
-H200, MI300X = Device("NVIDIA H200", 132), Device("AMD", 304, amd=True, least=16)
+H200, MI300X = Device("NVIDIA H200", 132), Device("AMD", 304, 0)
 MODELS = {
     "mixtral": {"topk": 2, "experts": 8, "hidden": 4096, "intermediate": 14336},
     "qwen3": {"topk": 8, "experts": 128, "hidden": 2048, "intermediate": 768},
