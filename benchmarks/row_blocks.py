@@ -2,8 +2,8 @@
 
     python -m bitknap.benchmarks.row_blocks -o benchmarks/results
 
-writes `row_blocks.json` and `row_blocks.md` for both reference models. Every figure is of a
-checkpoint as `quantize` writes it and `load` reads it.
+writes `row_blocks.json` and `row_blocks.md` for both reference models; with `--models`, rows of the
+others stay. Every figure is of a checkpoint as `quantize` writes it and `load` reads it.
 """
 
 from __future__ import annotations
@@ -125,8 +125,11 @@ def main() -> None:
         "torch": torch.__version__,
         "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
     }
+    path = args.out / "row_blocks.json"
+    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [r for r in before if r["model"] not in args.models] + rows
     document = {"about": about, "rows": rows}
-    (args.out / "row_blocks.json").write_text(json.dumps(document, indent=1) + "\n")
+    path.write_text(json.dumps(document, indent=1) + "\n")
     (args.out / "row_blocks.md").write_text(markdown(rows, about))
 
 

@@ -131,11 +131,6 @@ class Device(NamedTuple):
         """
         return 8 if self.generation in (8, 9) else 16
 
-    @property
-    def roomy(self) -> bool:
-        """Whether tiles that Hopper's registers hold fit: elsewhere some of them spill."""
-        return self.generation == 9
-
 
 def choose(case: Case, device: Device) -> Launch:
     """Return the launch of a case: what was measured on this GPU, or else the heuristic's."""
@@ -158,8 +153,9 @@ def heuristic(case: Case, device: Device) -> Launch:
     if device.amd:  # 64 KiB of shared memory
         tile = Tile(rows=64, warps=8, stages=1)
         return Launch(path="grouped", tokens=64, gate_up=replace(tile, rows=32), down=tile)
-    rows = 64 if device.roomy else 32
-    gate_up, down = Tile(rows=rows, warps=8, stages=2), Tile(rows=2 * rows, warps=8, stages=2)
+    # Larger tiles spill on Blackwell and on Ampere.
+    gate_up = Tile(rows=32 if device.generation >= 10 else 64, warps=8, stages=2)
+    down = Tile(rows=64 if device.generation == 8 else 128, warps=8, stages=2)
     tokens = 64 if pairs < 96 * case.experts else 128
     return Launch(path="grouped", tokens=tokens, gate_up=gate_up, down=down)
 
@@ -169,12 +165,12 @@ def _few(case: Case, device: Device) -> Launch:
     # As many experts as pairs at most, each one tile of tokens.
     experts = min(case.tokens * case.topk, case.experts)
     wide = experts * -(-case.intermediate // 64) >= 2 * device.processors
-    wide = wide and (device.roomy or device.amd)
+    wide = wide and device.generation < 10  # of 128 rows some spill there
     # 128 rows at once unpack with fewest instructions; cut into runs where that leaves
     # multiprocessors idle. A run is at least two blocks, so that its pipeline has something to do.
     tiles = max(1, experts * -(-case.hidden // 128))
     split = min(8, case.intermediate // 512, -(-2 * device.processors // tiles))
-    stages = 2 if device.amd else 3
+    stages = 2 if device.generation in (0, 8) else 3
     return Launch(
         path="decode",
         tokens=max(device.least, 8 if case.tokens <= 8 else 16),
