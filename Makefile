@@ -9,8 +9,9 @@ demo: .venv/.demo
 	$(BIN)/bitknap quantize reference:mixtral --budget 2.5bpw -o build/demo --overwrite
 	$(BIN)/bitknap evaluate build/demo --reference reference:mixtral --uniform --tokens 16384
 
+# A process a core, up to 4, each with one thread; a file's tests stay together, for what they share.
 test: .venv/.test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/.test
 	$(BIN)/ruff check .

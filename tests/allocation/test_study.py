@@ -315,7 +315,9 @@ def test_a_killed_worker_loses_its_running_trial_alone(table, journal):
     assert set(records(study)[1].params.values()) == {0.0}
 
 
-@pytest.mark.parametrize("name", [worker_name(), "elsewhere/0:1", ""])
+@pytest.mark.parametrize(
+    "name", [worker_name(), "elsewhere/0:1", ""], ids=["live", "foreign", "unsigned"]
+)
 def test_a_live_or_foreign_workers_trial_is_left_alone(table, journal, name):
     study = create("s", journal, table, budget="4.5bpw", knobs=TILTS)
     study.trials.ask().set_user_attr("worker", name)
