@@ -11,10 +11,10 @@ from bitknap.benchmarks.aot import Layer, build, problems, variants
 from bitknap.kernels.words import Recipe
 
 
-def layer(*bits, blocks=1):
+def layer(*bits, blocks=1, hidden=2048):
     return Layer(
         name=f"{bits} in {blocks}",
-        hidden=2048,
+        hidden=hidden,
         intermediate=1408,
         experts=64,
         topk=6,
@@ -33,6 +33,7 @@ CASES = [
     (layer(4), 600, "sm_90", "combine"),
     (layer(4), 1, "sm_80", "decode_down"),
     (layer(4), 1, "sm_100", "decode_down"),
+    (layer(4, hidden=2112), 1, "sm_100", "decode_gate_up"),  # a tail of 64 columns
     (layer(3), 1, "gfx942", "decode_down"),
     (layer(4), 1 << 14, "sm_90", "dequantize"),
 ]
