@@ -13,7 +13,7 @@ import triton.language as tl
 
 from bitknap.kernels.constants import main_blocks, sums_of, tiles_of
 from bitknap.kernels.products import intermediate, one_expert, rows_of
-from bitknap.kernels.sums import write_sums
+from bitknap.kernels.sums import own_sums
 from bitknap.kernels.unpack import known_id
 
 _NONE = tl.constexpr(1 << 30)
@@ -121,9 +121,7 @@ def decode_gate_up(
         x = x_ptr + t * HIDDEN
         sums = sums_ptr + t * sums_of(HIDDEN)
         if OWN_SUMS:
-            # Programs write the same; each reads what it wrote itself.
-            write_sums(x, ok, sums, 0, HIDDEN, HIDDEN)
-            tl.debug_barrier()
+            own_sums(x_ptr, sums_ptr, t, ok, tokens, 0, HIDDEN, HIDDEN)
         entry, n, there, rows = rows_of(expert, pid % NT, INNER, CUT, HALF)
         value = intermediate(
             gate,
@@ -207,8 +205,7 @@ def decode_down(
         sums = sums_ptr + row * sums_of(INNER)
         if OWN_SUMS:
             last = tl.where(run == SPLIT - 1, INNER, end * 256)
-            write_sums(x, ok, sums, begin * 256, last, INNER)
-            tl.debug_barrier()
+            own_sums(hidden_ptr, sums_ptr, row, ok, tokens, begin * 256, last, INNER)
         y = one_expert(
             down,
             entry,

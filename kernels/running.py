@@ -19,7 +19,7 @@ from bitknap.kernels.dense import dense_moe
 from bitknap.kernels.experts import Opened, Stack
 from bitknap.kernels.grouped import combine, dequantize, grouped_down, grouped_gate_up, sort_pairs
 from bitknap.kernels.launch import Launch, Tile
-from bitknap.kernels.sums import row_sums
+from bitknap.kernels.sums import STEP, row_sums
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], Mapping[str, Any], Tile], None]
@@ -28,7 +28,7 @@ Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], Mapping[str, Any], Tile
 # Up to so many tokens, programs of the decode path sum their inputs themselves: to read them twice
 # takes less than another launch.
 _OWN_SUMS = 4
-_SUMMED = 2048  # columns that a program of their own sums
+
 _DEQUANTIZING = Tile(rows=64, stages=2)
 
 
@@ -278,8 +278,8 @@ def _sums(layer: _Layer, x: Tensor, *, launched: bool = True) -> Tensor:
     rows, cols = x.shape
     found = layer.empty(rows, sums_of(cols), dtype=torch.float32)
     if launched:
-        grid = (rows, triton.cdiv(cols, _SUMMED))
-        layer.start(row_sums, grid, (x, found), {"COLS": cols, "BLOCK": _SUMMED}, Tile())
+        grid = (rows, triton.cdiv(cols, STEP.value))
+        layer.start(row_sums, grid, (x, found), {"COLS": cols}, Tile())
     return found
 
 
