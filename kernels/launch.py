@@ -164,18 +164,20 @@ def _few(case: Case, device: Device) -> Launch:
     """Return the launch of the decode path."""
     # As many experts as pairs at most, each one tile of tokens.
     experts = min(case.tokens * case.topk, case.experts)
-    wide = experts * -(-case.intermediate // 64) >= 2 * device.processors
-    wide = wide and device.generation < 10  # of 128 rows some spill there
+    # On Blackwell programs of 128 rows spill in groups of 32, and of 64 in three stages.
+    roomy = device.generation < 10
+    wide = roomy and experts * -(-case.intermediate // 64) >= 2 * device.processors
+    rows = 128 if roomy else 64
     # 128 rows at once unpack with fewest instructions; cut into runs where that leaves
     # multiprocessors idle. A run is at least two blocks, so that its pipeline has something to do.
-    tiles = max(1, experts * -(-case.hidden // 128))
+    tiles = max(1, experts * -(-case.hidden // rows))
     split = min(8, case.intermediate // 512, -(-2 * device.processors // tiles))
     stages = 2 if device.generation in (0, 8) else 3
     return Launch(
         path="decode",
         tokens=max(device.least, 8 if case.tokens <= 8 else 16),
         gate_up=Tile(rows=64 if wide else 32, stages=stages),
-        down=Tile(rows=128, split=max(1, split), stages=stages),
+        down=Tile(rows=rows, split=max(1, split), stages=stages if roomy else 2),
     )
 
 
