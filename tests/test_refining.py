@@ -16,7 +16,7 @@ from bitknap.cli import main
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.journal import Readings
 from bitknap.estimators.moments import SecondMoments
-from bitknap.gathering import gather
+from bitknap.gathering import Calibration, gather
 from bitknap.quantize.source import Checkpoint
 from bitknap.refining import loop_windows, losses_of, measures, open_loop, refine, run_loop
 
@@ -39,7 +39,7 @@ def table(model):
 @pytest.fixture(scope="module")
 def loop(model):
     source = Checkpoint.open(model)
-    evidence = gather(source, frozenset({"replay"}), str(TEXT), 256, (), 0)
+    evidence = gather(source, frozenset({"replay"}), Calibration(text=str(TEXT), tokens=256))
     replay = evidence.replay
     assert replay is not None
     return open_loop(replay.model, evidence, TEXT.read_text(), replay.windows, 512, model)

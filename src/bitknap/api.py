@@ -14,11 +14,16 @@ from bitknap import files
 from bitknap.allocation import BitPlan
 from bitknap.errors import MismatchError
 from bitknap.estimation import CALIBRATION_TOKENS, GROUP_SIZES, default_formats, estimate
-from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.journal import beside
 from bitknap.estimators.replay import Losses, compare
 from bitknap.estimators.text import BUILTIN
-from bitknap.gathering import evaluation_windows, gather, readings_about, too_few_tokens
+from bitknap.gathering import (
+    Calibration,
+    evaluation_windows,
+    gather,
+    readings_about,
+    too_few_tokens,
+)
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading, twin
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
@@ -99,19 +104,19 @@ def quantize(
     with _planned(origin, plan, Path(out)) as source:
         if rounding.needs_inputs:
             checkpoint.check_plan(source, plan)
-            evidence = _calibrated(
-                origin,
-                source,
-                plan,
-                rounding=rounding,
+            asked = Calibration(
                 text=text,
                 tokens=tokens,
-                max_memory=max_memory,
+                include=checkpoint.roles_of(plan.units),
                 seed=seed,
-                journal=journal,
-                overwrite=overwrite,
-                progress=progress,
+                rounding=rounding,
+                max_memory=max_memory,
             )
+            # In one piece the pass is quick, and nothing of it is kept.
+            kept = journal if max_memory is not None else None
+            about = {} if kept is None else _depends_on(origin, asked, plan)
+            with beside(kept, about, overwrite=overwrite) as readings:
+                evidence = gather(source, frozenset(), asked, readings=readings, progress=progress)
             cut = layout_for(plan.units, evidence.layout)
             inputs = inputs_of_blocks(cut.units, evidence.units, evidence.inputs)
             about = {name: evidence.provenance[name] for name in ("text", "tokens", "seed")}
@@ -130,44 +135,11 @@ def quantize(
     return {**sizes, "method": rounding.name, "few_tokens": few}
 
 
-def _calibrated(
-    origin: Checkpoint,
-    source: Checkpoint,
-    plan: BitPlan,
-    *,
-    rounding: Rounding,
-    text: str,
-    tokens: int,
-    max_memory: int | None,
-    seed: int,
-    journal: Path | None,
-    overwrite: bool,
-    progress: Progress | None,
-) -> Evidence:
-    """Return what rounding needs to know of a text; see `quantize`."""
-    roles, recipe = checkpoint.roles_of(plan.units), twin.recipe_of(plan.header)
-    # In one piece the pass is quick, and nothing of it is kept.
-    layers = journal if max_memory is not None else None
-    about = {}
-    if layers is not None:
-        sorted_into = None if recipe.order is None else recipe.order.blocks
-        turned = recipe.rotation
-        about = readings_about(
-            origin, [text], tokens, roles, seed, rounding, rotation=turned, blocks=sorted_into
-        )
-    with beside(layers, about, overwrite=overwrite) as readings:
-        return gather(
-            source,
-            frozenset(),
-            text,
-            tokens,
-            roles,
-            seed,
-            progress,
-            max_memory,
-            rounding,
-            readings,
-        )
+def _depends_on(origin: Checkpoint, asked: Calibration, plan: BitPlan) -> dict[str, Any]:
+    """Return what calibrating for a plan depends on, as `estimate` says it."""
+    recipe = twin.recipe_of(plan.header)
+    blocks = None if recipe.order is None else recipe.order.blocks
+    return readings_about(origin, [asked], rotation=recipe.rotation, blocks=blocks)
 
 
 @contextlib.contextmanager

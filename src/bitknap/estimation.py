@@ -28,7 +28,7 @@ from bitknap.estimators.robust import Rule, check_sets
 from bitknap.estimators.robust import robust as as_one
 from bitknap.estimators.super_experts import super_experts
 from bitknap.estimators.text import BUILTIN, read_text
-from bitknap.gathering import gather, readings_about
+from bitknap.gathering import Calibration, gather, readings_about
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, twin
 from bitknap.quantize.blocks import split_rows
@@ -121,33 +121,27 @@ def estimate(
     whole("protect", protect)
     blocks_of_rows.check(row_blocks, permute=permute)
     origin = Checkpoint.open(resolve(model))
+    asked = [
+        Calibration(
+            text=words,
+            tokens=tokens,
+            include=include,
+            seed=seed,
+            rounding=method_of(method),
+            max_memory=max_memory,
+        )
+        for words in texts
+    ]
     job = _Job(
-        estimator=chosen,
-        formats=formats,
-        texts=texts,
-        tokens=tokens,
-        include=include,
-        rounding=method_of(method),
-        row_blocks=row_blocks,
-        max_memory=max_memory,
-        seed=seed,
-        progress=progress,
+        estimator=chosen, formats=formats, asked=asked, row_blocks=row_blocks, progress=progress
     )
+    recipe = twin.Recipe(rotation=seed if rotate else None)
     about = {}
     if journal is not None and job.keeps:
-        about = readings_about(
-            origin,
-            texts,
-            tokens,
-            include,
-            seed,
-            job.rounding,
-            rotation=seed if rotate else None,
-            blocks=row_blocks if permute else None,
-        )
+        sorted_into = row_blocks if permute else None
+        about = readings_about(origin, asked, rotation=recipe.rotation, blocks=sorted_into)
     kept = beside(journal if job.keeps else None, about, overwrite=overwrite)
     with _folder(scratch) as folder, kept as readings:
-        recipe = twin.Recipe(rotation=seed if rotate else None)
         source = twin.make(origin, recipe, folder)
         if permute:
             recipe = replace(recipe, order=job.sorting(source, readings))
@@ -155,25 +149,39 @@ def estimate(
         tables, passes = job.run(source, readings)
         table = as_one(tables, robust or "mean", risk) if len(tables) > 1 else tables[0]
         table, _ = isotonic(table)
-        on_disk = walk_headers(source.config, source.shapes, include)
-        fixed_bytes = checkpoint.fixed_bytes(
-            source, on_disk if row_blocks == 1 else split_rows(on_disk, row_blocks)
-        )
+        model_facts = _facts(origin, source, recipe, include, row_blocks)
     large = _union([found for _, found in passes], max)
     provenance = {
         **table.provenance,
+        **model_facts,
+        "coverage": _union([found for found, _ in passes], min),
+        "super_experts": large,
+    }
+    return protected(replace(table, provenance=provenance), large, protect)
+
+
+def _facts(
+    origin: Checkpoint,
+    source: Checkpoint,
+    recipe: twin.Recipe,
+    include: Collection[str],
+    row_blocks: int,
+) -> dict[str, object]:
+    """Return what a table says of the model that it is for, and of its bytes beside the units."""
+    on_disk = walk_headers(source.config, source.shapes, include)
+    layout = on_disk if row_blocks == 1 else split_rows(on_disk, row_blocks)
+    fixed_bytes, rewritten = checkpoint.fixed_bytes(source, layout), {}
+    if source is not origin:
+        rewritten = {twin.KEY: recipe.to_dict(origin)}
+        # The plan, which is part of the checkpoint, repeats it.
+        fixed_bytes += 2 * len(json.dumps(rewritten[twin.KEY]))
+    return {
         "model": source.fingerprint,
         "fixed_bytes": fixed_bytes,
         "source_bytes": sum(f.stat().st_size for f in origin.folder.iterdir() if f.is_file()),
         "include": sorted(include),
-        "coverage": _union([found for found, _ in passes], min),
-        "super_experts": large,
+        **rewritten,
     }
-    if source is not origin:
-        said = recipe.to_dict(origin)
-        # The plan, which is part of the checkpoint, repeats it.
-        provenance |= {twin.KEY: said, "fixed_bytes": fixed_bytes + 2 * len(json.dumps(said))}
-    return protected(replace(table, provenance=provenance), large, protect)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,32 +190,28 @@ class _Job:
 
     estimator: Estimator
     formats: Sequence[Format] | None
-    texts: Sequence[str]
-    tokens: int
-    include: Collection[str]
-    rounding: Rounding
+    asked: Sequence[Calibration]
     row_blocks: int
-    max_memory: int | None
-    seed: int
     progress: Progress | None
 
     @property
     def keeps(self) -> bool:
         """Whether anything is measured that would be worth a journal."""
-        reads = bool(self.estimator.needs) or self.rounding.needs_inputs
-        return "replay" in self.estimator.needs or (reads and self.max_memory is not None)
+        needs, first = self.estimator.needs, self.asked[0]
+        reads = bool(needs) or first.rounding.needs_inputs
+        return "replay" in needs or (reads and first.max_memory is not None)
 
     def sorting(self, source: Checkpoint, readings: Readings) -> twin.Sorting:
         """Return how neurons are sorted, by the first text if any is read."""
         needs = frozenset({"moments"}) if self.estimator.needs else frozenset()
-        evidence = self._gather(source, needs, self.texts[0], readings)
+        evidence = self._gather(source, needs, self.asked[0], readings)
         return blocks_of_rows.sorting(evidence, self.row_blocks)
 
     def run(self, source: Checkpoint, readings: Readings) -> tuple[list[CostTable], list[_Seen]]:
         """Return a table for each text, and which experts saw little or stand out in it."""
         tables, passes = [], []
-        for words in self.texts:
-            evidence = self._gather(source, self.estimator.needs, words, readings)
+        for asked in self.asked:
+            evidence = self._gather(source, self.estimator.needs, asked, readings)
             formats = self.formats or default_formats(evidence.units)
             table = self.estimator.estimate(evidence, formats)
             if self.row_blocks > 1:
@@ -218,22 +222,11 @@ class _Job:
         return tables, passes
 
     def _gather(
-        self, source: Checkpoint, needs: frozenset[str], text: str, readings: Readings
+        self, source: Checkpoint, needs: frozenset[str], asked: Calibration, readings: Readings
     ) -> Evidence:
         if needs and self.row_blocks > 1:
             needs = needs | {"moments"}
-        return gather(
-            source,
-            needs,
-            text,
-            self.tokens,
-            self.include,
-            self.seed,
-            self.progress,
-            self.max_memory,
-            self.rounding,
-            readings,
-        )
+        return gather(source, needs, asked, readings=readings, progress=self.progress)
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,37 +28,49 @@ from bitknap.quantize.rounding import RTN, Gptq, Rounding
 from bitknap.quantize.source import Checkpoint
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Calibration:
+    """What a model is watched on.
+
+    Attributes:
+        text: calibration text, a file or "builtin".
+        tokens: how much of it to use.
+        include: roles beside routed experts.
+        seed: of everything drawn at random.
+        rounding: how weights will be rounded; it may need whole second moments.
+        max_memory: bytes; None for any number.
+    """
+
+    text: str
+    tokens: int
+    include: Collection[str] = ()
+    seed: int = 0
+    rounding: Rounding = RTN
+    max_memory: int | None = None
+
+
 def gather(
     source: Checkpoint,
     needs: frozenset[str],
-    text: str,
-    tokens: int,
-    include: Collection[str],
-    seed: int,
-    progress: Progress | None = None,
-    max_memory: int | None = None,
-    rounding: Rounding = RTN,
+    asked: Calibration,
+    *,
     readings: Readings | None = None,
+    progress: Progress | None = None,
 ) -> Evidence:
     """Return the evidence that is needed: from weights alone, or from a pass over a text.
 
     Args:
         source: the model.
         needs: what an estimator needs.
-        text: calibration text, a file or "builtin".
-        tokens: how much of it to use.
-        include: roles beside routed experts.
-        seed: of everything drawn at random.
-        progress: called with (what, done, of).
-        max_memory: bytes.
-        rounding: how weights will be rounded; it may need whole second moments.
+        asked: on what.
         readings: where measurements are kept; nowhere if not given.
+        progress: called with (what, done, of).
 
     Raises:
         InputError: a pass over the text would take more than `max_memory` bytes.
     """
-    on_disk = walk_headers(source.config, source.shapes, include)
-    if rounding.needs_inputs:
+    on_disk = walk_headers(source.config, source.shapes, asked.include)
+    if asked.rounding.needs_inputs:
         needs = needs | {"full"}
     if not needs:
 
@@ -71,21 +83,21 @@ def gather(
             linears={},
             weights=weights,
             replay=None,
-            provenance={"model": source.fingerprint, "seed": seed},
-            rounding=rounding,
+            provenance={"model": source.fingerprint, "seed": asked.seed},
+            rounding=asked.rounding,
         )
-    way = way_to_calibrate(source, on_disk, tokens, needs, max_memory)
-    windows = _calibration_windows(source, text, tokens)
+    way = way_to_calibrate(source, on_disk, asked.tokens, needs, asked.max_memory)
+    windows = _windows(source, asked)
     checkpoint.check_finite(source)
     full, traces = "full" in needs, "traces" in needs
     if way == "layers":
         found = calibrate_by_layer(
             source,
             windows,
-            include=include,
+            include=asked.include,
             full=full,
             traces=traces,
-            seed=seed,
+            seed=asked.seed,
             readings=readings,
             progress=progress,
         )
@@ -93,28 +105,24 @@ def gather(
         model = loading.load(source.folder, torch.float32)
         found = calibrate(
             model,
-            walk(model, include),
+            walk(model, asked.include),
             windows,
             full=full,
             curvature="curvature" in needs,
             traces=traces,
             gradients="gradients" in needs,
             by_layer=way == "gradients",
-            seed=seed,
+            seed=asked.seed,
             progress=progress,
         )
     provenance = {**found.provenance, "model": source.fingerprint}
     kept = readings or Readings()
-    return replace(found, provenance=provenance, rounding=rounding, readings=kept)
+    return replace(found, provenance=provenance, rounding=asked.rounding, readings=kept)
 
 
 def readings_about(
     origin: Checkpoint,
-    texts: Sequence[str],
-    tokens: int,
-    include: Collection[str],
-    seed: int,
-    rounding: Rounding,
+    asked: Sequence[Calibration],
     *,
     rotation: int | None = None,
     blocks: int | None = None,
@@ -123,32 +131,28 @@ def readings_about(
 
     Args:
         origin: the model, before it is rotated or sorted.
-        texts: calibration texts.
-        tokens: of each.
-        include: roles beside routed experts.
-        seed: of everything drawn at random.
-        rounding: how weights will be rounded.
+        asked: on what, alike but for their texts.
         rotation: seed of what turns the residual stream; None leaves it.
         blocks: of rows that neurons are sorted into; None does not sort.
     """
-    units = walk_headers(origin.config, origin.shapes, include).units
-    windows = [_calibration_windows(origin, text, tokens) for text in texts]
+    first = asked[0]
+    units = walk_headers(origin.config, origin.shapes, first.include).units
     return {
         "model": origin.checksum(),
-        "text": [provenance_of(one, seed)["text"] for one in windows],
-        "tokens": tokens,
+        "text": [provenance_of(_windows(origin, one), one.seed)["text"] for one in asked],
+        "tokens": first.tokens,
         "include": sorted(checkpoint.roles_of(units)),
-        "seed": seed,
-        "method": settings(rounding),
+        "seed": first.seed,
+        "method": settings(first.rounding),
         "rotation": rotation,
         "sorting": blocks,
     }
 
 
-def _calibration_windows(source: Checkpoint, text: str, tokens: int) -> Tensor:
-    words = read_text(text, "calibration")
+def _windows(source: Checkpoint, asked: Calibration) -> Tensor:
+    words = read_text(asked.text, "calibration")
     longest = longest_of(loading.config_of(source.folder))
-    return token_windows(tokenizer_of(source.folder), words, tokens, longest)
+    return token_windows(tokenizer_of(source.folder), words, asked.tokens, longest)
 
 
 def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, str, int]]:

@@ -30,7 +30,7 @@ from bitknap.estimators.journal import Readings, beside, key_of
 from bitknap.estimators.replay import Losses, Replay, standard_error
 from bitknap.estimators.text import BUILTIN, read_text, token_windows
 from bitknap.evaluation import name_of
-from bitknap.gathering import gather, longest_of, tokenizer_of
+from bitknap.gathering import Calibration, gather, longest_of, tokenizer_of
 from bitknap.progress import Progress
 from bitknap.quantize.apply import applied
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
@@ -361,16 +361,14 @@ def refine(
     known = table.provenance.get("model", source.fingerprint)
     if known != source.fingerprint:
         raise MismatchError(f"{model}: the table is of another model; estimate it on this one")
-    evidence = gather(
-        source,
-        frozenset({"replay"}),
-        text,
-        tokens,
-        roles_of(table.units),
-        seed,
-        progress,
+    asked = Calibration(
+        text=text,
+        tokens=tokens,
+        include=roles_of(table.units),
+        seed=seed,
         rounding=Remembered(rounding=method_of(str(table.provenance.get("method", "rtn")))),
     )
+    evidence = gather(source, frozenset({"replay"}), asked, progress=progress)
     if evidence.replay is None:
         raise InputError("--refine: the model must fit in memory; leave out --max-memory")
     live, taken = evidence.replay.model, evidence.replay.windows
