@@ -2,29 +2,20 @@
 
 import io
 import json
-from itertools import product
 
 import numpy as np
 import pytest
 
-from bitknap.allocation import BitPlan, CostTable, Units, formats
+from bitknap.allocation import BitPlan, CostTable, formats
 from bitknap.cli import main
 from bitknap.render_diff import diff_tables
+from bitknap.testing import routed_units
 
 FORMATS = formats((2, 3, 4), 32, True)
 
 
 def units_of(experts=4):
-    keys = [*product(range(2), range(experts), ("gate", "up", "down"))]
-    layer, expert, projection = zip(*keys, strict=True)
-    return Units.build(
-        layer=layer,
-        role=["routed"] * len(keys),
-        expert=expert,
-        projection=projection,
-        rows=[64] * len(keys),
-        cols=[32] * len(keys),
-    )
+    return routed_units(2, experts, ("gate", "up", "down"), rows=64, cols=32)
 
 
 def save(path, choice, model="m", **header):

@@ -8,13 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitknap.allocation import BitPlan, CostTable, Units, formats
+from bitknap.allocation import BitPlan, CostTable, formats
 from bitknap.allocation.knobs import Knobs
 from bitknap.allocation.study import create, load, run
 from bitknap.cli import main
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.source import Checkpoint, resolve
 from bitknap.study_page import page
+from bitknap.testing import routed_units
 
 WIDTHS = formats((2, 3, 4, 8), "row")
 ROOT = Path(__file__).parent.parent
@@ -28,17 +29,9 @@ def loss(plan):
 
 @pytest.fixture
 def table(tmp_path):
-    places = [(i, e, p) for i in range(2) for e in range(3) for p in ("gate", "down")]
-    units = Units.build(
-        layer=[i for i, _, _ in places],
-        role=["routed"] * len(places),
-        expert=[e for _, e, _ in places],
-        projection=[p for _, _, p in places],
-        rows=[16] * len(places),
-        cols=[16] * len(places),
-    )
+    units = routed_units(2, 3)
     decay = np.array([4.0**-item.bits for item in WIDTHS])
-    cost = np.random.default_rng(0).lognormal(size=(len(places), 1)) * decay
+    cost = np.random.default_rng(0).lognormal(size=(len(units), 1)) * decay
     path = tmp_path / "table.safetensors"
     CostTable.from_arrays(cost, units=units, formats=WIDTHS, spread=cost / 5).save(path)
     return path

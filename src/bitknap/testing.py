@@ -1,4 +1,4 @@
-"""For tests: tiny models with random weights, and the contracts that plug-ins must keep.
+"""For tests: tiny models and tables at random, and the contracts that plug-ins must keep.
 
 The models are of the real transformers classes and take milliseconds to build, once transformers
 is imported. They hold every layout of experts that transformers has: gated or not, transposed,
@@ -7,14 +7,25 @@ interleaved, biased, one module an expert.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+
+from bitknap.allocation import CostTable, Format, Units
 from bitknap.contracts import SolverContract
 from bitknap.errors import InputError
 
-__all__ = ["FAMILIES", "SolverContract", "packed_checkpoint", "tiny_model"]
+__all__ = [
+    "FAMILIES",
+    "SolverContract",
+    "packed_checkpoint",
+    "random_table",
+    "routed_units",
+    "tiny_model",
+]
 
 # Sizes differ wherever they may, so that a transposed or swapped matrix cannot fit by chance.
 _SIZES: Mapping[str, Any] = {
@@ -241,6 +252,34 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     return model
 
 
+def routed_units(
+    layers: int,
+    experts: int,
+    projections: Sequence[str] = ("gate", "down"),
+    *,
+    rows: int = 16,
+    cols: int = 16,
+) -> Units:
+    """Return equally large units, by layer, expert and projection in order."""
+    places = [*product(range(layers), range(experts), projections)]
+    layer, expert, projection = zip(*places, strict=True)
+    return Units.build(
+        layer=layer,
+        role=["routed"] * len(places),
+        expert=expert,
+        projection=projection,
+        rows=[rows] * len(places),
+        cols=[cols] * len(places),
+    )
+
+
+def random_table(units: Units, formats: Sequence[Format], seed: int = 0) -> CostTable:
+    """Return a table whose units differ at random, each costing a quarter for one more bit."""
+    scale = np.random.default_rng(seed).lognormal(size=(len(units), 1))
+    cost = scale * np.array([4.0**-item.bits for item in formats])
+    return CostTable.from_arrays(cost, units=units, formats=formats)
+
+
 def packed_checkpoint(
     root: Path,
     family: str = "mixtral",
@@ -260,10 +299,9 @@ def packed_checkpoint(
         row_blocks: that every matrix is cut into.
         changes: config values to replace; "dtype" is the one weights are stored in.
     """
-    import numpy as np
     import torch
 
-    from bitknap.allocation import BitPlan, Format, formats
+    from bitknap.allocation import BitPlan, formats
     from bitknap.api import quantize
     from bitknap.quantize.blocks import block_units
     from bitknap.quantize.names import walk_headers

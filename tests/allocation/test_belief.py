@@ -3,25 +3,14 @@
 import numpy as np
 import pytest
 
-from bitknap.allocation import CostTable, Units, formats
+from bitknap.allocation import CostTable, formats
 from bitknap.allocation.belief import Belief, Groups, kinds_of
+from bitknap.testing import random_table, routed_units
 
 
 @pytest.fixture
 def table():
-    draw = np.random.default_rng(0)
-    places = [(i, e, p) for i in range(3) for e in range(4) for p in ("gate", "down")]
-    units = Units.build(
-        layer=[i for i, _, _ in places],
-        role=["routed"] * len(places),
-        expert=[e for _, e, _ in places],
-        projection=[p for _, _, p in places],
-        rows=[16] * len(places),
-        cols=[16] * len(places),
-    )
-    widths = formats((2, 3, 4), 8)
-    cost = draw.lognormal(size=(len(units), 1)) * np.array([4.0**-item.bits for item in widths])
-    return CostTable.from_arrays(cost, units=units, formats=widths)
+    return random_table(routed_units(3, 4), formats((2, 3, 4), 8))
 
 
 def drawn(table, count, seed=1):

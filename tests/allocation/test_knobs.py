@@ -4,10 +4,11 @@ import numpy as np
 import optuna
 import pytest
 
-from bitknap.allocation import CostTable, Units, formats, profile
+from bitknap.allocation import CostTable, formats, profile
 from bitknap.allocation.format import Format
 from bitknap.allocation.knobs import Knobs, apply, groups, neutral, signal, space, suggest
 from bitknap.errors import InfeasibleError, InputError, MismatchError
+from bitknap.testing import routed_units
 
 EVERY = Knobs(
     exponents=("other",),
@@ -21,17 +22,7 @@ EVERY = Knobs(
 
 
 def units(layers=2, experts=3):
-    places = [
-        (i, e, p) for i in range(layers) for e in range(experts) for p in ("gate", "up", "down")
-    ]
-    return Units.build(
-        layer=[i for i, _, _ in places],
-        role=["routed"] * len(places),
-        expert=[e for _, e, _ in places],
-        projection=[p for _, _, p in places],
-        rows=[16] * len(places),
-        cols=[16] * len(places),
-    )
+    return routed_units(layers, experts, ("gate", "up", "down"))
 
 
 def table(seed=0, spread=True, widths=None):

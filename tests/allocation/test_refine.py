@@ -3,28 +3,17 @@
 import numpy as np
 import pytest
 
-from bitknap.allocation import Budget, CostTable, Knapsack, Problem, Units, formats, profile, solve
+from bitknap.allocation import Budget, CostTable, Knapsack, Problem, formats, profile, solve
 from bitknap.allocation.refine import Refine
 from bitknap.allocation.solve import within
 from bitknap.errors import BitknapError, InfeasibleError, InputError, MismatchError
+from bitknap.testing import random_table, routed_units
 
 BLOCKS = 12
 
 
 def table(seed=0, layers=3, experts=4):
-    draw = np.random.default_rng(seed)
-    places = [(i, e, p) for i in range(layers) for e in range(experts) for p in ("gate", "down")]
-    units = Units.build(
-        layer=[i for i, _, _ in places],
-        role=["routed"] * len(places),
-        expert=[e for _, e, _ in places],
-        projection=[p for _, _, p in places],
-        rows=[16] * len(places),
-        cols=[16] * len(places),
-    )
-    widths = formats((2, 3, 4, 8), 8)
-    cost = draw.lognormal(size=(len(units), 1)) * np.array([4.0**-item.bits for item in widths])
-    return CostTable.from_arrays(cost, units=units, formats=widths)
+    return random_table(routed_units(layers, experts), formats((2, 3, 4, 8), 8), seed)
 
 
 @pytest.fixture

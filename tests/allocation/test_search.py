@@ -5,35 +5,21 @@ import pytest
 
 from bitknap.allocation import (
     Budget,
-    CostTable,
     Knapsack,
     Limit,
     Problem,
     Status,
-    Units,
     formats,
     profile,
     solve,
 )
 from bitknap.allocation.search import Search
 from bitknap.errors import BitknapError, InputError, MismatchError
+from bitknap.testing import random_table, routed_units
 
 
 def table(seed=0, layers=3, experts=4):
-    draw = np.random.default_rng(seed)
-    places = [(i, e, p) for i in range(layers) for e in range(experts) for p in ("gate", "down")]
-    units = Units.build(
-        layer=[i for i, _, _ in places],
-        role=["routed"] * len(places),
-        expert=[e for _, e, _ in places],
-        projection=[p for _, _, p in places],
-        rows=[16] * len(places),
-        cols=[16] * len(places),
-    )
-    widths = formats((2, 3, 4, 8), 8)
-    decay = np.array([4.0**-item.bits for item in widths])
-    cost = draw.lognormal(size=(len(units), 1)) * decay
-    return CostTable.from_arrays(cost, units=units, formats=widths)
+    return random_table(routed_units(layers, experts), formats((2, 3, 4, 8), 8), seed)
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import numpy as np
 import optuna
 import pytest
 
-from bitknap.allocation import BitPlan, CostTable, Units, formats
+from bitknap.allocation import BitPlan, CostTable, formats
 from bitknap.allocation.knobs import Knobs
 from bitknap.allocation.study import Record, best, create, front, load, plan_of, records, run
 from bitknap.allocation.trials import attempts, make_sampler, open_storage, shown
@@ -24,6 +24,7 @@ from bitknap.errors import (
     InputError,
     MismatchError,
 )
+from bitknap.testing import routed_units
 
 TILTS = Knobs(tilts=("layer", "proj"))
 WIDTHS = formats((2, 3, 4), (8, "row"))
@@ -31,17 +32,9 @@ WIDTHS = formats((2, 3, 4), (8, "row"))
 
 def save(path, seed=0, model="abc"):
     draw = np.random.default_rng(seed)
-    places = [(i, e, p) for i in range(3) for e in range(4) for p in ("gate", "down")]
-    units = Units.build(
-        layer=[i for i, _, _ in places],
-        role=["routed"] * len(places),
-        expert=[e for _, e, _ in places],
-        projection=[p for _, _, p in places],
-        rows=[16] * len(places),
-        cols=[16] * len(places),
-    )
+    units = routed_units(3, 4)
     decay = np.array([4.0**-item.bits * (2 if item.group_size == 0 else 1) for item in WIDTHS])
-    cost = draw.lognormal(size=(len(places), 1)) * decay
+    cost = draw.lognormal(size=(len(units), 1)) * decay
     table = CostTable.from_arrays(
         cost, units=units, formats=WIDTHS, spread=0.2 * cost, provenance={"model": model}
     )

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitknap.allocation import BitPlan, Units, formats
+from bitknap.allocation import BitPlan, formats
 from bitknap.benchmarks.compare import run as running
 from bitknap.benchmarks.compare.recipes import down_first, first_layers, offers
 from bitknap.benchmarks.compare.strategies import PUBLISHED, names
 from bitknap.cli import main
 from bitknap.errors import InputError
+from bitknap.testing import routed_units
 
 ROOT = Path(__file__).parent.parent.parent
 NUMBERS = ("kl", "kl_se", "perplexity", "top1", "rank", "bytes", "bpw")
@@ -208,18 +209,10 @@ def test_names():
 
 
 def test_recipes_give_the_wider_format_to_the_first_in_order():
-    places = [(i, e, p) for i in range(3) for e in range(2) for p in ("gate", "up", "down")]
-    units = Units.build(
-        layer=[i for i, _, _ in places],
-        role=["routed"] * len(places),
-        expert=[e for _, e, _ in places],
-        projection=[p for _, _, p in places],
-        rows=[16] * len(places),
-        cols=[16] * len(places),
-    )
+    units = routed_units(3, 2, ("gate", "up", "down"))
     widths = formats((2, 4), "row", (True,))
     small, large = (int(item.nbytes(16, 16)) for item in widths)
-    limit = len(places) * small + 6 * (large - small)
+    limit = len(units) * small + 6 * (large - small)
     (first,) = offers(units, widths, first_layers(units), limit, "m")
     assert {int(units.layer[i]) for i in np.flatnonzero(first.plan.choice)} == {0}
     (down,) = offers(units, widths, down_first(units), limit, "m")
