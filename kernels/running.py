@@ -28,7 +28,6 @@ Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], Mapping[str, Any], Tile
 # Up to so many tokens, programs of the decode path sum their inputs themselves: to read them twice
 # takes less than another launch.
 _OWN_SUMS = 4
-
 _DEQUANTIZING = Tile(rows=64, stages=2)
 
 
@@ -213,6 +212,10 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
     gate_up, down = launch.gate_up, launch.down
     tiles = most_tiles(layer.pairs, layer.count, launch.tokens)
     hidden = layer.empty(layer.pairs, layer.inner, dtype=layer.x.dtype)
+
+    def sums(x: Tensor) -> Tensor:
+        return _sums(layer, x) if launch.post else x  # scaled weights need none: not read
+
     layer.start(
         grouped_gate_up,
         (tiles * tiles_of(layer.inner, experts.up.blocks, gate_up.rows),),
@@ -222,7 +225,7 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
             starts,
             pairs,
             hidden,
-            _sums(layer, layer.x) if launch.post else layer.x,
+            sums(layer.x),
             *layer.tables(),
             experts.up.columns["order"],
         ),
@@ -240,7 +243,7 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
             starts,
             pairs,
             part,
-            _sums(layer, hidden) if launch.post else hidden,
+            sums(hidden),
             _table(experts.down, experts.down_bias),
             experts.down.columns["order"],
         ),

@@ -2,8 +2,8 @@
 
 s (W_q x) + m (1 x) needs, for each group, the sum of x over the group's columns. It has nothing to
 do with any expert, so it is taken once, for runs of 128, 64 and 32 columns, and not by matrix units
-beside every product: on an H200 a product of 64 rows with 8 or 16 tokens keeps them busy for 25 to
-30 cycles at whatever width, which was what bound few tokens (`benchmarks/results/kernels.md`).
+beside every product: on an H200 a product of 64 rows with 8 or 16 tokens keeps them busy for about
+32 cycles at whatever width, which was what bound few tokens (`benchmarks/results/kernels.md`).
 """
 
 from __future__ import annotations
