@@ -217,17 +217,8 @@ def _judged(run: Comparison, strategy: Strategy, budget: float) -> Cell:
         offer, losses = judged[0][0], _mean([losses for _, losses in judged])
     else:
         offer, losses = min(judged, key=lambda pair: float(pair[1].kl.mean()))
-    values = {
-        **about,
-        "setting": offer.setting,
-        "bytes": offer.plan.total_bytes,
-        "bpw": offer.plan.bpw,
-        "predicted": _predicted(run, offer.plan),
-        "perplexity": losses.perplexity,
-        "top1": float(losses.top1.mean()),
-    }
-    if run.tasks is not None and not strategy.average:
-        values["tasks"] = run.tasks.scores(setting, offer.plan)
+    tasks = None if strategy.average else run.tasks
+    values = {**about, "setting": offer.setting, **_facts(run, offer.plan, losses, tasks)}
     return Cell(
         strategy=strategy.name,
         budget=budget,
@@ -242,6 +233,18 @@ def _judged(run: Comparison, strategy: Strategy, budget: float) -> Cell:
 def _mean(losses: Sequence[Losses]) -> Losses:
     parts = {n: np.mean([getattr(one, n) for one in losses], axis=0) for n in ("nll", "kl", "top1")}
     return Losses(**parts)
+
+
+def _facts(run: Comparison, plan: BitPlan, losses: Losses, tasks: Tasks | None) -> dict[str, Any]:
+    """Return what a plan takes, was thought to lose and does lose, JSON values."""
+    found = {
+        "bytes": plan.total_bytes,
+        "bpw": plan.bpw,
+        "predicted": _predicted(run, plan),
+        "perplexity": losses.perplexity,
+        "top1": float(losses.top1.mean()),
+    }
+    return found if tasks is None else found | {"tasks": tasks.scores(run.setting, plan)}
 
 
 def _predicted(run: Comparison, plan: BitPlan) -> float | None:
@@ -293,16 +296,10 @@ def _ours(run: Comparison, budget: float, work: Path | None) -> None:
         "source": "calibrated, refined, gated",
         "measurements": tables.measurements(CALIBRATED) + len(outcome.refined.steps),
         "setting": "" if outcome.passed else f"the gate chose {outcome.recipe}",
-        "bytes": outcome.plan.total_bytes,
-        "bpw": outcome.plan.bpw,
-        "predicted": _predicted(run, outcome.plan),
-        "perplexity": losses.perplexity,
-        "top1": float(losses.top1.mean()),
+        **_facts(run, outcome.plan, losses, run.tasks),
         "refine": steps_of(outcome.refined.steps),
         "loop": outcome.facts(),
     }
-    if run.tasks is not None:
-        values["tasks"] = run.tasks.scores(setting, outcome.plan)
     run.keep(
         Cell(
             strategy=OURS,
