@@ -6,7 +6,7 @@
     bitknap_plan.json      the plan; with it every offset follows from `Format.nbytes`
     README.md              the model card, see `card`
     bitknap_source.json    name, dtype and shape of the tensors that the streams replace
-    everything else        the tokenizer and its like, copied
+    everything else        the tokenizer and its like, copied; see `companions`
 
 `loading` reads what is written here.
 """
@@ -27,7 +27,13 @@ from bitknap.allocation.budget import parse_size
 from bitknap.allocation.plan import BitPlan
 from bitknap.allocation.units import ROLES, Units
 from bitknap.errors import BitknapError, InputError, MismatchError
-from bitknap.files import check_free_name, check_space, move_into_place, write_whole
+from bitknap.files import (
+    check_free_name,
+    check_space,
+    folder_bytes,
+    move_into_place,
+    write_whole,
+)
 from bitknap.progress import Progress
 from bitknap.quantize import card
 from bitknap.quantize.apply import Watched, aligned
@@ -49,7 +55,6 @@ __all__ = [
     "SOURCE",
     "VERSION",
     "check_finite",
-    "copied_files",
     "digest",
     "fixed_bytes",
     "is_packed",
@@ -62,21 +67,11 @@ __all__ = [
 PLAN = "bitknap_plan.json"
 SOURCE = "bitknap_source.json"
 VERSION = "1.0"
-_NOT_COPIED = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 
 
 def is_packed(folder: Path) -> bool:
     """Return whether `folder` holds a packed checkpoint, be it damaged."""
     return (folder / PLAN).is_file() or any(folder.glob(f"{PACKED}*.safetensors"))
-
-
-def copied_files(source: Checkpoint) -> list[Path]:
-    """Return the files that a packed checkpoint takes over unchanged."""
-    return sorted(
-        f
-        for f in source.folder.iterdir()
-        if f.is_file() and f.name != "config.json" and not f.name.endswith(_NOT_COPIED)
-    )
 
 
 def fixed_bytes(source: Checkpoint, layout: Layout) -> int:
@@ -86,7 +81,7 @@ def fixed_bytes(source: Checkpoint, layout: Layout) -> int:
     """
     tensors = source.stored(kept_tensors(source, layout)).values()
     kept = sum(info.stop - info.start for info in tensors)
-    copied = sum(f.stat().st_size for f in copied_files(source))
+    copied = source.companion_bytes
     # A plan's row takes about 140 bytes; a tensor's name stands in a header and maybe an index.
     text = 192 * len(layout.units) + sum(2 * len(name) + 160 for name in source.headers)
     config = 2 * len(json.dumps(dict(source.config))) + 2048
@@ -201,7 +196,7 @@ def _finish(
     written = _stream_bytes(folder)
     if written != plan.total_bytes:
         raise BitknapError(f"{out}: {written} bytes of units, the plan says {plan.total_bytes}")
-    total = sum(f.stat().st_size for f in folder.iterdir())
+    total = folder_bytes(folder)
     return {"predicted": plan.total_bytes, "written": written, "checkpoint": total}
 
 
@@ -233,8 +228,7 @@ def check_finite(source: Checkpoint) -> None:
 
 
 def _write_texts(source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path) -> None:
-    for file in copied_files(source):
-        shutil.copyfile(file, folder / file.name)
+    source.copy_companions(folder)
     single = f"{PACKED}.safetensors"
     weights = single if (folder / single).is_file() else f"{single}.index.json"
     lie = {"layout": LAYOUTS[0], "layout_version": LAYOUT_VERSION}

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bitknap.allocation.plan import BitPlan
 from bitknap.errors import FileError, InputError
-from bitknap.files import whole_folder, write_whole
+from bitknap.files import folder_bytes, whole_folder, write_whole
 from bitknap.quantize.checkpoint import PLAN
 from bitknap.quantize.headers import TensorInfo, read_header
 from bitknap.quantize.outline import PREFIX, streams
@@ -78,12 +78,15 @@ def convert(folder: Path, layout: str, out: Path, *, overwrite: bool = False) ->
     sizes, written = job.sizes(), int(job.then.sum())
     shards = sorted({info.file for info in source.headers.values()})
     with whole_folder(out, overwrite=overwrite) as part:
-        for file in sorted(f for f in folder.iterdir() if f.is_file() and f not in shards):
-            shutil.copyfile(file, part / file.name)
+        for file in sorted(f for f in folder.rglob("*") if f.is_file() and f not in shards):
+            name = file.relative_to(folder)
+            if not any(above.startswith(".") for above in name.parts[:-1]):
+                (part / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(file, part / name)
         for shard in shards:
             _rewrite(job, shard, sizes, part / shard.name)
         _write_texts(layout, written - int(job.now.sum()), part)
-        total = sum(f.stat().st_size for f in part.iterdir())
+        total = folder_bytes(part)
     return {"plan": plan.total_bytes, "written": written, "checkpoint": total}
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from bitknap.errors import FileError
-from bitknap.files import read_json
 
 # How weights are called: transformers' own name, and ours for packed ones. Under its own name
 # transformers would load a packed checkpoint without a word and make up all experts at random.
@@ -111,37 +110,6 @@ def check_header(
         found[name] = TensorInfo(dtype, shape, path, begin + start, begin + stop)
     _check_tiling(path, found, begin, size)
     return found
-
-
-def read_index(index: Path) -> dict[str, str]:
-    """Return the file of every tensor, as the index of a checkpoint in several files says.
-
-    Raises:
-        FileError: it is no index, or names files outside its folder.
-    """
-    content = read_json(index)
-    where = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(where, dict) or not where:
-        raise FileError(f"{index}: weight_map: missing or empty")
-    for file in where.values():
-        if not isinstance(file, str) or Path(file).name != file or file in ("", ".", ".."):
-            raise FileError(f"{index}: weight_map: {file!r} is not a file name in this folder")
-    return where
-
-
-def joined(files: Iterable[Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
-    """Return the tensors of all files of one checkpoint.
-
-    Raises:
-        FileError: two files hold a tensor of one name.
-    """
-    headers: dict[str, TensorInfo] = {}
-    for tensors in files:
-        for name, info in tensors.items():
-            if name in headers:
-                raise FileError(f"{info.file}: {name}: also in {headers[name].file.name}")
-            headers[name] = info
-    return headers
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:

@@ -1,22 +1,23 @@
 """Models on the Hugging Face hub: file by file, and no file that is not needed.
 
-No code, no pickle, and of weights only those that are read: many repositories hold them several
-times, in subfolders or under another name.
+Code and pickles are not fetched, and only those weights are that are read: many repositories hold
+them several times, in subfolders or under another name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from bitknap.errors import InputError
-from bitknap.quantize.headers import STEMS, TensorInfo, check_header, joined, read_index
+from bitknap.files import read_json
+from bitknap.quantize.companions import reason_to_stay
+from bitknap.quantize.headers import TensorInfo, check_header
+from bitknap.quantize.weight_files import joined, read_index, weights_of
 
 _CONFIG = "config.json"
-# What stands beside weights: configuration, tokenizer, template, card.
-_BESIDE = (".json", ".txt", ".model", ".jinja", "README.md")
 
 
 class Remote(NamedTuple):
@@ -53,10 +54,11 @@ def fetch(model: str) -> Path:
             except (HTTPError, OSError):
                 raise offline from None
         folder = Path(hf_hub_download(model, _CONFIG)).parent
-        for name in sorted(n for n in sizes if n.endswith(_BESIDE)):
-            _check_one(folder, Path(hf_hub_download(model, name)), model)
-        for name in _weights(folder, sizes):
-            _check_one(folder, Path(hf_hub_download(model, name)), model)
+        weights = weights_of(read_json(folder / _CONFIG), sizes.__contains__)
+        for name in (weights, *_beside(sizes)):
+            _fetch_one(folder, name, model)
+        for name in _files_of(folder, weights):
+            _fetch_one(folder, name, model)
         return folder
 
 
@@ -71,8 +73,9 @@ def fetch_headers(model: str) -> Remote | Path:
 
     with _one_line(model):
         folder = Path(hf_hub_download(model, _CONFIG)).parent
-        here = _weights(folder, [file.name for file in folder.iterdir()])
-        if here and all((folder / name).is_file() for name in here):
+        cached = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
+        weights = weights_of(read_json(folder / _CONFIG), cached.__contains__)
+        if weights in cached and set(_files_of(folder, weights)) <= set(cached):
             return folder
         sizes = _listed(model)
         known = get_safetensors_metadata(model).files_metadata
@@ -88,8 +91,31 @@ def fetch_headers(model: str) -> Remote | Path:
         }
         end = max((info.data_offsets[1] for info in file.tensors.values()), default=0)
         files.append(check_header(folder / name, entries, 0, end))
-    beside = sum(size for n, size in sizes.items() if n.endswith(_BESIDE) and n != _CONFIG)
-    return Remote(folder, joined(files), beside)
+    return Remote(folder, joined(files), sum(sizes[name] for name in _beside(sizes)))
+
+
+def snapshot_of(folder: Path) -> Path:
+    """Return the snapshot in a cached repository's folder; any other folder is itself.
+
+    Args:
+        folder: such as models--ORGANIZATION--NAME, which holds blobs, refs and snapshots.
+
+    Raises:
+        InputError: it has several snapshots, and does not say which one is the main branch's.
+    """
+    snapshots = folder / "snapshots"
+    if (folder / _CONFIG).exists() or not snapshots.is_dir():
+        return folder
+    main = folder / "refs" / "main"
+    known = sorted(path for path in snapshots.iterdir() if path.is_dir())
+    if main.is_file() and (snapshots / main.read_text().strip()) in known:
+        return snapshots / main.read_text().strip()
+    if len(known) != 1:
+        raise InputError(
+            f"{folder}: {len(known)} snapshots and no refs/main that names one of them; pass the "
+            "folder of a snapshot"
+        )
+    return known[0]
 
 
 @contextmanager
@@ -115,25 +141,32 @@ def _one_line(model: str) -> Iterator[None]:
 
 
 def _listed(model: str) -> dict[str, int]:
-    """Return the files at the top of a repository and their bytes."""
+    """Return the files of a repository and their bytes."""
     from huggingface_hub import model_info
 
     files = model_info(model, files_metadata=True).siblings or []
-    return {file.rfilename: file.size or 0 for file in files if "/" not in file.rfilename}
+    return {file.rfilename: file.size or 0 for file in files}
 
 
-def _weights(folder: Path, names: dict[str, int] | list[str]) -> list[str]:
-    """Return the files of weights, in the order `Checkpoint.open` looks for them."""
-    for stem in STEMS:
-        if f"{stem}.safetensors" in names:
-            return [f"{stem}.safetensors"]
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.name in names:
-            return sorted(set(read_index(index).values()))
-    return []
+def _beside(sizes: Mapping[str, int]) -> list[str]:
+    """Return the files beside configuration and weights that belong to a model, but code."""
+    return sorted(
+        name
+        for name, size in sizes.items()
+        if name != _CONFIG and not name.endswith(".py") and not reason_to_stay(name, size)
+    )
 
 
-def _check_one(folder: Path, file: Path, model: str) -> None:
+def _files_of(folder: Path, weights: str) -> list[str]:
+    """Return the files of weights: those that an index names, or the one file itself."""
+    if weights.endswith(".json"):
+        return sorted(set(read_index(folder / weights).values()))
+    return [weights] if weights else []
+
+
+def _fetch_one(folder: Path, name: str, model: str) -> None:
+    from huggingface_hub import hf_hub_download
+
     # The cache has a folder a revision.
-    if file.parent != folder:
+    if name and Path(hf_hub_download(model, name)) != folder / name:
         raise InputError(f"{model}: changed on the hub while it was downloaded; start again")

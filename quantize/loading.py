@@ -31,6 +31,7 @@ from bitknap.quantize.outline import PREFIX, streams
 from bitknap.quantize.packed_config import check_config, layout_of, plain_config
 from bitknap.quantize.source import DTYPES, Checkpoint
 from bitknap.quantize.views import Layout
+from bitknap.quantize.weight_files import has_metadata
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -137,6 +138,8 @@ def load(
 ) -> Any:
     """Return the transformers model of a packed or of a plain checkpoint, in evaluation mode.
 
+    An adapter beside plain weights is not loaded, as it is not quantized either.
+
     Args:
         folder: the checkpoint.
         dtype: "auto" is what config.json says; quantized weights are rounded to it once.
@@ -167,16 +170,38 @@ def load(
     elif is_packed(folder):
         where = {"pretrained_model_name_or_path": None, "config": to_plain(config)}
         where["state_dict"] = read_packed(folder)[1]
-    elif (source := Checkpoint.open(folder)).low_bit:  # opened, and so checked, either way
-        del config.quantization_config
+    elif not _reads_alike(source := Checkpoint.open(folder)):  # opened, and so checked, either way
+        if source.low_bit:
+            del config.quantization_config
         tensors = {name: source.read(name).contiguous() for name in source.headers}
         where = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
     model, report = architecture.from_pretrained(**where, dtype=dtype, output_loading_info=True)
+    if where["pretrained_model_name_or_path"] is None:
+        _set_generation(model, folder)
     if missing := sorted(report["missing_keys"]):
         raise FileError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}")
     if packed:
         model.hf_quantizer.cache.limit = cache_bytes
     return model.eval().to(where_to)
+
+
+def _reads_alike(source: Checkpoint) -> bool:
+    """Return whether transformers, given the folder, loads what `Checkpoint.read` reads.
+
+    It does not decode all low-bit weights, adds an adapter that it finds, and refuses an index
+    without metadata.
+    """
+    adapter = (source.folder / "adapter_config.json").is_file()
+    bare = source.index and not has_metadata(source.folder / source.index)
+    return not (source.low_bit or adapter or bare)
+
+
+def _set_generation(model: Any, folder: Path) -> None:
+    """Give a model the settings for generating that its folder has."""
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def to_plain(config: Any) -> Any:

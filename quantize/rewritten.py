@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import shutil
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from bitknap.errors import ModelError
 from bitknap.files import whole_folder, write_whole
 from bitknap.quantize.source import DTYPES, Checkpoint, TensorInfo
 
-_COPIED_NOT = (".safetensors", ".safetensors.index.json", ".bin", ".pt", ".pth", ".gguf")
 _INDEX = "model.safetensors.index.json"
 
 
@@ -90,13 +88,14 @@ def write(checkpoint: Rewritten, out: Path, *, overwrite: bool = False) -> None:
     files: defaultdict[str, list[str]] = defaultdict(list)
     headers = checkpoint.headers
     for name, info in sorted(headers.items(), key=lambda item: item[1][2:]):
-        files[info.file.name].append(name)
+        files[info.file.relative_to(checkpoint.folder).as_posix()].append(name)
     with whole_folder(out, overwrite=overwrite) as part:
-        for file in sorted(checkpoint.folder.iterdir()):
-            if file.is_file() and not file.name.endswith(_COPIED_NOT):
-                shutil.copyfile(file, part / file.name)
-        write_whole(part / "config.json", _json(checkpoint.config))
+        checkpoint.source.copy_companions(part)
+        # The index that is written here has the usual name.
+        config = {k: v for k, v in checkpoint.config.items() if k != "transformers_weights"}
+        write_whole(part / "config.json", _json(config))
         for file_name, names in files.items():
+            (part / file_name).parent.mkdir(parents=True, exist_ok=True)
             _write_file(checkpoint, {n: headers[n] for n in names}, part / file_name)
         if list(files) != ["model.safetensors"]:
             where = {name: file for file, names in files.items() for name in names}

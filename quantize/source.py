@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -19,19 +20,12 @@ import torch
 from bitknap.errors import FileError, InputError
 from bitknap.files import read_json
 from bitknap.quantize import hub, lowbit
-from bitknap.quantize.headers import (
-    DTYPES,
-    PACKED,
-    PLAIN,
-    STEMS,
-    TensorInfo,
-    joined,
-    read_header,
-    read_index,
-)
+from bitknap.quantize.companions import Companions, check_content
+from bitknap.quantize.headers import DTYPES, PACKED, PLAIN, TensorInfo
 from bitknap.quantize.lowbit import LowBit
 from bitknap.quantize.ranges import read_slab, read_view
 from bitknap.quantize.views import View
+from bitknap.quantize.weight_files import read_weights, weights_of
 
 __all__ = ["DTYPES", "PACKED", "PLAIN", "REWRITTEN", "Checkpoint", "TensorInfo", "resolve"]
 
@@ -67,6 +61,8 @@ def _local(model: str | Path) -> Path | None:
         return _bundled(str(model).removeprefix("reference:"))
     folder = Path(model).expanduser()
     if folder.is_dir():
+        folder = hub.snapshot_of(folder)
+        check_content(folder / "config.json")
         if not (folder / "config.json").is_file():
             raise InputError(f"{folder}: no config.json; pass the folder of a transformers model")
         return folder
@@ -112,7 +108,8 @@ class Checkpoint:
         Raises:
             FileError: a file is missing, truncated or inconsistent; says which.
         """
-        return cls._of(folder, _config(folder), _read_headers(folder))
+        config = _config(folder)
+        return cls._of(folder, config, read_weights(folder, config))
 
     @classmethod
     def look(cls, model: str | Path) -> Checkpoint:
@@ -165,6 +162,48 @@ class Checkpoint:
         if low is not None:
             return low.kind if low.keepable else ""
         return _PRECISIONS.get(self.headers[name].dtype, "")
+
+    @property
+    def index(self) -> str:
+        """Name of the index of the files of weights, relative to the folder; "" of a single one."""
+        name = weights_of(self.config, lambda name: (self.folder / name).is_file())
+        return name if name.endswith(".json") else ""
+
+    @property
+    def companions(self) -> Companions:
+        """The files beside configuration and weights.
+
+        Raises:
+            FileError: one that belongs to the model has no content.
+        """
+        return Companions.of(self.folder, self._weight_names())
+
+    @property
+    def folder_bytes(self) -> int:
+        """Bytes of the model on disk: weights, configuration and what belongs to it beside them."""
+        names = (*self._weight_names(), *self.companions.travel, "config.json")
+        return sum((self.folder / name).stat().st_size for name in names)
+
+    def _weight_names(self) -> set[str]:
+        """Return the files of weights and their index, by names relative to the folder."""
+        files = {info.file for info in self.stored(self.headers).values()}
+        names = {file.relative_to(self.folder).as_posix() for file in files}
+        return names | {self.index} if self.index else names
+
+    def check_companions(self) -> None:
+        """Raise FileError if a companion that belongs to the model has no content."""
+        Companions.of(self.folder, self._weight_names())
+
+    @property
+    def companion_bytes(self) -> int:
+        """Bytes of the companions that belong to the model."""
+        return sum((self.folder / name).stat().st_size for name in self.companions.travel)
+
+    def copy_companions(self, folder: Path) -> None:
+        """Copy the companions that belong to the model: of links what they point to."""
+        for name in self.companions.travel:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(self.folder / name, folder / name)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -270,32 +309,3 @@ def _read(name: str, info: TensorInfo) -> torch.Tensor:
 
 def _read_both(low: LowBit) -> lowbit.Stored:
     return lowbit.Stored(*(_read(name, info) for name, info in low.parts.items()))
-
-
-def _read_headers(folder: Path) -> dict[str, TensorInfo]:
-    for stem in STEMS:
-        single = folder / f"{stem}.safetensors"
-        if single.is_file():
-            return read_header(single)
-        index = folder / f"{stem}.safetensors.index.json"
-        if index.is_file():
-            return _read_shards(index)
-    raise FileError(
-        f"{folder}: neither {PLAIN}.safetensors nor {PLAIN}.safetensors.index.json; "
-        "save the model with safetensors first"
-    )
-
-
-def _read_shards(index: Path) -> dict[str, TensorInfo]:
-    where = read_index(index)
-    paths = []
-    for shard in dict.fromkeys(where.values()):
-        path = index.parent / shard
-        if not path.is_file():
-            raise FileError(f"{path}: missing; {index.name} names it, download it again")
-        paths.append(path)
-    headers = joined(map(read_header, paths))
-    for name, shard in where.items():
-        if name not in headers or headers[name].file.name != shard:
-            raise FileError(f"{index.parent / shard}: {name}: missing, though {index.name} says so")
-    return headers

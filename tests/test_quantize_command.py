@@ -65,6 +65,21 @@ def test_nan_found_when_quantizing_by_plan(made, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_not_copied_is_said_once(made, tmp_path, capsys, document):
+    copy = shutil.copytree(made.model, tmp_path / "model")
+    names = ["a[b].onnx", "tf_model.h5"]
+    for name in names:
+        (copy / name).write_bytes(b"x")
+    words = ("quantize", copy, "--plan", made.plan, "-o", tmp_path / "out")
+    assert document(*words)["left_out"] == {"another framework's": names}
+    main([*map(str, words), "--overwrite"])
+    said = capsys.readouterr()
+    assert said.out.count("not copied, another framework's: a[b].onnx, tf_model.h5") == 1
+    assert said.err == ""
+    shutil.rmtree(tmp_path / "out")
+    assert "left_out" not in document(*words[:1], made.model, *words[2:])
+
+
 def test_files_of_a_chosen_size(made, tmp_path, document):
     out = tmp_path / "out"
     more = ("--max-shard-size", "100kB", "-o", out)

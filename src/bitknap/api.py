@@ -88,7 +88,8 @@ def quantize(
     Returns:
         "predicted" and "written" bytes of the units, which are equal; those of the "checkpoint",
         every file counted; the "method"; and, of methods that calibrate, "few_tokens": layer,
-        expert, projection and tokens of matrices that saw too few to be rounded by them.
+        expert, projection and tokens of matrices that saw too few to be rounded by them; and
+        "left_out": why files of the model's folder were not copied, to their names.
 
     Raises:
         MismatchError: the plan is for another model or method, or an unfinished run had other
@@ -101,6 +102,7 @@ def quantize(
     files.check_free_name(Path(out), overwrite=overwrite)
     inputs, about, few = None, {}, []
     origin = Checkpoint.open(resolve(model))
+    left_out = {why: list(names) for why, names in origin.companions.left.items()}
     with _planned(origin, plan, Path(out)) as source:
         if rounding.needs_inputs:
             checkpoint.check_plan(source, plan)
@@ -132,7 +134,7 @@ def quantize(
             overwrite=overwrite,
             progress=progress,
         )
-    return {**sizes, "method": rounding.name, "few_tokens": few}
+    return {**sizes, "method": rounding.name, "few_tokens": few, "left_out": left_out}
 
 
 def _depends_on(origin: Checkpoint, asked: Calibration, plan: BitPlan) -> dict[str, Any]:

@@ -121,6 +121,7 @@ def estimate(
     whole("protect", protect)
     blocks_of_rows.check(row_blocks, permute=permute)
     origin = Checkpoint.open(resolve(model))
+    origin.check_companions()
     asked = [
         Calibration(
             text=words,
@@ -178,7 +179,7 @@ def _facts(
     return {
         "model": source.fingerprint,
         "fixed_bytes": fixed_bytes,
-        "source_bytes": sum(f.stat().st_size for f in origin.folder.iterdir() if f.is_file()),
+        "source_bytes": origin.folder_bytes,
         "include": sorted(include),
         **rewritten,
     }

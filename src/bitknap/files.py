@@ -80,9 +80,14 @@ def synced(path: Path) -> None:
         os.close(descriptor)
 
 
+def folder_bytes(folder: Path) -> int:
+    """Return the bytes of all files in a folder and in the folders below it."""
+    return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+
+
 def move_into_place(part: Path, path: Path) -> None:
     """Make the finished folder `part` become `path`, in the place of what is there."""
-    for file in part.iterdir():
+    for file in part.rglob("*"):
         synced(file)
     part.chmod(0o755)
     if path.is_dir() and not path.is_symlink():

@@ -57,6 +57,11 @@ def few_tokens_note(few: Sequence[Sequence[Any]]) -> str:
     return f"few tokens for their width, rounded nearly to nearest: layer/expert (tokens) {named}"
 
 
+def left_out_note(left: Mapping[str, Sequence[str]]) -> str:
+    """Return a line a reason for which files of the source's folder were not copied."""
+    return "\n".join(f"not copied, {why}: {_some(names)}" for why, names in sorted(left.items()))
+
+
 def _experts(said: Mapping[str, Any]) -> list[str]:
     if "text" not in said and "texts" not in said:
         return ["no calibration text was read"]

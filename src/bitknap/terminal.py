@@ -65,4 +65,5 @@ def present(as_json: bool, document: Any, *tables: Any) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables:
-        console.print(table)
+        # A line may name files, whose brackets are theirs.
+        console.print(table, markup=not isinstance(table, str))

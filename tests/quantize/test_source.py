@@ -116,7 +116,7 @@ ZEROS = {"a": torch.zeros(2), "b": torch.zeros(2)}
 
 
 @pytest.mark.parametrize(
-    "name", ["../evil.safetensors", "/etc/passwd", "sub/x.safetensors", "", 3, []]
+    "name", ["../evil.safetensors", "/etc/passwd", "sub/../../x.safetensors", "", ".", "..", 3, []]
 )
 def test_index_stays_in_its_folder(name, tmp_path):
     with pytest.raises(FileError, match="is not a file name in this folder"):
@@ -135,13 +135,19 @@ def test_tensor_missing_from_its_shard(tmp_path):
         Checkpoint.open(shard(tmp_path, ZEROS, c="model-00001-of-00002.safetensors"))
 
 
-def test_tensor_in_two_shards(tmp_path):
+def test_missing_shard_in_a_folder(tmp_path):
+    with pytest.raises(FileError, match=r"sub/x\.safetensors: missing; .*index"):
+        Checkpoint.open(shard(tmp_path, ZEROS, b="sub/x.safetensors"))
+
+
+def test_the_last_of_two_shards_with_one_tensor_counts(tmp_path):
     shard(tmp_path, ZEROS)
     save_file(
-        {"a": torch.zeros(2), "b": torch.zeros(2)}, tmp_path / "model-00002-of-00002.safetensors"
+        {"a": torch.ones(2), "b": torch.zeros(2)}, tmp_path / "model-00002-of-00002.safetensors"
     )
-    with pytest.raises(FileError, match=r"00002\.safetensors: a: also in model-00001"):
-        Checkpoint.open(tmp_path)
+    source = Checkpoint.open(tmp_path)
+    assert source.read("a").eq(1).all()
+    assert source.nbytes == 16
 
 
 @pytest.mark.parametrize("index", ["{}", "[]", '{"weight_map": {}}', '{"weight_map": 3}'])
