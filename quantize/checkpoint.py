@@ -1,7 +1,8 @@
 """The packed checkpoint: a transformers folder whose expert weights are streams of bits.
 
     config.json            the source's, with quantization_config.quant_method = "bitknap"
-    bitknap*.safetensors   kept tensors under their own names; one uint8 tensor a stack of units,
+    bitknap*.safetensors   kept tensors under their own names, decoded to bf16 where the source has
+                           them in fewer bits; one uint8 tensor a stack of units,
                            named bitknap.<layer>.<role>.<projection>: their bytes, back to back
     bitknap_plan.json      the plan; with it every offset follows from `Format.nbytes`
     README.md              the model card, see `card`
@@ -16,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -41,7 +42,7 @@ from bitknap.quantize.blocks import layout_for
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.outline import PREFIX, identity, kept_tensors, outline, stream_name, streams
 from bitknap.quantize.packed_config import LAYOUT_VERSION, LAYOUTS, STUB, packed_config, stub
-from bitknap.quantize.pieces import COPY, Piece, Work, read_finite
+from bitknap.quantize.pieces import COPY, Decoded, Piece, Work, decode_finite, read_finite, slabs
 from bitknap.quantize.resume import Partial
 from bitknap.quantize.rounding import RTN, Rounding
 from bitknap.quantize.shards import MAX_SHARD_SIZE
@@ -79,8 +80,7 @@ def fixed_bytes(source: Checkpoint, layout: Layout) -> int:
 
     Kept tensors and copied files are exact; for headers, config and the plan's text it is a bound.
     """
-    tensors = source.stored(kept_tensors(source, layout)).values()
-    kept = sum(info.stop - info.start for info in tensors)
+    kept = sum(map(source.written_bytes, kept_tensors(source, layout)))
     copied = source.companion_bytes
     # A plan's row takes about 140 bytes; a tensor's name stands in a header and maybe an index.
     text = 192 * len(layout.units) + sum(2 * len(name) + 160 for name in source.headers)
@@ -118,7 +118,9 @@ def save(
         progress: called with ("quantize", done, of) after each piece.
 
     Returns:
-        predicted and written bytes of the units, and bytes of the whole folder.
+        "predicted" and "written" bytes of the units, and bytes of the whole "checkpoint"; how many
+        tensors that the plan leaves out were "decoded" from fewer bits, their "decoded_bytes" in
+        bfloat16, and the "stored_bytes" that they had.
 
     Raises:
         MismatchError: the plan was made for another model, or keeps a precision it does not have;
@@ -160,7 +162,7 @@ def save(
             sizes = _finish(source, layout, plan, partial.files, out)
         move_into_place(partial.files, out)
         shutil.rmtree(partial.folder)
-    return sizes
+    return sizes | _decoded(source, planned.kept)
 
 
 def check_plan(source: Checkpoint, plan: BitPlan) -> None:
@@ -200,6 +202,16 @@ def _finish(
     return {"predicted": plan.total_bytes, "written": written, "checkpoint": total}
 
 
+def _decoded(source: Checkpoint, kept: Iterable[str]) -> dict[str, int]:
+    """Return what became of the kept tensors that are stored in fewer than 16 bits."""
+    names = [name for name in kept if name in source.low_bit]
+    return {
+        "decoded": len(names),
+        "decoded_bytes": sum(map(source.written_bytes, names)),
+        "stored_bytes": sum(source.low_bit[name].nbytes for name in names),
+    }
+
+
 def roles_of(units: Units) -> tuple[str, ...]:
     """Return the roles beside routed experts that occur: what a walker must include."""
     return tuple(ROLES[r] for r in np.unique(units.role) if ROLES[r] != "routed")
@@ -221,7 +233,12 @@ def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
 def check_finite(source: Checkpoint) -> None:
     """Raise ModelError for the first tensor with a NaN or infinite weight; reads them all."""
     names = [name for name in source.headers if not name.startswith(PREFIX)]
-    for name, info in source.stored(names).items():
+    for name in names:
+        if name in source.low_bit:
+            for first, last in slabs(source, name):
+                decode_finite(source, Decoded(name, first, last))
+            continue
+        info = source.headers[name]
         size = info.stop - info.start
         for start in range(0, size, COPY):
             read_finite(name, info, start, min(size, start + COPY))

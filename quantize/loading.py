@@ -30,6 +30,7 @@ from bitknap.quantize.names import walk_headers
 from bitknap.quantize.outline import PREFIX, streams
 from bitknap.quantize.packed_config import check_config, layout_of, plain_config
 from bitknap.quantize.source import DTYPES, Checkpoint
+from bitknap.quantize.source_config import forget_quantization
 from bitknap.quantize.views import Layout
 from bitknap.quantize.weight_files import has_metadata
 
@@ -82,6 +83,20 @@ def open_packed(folder: Path) -> PackedFolder:
     return PackedFolder(
         checkpoint=packed, shapes=shapes, layout=layout, plan=plan, kind=kind, nbytes=nbytes
     )
+
+
+def check_decoded(packed: PackedFolder) -> None:
+    """Refuse to have transformers read kept tensors in fewer than 16 bits: it would not decode.
+
+    Raises:
+        ModelError: there are some, as Bitknap wrote them before it decoded them.
+    """
+    if low := list(packed.checkpoint.low_bit):
+        raise ModelError(
+            f"{packed.checkpoint.folder}: {len(low)} tensors such as {low[0]} are in fewer than 16 "
+            "bits outside of units, so they cannot stay packed; load with "
+            "bitknap.load(folder, packed=False), or quantize the source again"
+        )
 
 
 def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
@@ -166,13 +181,13 @@ def load(
         from bitknap.quantize.plugin import register
 
         register()
-        open_packed(folder)  # damage is told in one line, before transformers reads anything
+        # Damage is told in one line, before transformers reads anything.
+        check_decoded(open_packed(folder))
     elif is_packed(folder):
         where = {"pretrained_model_name_or_path": None, "config": to_plain(config)}
         where["state_dict"] = read_packed(folder)[1]
     elif not _reads_alike(source := Checkpoint.open(folder)):  # opened, and so checked, either way
-        if source.low_bit:
-            del config.quantization_config
+        forget_quantization(config)
         tensors = {name: source.read(name).contiguous() for name in source.headers}
         where = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
     model, report = architecture.from_pretrained(**where, dtype=dtype, output_loading_info=True)

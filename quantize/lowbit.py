@@ -1,16 +1,17 @@
 """Checkpoints published in fewer than 16 bits, read as the 16-bit tensors they stand for.
 
-FP8 blocks (DeepSeek-V3, MiniMax-M2, Qwen3-FP8)
-    X            F8_E4M3 [..., rows, cols]
-    X_scale_inv  float [..., ceil(rows / 128), ceil(cols / 128)]; the weight is their product
+FP8 (DeepSeek-V3, MiniMax-M2, Qwen3-FP8; float-quantized ones of compressed-tensors)
+    X            F8_E4M3 or F8_E5M2 [..., rows, cols]
+    X_scale_inv  float; the weight is their product. `fp8_scales` knows the names and the shapes
 
 MXFP4 (gpt-oss; OCP Microscaling Formats 1.0)
     X_blocks     U8 [experts, rows, groups, 16], two E2M1 values a byte, the low half first
     X_scales     U8 [experts, rows, groups], powers of two with bias 127
     X            what the 16-bit checkpoint calls it, [experts, 32 * groups, rows]: transposed
 
-Which tensors are meant is told by names and shapes, not by the configuration, so that a packed
-checkpoint that keeps some of them is read by the same rule.
+    Without the dimension of experts, the matrix of a linear layer: [rows, 32 * groups].
+
+Which tensors are meant is read from names and shapes. `foreign_formats` refuses what is left over.
 """
 
 from __future__ import annotations
@@ -24,14 +25,11 @@ import torch
 from torch import Tensor
 
 from bitknap.errors import FileError, ModelError
+from bitknap.quantize.fp8_scales import BLOCK, CODES, activation_scales, scales_of, shared_block
 from bitknap.quantize.headers import TensorInfo
 from bitknap.quantize.views import View
 
-_SCALE = "_scale_inv"
 _BLOCKS, _SCALES = "_blocks", "_scales"
-_SCALE_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
-# Blocks of every FP8 checkpoint known; config.json may say otherwise.
-_FP8_BLOCK = (128, 128)
 # Values that share a scale, and bytes that hold them.
 _GROUP, _GROUP_BYTES = 32, 16
 _BIAS = 127
@@ -46,13 +44,15 @@ class LowBit:
 
     Attributes:
         kind: what `Format.keep` calls it.
-        parts: the stored tensors by name, codes first.
+        parts: the stored tensors by name: codes, scales, and what decoding does not need.
         block: output rows and input columns that share a scale.
+        transposed: whether the 16-bit tensor has rows and columns the other way round.
     """
 
     kind: Literal["fp8-block", "mxfp4"]
     parts: Mapping[str, TensorInfo]
     block: tuple[int, int]
+    transposed: bool = False
 
     @property
     def codes(self) -> TensorInfo:
@@ -60,18 +60,23 @@ class LowBit:
         return next(iter(self.parts.values()))
 
     @property
+    def needed(self) -> list[tuple[str, TensorInfo]]:
+        """Name and place of the codes, then of the scales."""
+        return list(self.parts.items())[:2]
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of codes and scales on disk."""
+        """Bytes on disk."""
         return sum(info.stop - info.start for info in self.parts.values())
 
     @property
     def keepable(self) -> bool:
         """Whether `cut` and `restore` know its blocks."""
-        return self.kind == "mxfp4" or self.block == _FP8_BLOCK
+        return self.kind == "mxfp4" or (self.block == BLOCK and self.codes.dtype == CODES[0])
 
 
 class Stored(NamedTuple):
-    """Codes and scales as read: [..., rows, cols] values or [experts, rows, groups, 16] bytes."""
+    """Codes and scales as read: [..., rows, cols] values or [..., rows, groups, 16] bytes."""
 
     codes: Tensor
     scales: Tensor
@@ -83,7 +88,7 @@ def logical(
     """Return the tensors that a 16-bit checkpoint would have, and how those in fewer bits lie.
 
     Args:
-        config: the parsed `config.json`; its `weight_block_size` is followed.
+        config: the parsed `config.json`; the blocks that it names are followed.
         stored: tensor name to dtype, shape and place, as the headers say.
 
     Returns:
@@ -93,19 +98,21 @@ def logical(
     Raises:
         FileError: codes and scales do not fit, or one is there without the other.
     """
-    known = config.get("quantization_config")
-    size = known.get("weight_block_size") if isinstance(known, Mapping) else None
-    block = (int(size[0]), int(size[1])) if isinstance(size, list) and len(size) == 2 else None
     headers: dict[str, TensorInfo] = {}
     found: dict[str, LowBit] = {}
     for name, info in stored.items():
         if _is_mxfp4(name, info):
             plain = name.removesuffix(_BLOCKS)
             found[plain] = _mxfp4(name, info, stored)
-            experts, rows, groups, _ = info.shape
-            headers[plain] = info._replace(dtype="BF16", shape=(experts, groups * _GROUP, rows))
-        elif info.dtype == "F8_E4M3" and len(info.shape) > 1 and f"{name}{_SCALE}" in stored:
-            found[name] = _fp8(name, info, stored[f"{name}{_SCALE}"], block or _FP8_BLOCK)
+            *experts, rows, groups, _ = info.shape
+            cols = groups * _GROUP
+            shape = (*experts, cols, rows) if experts else (rows, cols)
+            headers[plain] = info._replace(dtype="BF16", shape=shape)
+        elif info.dtype in CODES and len(info.shape) > 1 and (scales := scales_of(name, stored)):
+            parts = {name: info, scales: stored[scales]}
+            parts |= {other: stored[other] for other in activation_scales(name, stored)}
+            block = shared_block(config, info, stored[scales], scales)
+            found[name] = LowBit(kind="fp8-block", parts=parts, block=block)
             headers[name] = info._replace(dtype="BF16")
         else:
             headers[name] = info
@@ -118,7 +125,7 @@ def logical(
 
 def _is_mxfp4(name: str, info: TensorInfo) -> bool:
     last = info.shape[-1:] == (_GROUP_BYTES,)
-    return name.endswith(_BLOCKS) and info.dtype == "U8" and len(info.shape) == 4 and last
+    return name.endswith(_BLOCKS) and info.dtype == "U8" and len(info.shape) in (3, 4) and last
 
 
 def _mxfp4(name: str, info: TensorInfo, stored: Mapping[str, TensorInfo]) -> LowBit:
@@ -131,41 +138,40 @@ def _mxfp4(name: str, info: TensorInfo, stored: Mapping[str, TensorInfo]) -> Low
             f"{scales.file}: {other}: {scales.dtype} {list(scales.shape)}, but {name} needs "
             f"U8 {list(info.shape[:-1])}"
         )
-    return LowBit(kind="mxfp4", parts={name: info, other: scales}, block=(1, _GROUP))
+    parts, stacked = {name: info, other: scales}, len(info.shape) == 4
+    return LowBit(kind="mxfp4", parts=parts, block=(1, _GROUP), transposed=stacked)
 
 
-def _fp8(name: str, info: TensorInfo, scales: TensorInfo, block: tuple[int, int]) -> LowBit:
-    shape = tuple(-(-size // step) for size, step in zip(info.shape[-2:], block, strict=True))
-    if scales.shape != info.shape[:-2] + shape or scales.dtype not in _SCALE_DTYPES:
-        raise FileError(
-            f"{scales.file}: {name}{_SCALE}: {scales.dtype} {list(scales.shape)}, but blocks of "
-            f"{block[0]} x {block[1]} of {list(info.shape)} need F32 "
-            f"{[*info.shape[:-2], *shape]}"
-        )
-    return LowBit(kind="fp8-block", parts={name: info, f"{name}{_SCALE}": scales}, block=block)
-
-
-def decode(low: LowBit, stored: Stored) -> Tensor:
-    """Return the 16-bit tensor, bfloat16; of MXFP4 as a transposed view.
+def decode(low: LowBit, stored: Stored, first: int = 0) -> Tensor:
+    """Return the 16-bit tensor, bfloat16; of stacked MXFP4 as a transposed view.
 
     Products are taken in float32 and rounded once; those of MXFP4 are exact.
 
     Args:
         low: how it is stored.
         stored: codes and scales, whole or the same experts of both.
+        first: the row that codes of one FP8 matrix begin with; its scales are whole.
     """
     if low.kind == "mxfp4":
-        return _decode_mxfp4(stored).transpose(-1, -2)
-    lead = stored.codes.shape[:-2]
-    codes, scales = stored.codes.reshape(-1, *stored.codes.shape[-2:]), stored.scales
-    weights = torch.empty(codes.shape, dtype=torch.bfloat16)
-    for one, matrix, own in zip(weights, codes, scales.reshape(len(codes), -1), strict=True):
-        grid = own.float().view(scales.shape[-2:])
-        for row, scale in enumerate(grid):  # a band of rows at a time: little beside the result
-            band = slice(row * low.block[0], (row + 1) * low.block[0])
-            spread = scale.repeat_interleave(low.block[1])[: matrix.shape[-1]]
+        decoded = _decode_mxfp4(stored)
+        return decoded.transpose(-1, -2) if low.transposed else decoded
+    weights = torch.empty(stored.codes.shape, dtype=torch.bfloat16)
+    if not weights.numel():
+        return weights
+    rows, cols = weights.shape[-2:]
+    high, wide = low.block
+    flat, codes = weights.view(-1, rows, cols), stored.codes.reshape(-1, rows, cols)
+    grids = stored.scales.float().reshape(-1)
+    count = len(flat) if grids.numel() > 1 else 1
+    grids = grids.view(count, -1, -(-cols // wide)).expand(len(flat), -1, -1)
+    step = max(1, _PIECE // cols)  # a band of rows at a time: little beside the result
+    for one, matrix, grid in zip(flat, codes, grids, strict=True):
+        for start in range(0, rows, step):
+            band = slice(start, min(rows, start + step))
+            shared = grid[torch.arange(first + band.start, first + band.stop) // high]
+            spread = shared.repeat_interleave(wide, 1)[:, :cols] if wide > 1 else shared
             one[band] = matrix[band].float() * spread
-    return weights.view(*lead, *codes.shape[-2:])
+    return weights
 
 
 def _decode_mxfp4(stored: Stored) -> Tensor:
@@ -202,7 +208,7 @@ def cut(low: LowBit, stored: Stored, view: View) -> Tensor:
         ModelError: the matrix ends inside a block, so that it shares scales with another.
     """
     if low.kind == "mxfp4":
-        straight = replace(view, transposed=not view.transposed)
+        straight = replace(view, transposed=view.transposed != low.transposed)
         if straight.transposed:
             raise ModelError(f"{view.tensor}: scales run along its output rows; quantize it")
         codes = straight.of(stored.codes.flatten(-2))
@@ -233,8 +239,8 @@ def restore(stream: Tensor, kind: str, rows: int, cols: int) -> Tensor:
         codes, scales = stream.split([rows * groups * _GROUP_BYTES, rows * groups])
         shaped = Stored(codes.view(rows, groups, _GROUP_BYTES), scales.view(rows, groups))
         return _decode_mxfp4(shaped).float()
-    grid = tuple(-(-n // step) for n, step in zip((rows, cols), _FP8_BLOCK, strict=True))
+    grid = tuple(-(-n // step) for n, step in zip((rows, cols), BLOCK, strict=True))
     values, tail = stream.split([rows * cols, 4 * math.prod(grid)])
-    low = LowBit(kind="fp8-block", parts={}, block=_FP8_BLOCK)
+    low = LowBit(kind="fp8-block", parts={}, block=BLOCK)
     scales = tail.clone().view(torch.float32).view(grid)
     return decode(low, Stored(values.view(torch.float8_e4m3fn).view(rows, cols), scales)).float()

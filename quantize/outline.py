@@ -28,7 +28,7 @@ class Outline:
     """The files of a packed checkpoint and what goes where.
 
     Attributes:
-        kept: tensors that are copied, as they are on disk.
+        kept: tensors that keep their precision, or become bfloat16 if that is less.
         shards: the files.
         unit_places: where each unit's bytes begin.
     """
@@ -84,11 +84,11 @@ def outline(source: Checkpoint, layout: Layout, plan: BitPlan, limit: int) -> Ou
         ModelError: a tensor holds units and something else.
         FileError: torch lacks the dtype of a kept tensor.
     """
-    kept = source.stored(kept_tensors(source, layout))
+    kept = {name: source.headers[name] for name in kept_tensors(source, layout)}
     for name, info in kept.items():
         if info.dtype not in DTYPES:
             raise FileError(f"{info.file}: {name}: torch cannot hold dtype {info.dtype}")
-    entries = {n: Entry(i.dtype, i.shape, i.stop - i.start) for n, i in kept.items()}
+    entries = {n: Entry(i.dtype, i.shape, source.written_bytes(n)) for n, i in kept.items()}
     runs = streams(plan.units)
     for name, run in runs.items():
         total = int(plan.nbytes[run].sum())

@@ -20,6 +20,7 @@ from typing import Any
 
 from bitknap.errors import FileError
 from bitknap.files import check_version
+from bitknap.quantize.source_config import unquantized
 
 METHOD, VERSION = "bitknap", "1.0"
 # How streams lie, and the version of that: see `packed` and `tiled`.
@@ -42,7 +43,7 @@ def packed_config(
     """
     ours = {**others, "quant_method": METHOD, "weights": weights}
     ours.setdefault("version", VERSION)
-    config = {**source, "quantization_config": ours, "transformers_weights": REFUSAL}
+    config = {**unquantized(source), "quantization_config": ours, "transformers_weights": REFUSAL}
     if name := _causal_class(source):
         stub = f"{STUB.removesuffix('.py')}.{name}"
         config["auto_map"] = {**(source.get("auto_map") or {}), _AUTO: stub}

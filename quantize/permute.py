@@ -27,8 +27,9 @@ from bitknap.allocation.arrays import Longs
 from bitknap.allocation.units import ROLES
 from bitknap.errors import InputError, MismatchError, ModelError
 from bitknap.quantize.names import walk_headers
-from bitknap.quantize.rewritten import Rewritten, plain_config
+from bitknap.quantize.rewritten import Rewritten
 from bitknap.quantize.source import Checkpoint
+from bitknap.quantize.source_config import unquantized
 from bitknap.quantize.views import Layout, View
 
 
@@ -122,7 +123,7 @@ def permuted(source: Checkpoint, permutation: Permutation) -> Rewritten:
         ModelError: experts have tensors that are not known to follow their neurons, or the weights
             are quantized.
     """
-    config = plain_config(source)
+    config = unquantized(source.config)
     parts = _parts(walk_headers(source.config, source.shapes), permutation, source.headers)
 
     def change(name: str, tensor: Tensor) -> Tensor:

@@ -1,14 +1,16 @@
 """The work of writing a packed checkpoint, cut into pieces of bounded size.
 
-A piece is a range of a kept tensor's bytes, or some units of one stack and one format, or a block
-of one large unit's rows. What it makes goes to fixed places of the output, so that pieces can be
-done in any order and any one of them again. They are numbered as they lie in the source's files.
+A piece is a range of a kept tensor's bytes, or some rows or experts of one that is decoded, or some
+units of one stack and one format, or a block of one large unit's rows. What it makes goes to fixed
+places of the output, so that pieces can be done in any order and any one of them again. They are
+numbered as they lie in the source's files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,6 +57,14 @@ class Copied(NamedTuple):
     stop: int
 
 
+class Decoded(NamedTuple):
+    """Elements first .. last - 1 of the first dimension of a kept tensor stored in fewer bits."""
+
+    name: str
+    first: int
+    last: int
+
+
 class Rounded(NamedTuple):
     """Output rows first .. last - 1 of units of one stack, all in one format."""
 
@@ -64,7 +74,7 @@ class Rounded(NamedTuple):
     last: int
 
 
-Piece = Copied | Rounded
+Piece = Copied | Decoded | Rounded
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,7 +85,7 @@ class Work:
         source: the checkpoint that is read.
         layout: its units.
         plan: what becomes of them, in the layout's order.
-        kept: tensors on disk that are copied.
+        kept: tensors that are copied, or decoded if they are stored in fewer than 16 bits.
         places: where kept tensors begin in the output.
         unit_places: where each unit's bytes begin in the output.
         rounding: how units are rounded.
@@ -93,14 +103,20 @@ class Work:
 
     def pieces(self) -> list[Piece]:
         """Return the pieces, in the order in which they lie in the source's files."""
-        found: list[Piece] = [*self._copied(), *self._rounded()]
+        found: list[Piece] = [*self._copied(), *self._decoded(), *self._rounded()]
         return sorted(found, key=self._position)
 
     def _copied(self) -> Iterator[Copied]:
         for name, info in self.kept.items():
-            size = info.stop - info.start
+            size = 0 if name in self.source.low_bit else info.stop - info.start
             for start in range(0, size, COPY):
                 yield Copied(name, start, min(size, start + COPY))
+
+    def _decoded(self) -> Iterator[Decoded]:
+        for name in self.kept:
+            if name in self.source.low_bit:
+                for first, last in slabs(self.source, name):
+                    yield Decoded(name, first, last)
 
     def _rounded(self) -> Iterator[Rounded]:
         for which, format in plan_pieces(self.plan):
@@ -121,6 +137,10 @@ class Work:
         if isinstance(piece, Copied):
             info = self.kept[piece.name]
             return info.file, info.start + piece.start, 0
+        if isinstance(piece, Decoded):
+            info = self.kept[piece.name]
+            stride = (info.stop - info.start) // info.shape[0]
+            return info.file, info.start + piece.first * stride, 0
         view = self.layout.views[piece.which[0]]
         info = self.source.headers[view.tensor]
         stride = (info.stop - info.start) // (view.parts or info.shape[0])
@@ -135,7 +155,11 @@ class Work:
             if isinstance(piece, Copied):
                 files = {self.kept[piece.name].file}
             else:
-                names = {self.layout.views[unit].tensor for unit in piece.which}
+                names = (
+                    {piece.name}
+                    if isinstance(piece, Decoded)
+                    else {self.layout.views[unit].tensor for unit in piece.which}
+                )
                 files = {info.file for info in self.source.stored(names).values()}
             for file in files - known.keys():
                 stat = file.stat()
@@ -153,6 +177,8 @@ class Work:
         """
         if isinstance(piece, Copied):
             return read_finite(piece.name, self.kept[piece.name], piece.start, piece.stop)
+        if isinstance(piece, Decoded):
+            return decode_finite(self.source, piece)
         if piece.format.kind == "keep":
             return torch.stack([self._kept_bytes(unit, piece) for unit in piece.which])
         rows = slice(piece.first, piece.last)
@@ -163,6 +189,10 @@ class Work:
         if isinstance(piece, Copied):
             file, start = self.places[piece.name]
             return [Span(Place(file, start + piece.start), given)]
+        if isinstance(piece, Decoded):
+            file, start = self.places[piece.name]
+            before = len(given) // (piece.last - piece.first) * piece.first
+            return [Span(Place(file, start + before), given)]
         if piece.format.kind == "keep":
             return self._kept_spans(piece, given)
         asks = self.inputs is not None and self.rounding.needs_inputs
@@ -239,6 +269,26 @@ def read_finite(name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
     data = read_bytes(name, info, start, stop)
     check_finite(name, data.view(DTYPES[info.dtype]))
     return data
+
+
+def slabs(source: Checkpoint, name: str) -> Iterator[tuple[int, int]]:
+    """Yield first and last + 1 of runs of a low-bit tensor's first dimension, to be decoded."""
+    shape = source.headers[name].shape
+    step = max(1, PIECE // (4 * max(1, math.prod(shape[1:]))))
+    for first in range(0, shape[0], step):
+        yield first, min(shape[0], first + step)
+
+
+def decode_finite(source: Checkpoint, piece: Decoded) -> Tensor:
+    """Return the bytes of a part of a low-bit tensor, decoded to bfloat16, uint8.
+
+    Raises:
+        ModelError: a weight among them is NaN or infinite.
+        FileError: the file has shrunk since it was opened.
+    """
+    weights = source.read_slabs(piece.name, piece.first, piece.last).contiguous()
+    check_finite(piece.name, weights)
+    return weights.view(torch.uint8).reshape(-1)
 
 
 def check_finite(name: str, values: Tensor) -> None:

@@ -35,7 +35,7 @@ from bitknap.quantize.layers import (
     packed_weights,
     unpack,
 )
-from bitknap.quantize.loading import PackedFolder, open_packed, to_plain
+from bitknap.quantize.loading import PackedFolder, check_decoded, open_packed, to_plain
 from bitknap.quantize.outline import streams
 from bitknap.quantize.packed_config import METHOD, VERSION, WEIGHTS
 from bitknap.quantize.packed_weight import PackedWeight, Piece
@@ -99,6 +99,7 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         folder = Path(checkpoint_files[0]).parent
         self._companions = Companions.beside(folder, model.config)
         self._folder = open_packed(folder)
+        check_decoded(self._folder)
         layout = layout_for(
             self._folder.plan.units, walk(model, include=roles_of(self._folder.plan.units))
         )

@@ -46,11 +46,15 @@ def read_rows(name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
     return read_bytes(name, info, start * row, stop * row).view(dtype).view(-1, width)
 
 
-def read_slab(name: str, info: TensorInfo, index: int) -> Tensor:
-    """Return element `index` of a tensor's first dimension, [1, ...]."""
-    size = (info.stop - info.start) // info.shape[0]
-    found = read_bytes(name, info, index * size, (index + 1) * size)
-    return found.view(DTYPES[info.dtype]).view(1, *info.shape[1:])
+def read_slabs(name: str, info: TensorInfo, first: int, last: int) -> Tensor:
+    """Return elements first .. last - 1 of a tensor's first dimension, [last - first, ...].
+
+    Raises:
+        FileError: the file has shrunk since its header was read.
+    """
+    size = (info.stop - info.start) // max(1, info.shape[0])
+    found = read_bytes(name, info, first * size, last * size)
+    return found.view(DTYPES[info.dtype]).view(last - first, *info.shape[1:])
 
 
 def read_view(info: TensorInfo, view: View) -> Tensor:

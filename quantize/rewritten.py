@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitknap.errors import ModelError
 from bitknap.files import whole_folder, write_whole
 from bitknap.quantize.source import DTYPES, Checkpoint, TensorInfo
 
@@ -102,23 +101,6 @@ def write(checkpoint: Rewritten, out: Path, *, overwrite: bool = False) -> None:
             total = sum(_size(info) for info in headers.values())
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(where.items()))}
             write_whole(part / _INDEX, _json(index))
-
-
-def plain_config(source: Checkpoint) -> Mapping[str, Any]:
-    """Return a source's config for its weights in 16 bits or more, as `Checkpoint.read` gives them.
-
-    Raises:
-        ModelError: the weights are quantized in a way that is not read.
-    """
-    quantized = source.config.get("quantization_config")
-    if not quantized:
-        return source.config
-    if not source.low_bit:
-        raise ModelError(
-            f"{source.folder}: the weights are quantized (method "
-            f"{quantized.get('quant_method', 'unknown')}); save the model in 16 bits first"
-        )
-    return {key: value for key, value in source.config.items() if key != "quantization_config"}
 
 
 def _write_file(checkpoint: Rewritten, tensors: Mapping[str, TensorInfo], path: Path) -> None:

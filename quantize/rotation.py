@@ -29,8 +29,9 @@ import torch
 from torch import Tensor, nn
 
 from bitknap.errors import ModelError
-from bitknap.quantize.rewritten import Rewritten, plain_config, write
+from bitknap.quantize.rewritten import Rewritten, write
 from bitknap.quantize.source import Checkpoint
+from bitknap.quantize.source_config import unquantized
 
 # Families of pre-norm decoders with plain RMSNorm (n x / rms(x)), each tested.
 KNOWN = (
@@ -209,7 +210,7 @@ def turned(source: Checkpoint, seed: int = 0) -> Rewritten:
     Raises:
         ModelError: the family or one of its tensors is not known, or the weights are quantized.
     """
-    config = plain_config(source)
+    config = unquantized(source.config)
     tied = _HEAD not in source.headers
     plan = turns(str(config.get("model_type")), [*source.headers, *([_HEAD] if tied else [])])
     signs = _signs(source.headers[_EMBEDDING].shape[-1], seed)

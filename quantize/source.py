@@ -19,11 +19,11 @@ import torch
 
 from bitknap.errors import FileError, InputError
 from bitknap.files import read_json
-from bitknap.quantize import hub, lowbit
+from bitknap.quantize import foreign_formats, hub, lowbit
 from bitknap.quantize.companions import Companions, check_content
 from bitknap.quantize.headers import DTYPES, PACKED, PLAIN, TensorInfo
 from bitknap.quantize.lowbit import LowBit
-from bitknap.quantize.ranges import read_slab, read_view
+from bitknap.quantize.ranges import read_slabs, read_view
 from bitknap.quantize.views import View
 from bitknap.quantize.weight_files import read_weights, weights_of
 
@@ -107,6 +107,7 @@ class Checkpoint:
 
         Raises:
             FileError: a file is missing, truncated or inconsistent; says which.
+            ModelError: tensors are quantized in a way that is not read; says which.
         """
         config = _config(folder)
         return cls._of(folder, config, read_weights(folder, config))
@@ -121,6 +122,7 @@ class Checkpoint:
         Raises:
             InputError: there is no such model.
             FileError: a file is missing, truncated or inconsistent; says which.
+            ModelError: tensors are quantized in a way that is not read; says which.
         """
         found = _local(model)
         if found is not None:
@@ -136,6 +138,7 @@ class Checkpoint:
         cls, folder: Path, config: Mapping[str, Any], stored: Mapping[str, TensorInfo]
     ) -> Checkpoint:
         headers, low_bit = lowbit.logical(config, stored)
+        foreign_formats.check(folder, config, headers, quantized=bool(low_bit))
         return cls(folder=folder, config=config, headers=headers, low_bit=low_bit)
 
     @property
@@ -155,6 +158,11 @@ class Checkpoint:
             low = self.low_bit.get(name)
             found.update({name: self.headers[name]} if low is None else low.parts)
         return found
+
+    def written_bytes(self, name: str) -> int:
+        """Return the bytes of a tensor where it is written: as stored, or decoded to bfloat16."""
+        info = self.headers[name]
+        return 2 * math.prod(info.shape) if name in self.low_bit else info.stop - info.start
 
     def precision(self, name: str) -> str:
         """Return what `Format.keep` calls the precision a tensor is stored in; "" for others."""
@@ -255,6 +263,16 @@ class Checkpoint:
             raise InputError(f"{self.folder}: no tensor {name!r}")
         return _read(name, info)
 
+    def read_slabs(self, name: str, first: int, last: int) -> torch.Tensor:
+        """Return elements first .. last - 1 of a low-bit tensor's first dimension, bfloat16.
+
+        Raises:
+            FileError: the file has shrunk since it was opened.
+        """
+        low = self.low_bit[name]
+        first_row = first if len(low.codes.shape) == 2 else 0
+        return lowbit.decode(low, _read_slabs(low, first, last), first_row)
+
     def read_matrix(self, view: View) -> torch.Tensor:
         """Return one [out, in] matrix, as `read` gives its tensor, but not the rest of the tensor.
 
@@ -282,8 +300,7 @@ class Checkpoint:
         """Return the expert that holds a matrix, and where the matrix is in that."""
         if view.index is None or view.parts is not None:
             return _read_both(low), view
-        slabs = [read_slab(name, info, view.index) for name, info in low.parts.items()]
-        return lowbit.Stored(*slabs), replace(view, index=0)
+        return _read_slabs(low, view.index, view.index + 1), replace(view, index=0)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -308,4 +325,13 @@ def _read(name: str, info: TensorInfo) -> torch.Tensor:
 
 
 def _read_both(low: LowBit) -> lowbit.Stored:
-    return lowbit.Stored(*(_read(name, info) for name, info in low.parts.items()))
+    return lowbit.Stored(*(_read(name, info) for name, info in low.needed))
+
+
+def _read_slabs(low: LowBit, first: int, last: int) -> lowbit.Stored:
+    """Return elements of the first dimension of codes, with their scales if each has its own."""
+    (codes_name, codes), (scales_name, scales) = low.needed
+    given = read_slabs(codes_name, codes, first, last)
+    if len(codes.shape) > 2 and scales.shape[:1] == codes.shape[:1]:
+        return lowbit.Stored(given, read_slabs(scales_name, scales, first, last))
+    return lowbit.Stored(given, _read(scales_name, scales))

@@ -87,9 +87,11 @@ def quantize(
 
     Returns:
         "predicted" and "written" bytes of the units, which are equal; those of the "checkpoint",
-        every file counted; the "method"; and, of methods that calibrate, "few_tokens": layer,
-        expert, projection and tokens of matrices that saw too few to be rounded by them; and
-        "left_out": why files of the model's folder were not copied, to their names.
+        every file counted; how many tensors beside the units were "decoded" from fewer bits than
+        16, and their "decoded_bytes" and "stored_bytes"; the "method"; of methods that calibrate,
+        "few_tokens": layer, expert, projection and tokens of matrices that saw too few to be
+        rounded by them; and "left_out": why files of the model's folder were not copied, to their
+        names.
 
     Raises:
         MismatchError: the plan is for another model or method, or an unfinished run had other
@@ -202,12 +204,14 @@ def evaluate(
         ModelError: a weight is NaN or infinite.
     """
     folder = resolve(model)
+    other = folder if reference is None else resolve(reference)
+    # What cannot be read is refused before the work.
+    source, _ = Checkpoint.open(folder), Checkpoint.open(other)
     windows = evaluation_windows(folder, text, tokens)
-    checkpoint.check_finite(Checkpoint.open(folder))
+    checkpoint.check_finite(source)
     measured = loading.load(folder, torch.float32)
     if reference is None:
         return compare(measured, measured, windows)
-    other = resolve(reference)
     if not torch.equal(windows, evaluation_windows(other, text, tokens)):
         raise MismatchError(
             f"{model} and {reference} split the text differently; compare models of one tokenizer"

@@ -299,7 +299,10 @@ def _precision(model: str) -> str:
     found = {source.precision(view.tensor) for view in views}
     if len(found) > 1:
         raise InputError(f"--keep: experts are stored in {', '.join(sorted(found))}; leave it out")
-    return found.pop()
+    kept = found.pop()
+    if not kept:
+        raise InputError("--keep: experts are stored in a form that cannot be kept; leave it out")
+    return kept
 
 
 def size_of(text: str | None) -> int | None:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from bitknap.allocation import CostTable
+from bitknap.allocation.budget import human
 
 # Experts that a line names before it only counts them.
 _NAMED = 12
@@ -60,6 +61,15 @@ def few_tokens_note(few: Sequence[Sequence[Any]]) -> str:
 def left_out_note(left: Mapping[str, Sequence[str]]) -> str:
     """Return a line a reason for which files of the source's folder were not copied."""
     return "\n".join(f"not copied, {why}: {_some(names)}" for why, names in sorted(left.items()))
+
+
+def decoded_note(sizes: Mapping[str, Any]) -> str:
+    """Return a line on tensors that the source has in fewer bits than are written."""
+    return (
+        f"{sizes['decoded']:,} tensors that are not quantized are written as bf16, which is how "
+        f"every loader reads them: {human(sizes['decoded_bytes'])} instead of "
+        f"{human(sizes['stored_bytes'])} in the source"
+    )
 
 
 def _experts(said: Mapping[str, Any]) -> list[str]:

@@ -97,7 +97,7 @@ def quantize(
     """
     from bitknap import api
     from bitknap.allocation.budget import parse_size
-    from bitknap.notes import few_tokens_note, left_out_note
+    from bitknap.notes import decoded_note, few_tokens_note, left_out_note
     from bitknap.render import bits_table, facts_table, widths_table
 
     if (plan is None) == (budget is None):
@@ -147,6 +147,9 @@ def quantize(
     if sizes["left_out"]:
         document["left_out"] = sizes["left_out"]
         notes.append(left_out_note(sizes["left_out"]))
+    if sizes["decoded"]:
+        document |= {name: sizes[name] for name in ("decoded", "decoded_bytes", "stored_bytes")}
+        notes.append(decoded_note(sizes))
     tables = bits_table(choice.plan), widths_table(choice.plan), facts_table(out, facts)
     present(as_json, document, *tables, *notes)
 

@@ -7,6 +7,7 @@ interleaved, biased, one module an expert.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "random_table",
     "routed_units",
     "tiny_model",
+    "write_tensors",
 ]
 
 # Sizes differ wherever they may, so that a transposed or swapped matrix cannot fit by chance.
@@ -321,3 +323,13 @@ def packed_checkpoint(
     plan = BitPlan.from_choice(units, options, choice, model=checkpoint.fingerprint)
     quantize(source, plan, out)
     return out
+
+
+def write_tensors(folder: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
+    """Write a checkpoint of one file, whatever its tensors are; return the folder."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(exist_ok=True, parents=True)
+    save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder

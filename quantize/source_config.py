@@ -1,0 +1,83 @@
+"""What a source's `config.json` says of quantization, wherever it says so."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from bitknap.errors import FileError
+
+# The second is what compressed-tensors wrote at first.
+KEYS = ("quantization_config", "compression_config")
+
+
+def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the quantization settings of a parsed `config.json`, {} if it has none.
+
+    Those of the language model inside a multimodal one count as well.
+
+    Raises:
+        FileError: they are not a JSON object.
+    """
+    for key in KEYS:
+        if found := config.get(key):
+            if not isinstance(found, Mapping):
+                raise FileError(f"config.json: {key}: {found!r} is not a JSON object")
+            return found
+    parts = (part for part in config.values() if isinstance(part, Mapping))
+    return next(filter(None, map(quantization_of, parts)), {})
+
+
+def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a parsed `config.json` without its quantization settings."""
+    return {
+        key: unquantized(value) if isinstance(value, Mapping) else value
+        for key, value in config.items()
+        if key not in KEYS
+    }
+
+
+def forget_quantization(config: Any) -> None:
+    """Delete the quantization settings of a transformers configuration, in place."""
+    for name, value in list(vars(config).items()):
+        if name in KEYS:
+            delattr(config, name)
+        elif hasattr(value, "to_dict"):
+            forget_quantization(value)
+
+
+def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Return the rows and columns that share a scale by `weight_block_size`, if it says so.
+
+    Raises:
+        FileError: it is not two sizes.
+    """
+    return _pair("weight_block_size", quantization_of(config).get("weight_block_size"))
+
+
+def group_blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
+    """Return the blocks that the groups of a compressed-tensors configuration name.
+
+    Raises:
+        FileError: one of them is not two sizes.
+    """
+    groups = quantization_of(config).get("config_groups")
+    found = []
+    for group in groups.values() if isinstance(groups, Mapping) else ():
+        weights = group.get("weights") if isinstance(group, Mapping) else None
+        weights = weights if isinstance(weights, Mapping) else {}
+        size = weights.get("group_size")
+        wide = [1, size] if weights.get("strategy") == "group" else None
+        found.append(_pair("block_structure", weights.get("block_structure") or wide))
+    return [block for block in found if block is not None]
+
+
+def _pair(key: str, size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    pair = isinstance(size, list | tuple) and len(size) == 2
+    if not pair or any(type(n) is not int or n < 1 for n in size):
+        raise FileError(
+            f"config.json: {key}: {size!r} is not two whole numbers above 0, such as [128, 128]"
+        )
+    return size[0], size[1]

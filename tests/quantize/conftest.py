@@ -1,0 +1,16 @@
+"""Models that several tests of this folder read."""
+
+import pytest
+import torch
+
+from bitknap.testing import tiny_model
+
+
+@pytest.fixture(scope="session")
+def plain(tmp_path_factory):
+    """Write a tiny Qwen3-MoE with biases in 16 bits; read only."""
+    sizes = {"hidden_size": 40, "moe_intermediate_size": 24, "attention_bias": True}
+    folder = tmp_path_factory.mktemp("plain")
+    model = tiny_model("qwen3_moe", num_hidden_layers=1, **sizes)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder
