@@ -54,10 +54,10 @@ _KNOWN = (
 )
 # The largest vocabularies that are known take some 50 MB.
 _MOST_KNOWN, _MOST_UNKNOWN = 1 << 29, 1 << 24
-# transformers reads templates, a way to generate, and more tokenizers of a processor; the model's
-# card shows pictures.
+# transformers reads templates, a way to generate, and more tokenizers of a processor; libraries for
+# embeddings read 1_Pooling and its like, and the model's card shows pictures.
 _FOLDERS = (
-    *("additional_chat_templates", "custom_generate", "*tokenizer*", "licenses"),
+    *("additional_chat_templates", "custom_generate", "*tokenizer*", "[0-9]_*", "licenses"),
     *("assets", "figures", "figs", "images", "imgs", "img", "media"),
 )
 _FOLDER = "a folder that transformers does not read"
@@ -91,17 +91,11 @@ class Companions:
         """
         travel: list[str] = []
         left: defaultdict[str, list[str]] = defaultdict(list)
-        for path in sorted(folder.iterdir()):
-            name = path.name
-            if path.is_dir():
-                here = _below(path, name, weights)
-                if _fits(name, _FOLDERS):
-                    for inner, file in here:
-                        _sort(inner, file, travel, left)
-                elif any(True for _ in here):
-                    left[_listed(name) or _FOLDER].append(f"{name}/")
-            elif name != "config.json" and name not in weights:
-                _sort(name, path, travel, left)
+        try:
+            for path in sorted(folder.iterdir()):
+                _sort_top(path, weights, travel, left)
+        except OSError as error:
+            raise FileError(f"{error.filename}: cannot be read ({error.strerror})") from None
         return cls(travel=tuple(travel), left={why: tuple(names) for why, names in left.items()})
 
 
@@ -120,14 +114,38 @@ def reason_to_stay(name: str, size: int = 0) -> str:
 
 
 def check_content(path: Path) -> None:
-    """Raise FileError if a file is a link to nothing, or Git LFS has not fetched its content."""
+    """Raise FileError if a file is a link to nothing, cannot be read, or is a Git LFS pointer."""
     if path.is_symlink() and not path.exists():
         raise FileError(
             f"{path}: a link to {path.readlink()}, which does not exist; download the file again "
             "or remove the link"
         )
-    if path.is_file() and path.stat().st_size < 1024 and path.read_bytes().startswith(_POINTER):
+    if not path.is_file():
+        return
+    try:
+        with path.open("rb") as file:
+            begin = file.read(len(_POINTER))
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from None
+    if begin == _POINTER:
         raise FileError(f"{path}: a Git LFS pointer, not the file itself; run `git lfs pull` there")
+
+
+def _sort_top(
+    path: Path, weights: Collection[str], travel: list[str], left: Mapping[str, list[str]]
+) -> None:
+    """Put a file where it belongs, and of a folder all files or the folder itself."""
+    name = path.name
+    if not path.is_dir():
+        if name != "config.json" and name not in weights:
+            _sort(name, path, travel, left)
+        return
+    here = _below(path, name, weights)
+    if _fits(name, _FOLDERS):
+        for inner, file in here:
+            _sort(inner, file, travel, left)
+    elif any(True for _ in here):
+        left[_listed(name) or _FOLDER].append(f"{name}/")
 
 
 def _sort(name: str, path: Path, travel: list[str], left: Mapping[str, list[str]]) -> None:

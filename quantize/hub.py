@@ -1,7 +1,8 @@
 """Models on the Hugging Face hub: file by file, and no file that is not needed.
 
-Code and pickles are not fetched, and only those weights are that are read: many repositories hold
-them several times, in subfolders or under another name.
+Pickles are not fetched, and only those weights are that are read: many repositories hold them
+several times, in subfolders or under another name. Code is fetched, never run, where `config.json`
+names it: then a packed checkpoint of the model names it too.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bitknap.errors import InputError
 from bitknap.files import read_json
@@ -54,8 +55,9 @@ def fetch(model: str) -> Path:
             except (HTTPError, OSError):
                 raise offline from None
         folder = Path(hf_hub_download(model, _CONFIG)).parent
-        weights = weights_of(read_json(folder / _CONFIG), sizes.__contains__)
-        for name in (weights, *_beside(sizes)):
+        config = read_json(folder / _CONFIG)
+        weights = weights_of(config, sizes.__contains__)
+        for name in (weights, *_beside(sizes, config)):
             _fetch_one(folder, name, model)
         for name in _files_of(folder, weights):
             _fetch_one(folder, name, model)
@@ -74,7 +76,8 @@ def fetch_headers(model: str) -> Remote | Path:
     with _one_line(model):
         folder = Path(hf_hub_download(model, _CONFIG)).parent
         cached = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
-        weights = weights_of(read_json(folder / _CONFIG), cached.__contains__)
+        config = read_json(folder / _CONFIG)
+        weights = weights_of(config, cached.__contains__)
         if weights in cached and set(_files_of(folder, weights)) <= set(cached):
             return folder
         sizes = _listed(model)
@@ -91,7 +94,7 @@ def fetch_headers(model: str) -> Remote | Path:
         }
         end = max((info.data_offsets[1] for info in file.tensors.values()), default=0)
         files.append(check_header(folder / name, entries, 0, end))
-    return Remote(folder, joined(files), sum(sizes[name] for name in _beside(sizes)))
+    return Remote(folder, joined(files), sum(sizes[name] for name in _beside(sizes, config)))
 
 
 def snapshot_of(folder: Path) -> Path:
@@ -148,13 +151,11 @@ def _listed(model: str) -> dict[str, int]:
     return {file.rfilename: file.size or 0 for file in files}
 
 
-def _beside(sizes: Mapping[str, int]) -> list[str]:
-    """Return the files beside configuration and weights that belong to a model, but code."""
-    return sorted(
-        name
-        for name, size in sizes.items()
-        if name != _CONFIG and not name.endswith(".py") and not reason_to_stay(name, size)
-    )
+def _beside(sizes: Mapping[str, int], config: Any) -> list[str]:
+    """Return the files beside configuration and weights that belong to a model."""
+    names = [name for name, size in sizes.items() if not reason_to_stay(name, size)]
+    code = isinstance(config, dict) and "auto_map" in config
+    return sorted(n for n in names if n != _CONFIG and (code or not n.endswith(".py")))
 
 
 def _files_of(folder: Path, weights: str) -> list[str]:

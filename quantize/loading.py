@@ -171,6 +171,7 @@ def load(
         ModelError: transformers does not know the architecture, or cannot keep it packed.
     """
     config, architecture = _architecture(folder)
+    generation = _generation(folder)
     where_to = torch.device(device)
     wanted = where_to.type == "cuda" if packed is None else packed
     packed = wanted and is_packed(folder)
@@ -191,8 +192,8 @@ def load(
         tensors = {name: source.read(name).contiguous() for name in source.headers}
         where = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
     model, report = architecture.from_pretrained(**where, dtype=dtype, output_loading_info=True)
-    if where["pretrained_model_name_or_path"] is None:
-        _set_generation(model, folder)
+    if generation and where["pretrained_model_name_or_path"] is None and model.can_generate():
+        model.generation_config = generation
     if missing := sorted(report["missing_keys"]):
         raise FileError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}")
     if packed:
@@ -211,12 +212,21 @@ def _reads_alike(source: Checkpoint) -> bool:
     return not (source.low_bit or adapter or bare)
 
 
-def _set_generation(model: Any, folder: Path) -> None:
-    """Give a model the settings for generating that its folder has."""
+def _generation(folder: Path) -> Any:
+    """Return a folder's settings for generating, None where transformers passes over them.
+
+    Raises:
+        FileError: transformers refuses them.
+    """
     from transformers import GenerationConfig
 
-    if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+    try:
+        return GenerationConfig.from_pretrained(folder)
+    except OSError:
+        return None
+    except (TypeError, ValueError) as error:
+        path, reason = folder / "generation_config.json", next(iter(str(error).splitlines()), "")
+        raise FileError(f"{path}: transformers cannot read it ({reason})") from None
 
 
 def to_plain(config: Any) -> Any:

@@ -64,6 +64,11 @@ def _local(model: str | Path) -> Path | None:
         folder = hub.snapshot_of(folder)
         check_content(folder / "config.json")
         if not (folder / "config.json").is_file():
+            if (folder / "adapter_config.json").is_file():
+                raise InputError(
+                    f"{folder}: an adapter without its model; merge it into the model, save that, "
+                    "and pass its folder"
+                )
             raise InputError(f"{folder}: no config.json; pass the folder of a transformers model")
         return folder
     if folder.exists():

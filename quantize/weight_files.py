@@ -114,6 +114,11 @@ def _nothing(folder: Path) -> str:
         check_content(path)
     plain = f"{folder}: neither {PLAIN}{_FILE} nor {PLAIN}{_INDEX}"
     others = sorted(path.name for path in folder.glob(f"*{_FILE}"))
+    if len(others) > 1:
+        return (
+            f"{plain}, though {len(others)} other {_FILE} files; download the missing index, or "
+            'name one of them in config.json, "transformers_weights"'
+        )
     if others:
         return f'{plain}; name {others[0]} in config.json, "transformers_weights", or rename it'
     return f"{plain}; save the model with safetensors first"

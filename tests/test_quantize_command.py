@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from bitknap.allocation import BitPlan
 from bitknap.cli import main
+from bitknap.notes import left_out_note
 from bitknap.quantize.pieces import Rounded, Work
 
 TEXT = ("--text", str(Path(__file__).parent.parent / "LICENSE"))  # short: quick to tokenize
@@ -78,6 +79,7 @@ def test_what_is_not_copied_is_said_once(made, tmp_path, capsys, document):
     assert said.err == ""
     shutil.rmtree(tmp_path / "out")
     assert "left_out" not in document(*words[:1], made.model, *words[2:])
+    assert left_out_note({"why": ["a\udcff"]}) == r"not copied, why: a\udcff"
 
 
 def test_files_of_a_chosen_size(made, tmp_path, document):

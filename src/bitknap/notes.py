@@ -60,7 +60,9 @@ def few_tokens_note(few: Sequence[Sequence[Any]]) -> str:
 
 def left_out_note(left: Mapping[str, Sequence[str]]) -> str:
     """Return a line a reason for which files of the source's folder were not copied."""
-    return "\n".join(f"not copied, {why}: {_some(names)}" for why, names in sorted(left.items()))
+    lines = [f"not copied, {why}: {_some(names)}" for why, names in sorted(left.items())]
+    # A name on disk need not be valid text.
+    return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
 def decoded_note(sizes: Mapping[str, Any]) -> str:

@@ -9,11 +9,11 @@ from safetensors.torch import save_file
 
 import bitknap
 from bitknap.allocation import BitPlan, formats
-from bitknap.errors import FileError
+from bitknap.errors import FileError, InputError
 from bitknap.quantize import twin
 from bitknap.quantize.companions import Companions, reason_to_stay
 from bitknap.quantize.names import walk_headers
-from bitknap.quantize.source import Checkpoint
+from bitknap.quantize.source import Checkpoint, resolve
 from bitknap.testing import tiny_model
 
 TRAVEL = (
@@ -24,7 +24,7 @@ TRAVEL = (
     *("chat_template.jinja", "chat_template.json", "additional_chat_templates/rag.jinja"),
     *("generation_config.json", "preprocessor_config.json", "processor_config.json"),
     *("video_preprocessor_config.json", "audio_tokenizer_config.json", "modelcard.json"),
-    *("qformer_tokenizer/tokenizer.json", "custom_generate/generate.py"),
+    *("1_Pooling/config.json", "qformer_tokenizer/tokenizer.json", "custom_generate/generate.py"),
     *("modeling_some.py", "configuration_some.py", "requirements.txt"),
     *("LICENSE", "LICENSE.txt", "NOTICE", "USE_POLICY.md", "README.md"),
     *("logo.png", "assets/figure.svg", "Images/Deep/Figure.JPG", "something.else"),
@@ -166,6 +166,19 @@ def test_an_adapter_is_left_out_of_measuring_and_of_the_result(folder, tmp_path)
     assert model.state_dict().keys() == before.keys()
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert bitknap.load(tmp_path / "out").state_dict().keys() == before.keys()
+
+
+def test_an_adapter_alone_is_no_model(tmp_path):
+    make(tmp_path, ("adapter_config.json",))
+    with pytest.raises(InputError, match="an adapter without its model; merge it into the model"):
+        resolve(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["[]", '{"max_new_tokens": -1}'])
+def test_settings_for_generating_that_are_wrong_are_one_line(content, folder):
+    make(folder, ("generation_config.json",), content)
+    with pytest.raises(FileError, match=r"generation_config\.json: transformers cannot read it"):
+        bitknap.load(folder)
 
 
 def test_settings_for_generating_are_loaded_again(folder, tmp_path):

@@ -155,6 +155,13 @@ def test_one_file_of_weights(hub):
     assert sorted(hub.fetched) == ["config.json", "model.safetensors"]
 
 
+def test_code_is_downloaded_where_the_configuration_names_it(sharded):
+    config = {"model_type": "mixtral", "auto_map": {"AutoConfig": "modeling.Config"}}
+    (sharded.there / "config.json").write_text(json.dumps(config))
+    resolve(MODEL)
+    assert sorted(sharded.fetched) == sorted([*WANTED, "modeling.py"])
+
+
 def test_folders_that_belong_to_the_model_are_downloaded(sharded):
     index = {"weight_map": {"a": WANTED[2], "b": "parts/b.safetensors"}}
     (sharded.there / "model.safetensors.index.json").write_text(json.dumps(index))

@@ -205,6 +205,13 @@ def test_weights_under_another_name_are_named(folder):
         Checkpoint.open(folder)
 
 
+def test_shards_without_their_index_ask_for_it(folder):
+    split(folder)
+    (folder / INDEX).unlink()
+    with pytest.raises(FileError, match=r"though 2 other .* download the missing index"):
+        Checkpoint.open(folder)
+
+
 def test_a_link_to_nothing_instead_of_weights(folder, tmp_path):
     (folder / "model.safetensors").unlink()
     (folder / "model.safetensors").symlink_to(tmp_path / "nowhere")
