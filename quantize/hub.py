@@ -1,8 +1,8 @@
 """Models on the Hugging Face hub: file by file, and no file that is not needed.
 
 Pickles are not fetched, and only those weights are that are read: many repositories hold them
-several times, in subfolders or under another name. Code is fetched, never run, where `config.json`
-names it: then a packed checkpoint of the model names it too.
+several times, in subfolders or under another name. Code is fetched, never run, where a
+configuration names it: then a packed checkpoint of the model names it too.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from bitknap.errors import InputError
 from bitknap.files import read_json
@@ -19,6 +19,11 @@ from bitknap.quantize.headers import TensorInfo, check_header
 from bitknap.quantize.weight_files import joined, read_index, weights_of
 
 _CONFIG = "config.json"
+_CODE = ".py"
+_NAMES_CODE = (
+    *(_CONFIG, "tokenizer_config.json", "processor_config.json", "preprocessor_config.json"),
+    "video_preprocessor_config.json",
+)
 
 
 class Remote(NamedTuple):
@@ -55,11 +60,12 @@ def fetch(model: str) -> Path:
             except (HTTPError, OSError):
                 raise offline from None
         folder = Path(hf_hub_download(model, _CONFIG)).parent
-        config = read_json(folder / _CONFIG)
-        weights = weights_of(config, sizes.__contains__)
-        for name in (weights, *_beside(sizes, config)):
+        weights = weights_of(read_json(folder / _CONFIG), sizes.__contains__)
+        beside = _beside(sizes)
+        for name in (weights, *(n for n in beside if not n.endswith(_CODE))):
             _fetch_one(folder, name, model)
-        for name in _files_of(folder, weights):
+        code = [n for n in beside if n.endswith(_CODE)] if _names_code(folder) else []
+        for name in (*code, *_files_of(folder, weights)):
             _fetch_one(folder, name, model)
         return folder
 
@@ -76,8 +82,7 @@ def fetch_headers(model: str) -> Remote | Path:
     with _one_line(model):
         folder = Path(hf_hub_download(model, _CONFIG)).parent
         cached = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
-        config = read_json(folder / _CONFIG)
-        weights = weights_of(config, cached.__contains__)
+        weights = weights_of(read_json(folder / _CONFIG), cached.__contains__)
         if weights in cached and set(_files_of(folder, weights)) <= set(cached):
             return folder
         sizes = _listed(model)
@@ -94,7 +99,9 @@ def fetch_headers(model: str) -> Remote | Path:
         }
         end = max((info.data_offsets[1] for info in file.tensors.values()), default=0)
         files.append(check_header(folder / name, entries, 0, end))
-    return Remote(folder, joined(files), sum(sizes[name] for name in _beside(sizes, config)))
+    code = _names_code(folder)
+    beside = [name for name in _beside(sizes) if code or not name.endswith(_CODE)]
+    return Remote(folder, joined(files), sum(sizes[name] for name in beside))
 
 
 def snapshot_of(folder: Path) -> Path:
@@ -151,11 +158,15 @@ def _listed(model: str) -> dict[str, int]:
     return {file.rfilename: file.size or 0 for file in files}
 
 
-def _beside(sizes: Mapping[str, int], config: Any) -> list[str]:
+def _beside(sizes: Mapping[str, int]) -> list[str]:
     """Return the files beside configuration and weights that belong to a model."""
-    names = [name for name, size in sizes.items() if not reason_to_stay(name, size)]
-    code = isinstance(config, dict) and "auto_map" in config
-    return sorted(n for n in names if n != _CONFIG and (code or not n.endswith(".py")))
+    return sorted(n for n, size in sizes.items() if n != _CONFIG and not reason_to_stay(n, size))
+
+
+def _names_code(folder: Path) -> bool:
+    """Return whether a configuration that is here names code of the repository."""
+    known = [folder / name for name in _NAMES_CODE]
+    return any(path.is_file() and b'"auto_map"' in path.read_bytes() for path in known)
 
 
 def _files_of(folder: Path, weights: str) -> list[str]:

@@ -54,7 +54,7 @@ def read_weights(folder: Path, config: Mapping[str, Any]) -> dict[str, TensorInf
         raise FileError(_nothing(folder))
     path = folder / name
     _check_there(path, "config.json")
-    return _read_shards(path) if name.endswith(_INDEX) else read_header(path)
+    return _read_shards(folder, path) if name.endswith(_INDEX) else read_header(path)
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -90,15 +90,16 @@ def is_inside(name: str) -> bool:
     return bool(path.name) and not path.is_absolute() and ".." not in path.parts
 
 
-def _read_shards(index: Path) -> dict[str, TensorInfo]:
+def _read_shards(folder: Path, index: Path) -> dict[str, TensorInfo]:
+    # Names are relative to the model's folder, wherever the index is.
     where = read_index(index)
     shards = sorted(set(where.values()))
     for shard in shards:
-        _check_there(index.parent / shard, index.name)
-    headers = joined(read_header(index.parent / shard) for shard in shards)
+        _check_there(folder / shard, index.name)
+    headers = joined(read_header(folder / shard) for shard in shards)
     for name, shard in where.items():
         if name not in headers:
-            raise FileError(f"{index.parent / shard}: {name}: missing, though {index.name} says so")
+            raise FileError(f"{folder / shard}: {name}: missing, though {index.name} says so")
     return headers
 
 

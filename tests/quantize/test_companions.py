@@ -95,6 +95,14 @@ def test_a_folder_of_weights_alone_leaves_nothing(folder):
     )
 
 
+def test_only_what_belongs_to_the_model_counts_as_its_bytes(folder):
+    make(folder, ("tokenizer.json",))
+    before = Checkpoint.open(folder).folder_bytes
+    assert before == sum(file.stat().st_size for file in folder.iterdir())
+    make(folder, ("tf_model.h5", "original/params.json"))
+    assert Checkpoint.open(folder).folder_bytes == before
+
+
 def test_a_rotated_copy_has_what_the_model_has(folder, tmp_path):
     make(folder, ("tokenizer.json", "additional_chat_templates/rag.jinja", "model.onnx"))
     made = twin.make(Checkpoint.open(folder), twin.Recipe(rotation=1), tmp_path / "twin")

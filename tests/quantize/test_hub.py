@@ -155,11 +155,11 @@ def test_one_file_of_weights(hub):
     assert sorted(hub.fetched) == ["config.json", "model.safetensors"]
 
 
-def test_code_is_downloaded_where_the_configuration_names_it(sharded):
-    config = {"model_type": "mixtral", "auto_map": {"AutoConfig": "modeling.Config"}}
-    (sharded.there / "config.json").write_text(json.dumps(config))
+@pytest.mark.parametrize("name", ["config.json", "tokenizer_config.json"])
+def test_code_is_downloaded_where_a_configuration_names_it(name, sharded):
+    (sharded.there / name).write_text('{"auto_map": {"AutoConfig": "modeling.Config"}}')
     resolve(MODEL)
-    assert sorted(sharded.fetched) == sorted([*WANTED, "modeling.py"])
+    assert set(sharded.fetched) == {*WANTED, name, "modeling.py"}
 
 
 def test_folders_that_belong_to_the_model_are_downloaded(sharded):

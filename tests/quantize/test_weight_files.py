@@ -70,6 +70,12 @@ def named_index(folder):
     config(folder, transformers_weights="mine.safetensors.index.json")
 
 
+def named_index_in_a_folder(folder):
+    (folder / "parts").mkdir()
+    split(folder, ("parts/a.safetensors", "b.safetensors"), "parts/x.safetensors.index.json")
+    config(folder, transformers_weights="parts/x.safetensors.index.json")
+
+
 def named_beside_another(folder):
     tensors = load_file(folder / "model.safetensors")
     write({n: 2 * t for n, t in tensors.items()}, folder / "mine.safetensors")
@@ -149,6 +155,7 @@ def kept_as_stored(model, out):
         odd_names,
         named_file,
         named_index,
+        named_index_in_a_folder,
         named_beside_another,
         one_file_beside_an_index,
         twice_named_first,
