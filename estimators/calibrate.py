@@ -17,7 +17,7 @@ from bitknap.estimators.gains import gain_of, noisy
 from bitknap.estimators.linears import recording_linears
 from bitknap.estimators.recording import LayerSums, caught_alone, check_seen, recording
 from bitknap.estimators.replay import BATCH_TOKENS, Replay
-from bitknap.estimators.windows import logits_of
+from bitknap.estimators.windows import Windows, logits_of
 from bitknap.progress import Progress
 from bitknap.quantize.apply import read_units
 from bitknap.quantize.views import Layout
@@ -26,7 +26,7 @@ from bitknap.quantize.views import Layout
 def calibrate(
     model: Any,
     layout: Layout,
-    windows: Tensor,
+    windows: Tensor | Windows,
     *,
     full: bool = False,
     curvature: bool = False,
@@ -44,7 +44,7 @@ def calibrate(
     Args:
         model: a language model in evaluation mode, decoder-only or encoder-decoder.
         layout: its units, from `walk`.
-        windows: token ids, int64 [windows, length].
+        windows: the text; a tensor int64 [windows, length] has no special tokens.
         full: also record whole second-moment matrices.
         curvature: also record squared gradients with labels drawn from the model.
         traces: also keep the experts' inputs and routing, token by token.
@@ -63,9 +63,10 @@ def calibrate(
     """
     if trace_tokens is not None and trace_tokens < 1:
         raise InputError(f"trace_tokens: {trace_tokens} is below 1; leave it out to keep all")
-    batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+    windows = Windows.of(windows)
+    batches = windows.batches(BATCH_TOKENS)
     generator = torch.Generator().manual_seed(seed)
-    traced = (trace_tokens or windows.numel()) if traces or gradients else 0
+    traced = (trace_tokens or windows.ids.numel()) if traces or gradients else 0
     with recording(
         model, layout, full=full, curvature=curvature, trace_tokens=traced, gradients=gradients
     ) as sums:
@@ -89,24 +90,24 @@ def calibrate(
         linears={unit: seen.evidence() for unit, seen in linears.items()},
         weights=weights,
         replay=replay,
-        provenance=provenance_of(windows, seed),
+        provenance=provenance_of(windows.ids, seed),
         traces={number: kept for number, layer in sums.items() if (kept := layer.trace())},
     )
 
 
 def digest_of(windows: Tensor) -> str:
-    """Return 32 hex digits that name the windows."""
+    """Return 32 hex digits that name windows, token ids int64 [windows, length]."""
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:32]
 
 
 def provenance_of(windows: Tensor, seed: int) -> dict[str, Any]:
-    """Return what a pass over `windows` says of itself."""
+    """Return what a pass over windows, token ids int64 [windows, length], says of itself."""
     return {"text": digest_of(windows), "tokens": windows.numel(), "seed": seed}
 
 
 def _run(
     model: Any,
-    batches: Sequence[Tensor],
+    batches: Sequence[Windows],
     generator: torch.Generator | None,
     *,
     backward: bool,
@@ -151,7 +152,7 @@ def _backward(logits: Tensor, labels: Tensor, root: Tensor) -> None:
 
 def _backward_by_layer(
     model: Any,
-    batches: Sequence[Tensor],
+    batches: Sequence[Windows],
     labels: Sequence[Tensor],
     sums: dict[int, LayerSums],
     progress: Progress | None,

@@ -203,7 +203,7 @@ class Measured:
         """Return nats a token of each unit's squared norm, float64 [U]; ones if not squared."""
         if not squared:
             return np.ones(len(evidence.units))
-        tokens = dict.fromkeys(evidence.layers, replay.tokens)
+        tokens = dict.fromkeys(evidence.layers, len(replay.windows) * replay.span)
         if self.kind == "block":
             tokens |= {number: len(trace.hidden) for number, trace in evidence.traces.items()}
         scale = {n: layer.gain / tokens[n] for n, layer in evidence.layers.items()}

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitknap.estimators.windows import labels_of, logits_of, predicted
+from bitknap.estimators.windows import Windows, labels_of, logits_of, predicted, seen
 from bitknap.quantize.views import Layout
 
 BATCH_TOKENS = 2048
@@ -46,7 +46,7 @@ def standard_error(values: np.ndarray) -> float:
     return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
-def log_probabilities(model: Any, batch: Tensor) -> Tensor:
+def log_probabilities(model: Any, batch: Tensor | Windows) -> Tensor:
     """Return log-probabilities of the tokens to predict, float32 [tokens, vocabulary]."""
     return torch.log_softmax(logits_of(model, batch), dim=-1)
 
@@ -105,18 +105,22 @@ class Replay:
     Args:
         model: a language model; measured as it is now, changed by the caller later.
         layout: its units, to find the decoder layers.
-        windows: int64 [windows, length].
+        windows: the text; a tensor int64 [windows, length] has no special tokens.
         cache: keep layer outputs, so that later measurements start at the changed layer.
 
     Attributes:
+        windows: token ids, int64 [windows, length].
         base: name of the model whose layer outputs are kept; "" for the reference pass.
     """
 
     @torch.inference_mode()
-    def __init__(self, model: Any, layout: Layout, windows: Tensor, *, cache: bool = True) -> None:
-        self.model, self.windows, self.base = model, windows, ""
+    def __init__(
+        self, model: Any, layout: Layout, windows: Tensor | Windows, *, cache: bool = True
+    ) -> None:
+        self._text = Windows.of(windows)
+        self.model, self.windows, self.base = model, self._text.ids, ""
         self._layers, self._places = decoder_layers(model, layout) if cache else (None, {})
-        self._batches = windows.split(max(1, BATCH_TOKENS // windows.shape[1]))
+        self._batches = self._text.batches(BATCH_TOKENS)
         self._logs: list[Tensor] = []
         self._outputs: list[list[Any]] = []
         for batch in self._batches:
@@ -146,13 +150,13 @@ class Replay:
 
     @property
     def span(self) -> int:
-        """Tokens of a window that are predicted, and that each layer sees."""
-        return predicted(self.model, self.windows.shape[1])
+        """Tokens of a window that each layer sees."""
+        return seen(self.model, self.windows.shape[1])
 
     @property
     def tokens(self) -> int:
         """Tokens that are predicted, of all windows."""
-        return len(self.windows) * self.span
+        return len(self.windows) * predicted(self.model, self.windows.shape[1], self._text.prefix)
 
     @torch.inference_mode()
     def measure(self, layer: int | None = None) -> Losses:
@@ -209,10 +213,10 @@ class Replay:
 
 
 @torch.inference_mode()
-def compare(model: Any, reference: Any, windows: Tensor) -> Losses:
-    """Measure `model` on windows int64 [windows, length] against a reference model."""
+def compare(model: Any, reference: Any, windows: Tensor | Windows) -> Losses:
+    """Measure `model` on windows against a reference model."""
     parts = []
-    for batch in windows.split(max(1, BATCH_TOKENS // windows.shape[1])):
+    for batch in Windows.of(windows).batches(BATCH_TOKENS):
         log = log_probabilities(reference, batch)
         mine = log if model is reference else log_probabilities(model, batch)
         parts.append(losses_of(mine, log, labels_of(model, batch)))

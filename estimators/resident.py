@@ -32,6 +32,7 @@ from bitknap.estimators.replay import BATCH_TOKENS, kl_of
 from bitknap.estimators.shelf import Shelf
 from bitknap.estimators.skeleton import Skeleton
 from bitknap.estimators.streamed import Stream, Streamed
+from bitknap.estimators.windows import Windows
 from bitknap.progress import Progress
 from bitknap.quantize.source import Checkpoint
 
@@ -41,7 +42,7 @@ _FIRST, _PLAIN = "first", "plain"
 
 def calibrate_by_layer(
     source: Checkpoint,
-    windows: Tensor,
+    windows: Tensor | Windows,
     *,
     include: Collection[str] = (),
     full: bool = False,
@@ -56,7 +57,7 @@ def calibrate_by_layer(
 
     Args:
         source: the checkpoint; its weights are read twice, and again by estimators.
-        windows: token ids, int64 [windows, length].
+        windows: the text; a tensor int64 [windows, length] has no special tokens.
         include: roles that are units beside the routed experts.
         full: also record whole second-moment matrices.
         traces: also keep the experts' inputs and routing, token by token.
@@ -79,8 +80,9 @@ def calibrate_by_layer(
     if trace_tokens is not None and trace_tokens < 1:
         raise InputError(f"trace_tokens: {trace_tokens} is below 1; leave it out to keep all")
     skeleton = Skeleton(source, include)
-    text = Stream(windows.split(max(1, BATCH_TOKENS // windows.shape[1])), spilled)
-    about = (source.fingerprint, digest_of(windows), len(skeleton.layout.views), seed)
+    windows = Windows.of(windows)
+    text = Stream(windows.batches(BATCH_TOKENS), spilled)
+    about = (source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
     shelf = Shelf.of(readings or Readings(), *about, spilled, full, traces, trace_tokens)
     work = _Pass(Streamed(skeleton), shelf)
     with (
@@ -88,7 +90,7 @@ def calibrate_by_layer(
             skeleton.model,
             skeleton.layout,
             full=full,
-            trace_tokens=(trace_tokens or windows.numel()) if traces else 0,
+            trace_tokens=(trace_tokens or windows.ids.numel()) if traces else 0,
         ) as sums,
         recording_linears(skeleton.model, skeleton.layout, full=full) as linears,
     ):
@@ -102,7 +104,7 @@ def calibrate_by_layer(
         linears={unit: seen.evidence() for unit, seen in linears.items()},
         weights=skeleton.weights,
         replay=None,
-        provenance=provenance_of(windows, seed),
+        provenance=provenance_of(windows.ids, seed),
         traces={number: kept for number, x in sums.items() if (kept := x.trace())},
     )
 

@@ -19,7 +19,7 @@ from bitknap.errors import ModelError
 from bitknap.estimators.replay import log_probabilities
 from bitknap.estimators.skeleton import Skeleton
 from bitknap.estimators.spill import on_disk, read_back
-from bitknap.estimators.windows import logits_of
+from bitknap.estimators.windows import Windows, logits_of
 
 
 class _Reached(Exception):
@@ -34,7 +34,7 @@ class Stream:
     """What the last layer that ran gave for each window, in a file.
 
     Args:
-        batches: the text, int64 [windows, length] each.
+        batches: the text.
         dtype: what it is kept in; bfloat16 takes half the disk and rounds at every layer.
         path: the file, which may be there from a former run; one without a name when not given.
         shape: of a window's part, if the file is there.
@@ -42,7 +42,7 @@ class Stream:
 
     def __init__(
         self,
-        batches: Sequence[Tensor],
+        batches: Sequence[Windows],
         dtype: torch.dtype = torch.float32,
         *,
         path: Path | None = None,
@@ -119,7 +119,7 @@ class Streamed:
         with self._answering(len(self.skeleton.layers), end[batch][rows]):
             return log_probabilities(self.skeleton.model, end.batches[batch][rows])
 
-    def _run(self, place: int, batch: Tensor, before: Tensor | None) -> Tensor:
+    def _run(self, place: int, batch: Windows, before: Tensor | None) -> Tensor:
         def stop(module: nn.Module, args: Any, output: Any) -> None:
             raise _Reached(output)
 

@@ -16,6 +16,7 @@ from bitknap.cli import main
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.journal import Readings
 from bitknap.estimators.moments import SecondMoments
+from bitknap.estimators.text import encode
 from bitknap.gathering import Calibration, gather
 from bitknap.quantize.source import Checkpoint
 from bitknap.refining import loop_windows, losses_of, measures, open_loop, refine, run_loop
@@ -107,7 +108,7 @@ def test_a_text_too_short_for_loop_and_gate_is_refused(loop, model):
     taken = loop.evidence.replay.windows
     words = TEXT.read_text()
     with pytest.raises(InputError, match="the gate needs 2"):
-        loop_windows(tokenizer_of(model), words[:2100], taken, 512, 64)
+        loop_windows(encode(tokenizer_of(model), words[:2100]), taken, 512)
 
 
 def test_a_table_of_another_model_is_refused(model, table, saved, tmp_path):

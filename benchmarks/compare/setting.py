@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file
-from torch import Tensor
 
 from bitknap.allocation import Format
 from bitknap.allocation import formats as make_formats
@@ -22,8 +21,9 @@ from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.replay import Replay
 from bitknap.estimators.router_norm import router_norms
-from bitknap.estimators.text import BUILTIN, read_text, token_windows
-from bitknap.gathering import longest_of, tokenizer_of
+from bitknap.estimators.text import BUILTIN, read_text
+from bitknap.estimators.windows import Windows
+from bitknap.gathering import encoded, longest_of
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint
 from bitknap.quantize.experts import walk
@@ -114,9 +114,9 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
     model = load(source.folder, torch.float32)
     layout = walk(model)
     words = read_text(options.text, "calibration")
-    tokenizer, longest = tokenizer_of(source.folder), longest_of(model.config)
-    windows = token_windows(tokenizer, words, options.tokens, longest)
-    held_out, domain, names = _held_out(options, tokenizer, longest)
+    longest = longest_of(model.config)
+    windows = encoded(source.folder, words, model.config).windows(options.tokens, longest)
+    held_out, domain, names = _held_out(options, source.folder, model.config)
     found = calibrate(
         model,
         layout,
@@ -129,9 +129,10 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
     )
     provenance = {**found.provenance, "model": source.fingerprint}
     evidence = replace(found, provenance=provenance, rounding=Remembered(rounding=rounding))
-    loop = open_loop(model, evidence, words, windows, options.refine_tokens, source.folder)
-    read = (windows, *(part.windows for part in loop.parts), loop.gate.windows)
-    check_apart(held_out, torch.cat(read))
+    loop = open_loop(model, evidence, words, windows.ids, options.refine_tokens, source.folder)
+    # What the tokenizer begins every window with is no text that they share.
+    read = (windows.ids, *(part.windows for part in loop.parts), loop.gate.windows)
+    check_apart(held_out.ids[:, held_out.prefix :], torch.cat(read)[:, held_out.prefix :])
     return Setting(
         options=options,
         source=source,
@@ -150,7 +151,7 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
     )
 
 
-def _sets(model: Any, layout: Layout, windows: Tensor, seed: int) -> list[Evidence]:
+def _sets(model: Any, layout: Layout, windows: Windows, seed: int) -> list[Evidence]:
     """Return passes over quarters of the calibration windows, in the text's order."""
     cuts = [len(windows) * part // len(DOMAINS) for part in range(len(DOMAINS) + 1)]
     parts = [windows[a:b] for a, b in pairwise(cuts) if b > a]
@@ -158,8 +159,8 @@ def _sets(model: Any, layout: Layout, windows: Tensor, seed: int) -> list[Eviden
 
 
 def _held_out(
-    options: Options, tokenizer: Any, longest: int
-) -> tuple[Tensor, np.ndarray, tuple[str, ...]]:
+    options: Options, folder: Path, config: Any
+) -> tuple[Windows, np.ndarray, tuple[str, ...]]:
     """Return the windows that plans are judged on, the domain of each, and their names."""
     texts = {
         BUILTIN if name == BUILTIN else Path(name).stem: read_text(name, "evaluation")
@@ -175,9 +176,11 @@ def _held_out(
         cuts = [len(words) * part // len(DOMAINS) for part in range(len(DOMAINS) + 1)]
         texts |= {n: words[a:b] for n, (a, b) in zip(DOMAINS, pairwise(cuts), strict=True)}
     each = options.judged // len(texts)
-    found = [token_windows(tokenizer, words, each, longest) for words in texts.values()]
+    longest = longest_of(config)
+    found = [encoded(folder, words, config).windows(each, longest) for words in texts.values()]
     counts = [len(windows) for windows in found]
-    return torch.cat(found), np.repeat(np.arange(len(found)), counts), tuple(texts)
+    held_out = Windows(ids=torch.cat([one.ids for one in found]), prefix=found[0].prefix)
+    return held_out, np.repeat(np.arange(len(found)), counts), tuple(texts)
 
 
 def _initial(folder: Path, layout: Layout) -> Mapping[int, Floats] | None:

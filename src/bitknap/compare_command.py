@@ -198,7 +198,7 @@ def _about(
     import hashlib
     from dataclasses import asdict
 
-    from bitknap.estimators.text import read_text
+    from bitknap.estimators.text import ENCODING, read_text
 
     texts = [read_text(chosen.text, "calibration")]
     texts += [read_text(name, "evaluation") for name in chosen.evaluation]
@@ -206,6 +206,7 @@ def _about(
     return said | {
         "strategies": list(wanted),
         "budgets": list(sizes),
+        "encoding": ENCODING,
         "texts": [hashlib.sha256(text.encode()).hexdigest()[:32] for text in texts],
         "tasks": [options["tasks"], options["task_limit"]],
     }

@@ -11,6 +11,7 @@ from bitknap.allocation import BitPlan, uniform_plans
 from bitknap.api import default_formats, evaluate
 from bitknap.errors import InputError
 from bitknap.estimators.replay import Losses, Replay, standard_error
+from bitknap.estimators.windows import Windows
 from bitknap.gathering import evaluation_windows
 from bitknap.progress import Progress
 from bitknap.quantize.apply import applied
@@ -67,7 +68,7 @@ def summary(losses: Losses, nbytes: int | None = None) -> dict[str, Any]:
 
 
 def best_uniform_of(
-    reference: str, plan: BitPlan, windows: torch.Tensor, progress: Progress | None = None
+    reference: str, plan: BitPlan, windows: Windows, progress: Progress | None = None
 ) -> tuple[str, BitPlan, Losses]:
     """Return the best uniform recipe for a model at a plan's bytes: name, plan, losses."""
     live = load(resolve(reference), torch.float32)

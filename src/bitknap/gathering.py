@@ -17,7 +17,8 @@ from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.journal import Readings
 from bitknap.estimators.memory import way_to_calibrate
 from bitknap.estimators.resident import calibrate_by_layer
-from bitknap.estimators.text import read_text, token_windows
+from bitknap.estimators.text import Encoded, encode, read_text
+from bitknap.estimators.windows import Windows
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading
 from bitknap.quantize.apply import read_stored, stacks
@@ -139,7 +140,7 @@ def readings_about(
     units = walk_headers(origin.config, origin.shapes, first.include).units
     return {
         "model": origin.checksum(),
-        "text": [provenance_of(_windows(origin, one), one.seed)["text"] for one in asked],
+        "text": [provenance_of(_windows(origin, one).ids, one.seed)["text"] for one in asked],
         "tokens": first.tokens,
         "include": sorted(checkpoint.roles_of(units)),
         "seed": first.seed,
@@ -149,10 +150,20 @@ def readings_about(
     }
 
 
-def _windows(source: Checkpoint, asked: Calibration) -> Tensor:
-    words = read_text(asked.text, "calibration")
-    longest = longest_of(loading.config_of(source.folder))
-    return token_windows(tokenizer_of(source.folder), words, asked.tokens, longest)
+def _windows(source: Checkpoint, asked: Calibration) -> Windows:
+    config = loading.config_of(source.folder)
+    document = encoded(source.folder, read_text(asked.text, "calibration"), config)
+    return document.windows(asked.tokens, longest_of(config))
+
+
+def encoded(folder: Path, text: str, config: Any) -> Encoded:
+    """Return a document as tokens of the model in a folder, whose configuration is given.
+
+    Raises:
+        InputError: the text is empty, or the tokenizer is missing or not the model's.
+    """
+    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    return encode(tokenizer_of(folder), text, vocabulary)
 
 
 def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, str, int]]:
@@ -170,13 +181,13 @@ def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, s
     return found
 
 
-def evaluation_windows(folder: Path, text: str, tokens: int) -> Tensor:
+def evaluation_windows(folder: Path, text: str, tokens: int) -> Windows:
     """Return the windows of an evaluation text for the model in `folder`."""
     config = loading.config_of(folder)
     if config.is_encoder_decoder:
         raise ModelError(f"{folder}: an encoder-decoder; losses are those of decoder-only models")
-    longest = longest_of(config)
-    return token_windows(tokenizer_of(folder), read_text(text, "evaluation"), tokens, longest)
+    document = encoded(folder, read_text(text, "evaluation"), config)
+    return document.windows(tokens, longest_of(config))
 
 
 def longest_of(config: Any) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,9 +28,10 @@ from bitknap.estimators.calibrate import digest_of
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.journal import Readings, beside, key_of
 from bitknap.estimators.replay import Losses, Replay, standard_error
-from bitknap.estimators.text import BUILTIN, read_text, token_windows
+from bitknap.estimators.text import BUILTIN, Encoded, read_text
+from bitknap.estimators.windows import Windows
 from bitknap.evaluation import name_of
-from bitknap.gathering import Calibration, gather, longest_of, tokenizer_of
+from bitknap.gathering import Calibration, encoded, gather
 from bitknap.progress import Progress
 from bitknap.quantize.apply import applied
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
@@ -102,28 +103,23 @@ class Outcome:
         return row
 
 
-def loop_windows(
-    tokenizer: Any, words: str, taken: Tensor, tokens: int, longest: int
-) -> tuple[Tensor, Tensor]:
+def loop_windows(document: Encoded, taken: Tensor, tokens: int) -> tuple[Windows, Windows]:
     """Return the windows of a text that plans are measured on, and those of the gate.
 
     All lie on the grid of `taken`; the gate's are neither in it nor among the loop's.
 
     Args:
-        tokenizer: a transformers tokenizer.
-        words: the calibration text.
+        document: the calibration text.
         taken: what calibration read, int64 [windows, length].
         tokens: to measure plans on.
-        longest: the model's context.
 
     Raises:
         InputError: the text is too short for both.
     """
     length = taken.shape[1]
-    loop = token_windows(tokenizer, words, max(tokens, length), length)
-    every = token_windows(tokenizer, words, _tokens_of(tokenizer, words, length), length)
-    read = {bytes(window.numpy()) for window in (*taken, *loop)}
-    rest = [window for window in every if bytes(window.numpy()) not in read]
+    loop, every = document.windows(max(tokens, length), length), document.every(length)
+    read = {bytes(window.numpy()) for window in (*taken, *loop.ids)}
+    rest = [window for window in every.ids if bytes(window.numpy()) not in read]
     count = min(len(rest), max(1, GATE_TOKENS // length))
     if count < 2:
         raise InputError(
@@ -132,13 +128,7 @@ def loop_windows(
             "--refine-tokens, or add text"
         )
     picked = np.arange(count) * len(rest) // count
-    return loop, torch.stack([rest[at] for at in picked.tolist()])
-
-
-def _tokens_of(tokenizer: Any, words: str, length: int) -> int:
-    lines = words.splitlines(keepends=True)
-    total = sum(map(len, tokenizer(lines, add_special_tokens=False)["input_ids"]))
-    return total // length * length
+    return loop, replace(every, ids=torch.stack([rest[at] for at in picked.tolist()]))
 
 
 def open_loop(
@@ -157,12 +147,10 @@ def open_loop(
     Raises:
         InputError: the text is too short.
     """
-    windows, gate = loop_windows(
-        tokenizer_of(folder), words, taken, tokens, longest_of(model.config)
-    )
+    windows, gate = loop_windows(encoded(folder, words, model.config), taken, tokens)
     # Every part has windows from all over the text.
     count = min(PARTS, len(windows))
-    parts = [windows[part::count].contiguous() for part in range(count)]
+    parts = [windows[part::count] for part in range(count)]
     layout = evidence.layout
     return Loop(
         evidence=evidence,

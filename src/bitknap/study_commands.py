@@ -266,7 +266,7 @@ def _measurement(
     from bitknap import api, gathering
     from bitknap.estimators.calibrate import digest_of
     from bitknap.estimators.replay import Replay
-    from bitknap.estimators.text import BUILTIN, read_text, token_windows
+    from bitknap.estimators.text import BUILTIN, read_text
     from bitknap.quantize import checkpoint, loading
     from bitknap.quantize.apply import applied
     from bitknap.quantize.experts import walk
@@ -286,8 +286,8 @@ def _measurement(
     checkpoint.check_finite(source)
     live = loading.load(source.folder, torch.float32)
     layout = walk(live, checkpoint.roles_of(found.table.units))
-    longest = gathering.longest_of(live.config)
-    windows = token_windows(gathering.tokenizer_of(source.folder), words, count, longest)
+    document = gathering.encoded(source.folder, words, live.config)
+    windows = document.windows(count, gathering.longest_of(live.config))
     replay = Replay(live, layout, windows, cache=False)
 
     def measure(plan: Any) -> float:
@@ -297,6 +297,6 @@ def _measurement(
     return measure, {
         "what": _WHAT,
         "model": source.fingerprint,
-        "tokens": windows.numel(),
-        "text": digest_of(windows),
+        "tokens": windows.ids.numel(),
+        "text": digest_of(windows.ids),
     }

@@ -7,10 +7,9 @@ from bitknap.errors import InputError
 from bitknap.estimators.text import read_text, token_windows
 
 
-def letters(lines, add_special_tokens):
-    """Tokenize each character."""
-    assert add_special_tokens is False
-    return {"input_ids": [[ord(c) for c in line] for line in lines]}
+def letters(text, add_special_tokens, verbose):
+    """Tokenize each character; there are no special tokens."""
+    return {"input_ids": [ord(c) for c in text]}
 
 
 def test_windows_are_cut_from_the_text():
@@ -58,9 +57,21 @@ def test_too_few_tokens_to_predict_one(tokens):
 
 
 def test_files_that_cannot_be_read(tmp_path):
-    (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
+    (tmp_path / "latin.txt").write_bytes("Zwölf".encode("latin-1"))
+    (tmp_path / "mixed.txt").write_bytes("Zwölf".encode() + "Zwölf".encode("latin-1"))
+    (tmp_path / "wide.txt").write_bytes("words".encode("utf-16"))
+    (tmp_path / "wide-without-mark.txt").write_bytes("words".encode("utf-16-le"))
+    (tmp_path / "binary.txt").write_bytes(b"words\0words")
+    (tmp_path / "empty.txt").write_bytes(b"")
+    (tmp_path / "blank.txt").write_bytes(b"\xef\xbb\xbf \r\n")
     for path, reason in (
-        ("latin.txt", "not UTF-8"),
+        ("latin.txt", "not UTF-8 text \\(byte 0xf6 at 2\\); convert it"),
+        ("mixed.txt", "not UTF-8 text \\(byte 0xf6 at 8\\)"),
+        ("wide.txt", "not UTF-8 text \\(byte 0xff at 0\\)"),
+        ("wide-without-mark.txt", "not text \\(a NUL character at 1\\)"),
+        ("binary.txt", "not text \\(a NUL character at 5\\)"),
+        ("empty.txt", "the text is empty"),
+        ("blank.txt", "the text is empty"),
         ("missing.txt", "No such file"),
         (".", "Is a directory"),
     ):
@@ -73,6 +84,24 @@ def test_files_that_cannot_be_read(tmp_path):
 def test_a_file_is_read_as_it_is(tmp_path):
     (tmp_path / "text.txt").write_text("Zwölf\nBoxkämpfer", encoding="utf-8")
     assert read_text(str(tmp_path / "text.txt"), "evaluation") == "Zwölf\nBoxkämpfer"
+
+
+def test_line_ends_and_a_byte_order_mark_are_no_text(tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_bytes("\ufeffZwölf\r\n\r\n  Boxkämpfer\rjagen\n".encode())
+    assert read_text(str(file), "evaluation") == "Zwölf\n\n  Boxkämpfer\njagen\n"
+
+
+def test_a_text_is_encoded_whole():
+    asked = []
+
+    def counting(text, add_special_tokens, verbose):
+        asked.append(text)
+        return letters(text, add_special_tokens, verbose)
+
+    text = "one\n\n\n    two\n" * 20
+    assert token_windows(counting, text, 100, 10).shape == (10, 10)
+    assert asked.count(text) == 1
 
 
 def test_the_bundled_texts_do_not_overlap():

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from bitknap.errors import ModelError
-from bitknap.estimators.windows import labels_of, logits_of, predicted
+from bitknap.errors import InputError, ModelError
+from bitknap.estimators.windows import Windows, labels_of, logits_of, predicted, seen
 from bitknap.testing import tiny_model
 
 WINDOWS = torch.randint(2, 64, (3, 9), generator=torch.Generator().manual_seed(0))
@@ -45,3 +45,32 @@ def test_a_decoder_starts_from_padding_unless_told():
         "config.json: neither decoder_start_token_id nor pad_token_id; set the token that the "
         "decoder starts from"
     )
+
+
+@pytest.mark.parametrize(("prefix", "first"), [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_a_decoder_is_asked_for_text_alone(prefix, first):
+    model, windows = tiny_model("mixtral"), Windows(ids=WINDOWS, prefix=prefix)
+    assert torch.equal(labels_of(model, windows), WINDOWS[:, first:])
+    assert predicted(model, 9, prefix) == 9 - first
+    assert seen(model, 9) == 8
+    with torch.no_grad():
+        expected = model(input_ids=WINDOWS).logits[:, first - 1 : -1].flatten(0, 1)
+        torch.testing.assert_close(logits_of(model, windows), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_both_halves_of_an_encoder_decoder_begin_as_texts_do(prefix):
+    model = tiny_model("switch_transformers", decoder_start_token_id=1)
+    windows = Windows(ids=WINDOWS, prefix=prefix)
+    target = torch.cat((WINDOWS[:, :prefix], WINDOWS[:, 4 : 8 - prefix]), dim=1)
+    assert torch.equal(labels_of(model, windows), target[:, prefix:])
+    assert (seen(model, 9), predicted(model, 9, prefix)) == (4, 4 - prefix)
+    with torch.no_grad():
+        expected = model(input_ids=WINDOWS[:, :4], labels=target.contiguous()).logits[:, prefix:]
+        assert torch.equal(logits_of(model, windows), expected.flatten(0, 1))
+
+
+def test_windows_without_text_to_predict():
+    for family, length, prefix in (("mixtral", 2, 2), ("switch_transformers", 4, 2)):
+        with pytest.raises(InputError, match=f"windows of {length} tokens, {prefix} of them spec"):
+            predicted(tiny_model(family), length, prefix)
