@@ -24,10 +24,10 @@ from bitknap.allocation.problem import Problem
 from bitknap.allocation.profiles import profile
 from bitknap.allocation.records import Record, best, front, record_of, records
 from bitknap.allocation.solve import solve
+from bitknap.allocation.study_checks import ABOUT, MEASURED, check_choices, is_ours
 from bitknap.allocation.table import CostTable
 from bitknap.allocation.trials import (
     PLAN,
-    SAMPLERS,
     attempts,
     fail_abandoned,
     known_values,
@@ -43,9 +43,6 @@ if TYPE_CHECKING:
     import optuna
 
 __all__ = ["Record", "Study", "best", "create", "front", "load", "plan_of", "records", "run"]
-
-# Where a study's own attributes keep what it is about, and what is measured.
-_ABOUT, _MEASURED = "about", "measured"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -74,7 +71,7 @@ class Study:
     @property
     def measured(self) -> Mapping[str, Any]:
         """What the measurements are of, JSON values; empty before the first run."""
-        found: Mapping[str, Any] = self.trials.user_attrs.get(_MEASURED, {})
+        found: Mapping[str, Any] = self.trials.user_attrs.get(MEASURED, {})
         return found
 
 
@@ -109,7 +106,7 @@ def create(
         FileError: a table cannot be read.
     """
     chosen = knobs or Knobs(tilts=("layer", "proj"))
-    _check(name, budget, sampler, chosen)
+    check_choices(name, budget, sampler, chosen)
     paths = [Path(table), *map(Path, features)]
     about = {
         "table": _named_file(paths[0]),
@@ -138,7 +135,7 @@ def create(
                     directions=ways,
                     sampler=make_sampler(sampler, seed),
                 )
-                found.set_user_attr(_ABOUT, about)
+                found.set_user_attr(ABOUT, about)
                 for params in starts:
                     found.enqueue_trial(params)
         except optuna.exceptions.DuplicatedStudyError:
@@ -184,13 +181,14 @@ def load(
             try:
                 found = optuna.load_study(study_name=name, storage=opened)
             except KeyError:
-                names = ", ".join(optuna.get_all_study_names(opened)) or "none"
+                names = ", ".join(map(str, optuna.get_all_study_names(opened))) or "none"
                 raise InputError(
                     f"study {name!r} is not in {shown(storage)}; there: {names}"
                 ) from None
-            about = found.user_attrs.get(_ABOUT)
-    if not isinstance(about, dict):
+            ours = is_ours(found)
+    if not ours:
         raise InputError(f"study {name!r} in {shown(storage)} is not of Bitknap; choose another")
+    about = found.user_attrs[ABOUT]
     found.sampler = make_sampler(about["sampler"], about["seed"])
     kept = [about["table"], *about["features"]]
     paths = [Path(entry["path"]) for entry in kept]
@@ -287,18 +285,6 @@ def plan_of(study: Study, params: Mapping[str, Any], record: Record | None = Non
     return replace(plan, header=header)
 
 
-def _check(name: str, budget: str | None, sampler: str, knobs: Knobs) -> None:
-    """Refuse what no study can be made of, before anything is read or written."""
-    if not name.strip():
-        raise InputError("study: the name is empty")
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    if (budget is None) == (knobs.budget is None):
-        raise InputError("give a budget or a range of budgets, one of them")
-    if (sampler == "nsga2") != (knobs.budget is not None):
-        raise InputError("nsga2 trades bytes against loss: it goes with a range of budgets, alone")
-
-
 def _named_file(path: Path) -> dict[str, str]:
     return {"name": path.stem, "path": str(path.absolute()), "sha256": _digest(path)}
 
@@ -344,9 +330,9 @@ def _solved(
 
 def _claim(study: Study, measured: dict[str, Any]) -> None:
     """Keep what is measured, or refuse if it was something else before."""
-    before = study.trials.user_attrs.get(_MEASURED)
+    before = study.trials.user_attrs.get(MEASURED)
     if before is None:
-        study.trials.set_user_attr(_MEASURED, measured)
+        study.trials.set_user_attr(MEASURED, measured)
         return
     for key in {**measured, **before}:
         if before.get(key) != measured.get(key):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bitknap.allocation.trial_journal import open_journal
 from bitknap.errors import BitknapError, InfeasibleError, InputError
 
 if TYPE_CHECKING:
@@ -100,7 +101,9 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
         InputError: it cannot be reached or read, its driver is missing, or there is no such file.
     """
     if url.startswith("journal:") or ("://" not in url and url.endswith(_JOURNALS)):
-        return _journal(url, Path(url.removeprefix("journal:")), create=create)
+        path = Path(url.removeprefix("journal:"))
+        _check_there(url, path, create=create)
+        return open_journal(url, path)
     from optuna.storages import RDBStorage
     from sqlalchemy.engine import make_url
     from sqlalchemy.pool import NullPool
@@ -128,42 +131,6 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
 def _check_there(url: str, path: Path, *, create: bool) -> None:
     if not create and not path.is_file():
         raise InputError(f"storage {shown(url)}: no such file; create a study in it first")
-
-
-def _journal(url: str, path: Path, *, create: bool) -> BaseStorage:
-    from optuna.storages import JournalStorage
-    from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-
-    _check_there(url, path, create=create)
-    # Absolute, and not a symbolic link: a stale lock must be recognised from any folder.
-    file = str(path.absolute())
-    lock = JournalFileOpenLock(file)
-    try:
-        backend = JournalFileBackend(file, lock)
-        _mend(path, lock)
-        storage = JournalStorage(backend)
-        storage.get_all_studies()
-    except OSError as error:
-        raise InputError(f"storage {url}: cannot be used ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError):
-        raise InputError(f"storage {url}: not a journal of Optuna; choose another file") from None
-    return storage
-
-
-def _mend(path: Path, lock: Any) -> None:
-    """Cut an unfinished last line, which a machine that stopped in the middle of it left."""
-
-    def cut() -> int:
-        content = path.read_bytes()
-        return len(content) - (content.rfind(b"\n") + 1)
-
-    if cut():
-        lock.acquire()
-        try:
-            # Under the lock nobody writes: what is unfinished now stays so.
-            os.truncate(path, path.stat().st_size - cut())
-        finally:
-            lock.release()
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:

@@ -184,7 +184,7 @@ def _parsed(path: Path, number: int, line: bytes) -> tuple[str, _Line]:
     try:
         part = json.loads(line)
         key, values = part["key"], np.array(part["values"], dtype=np.float64)
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
         raise _damaged(path, number) from None
     if not isinstance(key, str) or values.ndim != 1 or not np.isfinite(values).all():
         raise _damaged(path, number)

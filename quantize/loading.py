@@ -13,6 +13,7 @@ from bitknap.allocation.arrays import Longs
 from bitknap.allocation.plan import BitPlan
 from bitknap.errors import FileError, ModelError
 from bitknap.files import check_version, read_json
+from bitknap.json_shapes import fits
 from bitknap.quantize.apply import aligned
 from bitknap.quantize.blocks import layout_for
 from bitknap.quantize.cache import CACHE_BYTES
@@ -133,11 +134,10 @@ def _source_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
             f"{folder / PLAN}: changed since the checkpoint was written; a plan cannot be edited "
             "there, quantize the source with the other plan"
         )
-    try:
-        tensors = header["tensors"].items()
-        shapes = {n: (str(dtype), tuple(map(int, shape))) for n, (dtype, shape) in tensors}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise FileError(f"{path}: tensors: not names with dtype and shape") from None
+    tensors = header.get("tensors")
+    if not isinstance(tensors, dict) or not all(fits(x, [str, [int]]) for x in tensors.values()):
+        raise FileError(f"{path}: tensors: not names with dtype and shape")
+    shapes = {name: (dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()}
     if unknown := {dtype for dtype, _ in shapes.values()} - set(DTYPES):
         raise FileError(f"{path}: tensors: dtype {min(unknown)!r} is not known")
     return shapes

@@ -20,6 +20,7 @@ from typing import Any
 
 from bitknap.errors import FileError
 from bitknap.files import check_version
+from bitknap.json_shapes import fits
 from bitknap.quantize.source_config import unquantized
 
 METHOD, VERSION = "bitknap", "1.0"
@@ -46,7 +47,7 @@ def packed_config(
     config = {**unquantized(source), "quantization_config": ours, "transformers_weights": REFUSAL}
     if name := _causal_class(source):
         stub = f"{STUB.removesuffix('.py')}.{name}"
-        config["auto_map"] = {**(source.get("auto_map") or {}), _AUTO: stub}
+        config["auto_map"] = {**_auto_map(source), _AUTO: stub}
     return config
 
 
@@ -54,7 +55,7 @@ def plain_config(packed: Mapping[str, Any]) -> dict[str, Any]:
     """Undo `packed_config`."""
     added = ("quantization_config", "transformers_weights", "auto_map")
     config = {key: value for key, value in packed.items() if key not in added}
-    others = packed.get("auto_map") or {}
+    others = _auto_map(packed)
     if kept := {k: v for k, v in others.items() if not str(v).startswith("modeling_bitknap.")}:
         config["auto_map"] = kept
     return config
@@ -74,11 +75,22 @@ def stub(source: Mapping[str, Any]) -> str | None:
     )
 
 
+def architectures(config: Mapping[str, Any]) -> list[str]:
+    """Return the classes that a `config.json` names; none where the value is no list of names."""
+    found: Any = config.get("architectures")
+    return list(found) if fits(found, [str]) else []
+
+
+def _auto_map(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    found = config.get("auto_map")
+    return found if isinstance(found, Mapping) else {}
+
+
 def _causal_class(source: Mapping[str, Any]) -> str | None:
     """Return the class that `auto_map` may name; None if there is none, or it is not ours to."""
-    names = source.get("architectures") or [""]
-    known = re.fullmatch(r"[A-Za-z_]\w*ForCausalLM", str(names[0]))
-    others = source.get("auto_map") or {}
+    names = architectures(source) or [""]
+    known = re.fullmatch(r"[A-Za-z_]\w*ForCausalLM", names[0])
+    others = _auto_map(source)
     if known is None or not str(others.get(_AUTO, STUB)).startswith("modeling_bitknap."):
         return None
     return known[0]

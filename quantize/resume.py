@@ -83,7 +83,9 @@ class Partial:
     def _done(self, lines: Sequence[bytes]) -> set[int]:
         done = set()
         for line in lines:
-            with contextlib.suppress(ValueError, KeyError, TypeError, IndexError):
+            with contextlib.suppress(
+                *(ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
+            ):
                 found = json.loads(line)
                 if self.lines[found["piece"]] == found:
                     done.add(int(found["piece"]))

@@ -12,9 +12,31 @@ import numpy.typing as npt
 
 from bitknap.errors import FileError
 from bitknap.files import check_version, write_whole
+from bitknap.json_shapes import check_shapes
 
 # The only metadata key: safetensors does not keep the order of several.
 _KEY = "bitknap"
+# What is read of a provenance; "each" holds those of the tables that a table was made of.
+_SAID: dict[str, Any] = {
+    "coverage": [[int, int, int]],
+    "super_experts": [[int, int, float]],
+    "protected": {"units": int, "bits": int},
+    "repaired": int,
+    "row_blocks": int,
+    "rewritten": {"order?": ({}, None), "rotation?": (int, None)},
+    "check": (
+        {"spearman": (float, None), "slope": (float, None), "scale": (float, None)}
+        | {"regret": (float, None), "plans": int, "bits": float},
+        None,
+    ),
+    "proxies": ({"exponents": {}, "dropped?": [str]}, None),
+    "samples": {"spearman?": [float]},
+    "measurements": int,
+    "tokens": int,
+}
+_PROVENANCE = {**_SAID, "each": [{f"{key}?": shape for key, shape in _SAID.items()}]}
+# What safetensors and NumPy raise where a file is damaged; neither says so in its documentation.
+_DAMAGED = (OSError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
 
 
 def write_columns(
@@ -56,11 +78,11 @@ def read_columns(
         with safe_open(path, framework="np") as file:
             texts = file.metadata() or {}
             arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
+    except (SafetensorError, *_DAMAGED) as error:
         raise FileError(f"{path}: not a readable safetensors file ({error})") from None
     try:
         header = json.loads(texts[_KEY])
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, RecursionError):
         raise FileError(f"{path}: no Bitknap header; not {what}") from None
     if not isinstance(header, dict):
         raise FileError(f"{path}: header: not an object")
@@ -77,4 +99,5 @@ def read_columns(
             raise FileError(f"{path}: {key}: missing or not a list of names")
     if not isinstance(header.get("provenance"), dict):
         raise FileError(f"{path}: provenance: missing or not an object")
+    check_shapes(header["provenance"], _PROVENANCE, f"{path}: provenance")
     return header, arrays

@@ -18,6 +18,7 @@ from bitknap.estimators.memory import peak_bytes
 from bitknap.quantize.checkpoint import fixed_bytes
 from bitknap.quantize.headers import DTYPES
 from bitknap.quantize.names import text_config, walk_headers
+from bitknap.quantize.packed_config import architectures
 from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.views import Layout
 from bitknap.targets import fits
@@ -87,7 +88,7 @@ def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
     padded = {f"g{g}": _short(units.rows, units.cols, g) for g in (32, 64, 128, 256)}
     stored = sorted({source.precision(view.tensor) for view in layout.views})
     return {
-        "architecture": ", ".join(source.config.get("architectures") or ["unknown"]),
+        "architecture": ", ".join(architectures(source.config) or ["unknown"]),
         "moe_layers": len(layout.layers),
         "experts_per_layer": max((x.experts for x in layout.layers), default=0),
         "units": len(units),

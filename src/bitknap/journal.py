@@ -97,7 +97,7 @@ def _line(value: Mapping[str, Any]) -> bytes:
 def _check_header(path: Path, line: bytes, about: Mapping[str, Any], way_out: str) -> None:
     try:
         header = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict):
         raise FileError(f"{path}: not a journal; {way_out}")

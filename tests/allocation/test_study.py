@@ -330,6 +330,51 @@ def test_a_torn_journal_is_mended(table, tmp_path):
     assert [record.state for record in records(load("s", str(path)))] == ["complete"] * 3
 
 
+@pytest.mark.parametrize("content", [b"my thesis", b'{"my": 1}\n{"thesis"', b'{"opinion'])
+def test_a_file_of_somebody_else_is_left_as_it_is(content, table, tmp_path):
+    path = tmp_path / "notes.log"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a journal of Optuna"):
+        load("s", str(path))
+    with pytest.raises(InputError, match="not a journal of Optuna"):
+        create("s", str(path), table, budget="4.5bpw")
+    assert path.read_bytes() == content
+
+
+def edited(path, where, change):
+    """Apply `change` to a part of the first record of a journal that has it."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    change(next(line[where] for line in lines if where in line))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("where", "change"),
+    [
+        ("user_attr", lambda found: found["about"].update(seed="x")),
+        ("user_attr", lambda found: found["about"]["table"].update(path=7)),
+        ("user_attr", lambda found: found["about"]["knobs"].update(budget=[2, "a"])),
+        ("directions", lambda found: found.append(1)),
+    ],
+)
+def test_a_study_that_says_something_else_is_not_ours(where, change, table, tmp_path):
+    path = tmp_path / "s.log"
+    run(create("s", str(path), table, budget="4.5bpw", knobs=TILTS), loss, 1)
+    edited(path, where, change)
+    with pytest.raises(InputError, match="is not of Bitknap; choose another"):
+        load("s", str(path))
+
+
+@pytest.mark.parametrize("attribute", [{"bytes": "many"}, {"predicted": [1]}, {"bpw": None}])
+def test_trials_that_say_something_else_are_not_ours(attribute, table, tmp_path):
+    path = tmp_path / "s.log"
+    made = create("s", str(path), table, budget="4.5bpw", knobs=TILTS)
+    run(made, loss, 1)
+    made.trials._storage.set_trial_user_attr(made.trials.ask()._trial_id, *attribute.popitem())
+    with pytest.raises(InputError, match="is not of Bitknap; choose another"):
+        load("s", str(path))
+
+
 def test_a_dead_workers_lock_is_broken(table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     made = create("s", "journal:s.log", table, budget="4.5bpw", knobs=TILTS)

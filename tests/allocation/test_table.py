@@ -232,6 +232,24 @@ def rewritten(path: Path, change: Callable[[Any, Any], object]) -> None:
             "cost: dtype int64, expected float64",
         ),
         (
+            lambda header, ours: ours["provenance"].update(coverage=[[0, 1]]),
+            "provenance.coverage: [[0, 1]] is not what Bitknap writes there",
+        ),
+        (
+            lambda header, ours: ours["provenance"].update(check=True),
+            "provenance.check: True is not what",
+        ),
+        (
+            lambda header, ours: ours["provenance"].update(each=[{"samples": {"spearman": "x"}}]),
+            "provenance.each: ",
+        ),
+        (
+            lambda header, ours: header["spread"].update(
+                shape=[0, (1 << 62) + 1], data_offsets=[0, 0]
+            ),
+            "not a readable safetensors file",
+        ),
+        (
             lambda header, ours: header["cost"].update(shape=[3, 6]),
             "cost: shape (3, 6), expected (6, 3)",
         ),
@@ -239,7 +257,7 @@ def rewritten(path: Path, change: Callable[[Any, Any], object]) -> None:
 )
 def test_a_wrong_file_names_the_field(tmp_path, change, message):
     path = tmp_path / "table.safetensors"
-    small().save(path)
+    small(spread=np.ones((6, 3))).save(path)
     rewritten(path, change)
     with pytest.raises(FileError) as error:
         CostTable.load(path)

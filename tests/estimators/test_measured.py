@@ -252,7 +252,16 @@ def test_files_that_are_no_journal_are_kept(case, tmp_path, content, message):
     assert path.read_bytes() == content
 
 
-@pytest.mark.parametrize("line", [b"{}", b"nonsense", b'{"key": "0 int2-g8-asym", "values": [1]}'])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{}",
+        b"nonsense",
+        b'{"key": "0 int2-g8-asym", "values": [1]}',
+        b'{"key": "a", "values": [1' + b"0" * 400 + b"]}",
+        b"[" * 100_000,
+    ],
+)
 def test_a_damaged_line_is_named(case, tmp_path, line):
     path = tmp_path / "journal.jsonl"
     Measured(journal=path).estimate(case.evidence, FORMATS[:1])

@@ -356,6 +356,13 @@ def source_with_bad_shape(folder):
     )
 
 
+def source_with_infinite_shape(folder):
+    def change(source):
+        source["tensors"] |= {name: ["F32", [float("inf")]] for name in source["tensors"]}
+
+    edit_json(folder / checkpoint.SOURCE, change)
+
+
 def source_as_list(folder):
     (folder / checkpoint.SOURCE).write_text("[]")
 
@@ -399,6 +406,7 @@ DAMAGE = (
     newer_source,
     source_without_tensors,
     source_with_bad_shape,
+    source_with_infinite_shape,
     source_as_list,
     remove_source,
     remove_plan,

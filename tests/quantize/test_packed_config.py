@@ -82,9 +82,17 @@ def test_config_there_and_back():
     assert packed_config(own)["auto_map"] == own["auto_map"]
     assert plain_config(packed_config(own)) == own
     assert stub(own) is None
-    for names in (["T5ForConditionalGeneration"], [], ["x; import osForCausalLM"]):
+    for names in (
+        ["T5ForConditionalGeneration"],
+        [],
+        ["x; import osForCausalLM"],
+        7,
+        {"a": 1},
+        [7],
+    ):
         assert "auto_map" not in packed_config({"architectures": names})
         assert stub({"architectures": names}) is None
+    assert plain_config(packed_config(source | {"auto_map": "mine"})) == source
 
 
 @pytest.mark.parametrize(
