@@ -28,6 +28,8 @@ from bitknap.kernels.constants import (
     kept_of,
     main_blocks,
     planes_of,
+    scale_of,
+    scaled_of,
     share_of,
     sums_at,
     tail_begin,
@@ -38,6 +40,7 @@ from bitknap.kernels.unpack import (
     in_columns,
     join_slots,
     load_codes,
+    matrix_scale,
     opaque,
     open_word,
     row_scale,
@@ -74,6 +77,8 @@ def locate(table, expert, n, COLS: tl.constexpr, KIND: tl.constexpr):
             scale = row_scale(buffer, tl.load(table[3] + expert), tile, n % 64, KIND)
         else:
             scale = tl.full(n.shape, 1.0, tl.float32)
+        if scaled_of(KIND):
+            scale *= matrix_scale(buffer, words_at, tl.load(table[3] + expert), KIND)
     return codes, words, scale
 
 
@@ -128,7 +133,7 @@ def weights_of(
     """
     BITS: tl.constexpr = bits_of(KIND)
     step, zero = open_word(word, KIND)
-    if share_of(KIND):
+    if scale_of(KIND):
         step *= scale
         zero *= scale
     TYPE: tl.constexpr = tl.float32 if PRECISE else CT
@@ -165,7 +170,7 @@ def add_block(
         acc: float32 [rows, tokens].
         W: its codes (`load_codes`).
         words: its words (`load_words`).
-        scale: what compact steps lack, [rows].
+        scale: what steps and zeros lack, [rows].
         x: pointers to rows of activations, [tokens].
         ok: which of them there are, [tokens].
         first: first column.
@@ -294,7 +299,7 @@ def add_codes(
                 CT,
                 ASM,
             )
-    if POST and share_of(KIND):
+    if POST and scale_of(KIND):
         acc = acc * scale[:, None]
     return acc
 

@@ -35,6 +35,18 @@ def symmetric_of(kind):
 
 
 @triton.constexpr_function
+def scaled_of(kind):
+    """Return whether the matrix has an exponent."""
+    return opened(kind).scaled
+
+
+@triton.constexpr_function
+def scale_of(kind):
+    """Return whether steps and zeros lack a factor: of their row, or of the whole matrix."""
+    return bool(opened(kind).share or opened(kind).scaled)
+
+
+@triton.constexpr_function
 def kept_of(kind):
     """Return 0 for codes, 1, 2, 3 for a matrix in bf16, fp16, fp32."""
     return opened(kind).kept

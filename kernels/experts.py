@@ -152,7 +152,7 @@ class Stack:
 
     def table(self) -> ExpertsTable:
         """Return the table again; reads the columns back to the host."""
-        names = ("bits", "group", "word", "share", "symmetric")
+        names = ("bits", "group", "word", "share", "symmetric", "kind")
         rows = zip(*(self.columns[name].tolist() for name in names), strict=True)
         recipes = tuple(
             Recipe(
@@ -161,8 +161,9 @@ class Stack:
                 share=share,
                 symmetric=bool(symmetric),
                 kept=0 if word else self.long * self.cols * bits // 8,
+                scaled=bool(Kind.of(kind).scaled),
             )
-            for bits, group, word, share, symmetric in rows
+            for bits, group, word, share, symmetric, kind in rows
         )
         return ExpertsTable(
             rows=self.rows,

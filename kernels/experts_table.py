@@ -9,12 +9,13 @@ have widths of their own: then they are what lies back to back and has entries, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bitknap.errors import InputError
+from bitknap.kernels.exponents import ROWS, split_exponent, times_power
 from bitknap.kernels.kinds import Kind, kind_of
 from bitknap.kernels.tiles import unpack_tiles
 from bitknap.kernels.words import Recipe, unpack_words
@@ -158,6 +159,32 @@ class ExpertsTable:
         return codes, words, scales
 
 
+def with_scaled(buffer: Tensor, recipes: Sequence[Recipe], rows: int, cols: int) -> list[Recipe]:
+    """Return the recipes, and in each whether its matrix has an exponent; reads that off the bytes.
+
+    Args:
+        buffer: of all matrices back to back, uint8.
+        recipes: of each.
+        rows: of each.
+        cols: of each.
+    """
+    begin, places = 0, []
+    for recipe in recipes:
+        codes, words, scales = recipe.part_bytes(rows, cols)
+        at, width = (codes + words, 2) if recipe.share else (codes, recipe.word // 8)
+        # The byte with a scale's sign, in the first rows; kept matrices have none, and look at 0.
+        signs = [begin + at + width * row + 1 for row in range(min(ROWS, rows))]
+        places.append([-1] if recipe.kept else signs)
+        begin += codes + words + scales
+    if begin != len(buffer) or not any(place[0] >= 0 for place in places):
+        return list(recipes)
+    wanted = max(map(len, places))
+    index = torch.tensor([place + place[-1:] * (wanted - len(place)) for place in places])
+    negative = buffer[index.clamp_min(0).to(buffer.device)] >> 7 == 1
+    found = (negative.cpu() & (index >= 0)).any(1).tolist()
+    return [replace(recipe, scaled=scaled) for recipe, scaled in zip(recipes, found, strict=True)]
+
+
 def dequantize_tiles(table: ExpertsTable) -> Tensor:
     """Return the weights that kernels must act as if they had, float32 [E, rows, cols].
 
@@ -184,16 +211,20 @@ def _block_weights(table: ExpertsTable, entry: int) -> Tensor:
         return weights
     q = unpack_tiles(codes.view(torch.int16), recipe.bits, rows, cols).float()
     steps, zeros = unpack_words(words, recipe, rows)
-    s = steps.float()
     if recipe.share:
-        row = scales.view(torch.float16)[:rows, None].float()
-        s = row * (s / (2**recipe.share - 1))
+        row, exponent = split_exponent(scales.view(torch.float16)[:rows, None])
+        s = row.float() * (steps.float() / (2**recipe.share - 1))
+    else:
+        steps, exponent = split_exponent(steps)
+        s = steps.float()
     s = _spread(s, recipe, cols)
     if zeros is None:
         levels: int = 2**recipe.bits - 1
-        return (q - levels / 2) * s
-    z = _spread(zeros.float(), recipe, cols)
-    return (q - z) * s if recipe.share else q * s + z
+        x = (q - levels / 2) * s
+    else:
+        z = _spread(zeros.float(), recipe, cols)
+        x = (q - z) * s if recipe.share else q * s + z
+    return times_power(x, exponent)
 
 
 def _spread(values: Tensor, recipe: Recipe, cols: int) -> Tensor:

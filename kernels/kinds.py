@@ -17,6 +17,7 @@ from bitknap.kernels.words import Recipe
 
 _LEAST_GROUP = 2 * SLOTS  # columns of the narrowest block: a group may not end inside one
 _WIDEST_BLOCK = 16 * SLOTS
+_MOST_GROUP = (1 << 17) - 1  # what a kind's code has bits for
 _KEPT = (None, torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -29,6 +30,7 @@ class Kind(NamedTuple):
         symmetric: 1 where no zero is stored.
         kept: 0 for codes; 1, 2, 3 for a matrix in bf16, fp16, fp32.
         group: weights that share a word; 0 for a whole row.
+        scaled: whether the matrix has an exponent (`exponents`).
     """
 
     bits: int
@@ -36,18 +38,20 @@ class Kind(NamedTuple):
     symmetric: int = 0
     kept: int = 0
     group: int = 0
+    scaled: bool = False
 
     @property
     def code(self) -> int:
         """The kind as one integer below 2^31; `Kind.of` undoes it."""
-        return (
-            self.bits | self.share << 6 | self.symmetric << 10 | self.kept << 11 | self.group << 13
-        )
+        low = self.bits | self.share << 6 | self.symmetric << 10 | self.kept << 11
+        return low | self.group << 13 | self.scaled << 30
 
     @classmethod
     def of(cls, code: int) -> Kind:
         """Undo `code`."""
-        return cls(code & 63, code >> 6 & 15, code >> 10 & 1, code >> 11 & 3, code >> 13)
+        group = code >> 13 & _MOST_GROUP
+        scaled = bool(code >> 30)
+        return cls(code & 63, code >> 6 & 15, code >> 10 & 1, code >> 11 & 3, group, scaled)
 
     @property
     def chunk(self) -> int:
@@ -72,6 +76,7 @@ def kind_of(recipe: Recipe, cols: int, kept: torch.dtype | None) -> Kind:
         share=recipe.share,
         symmetric=int(recipe.symmetric),
         group=0 if recipe.group >= cols else recipe.group,
+        scaled=recipe.scaled,
     )
 
 
@@ -79,9 +84,14 @@ def check_runnable(kinds: tuple[Kind, ...]) -> None:
     """Raise unless kernels can run these kinds.
 
     Raises:
-        InputError: a group that ends inside a block of columns.
+        InputError: a group that ends inside a block of columns, or is too large.
     """
     for kind in kinds:
+        if kind.group > _MOST_GROUP:
+            raise InputError(
+                f"group size {kind.group}: kernels take at most {_MOST_GROUP} or whole rows; "
+                "load this checkpoint on the CPU, or quantize it with another group size"
+            )
         if kind.group % _LEAST_GROUP:
             raise InputError(
                 f"group size {kind.group}: kernels take multiples of {_LEAST_GROUP} or whole rows; "

@@ -9,8 +9,11 @@ from torch import Tensor
 
 from bitknap.kernels.experts import Activation, Experts
 from bitknap.kernels.experts_table import ExpertsTable
+from bitknap.kernels.exponents import with_exponent
 from bitknap.kernels.tiles import pack_tiles, padded, tile_bytes
 from bitknap.kernels.words import ALIGNMENT, Recipe, pack_words, tiled_rows
+
+_EXPONENT = -8  # of matrices that have one
 
 
 def made_up_experts(
@@ -102,6 +105,7 @@ def _fitting(recipe: Recipe, rows: int, cols: int, kept: torch.dtype) -> Recipe:
         share=recipe.share,
         symmetric=recipe.symmetric,
         kept=size * rows * cols if recipe.kept else 0,
+        scaled=recipe.scaled,
     )
 
 
@@ -112,15 +116,17 @@ def _coded(recipe: Recipe, rows: int, cols: int, random: torch.Generator) -> Ten
     steps = (torch.rand(rows, groups, generator=random) + 0.5) * step
     middle = torch.rand(rows, groups, generator=random) * levels / 4 + levels * 3 / 8
     parts = [_tiles(recipe.bits, rows, cols, random)]
+    exponent = _EXPONENT if recipe.scaled else 0
+    steps *= 2.0**-exponent
     if recipe.share:
         scale = steps.amax(1, keepdim=True).half()
         most = 2**recipe.share - 1
         shares = (steps / scale.float() * most).round().clamp(1, most).to(torch.uint8)
         zeros = None if recipe.symmetric else middle.round().to(torch.uint8)
-        parts += [pack_words(shares, zeros, recipe), tiled_rows(scale)]
+        parts += [pack_words(shares, zeros, recipe), tiled_rows(with_exponent(scale, exponent))]
     else:
         offsets = None if recipe.symmetric else (-steps * middle).half()
-        parts.append(pack_words(steps.half(), offsets, recipe))
+        parts.append(pack_words(with_exponent(steps.half(), exponent), offsets, recipe))
     return torch.cat([part.contiguous().view(-1).view(torch.uint8) for part in parts])
 
 

@@ -17,6 +17,7 @@ from bitknap.kernels.constants import (
     part_shift,
     part_word,
     power_bits,
+    scaled_of,
     share_of,
     slot_assembly,
     slot_constraints,
@@ -154,16 +155,23 @@ def word_pointer(buffer, words_at, KIND: tl.constexpr):
 
 @triton.jit
 def open_word(word, KIND: tl.constexpr):
-    """Return step and value of code 0, float32 [rows]; compact ones still lack `row_scale`."""
+    """Return step and value of code 0, float32 [rows].
+
+    Compact ones still lack `row_scale`, those of a matrix with an exponent `matrix_scale`.
+    """
     BITS: tl.constexpr = bits_of(KIND)
     SHARE: tl.constexpr = share_of(KIND)
     MIDDLE: tl.constexpr = ((1 << BITS) - 1) / 2
     if SHARE == 0:
         if symmetric_of(KIND):
             step = word.to(tl.float16, bitcast=True).to(tl.float32)
+            if scaled_of(KIND):
+                step = tl.abs(step)
             zero = step * -MIDDLE
         else:
             step = (word & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+            if scaled_of(KIND):
+                step = tl.abs(step)
             high = (word >> 16).to(tl.int16)
             zero = high.to(tl.float16, bitcast=True).to(tl.float32)
     else:
@@ -181,4 +189,22 @@ def row_scale(buffer, rows_at, tile, inside, KIND: tl.constexpr):
     """Return what compact steps and zeros must be multiplied by, float32 [rows]."""
     MOST: tl.constexpr = (1 << share_of(KIND)) - 1
     at = (buffer + rows_at).to(tl.pointer_type(tl.float16)) + tile * 64 + inside
-    return tl.load(at).to(tl.float32) * (1.0 / MOST)
+    scale = tl.load(at).to(tl.float32)
+    if scaled_of(KIND):
+        scale = tl.abs(scale)
+    return scale * (1.0 / MOST)
+
+
+@triton.jit
+def matrix_scale(buffer, words_at, rows_at, KIND: tl.constexpr):
+    """Return the power of two that a matrix is multiplied by, float32 (see `exponents`)."""
+    row = tl.arange(0, 8)  # three more than hold a bit
+    if share_of(KIND):
+        negative = tl.load((buffer + rows_at).to(tl.pointer_type(tl.int16)) + row) < 0
+    elif symmetric_of(KIND):
+        negative = tl.load((buffer + words_at).to(tl.pointer_type(tl.int16)) + row) < 0
+    else:
+        negative = (tl.load(buffer + words_at + row) & 0x8000) != 0
+    value = tl.sum(tl.where(negative & (row < 5), 1 << row, 0), axis=0)
+    value = tl.where(value < 16, value, value - 32)
+    return ((value * 8 + 127) << 23).to(tl.float32, bitcast=True)

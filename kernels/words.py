@@ -38,6 +38,7 @@ class Recipe:
         symmetric: no zero is stored.
         kept: bytes of a matrix in the source's precision, row after row and without words; 0 for
             codes.
+        scaled: whether signs of scales hold an exponent other than 0 (`exponents`).
     """
 
     bits: int
@@ -45,6 +46,7 @@ class Recipe:
     share: int = 0
     symmetric: bool = False
     kept: int = 0
+    scaled: bool = False
 
     @property
     def word(self) -> int:

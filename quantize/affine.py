@@ -9,7 +9,11 @@ from bitknap.quantize.quantized import Grid
 
 
 def lines(grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the step of each group and the value of its code 0, both float32 [rows, G]."""
+    """Return the step of each group and the value of its code 0, both float32 [rows, G].
+
+    Args:
+        grid: of a matrix of ordinary magnitude, without an exponent.
+    """
     rows = grid.scale.shape[0]
     zeros = torch.zeros(rows, grid.cols, dtype=torch.uint8, device=grid.scale.device)
     floor = grid.values(zeros)[:, :: grid.size]

@@ -40,8 +40,16 @@ from bitknap.quantize import card
 from bitknap.quantize.apply import Watched, aligned
 from bitknap.quantize.blocks import layout_for
 from bitknap.quantize.names import walk_headers
-from bitknap.quantize.outline import PREFIX, identity, kept_tensors, outline, stream_name, streams
-from bitknap.quantize.packed_config import LAYOUT_VERSION, LAYOUTS, STUB, packed_config, stub
+from bitknap.quantize.outline import (
+    PREFIX,
+    has_exponents,
+    identity,
+    kept_tensors,
+    outline,
+    stream_name,
+    streams,
+)
+from bitknap.quantize.packed_config import LAYOUTS, STUB, lies, packed_config, stub
 from bitknap.quantize.pieces import COPY, Decoded, Piece, Work, decode_finite, read_finite, slabs
 from bitknap.quantize.resume import Partial
 from bitknap.quantize.rounding import RTN, Rounding
@@ -248,8 +256,8 @@ def _write_texts(source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path
     source.copy_companions(folder)
     single = f"{PACKED}.safetensors"
     weights = single if (folder / single).is_file() else f"{single}.index.json"
-    lie = {"layout": LAYOUTS[0], "layout_version": LAYOUT_VERSION}
-    config = packed_config(source.config, weights, **lie)
+    exponents = has_exponents(folder, plan)
+    config = packed_config(source.config, weights, **lies(LAYOUTS[0], exponents))
     write_whole(folder / "config.json", _json(config))
     if text := stub(source.config):
         write_whole(folder / STUB, text.encode())

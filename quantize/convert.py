@@ -25,7 +25,7 @@ from bitknap.files import folder_bytes, whole_folder, write_whole
 from bitknap.quantize.checkpoint import PLAN
 from bitknap.quantize.headers import TensorInfo, read_header
 from bitknap.quantize.outline import PREFIX, streams
-from bitknap.quantize.packed_config import LAYOUT_VERSION, LAYOUTS, layout_of
+from bitknap.quantize.packed_config import LAYOUTS, layout_of, lies
 from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.tiled import tiled_bytes, to_plain, to_tiles
 
@@ -169,7 +169,8 @@ def _write_texts(layout: str, more: int, folder: Path) -> None:
     path = folder / "config.json"
     text = path.read_text(encoding="utf-8")
     config, indent = json.loads(text), re.match(r"\{\n( *)", text)
-    ours = config["quantization_config"] | {"layout": layout, "layout_version": LAYOUT_VERSION}
+    ours = config["quantization_config"]
+    ours |= lies(layout, ours.get("exponents") is True)
     config["quantization_config"] = dict(sorted(ours.items()))
     content = json.dumps(config, indent=len(indent[1]) if indent else None) + "\n"
     write_whole(path, content.encode())

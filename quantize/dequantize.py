@@ -16,6 +16,7 @@ from bitknap.quantize import lowbit, packed, tiled
 
 KEPT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 _CHUNK = 1 << 17  # weights worked on at a time: codes and float32 take 0.6 MB
+MOST_HALF = torch.finfo(torch.float16).max
 _ALIGNED = 8  # rows that begin at a whole byte, whatever their width
 
 
@@ -63,7 +64,10 @@ def dequantize_into(out: Tensor, stream: Tensor, format: Format, layout: str = "
     for first in range(0, rows, step):
         last = min(rows, first + step)
         some = _codes(codes, format.bits, first, last, cols, layout)
-        out[first:last].copy_(grid.rows(first, last).values(some))
+        values = grid.rows(first, last).values(some)
+        if out.dtype == torch.float16:  # rounding may pass the largest
+            values.clamp_(-MOST_HALF, MOST_HALF)
+        out[first:last].copy_(values)
 
 
 def _codes(stream: Tensor, bits: int, first: int, last: int, cols: int, layout: str) -> Tensor:

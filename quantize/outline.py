@@ -7,6 +7,7 @@ import json
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,10 @@ import numpy as np
 from bitknap.allocation.plan import BitPlan
 from bitknap.allocation.units import ROLES, Units
 from bitknap.errors import FileError, ModelError
+from bitknap.kernels.exponents import ROWS
+from bitknap.kernels.layout import packed_bytes
+from bitknap.quantize.headers import read_header
+from bitknap.quantize.packed_config import WITH_EXPONENTS
 from bitknap.quantize.pieces import Piece, Work
 from bitknap.quantize.rounding import Rounding
 from bitknap.quantize.shards import Entry, Place, Shards, lay_out
@@ -110,7 +115,7 @@ def identity(work: Work, shards: Shards, pieces: Sequence[Piece]) -> dict[str, A
         "model": work.source.fingerprint,
         "plan": _digest(json.dumps(names)),
         "method": settings(work.rounding),
-        "layout": _digest(repr([*shards.headers.values(), *map(_listed, pieces)])),
+        "layout": _digest(repr([WITH_EXPONENTS, *shards.headers.values(), *map(_listed, pieces)])),
     }
 
 
@@ -126,3 +131,28 @@ def settings(rounding: Rounding) -> dict[str, str]:
     """Return the name of a way of rounding and what it is set to."""
     names: list[str] = [f.name for f in fields(rounding)] if is_dataclass(rounding) else []
     return {"name": rounding.name} | {name: str(getattr(rounding, name)) for name in names}
+
+
+def has_exponents(folder: Path, plan: BitPlan) -> bool:
+    """Return whether a matrix in the streams of a plain layout has an exponent.
+
+    Args:
+        folder: has the files of streams.
+        plan: what the streams hold.
+    """
+    headers: dict[str, TensorInfo] = {}
+    for file in folder.glob(f"{PACKED}*.safetensors"):
+        headers |= read_header(file)
+    for name, run in streams(plan.units).items():
+        bytes_of = np.memmap(headers[name].file, np.uint8, "r")
+        begins = headers[name].start + np.cumsum(plan.nbytes[run]) - plan.nbytes[run]
+        for unit, begin in zip(run.tolist(), begins.tolist(), strict=True):
+            format = plan.format_of(unit)
+            if format.kind == "keep":
+                continue
+            rows, cols = int(plan.units.rows[unit]), int(plan.units.cols[unit])
+            across = 1 if format.compact else int(format.groups(cols))
+            at = begin + packed_bytes(rows * cols, format.bits) + 1
+            if (bytes_of[at : at + 2 * across * min(rows, ROWS) : 2 * across] >> 7).any():
+                return True
+    return False

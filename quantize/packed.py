@@ -6,7 +6,8 @@
             group a row
     zero    fp16, one a group; or a dense bit stream of b-bit integers when compact
 
-A unit that keeps its source precision is its matrix, as it was.
+A unit that keeps its source precision is its matrix, as it was. One whose scales fp16 cannot hold
+has an exponent in the signs of five scales (`kernels.exponents`).
 """
 
 from __future__ import annotations
@@ -16,14 +17,20 @@ from torch import Tensor
 
 from bitknap.allocation.format import Format
 from bitknap.errors import FileError
+from bitknap.kernels.exponents import split_exponent, with_exponent
 from bitknap.kernels.layout import pack_bits, packed_bytes, unpack_bits
 from bitknap.quantize.quantized import Grid, Quantized
 
 
 def encode(unit: Quantized) -> Tensor:
-    """Return the unit's bytes, uint8 [format.nbytes(rows, cols)]."""
+    """Return the unit's bytes, uint8 [format.nbytes(rows, cols)].
+
+    Raises:
+        InputError: an exponent, and too few rows to hold it.
+    """
     grid, bits = unit.grid, unit.format.bits
-    parts = [pack_bits(unit.codes, bits), _raw(grid.scale)]
+    scale = with_exponent(grid.scale, grid.only_exponent())
+    parts = [pack_bits(unit.codes, bits), _raw(scale)]
     if grid.share is not None:
         parts.append(pack_bits(grid.share, unit.format.share_bits))
     if grid.zero is not None:
@@ -65,7 +72,9 @@ def open_unit(stream: Tensor, format: Format, rows: int, cols: int) -> tuple[Ten
         zero = cut.codes(rows, groups, format.bits)
     elif not format.symmetric:
         zero = cut.take(rows * groups * 2).view(torch.float16).view(rows, groups)
-    return stream[:first], Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
+    scale, exponent = split_exponent(scale)
+    grid = Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
+    return stream[:first], grid.with_exponent(exponent)
 
 
 def _raw(tensor: Tensor) -> Tensor:

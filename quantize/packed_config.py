@@ -1,7 +1,7 @@
 """What `config.json` says of a packed checkpoint, and what transformers makes of it.
 
-quantization_config   "bitknap", the version, how streams are laid out, and which file holds
-                      the weights; `plugin` reads it
+quantization_config   "bitknap", the version, how streams are laid out, whether a matrix has an
+                      exponent, and which file holds the weights; `plugin` reads it
 transformers_weights  a sentence. transformers takes it for the name of the weights' file and
                       refuses with a message that ends in it; with Bitknap imported, the
                       plug-in puts the name there. Without this a packed checkpoint that
@@ -24,8 +24,9 @@ from bitknap.json_shapes import fits
 from bitknap.quantize.source_config import unquantized
 
 METHOD, VERSION = "bitknap", "1.0"
-# How streams lie, and the version of that: see `packed` and `tiled`.
-LAYOUTS, LAYOUT_VERSION = ("plain", "tiles"), 1
+# How streams lie, and the version of that: see `packed` and `tiled`. Version 2 is written where a
+# matrix has an exponent, and says so: `kernels.exponents`. Streams without any are those of 1.
+LAYOUTS, LAYOUT_VERSION, WITH_EXPONENTS = ("plain", "tiles"), 1, 2
 WEIGHTS = "bitknap.safetensors"
 REFUSAL = "these weights are packed: run `import bitknap` before from_pretrained"
 STUB = "modeling_bitknap.py"
@@ -49,6 +50,18 @@ def packed_config(
         stub = f"{STUB.removesuffix('.py')}.{name}"
         config["auto_map"] = {**_auto_map(source), _AUTO: stub}
     return config
+
+
+def lies(layout: str, exponents: bool) -> dict[str, Any]:
+    """Return what `quantization_config` says of how streams lie.
+
+    Args:
+        layout: one of LAYOUTS.
+        exponents: whether a matrix has one.
+    """
+    if exponents:
+        return {"layout": layout, "layout_version": WITH_EXPONENTS, "exponents": True}
+    return {"layout": layout, "layout_version": LAYOUT_VERSION}
 
 
 def plain_config(packed: Mapping[str, Any]) -> dict[str, Any]:
@@ -128,9 +141,10 @@ def layout_of(config: Mapping[str, Any], folder: Path) -> str:
         raise FileError(
             f"{folder}: config.json: layout: {layout!r} is not one of {', '.join(LAYOUTS)}"
         )
-    if type(version) is not int or not 1 <= version <= LAYOUT_VERSION:
+    known = WITH_EXPONENTS if ours.get("exponents") is True else LAYOUT_VERSION
+    if type(version) is not int or not 1 <= version <= known:
         raise FileError(
             f"{folder}: config.json: layout_version: {version!r} cannot be read by this library "
-            f"({LAYOUT_VERSION})"
+            f"({known})"
         )
     return str(layout)

@@ -12,7 +12,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from bitknap.errors import BitknapError, ModelError
 from bitknap.kernels.layout import packed_bytes
 from bitknap.quantize.apply import PIECE, Watched, all_finite, plan_pieces, read_stored
 from bitknap.quantize.headers import DTYPES, TensorInfo
+from bitknap.quantize.magnitude import exponents_of, peaks
 from bitknap.quantize.packed import encode
 from bitknap.quantize.quantized import Quantized
 from bitknap.quantize.ranges import read_bytes
@@ -90,6 +91,7 @@ class Work:
         unit_places: where each unit's bytes begin in the output.
         rounding: how units are rounded.
         inputs: what units' inputs were like, for ways of rounding that ask.
+        exponents: of units that are cut into blocks of rows, as they become known (`magnitude`).
     """
 
     source: Checkpoint
@@ -100,6 +102,7 @@ class Work:
     unit_places: tuple[Place, ...]
     rounding: Rounding
     inputs: Watched | None
+    exponents: dict[int, int] = field(default_factory=dict)
 
     def pieces(self) -> list[Piece]:
         """Return the pieces, in the order in which they lie in the source's files."""
@@ -182,6 +185,8 @@ class Work:
         if piece.format.kind == "keep":
             return torch.stack([self._kept_bytes(unit, piece) for unit in piece.which])
         rows = slice(piece.first, piece.last)
+        if self._is_part(piece):
+            self._find_exponents(piece)
         return read_stored(self.layout, piece.which, self.source, rows)
 
     def make(self, piece: Piece, given: Tensor) -> list[Span]:
@@ -197,12 +202,33 @@ class Work:
             return self._kept_spans(piece, given)
         asks = self.inputs is not None and self.rounding.needs_inputs
         known = self.inputs(piece.which) if self.inputs is not None and asks else None
-        quantized = self.rounding.quantize(given, piece.format, known)
+        if self._is_part(piece):
+            exponents = torch.tensor([self.exponents[int(u)] for u in piece.which])
+            quantized = self.rounding.quantize(given, piece.format, known, exponents.int())
+        else:
+            quantized = self.rounding.quantize(given, piece.format, known)
         height, spans = piece.last - piece.first, []
         for place, unit in enumerate(piece.which):
             part = quantized.rows(place * height, (place + 1) * height)
             spans += self._sections(int(unit), part, piece.first)
         return spans
+
+    def _is_part(self, piece: Rounded) -> bool:
+        """Return whether a piece is some of the rows of its units."""
+        return piece.last - piece.first < int(self.plan.units.rows[piece.which[0]])
+
+    def _find_exponents(self, piece: Rounded) -> None:
+        """Look through a whole matrix, block by block, for its largest weight."""
+        (unit,) = map(int, piece.which)
+        if unit in self.exponents:
+            return
+        rows, cols = int(self.plan.units.rows[unit]), int(self.plan.units.cols[unit])
+        step = _blocks_of(PIECE // (4 * cols))
+        blocks = (slice(at, min(rows, at + step)) for at in range(0, rows, step))
+        found = [
+            peaks(read_stored(self.layout, piece.which, self.source, block)) for block in blocks
+        ]
+        self.exponents[unit] = int(exponents_of(torch.cat(found).amax(0, keepdim=True)))
 
     def _kept_bytes(self, unit: int, piece: Rounded) -> Tensor:
         view = self.layout.views[unit]
@@ -235,7 +261,10 @@ class Work:
         step = _blocks_of(_CODES // cols)
         for start in range(0, height, step):
             stop = min(height, start + step)
-            parts = encode(part.rows(start, stop)).split(sections(format, stop - start, cols))
+            some = part.rows(start, stop)
+            if first + start:  # the first rows hold the exponent
+                some = some.times_power(None)
+            parts = encode(some).split(sections(format, stop - start, cols))
             for into, data, at in zip(made, parts, sections(format, start, cols), strict=True):
                 into[at : at + len(data)] = data
         file, begin = self.unit_places[unit]

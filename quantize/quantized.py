@@ -8,17 +8,19 @@ A group of weights x becomes codes q and, by format:
 
 `compact` stores s as an 8-bit share of one fp16 scale a row, `compact6` as a 6-bit one. Every way
 of rounding ends here: scales and zeros are rounded as they are stored before codes are chosen, so
-that the error charged is the error deployed.
+that the error charged is the error deployed. A matrix whose scales fp16 cannot hold has a power of
+two besides, which all that is said above is multiplied by (`magnitude`).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from bitknap.allocation.format import Format
+from bitknap.kernels.exponents import power, times_power
 
 LEAST_SCALE = 2.0**-24  # the smallest positive fp16
 
@@ -40,6 +42,8 @@ class Grid:
         share: uint8 [rows, G], group scale over row scale in 255ths, or 63rds (`top_share`); None
             unless compact with more than one group a row.
         zero: fp16 [rows, G] value of code 0, or uint8 [rows, G] integer zero; None when symmetric.
+        exponent: of the power of two that each row's weights are multiplied by, int32 [rows, 1],
+            the same in all rows of a matrix; None for 0 in every row.
     """
 
     format: Format
@@ -47,6 +51,7 @@ class Grid:
     scale: Tensor
     share: Tensor | None
     zero: Tensor | None
+    exponent: Tensor | None = None
 
     @classmethod
     def stored(cls, format: Format, cols: int, scale: Tensor, zero: Tensor) -> Grid:
@@ -80,7 +85,7 @@ class Grid:
         return self.format.group_size or self.cols
 
     def steps(self) -> Tensor:
-        """Return s of every group, float32 [rows, G or 1]."""
+        """Return s of every group before `exponent`, float32 [rows, G or 1]."""
         scale = self.scale.float()
         if self.share is None:
             return scale
@@ -89,6 +94,8 @@ class Grid:
     def codes(self, x: Tensor) -> Tensor:
         """Return the nearest codes of `x` float32 [rows, cols], uint8; all groups at once."""
         step, top = self.steps(), 2**self.format.bits - 1
+        if self.exponent is not None:
+            x = x * power(-self.exponent)
         if self.zero is None:
             zero = torch.full_like(step, top / 2)
         else:
@@ -130,6 +137,8 @@ class Grid:
                     part.sub_(self.zero[:, groups, None].float()).mul_(s)
                 else:
                     part.mul_(s).add_(self.zero[:, groups, None].float())
+        if self.exponent is not None:
+            times_power(x, self.exponent)
         return x
 
     def rows(self, start: int, stop: int) -> Grid:
@@ -140,7 +149,19 @@ class Grid:
             scale=self.scale[start:stop],
             share=None if self.share is None else self.share[start:stop],
             zero=None if self.zero is None else self.zero[start:stop],
+            exponent=None if self.exponent is None else self.exponent[start:stop],
         )
+
+    def only_exponent(self) -> int:
+        """Return the exponent of a grid of one matrix."""
+        return 0 if self.exponent is None or not len(self.exponent) else int(self.exponent[0])
+
+    def with_exponent(self, exponent: int) -> Grid:
+        """Return this grid of one matrix with an exponent."""
+        if not exponent:
+            return replace(self, exponent=None)
+        column = torch.full_like(self.scale[:, :1], exponent, dtype=torch.int32)
+        return replace(self, exponent=column)
 
     def where(self, rows: Tensor, other: Grid) -> Grid:
         """Return this grid in the rows that are true, bool [rows], and `other` in the rest."""
@@ -156,6 +177,7 @@ class Grid:
             scale=torch.where(rows[:, None], self.scale, other.scale),
             share=pick(self.share, other.share),
             zero=pick(self.zero, other.zero),
+            exponent=pick(self.exponent, other.exponent),
         )
 
     @staticmethod
@@ -168,6 +190,7 @@ class Grid:
             scale=torch.cat([grid.scale for grid in grids]),
             share=_stack([grid.share for grid in grids]),
             zero=_stack([grid.zero for grid in grids]),
+            exponent=_stack_exponents(grids),
         )
 
 
@@ -192,6 +215,14 @@ class Quantized:
         """Return the weights that the codes stand for, float32 [rows, cols]."""
         return self.grid.values(self.codes)
 
+    def times_power(self, exponent: Tensor | None) -> Quantized:
+        """Return this with the weights of each row multiplied by 2^exponent, int32 [rows].
+
+        The grid's own exponent is replaced; None takes it away.
+        """
+        column = None if exponent is None else exponent[:, None]
+        return Quantized(grid=replace(self.grid, exponent=column), codes=self.codes)
+
     def rows(self, start: int, stop: int) -> Quantized:
         """Return the part that holds rows start .. stop - 1."""
         return Quantized(grid=self.grid.rows(start, stop), codes=self.codes[start:stop])
@@ -208,3 +239,11 @@ class Quantized:
 def _stack(parts: list[Tensor | None]) -> Tensor | None:
     found = [part for part in parts if part is not None]
     return torch.cat(found) if found else None
+
+
+def _stack_exponents(grids: list[Grid]) -> Tensor | None:
+    if all(grid.exponent is None for grid in grids):
+        return None
+    none = [torch.zeros_like(grid.scale[:, :1], dtype=torch.int32) for grid in grids]
+    found = [grid.exponent for grid in grids]
+    return torch.cat([n if f is None else f for n, f in zip(none, found, strict=True)])

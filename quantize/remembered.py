@@ -47,12 +47,20 @@ class Remembered:
         """Whether it refuses to work without `Inputs`."""
         return self.rounding.needs_inputs
 
-    def quantize(self, weights: Tensor, format: Format, inputs: Inputs | None = None) -> Quantized:
+    def quantize(
+        self,
+        weights: Tensor,
+        format: Format,
+        inputs: Inputs | None = None,
+        exponents: Tensor | None = None,
+    ) -> Quantized:
         """Return n matrices [n, rows, cols] as n × rows quantized rows.
 
         Raises:
             InputError: what the way of rounding that is remembered raises.
         """
+        if exponents is not None:  # some rows of larger matrices
+            return self.rounding.quantize(weights, format, inputs, exponents)
         rows = weights.shape[1]
         keys = [_key(weights, format, inputs, at) for at in range(len(weights))]
         new = [at for at, key in enumerate(keys) if key not in self._known]

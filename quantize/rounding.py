@@ -8,6 +8,7 @@ that, and returns codes. Costs are charged and checkpoints written by the same o
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from bitknap.allocation.format import Format
 from bitknap.allocation.plan import BitPlan
 from bitknap.errors import InputError, MismatchError
 from bitknap.quantize import gptq, hqq, rtn
+from bitknap.quantize.magnitude import in_range
 from bitknap.quantize.quantized import Quantized
 
 
@@ -50,8 +52,22 @@ class Rounding(Protocol):
         """Whether it refuses to work without `Inputs`."""
         ...
 
-    def quantize(self, weights: Tensor, format: Format, inputs: Inputs | None = None) -> Quantized:
-        """Return n matrices [n, rows, cols] as n × rows quantized rows."""
+    def quantize(
+        self,
+        weights: Tensor,
+        format: Format,
+        inputs: Inputs | None = None,
+        exponents: Tensor | None = None,
+    ) -> Quantized:
+        """Return n matrices [n, rows, cols] as n × rows quantized rows.
+
+        Args:
+            weights: what to round, of any magnitude.
+            format: a grid.
+            inputs: what is known of their inputs.
+            exponents: of the powers of two that the matrices have (`magnitude`), int32 [n], where
+                `weights` are only some rows of them.
+        """
         ...
 
 
@@ -69,9 +85,15 @@ class Rtn:
         """Weights are enough."""
         return False
 
-    def quantize(self, weights: Tensor, format: Format, inputs: Inputs | None = None) -> Quantized:
+    def quantize(
+        self,
+        weights: Tensor,
+        format: Format,
+        inputs: Inputs | None = None,
+        exponents: Tensor | None = None,
+    ) -> Quantized:
         """Return n matrices [n, rows, cols] as n × rows quantized rows."""
-        return rtn.quantize(weights.flatten(0, 1), format)
+        return in_range(weights, lambda w: rtn.quantize(w.flatten(0, 1), format), exponents)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,9 +120,19 @@ class Hqq:
         """Weights are enough."""
         return False
 
-    def quantize(self, weights: Tensor, format: Format, inputs: Inputs | None = None) -> Quantized:
+    def quantize(
+        self,
+        weights: Tensor,
+        format: Format,
+        inputs: Inputs | None = None,
+        exponents: Tensor | None = None,
+    ) -> Quantized:
         """Return n matrices [n, rows, cols] as n × rows quantized rows."""
-        return hqq.quantize(weights.flatten(0, 1), format, power=self.power)
+
+        def rounded(ordinary: Tensor) -> Quantized:
+            return hqq.quantize(ordinary.flatten(0, 1), format, power=self.power)
+
+        return in_range(weights, rounded, exponents)
 
 
 # Steps of GPTQ's grids over the best ones for rounding to nearest, by width: what earlier columns
@@ -157,7 +189,13 @@ class Gptq:
         """
         return inputs.tokens < self.ridge * inputs.moments.shape[-1]
 
-    def quantize(self, weights: Tensor, format: Format, inputs: Inputs | None = None) -> Quantized:
+    def quantize(
+        self,
+        weights: Tensor,
+        format: Format,
+        inputs: Inputs | None = None,
+        exponents: Tensor | None = None,
+    ) -> Quantized:
         """Return n matrices [n, rows, cols] as n × rows quantized rows.
 
         Raises:
@@ -169,14 +207,15 @@ class Gptq:
                 "use --method hqq"
             )
         noise = inputs.moments.shape[-1] / inputs.tokens.clamp_min(1).float()
-        return gptq.quantize(
-            weights,
-            format,
-            inputs.moments,
+        rounded = partial(
+            gptq.quantize,
+            format=format,
+            moments=inputs.moments,
             damping=self.damping + self.ridge * noise,
             act_order=self.act_order,
             wider=_WIDER.get(format.bits, 1.0) if self.widen else 1.0,
         )
+        return in_range(weights, rounded, exponents)
 
 
 RTN = Rtn()

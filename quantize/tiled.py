@@ -7,7 +7,8 @@
 Rows are filled up to a multiple of 64 and columns to one of 32, and every part takes a multiple of
 64 bytes, so a stack of units is what one launch reads, as it lies on disk. A unit that keeps its
 source precision is its matrix, filled up to a multiple of 64 bytes. Nothing is rounded on the way:
-`to_tiles` and `to_plain` undo each other, to the bit.
+`to_tiles` and `to_plain` undo each other, to the bit. Exponents lie in the signs of scales, as in
+`packed`.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from torch import Tensor
 
 from bitknap.allocation.format import Format
 from bitknap.errors import FileError, InputError
-from bitknap.kernels.experts_table import ExpertsTable
+from bitknap.kernels.experts_table import ExpertsTable, with_scaled
+from bitknap.kernels.exponents import split_exponent, with_exponent
 from bitknap.kernels.tiles import pack_tiles, unpack_tiles
 from bitknap.kernels.words import Recipe, pack_words, tiled_rows, unpack_words
 from bitknap.quantize.packed import decode, encode
@@ -62,13 +64,14 @@ def encode_tiles(unit: Quantized) -> Tensor:
     """Return the unit's bytes, uint8 [tiled_bytes(format, rows, cols)]."""
     grid, format = unit.grid, unit.format
     rows, cols = unit.codes.shape
-    steps = grid.scale if grid.share is None else grid.share
+    scale = with_exponent(grid.scale, grid.only_exponent())
+    steps = scale if grid.share is None else grid.share
     if format.compact and grid.share is None:
-        steps = torch.full_like(grid.scale, top_share(format), dtype=torch.uint8)
+        steps = torch.full_like(scale, top_share(format), dtype=torch.uint8)
     words = pack_words(steps, grid.zero, recipe(format, rows, cols))
     parts = [pack_tiles(unit.codes, format.bits), words]
     if format.compact:
-        parts.append(tiled_rows(grid.scale))
+        parts.append(tiled_rows(scale))
     return torch.cat([part.view(-1).view(torch.uint8) for part in parts])
 
 
@@ -100,7 +103,9 @@ def open_tiles(stream: Tensor, format: Format, rows: int, cols: int) -> tuple[Te
     if format.compact:
         scale = scales.view(torch.float16)[:rows].view(rows, 1)
         share = steps if steps.shape[1] > 1 else None
-    return codes, Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
+    scale, exponent = split_exponent(scale)
+    grid = Grid(format=format, cols=cols, scale=scale, share=share, zero=zero)
+    return codes, grid.with_exponent(exponent)
 
 
 def to_tiles(stream: Tensor, format: Format, rows: int, cols: int) -> Tensor:
@@ -152,6 +157,7 @@ def experts_table(
         )
     kept = _KEPT[sources.pop()] if sources else None
     recipes = [recipe(f, rows // blocks, cols) for f in formats]
+    recipes = with_scaled(stack, recipes, rows // blocks, cols)
     return ExpertsTable.of(stack, recipes, rows, cols, kept, blocks)
 
 

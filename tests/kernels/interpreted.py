@@ -48,6 +48,13 @@ DENSE = Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
 
 # Two of each matrix: three experts. Of 48 and 144 rows, 80 and 48, and so on: tiles have tails.
 BLOCKS = {"blocks": 2, "biased": True}
+SCALED = [
+    Recipe(bits=3, group=32, scaled=True),
+    Recipe(bits=4, group=64, symmetric=True, scaled=True),
+    Recipe(bits=5, group=32, share=8, scaled=True),
+    Recipe(bits=2, group=32, share=6, symmetric=True, scaled=True),
+    Recipe(bits=3, group=32),
+]
 
 # recipes, tokens, experts a token, hidden, intermediate, launch, compute, more of the experts
 CASES: dict[str, Any] = {
@@ -75,6 +82,11 @@ CASES: dict[str, Any] = {
     "row blocks": ([*GRIDS[:5], KEPT], 4, 2, 288, 96, decode(rows=32), FLOAT, BLOCKS),
     "row blocks, grouped": ([*GRIDS[:5], KEPT], 20, 2, 96, 160, grouped(16), FLOAT, BLOCKS),
     "row blocks, dense": ([*GRIDS[:5], KEPT], 20, 2, 96, 64, DENSE, FLOAT, BLOCKS),
+    "exponents": (SCALED, 4, 2, 288, 96, decode(rows=32), FLOAT, {"biased": True}),
+    "exponents of gate": (SCALED[:1], 2, 1, 64, 64, decode(), FLOAT, {"gate": GRIDS[:1]}),
+    "exponents, grouped": (SCALED, 20, 2, 96, 64, grouped(16), FLOAT, {}),
+    "exponents, weights scaled": (SCALED, 20, 2, 64, 64, grouped(64), HALF, {}),
+    "exponents, dense": (SCALED, 20, 2, 96, 64, DENSE, FLOAT, {}),
 }
 ALIKE = {HALF: 2e-3, FLOAT: 2e-6}
 

@@ -36,6 +36,11 @@ def errors():
         "row blocks",
         "row blocks, grouped",
         "row blocks, dense",
+        "exponents",
+        "exponents of gate",
+        "exponents, grouped",
+        "exponents, weights scaled",
+        "exponents, dense",
     ],
 )
 def test_kernels_do_what_their_twins_do(errors, name):

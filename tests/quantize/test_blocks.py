@@ -171,7 +171,7 @@ class Nosy:
     def __init__(self):
         self.told = []
 
-    def quantize(self, weights, format, inputs=None):
+    def quantize(self, weights, format, inputs=None, exponents=None):
         self.told += inputs.tokens.tolist()
         return RTN.quantize(weights, format)
 

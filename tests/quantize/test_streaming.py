@@ -141,7 +141,7 @@ def test_what_watches_inputs_gets_matrices_whole(case, tmp_path, small):
     class Watching:
         name, needs_inputs = "watching", True
 
-        def quantize(self, weights, format, inputs=None):
+        def quantize(self, weights, format, inputs=None, exponents=None):
             assert inputs.moments.shape[1] == weights.shape[2]
             shapes.add(tuple(weights.shape[1:]))
             return RTN.quantize(weights, format)
