@@ -128,6 +128,20 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
             ) from None
 
 
+def file_of(url: str) -> Path | None:
+    """Return the file of a storage; None if it is no file, or the URL is none that is known."""
+    if url.startswith("journal:") or ("://" not in url and url.endswith(_JOURNALS)):
+        return Path(url.removeprefix("journal:"))
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    with contextlib.suppress(ArgumentError):
+        address = make_url(url)
+        if address.get_backend_name() == "sqlite" and address.database:
+            return Path(address.database)
+    return None
+
+
 def _check_there(url: str, path: Path, *, create: bool) -> None:
     if not create and not path.is_file():
         raise InputError(f"storage {shown(url)}: no such file; create a study in it first")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,8 +20,14 @@ import numpy.typing as npt
 from bitknap.allocation.arrays import Floats
 from bitknap.allocation.format import Format
 from bitknap.errors import BitknapError, FileError, MismatchError
+from bitknap.files import beside as beside_name
 from bitknap.files import folders_above, locked
 from bitknap.journal import append_lines, keeping, open_lines, whole_lines
+from bitknap.manifest import is_ours
+from bitknap.outputs import check_only, drop
+
+# Files of a pass over layers, see `shelf`.
+_FILES = r"[0-9a-f]{12}\..+\.(bin|safetensors)"
 
 
 class _Line(NamedTuple):
@@ -116,6 +121,7 @@ def beside(
     if path is None:
         yield Readings()
         return
+    check_only(folder_of(path), _FILES)
     with folders_above(path):
         readings = _opened(path, about, overwrite=overwrite)
         with locked(path, f"{path}: another process is measuring"):
@@ -129,14 +135,15 @@ def beside(
 
 def folder_of(path: Path) -> Path:
     """Return the folder beside a journal for what is too large for it."""
-    return path.with_name(f"{path.name}.files")
+    return beside_name(path, "files", hidden=False)
 
 
 def forget(path: Path) -> None:
-    """Delete a journal, if there is one, and the folder beside it."""
-    with contextlib.suppress(IsADirectoryError, PermissionError):
-        path.unlink(missing_ok=True)
-    shutil.rmtree(folder_of(path), ignore_errors=True)
+    """Delete a journal, if there is one, and the folder beside it; nothing that is not ours."""
+    with contextlib.suppress(PermissionError):
+        if is_ours(path):
+            path.unlink(missing_ok=True)
+    drop(folder_of(path), _FILES)
 
 
 def count(path: Path) -> int:
@@ -168,13 +175,14 @@ def key_of(which: npt.ArrayLike, formats: Iterable[Format]) -> str:
 
 
 def _opened(path: Path, about: Mapping[str, Any], *, overwrite: bool) -> Readings:
-    way_out = f"pass --overwrite or delete {path}"
+    ours = not path.exists() or is_ours(path)
+    way_out = f"pass --overwrite or delete {path}" if ours else f"move {path} away"
     try:
         return Readings.open(path, about, way_out=way_out)
     except (MismatchError, FileError) as error:
         # Of a journal without readings nothing can be lost.
         empty = isinstance(error, MismatchError) and not count(path)
-        if not (overwrite or empty):
+        if not (ours and (overwrite or empty)):
             raise
     forget(path)
     return Readings.open(path, about, way_out=way_out)

@@ -6,6 +6,7 @@
                            named bitknap.<layer>.<role>.<projection>: their bytes, back to back
     bitknap_plan.json      the plan; with it every offset follows from `Format.nbytes`
     README.md              the model card, see `card`
+    bitknap_files.json     names of all other files, which `--overwrite` may replace
     bitknap_source.json    name, dtype and shape of the tensors that the streams replace
     everything else        the tokenizer and its like, copied; see `companions`
 
@@ -28,13 +29,9 @@ from bitknap.allocation.budget import parse_size
 from bitknap.allocation.plan import BitPlan
 from bitknap.allocation.units import ROLES, Units
 from bitknap.errors import BitknapError, InputError, MismatchError
-from bitknap.files import (
-    check_free_name,
-    check_space,
-    folder_bytes,
-    move_into_place,
-    write_whole,
-)
+from bitknap.files import check_space, folder_bytes, write_whole
+from bitknap.manifest import sign
+from bitknap.outputs import check_output, place
 from bitknap.progress import Progress
 from bitknap.quantize import card
 from bitknap.quantize.apply import Watched, aligned
@@ -139,7 +136,9 @@ def save(
         KeyboardInterrupt: stopped by hand; says what is kept.
     """
     check_plan(source, plan)
-    check_free_name(out, overwrite=overwrite)
+    check_output(
+        out, "folder", overwrite=overwrite, inputs=[source.folder], copied_from=source.folder
+    )
     limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     if limit < 1:
         raise InputError(f"max_shard_size: {max_shard_size!r} is not above 0, such as 5GB")
@@ -168,7 +167,7 @@ def save(
         with partial.keeping():
             _fill(work, pieces, done, partial, progress)
             sizes = _finish(source, layout, plan, partial.files, out)
-        move_into_place(partial.files, out)
+        place(partial.files, out, overwrite=overwrite, copied_from=source.folder)
         shutil.rmtree(partial.folder)
     return sizes | _decoded(source, planned.kept)
 
@@ -203,6 +202,7 @@ def _finish(
     source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path, out: Path
 ) -> dict[str, int]:
     _write_texts(source, layout, plan, folder)
+    sign(folder)
     written = _stream_bytes(folder)
     if written != plan.total_bytes:
         raise BitknapError(f"{out}: {written} bytes of units, the plan says {plan.total_bytes}")

@@ -21,7 +21,9 @@ from torch import Tensor
 
 from bitknap.allocation.plan import BitPlan
 from bitknap.errors import FileError, InputError
-from bitknap.files import folder_bytes, whole_folder, write_whole
+from bitknap.files import check_space, folder_bytes, write_whole
+from bitknap.manifest import MANIFEST, sign
+from bitknap.outputs import check_output, whole_folder
 from bitknap.quantize.checkpoint import PLAN
 from bitknap.quantize.headers import TensorInfo, read_header
 from bitknap.quantize.outline import PREFIX, streams
@@ -64,6 +66,7 @@ def convert(folder: Path, layout: str, out: Path, *, overwrite: bool = False) ->
     """
     if layout not in LAYOUTS:
         raise InputError(f"layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
+    check_output(out, "folder", overwrite=overwrite, inputs=[folder])
     source = Checkpoint.open(folder)
     before, plan = layout_of(source.config, folder), BitPlan.load(folder / PLAN)
     job = _Job(
@@ -77,15 +80,17 @@ def convert(folder: Path, layout: str, out: Path, *, overwrite: bool = False) ->
     )
     sizes, written = job.sizes(), int(job.then.sum())
     shards = sorted({info.file for info in source.headers.values()})
-    with whole_folder(out, overwrite=overwrite) as part:
+    check_space(out, folder_bytes(folder) + max(0, written - int(job.now.sum())))
+    with whole_folder(out, overwrite=overwrite, inputs=[folder]) as part:
         for file in sorted(f for f in folder.rglob("*") if f.is_file() and f not in shards):
             name = file.relative_to(folder)
-            if not any(above.startswith(".") for above in name.parts[:-1]):
+            if name.name != MANIFEST and not any(a.startswith(".") for a in name.parts[:-1]):
                 (part / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(file, part / name)
         for shard in shards:
             _rewrite(job, shard, sizes, part / shard.name)
         _write_texts(layout, written - int(job.now.sum()), part)
+        sign(part)
         total = folder_bytes(part)
     return {"plan": plan.total_bytes, "written": written, "checkpoint": total}
 

@@ -128,6 +128,14 @@ def snapshot_of(folder: Path) -> Path:
     return known[0]
 
 
+def cache_of(model: str) -> Path:
+    """Return the folder of the cache in which all files of a model are, fetched or not."""
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=model, repo_type="model")
+
+
 @contextmanager
 def _one_line(model: str) -> Iterator[None]:
     from huggingface_hub.errors import (  # type: ignore[attr-defined]

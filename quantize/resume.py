@@ -18,9 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.errors import FileError, MismatchError
-from bitknap.files import folders_above, locked
+from bitknap.files import beside, locked
 from bitknap.journal import keeping, open_lines
+from bitknap.outputs import check_only, writing
 from bitknap.quantize.shards import Shards
+
+_NAMES = r"journal\.jsonl|files"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +41,7 @@ class Partial:
     @property
     def folder(self) -> Path:
         """The hidden folder."""
-        return self.out.absolute().parent / f".{self.out.name}.partial"
+        return beside(self.out, "partial")
 
     @property
     def files(self) -> Path:
@@ -96,9 +99,10 @@ class Partial:
         """Make the folder, and keep other processes out of it while the block runs.
 
         Raises:
-            InputError: another process is in it.
+            InputError: another process is in it, or it is somebody else's.
         """
-        with folders_above(self.folder):
+        with writing(self.out):
+            check_only(self.folder, _NAMES)
             self.folder.mkdir(exist_ok=True)
             with locked(self.folder, f"{self.out}: another process is writing it"):
                 yield

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bitknap.files import whole_folder, write_whole
+from bitknap.files import write_whole
+from bitknap.outputs import whole_folder
 from bitknap.quantize.source import DTYPES, Checkpoint, TensorInfo
 
 _INDEX = "model.safetensors.index.json"
@@ -88,7 +89,7 @@ def write(checkpoint: Rewritten, out: Path, *, overwrite: bool = False) -> None:
     headers = checkpoint.headers
     for name, info in sorted(headers.items(), key=lambda item: item[1][2:]):
         files[info.file.relative_to(checkpoint.folder).as_posix()].append(name)
-    with whole_folder(out, overwrite=overwrite) as part:
+    with whole_folder(out, overwrite=overwrite, inputs=[checkpoint.folder]) as part:
         checkpoint.source.copy_companions(part)
         # The index that is written here has the usual name.
         config = {k: v for k, v in checkpoint.config.items() if k != "transformers_weights"}

@@ -55,6 +55,16 @@ def resolve(model: str | Path) -> Path:
     return hub.fetch(str(model)) if found is None else found
 
 
+def places(model: str | Path) -> list[Path]:
+    """Return where the files of a model are, or will be once it is fetched from the hub.
+
+    Raises:
+        InputError: there is no such model.
+    """
+    found = _local(model)
+    return [hub.cache_of(str(model)) if found is None else found]
+
+
 def _local(model: str | Path) -> Path | None:
     """Return the folder of a model on this machine, None for a hub id."""
     if str(model).startswith("reference:"):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import base64
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from bitknap.errors import FileError, MismatchError
+from bitknap.files import beside as hidden
 from bitknap.files import check_space, folders_above, read_json, write_whole
+from bitknap.manifest import check_ours, remove
+from bitknap.outputs import check_only, drop
 from bitknap.quantize.permute import Permutation, permuted
 from bitknap.quantize.rewritten import Rewritten, write
 from bitknap.quantize.rotation import turned
@@ -29,6 +31,7 @@ from bitknap.quantize.source import REWRITTEN, Checkpoint
 
 # What a table and a plan say of a twin.
 KEY = "rewritten"
+_NAMES = r"(rotated|sorted)(\.json)?"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -137,8 +140,19 @@ def recipe_of(header: Mapping[str, Any]) -> Recipe:
 
 
 def beside(out: Path) -> Path:
-    """Return where the twin of a run that writes `out` grows."""
-    return out.absolute().parent / f".{out.name}.twin"
+    """Return where the twin of a run that writes `out` grows.
+
+    Raises:
+        InputError: something else is there.
+    """
+    folder = hidden(out, "twin")
+    check_only(folder, _NAMES)
+    return folder
+
+
+def forget(out: Path) -> None:
+    """Delete the twin of a run that wrote `out`, if there is one."""
+    drop(hidden(out, "twin"), _NAMES)
 
 
 def make(origin: Checkpoint, recipe: Recipe, folder: Path) -> Checkpoint:
@@ -146,7 +160,7 @@ def make(origin: Checkpoint, recipe: Recipe, folder: Path) -> Checkpoint:
 
     Raises:
         ModelError: the model cannot be rotated or its neurons not sorted.
-        InputError: the disk has no room for it.
+        InputError: the disk has no room for it, or something else is in its place.
     """
     found = origin
     if recipe.rotation is not None:
@@ -195,7 +209,9 @@ def _written(change: Rewritten, origin: Checkpoint, folder: Path) -> Checkpoint:
     with folders_above(folder):
         if not (note.is_file() and folder.is_dir() and read_json(note) == stamp):
             note.unlink(missing_ok=True)
-            shutil.rmtree(folder, ignore_errors=True)
+            if folder.exists():
+                check_ours(folder)
+                remove(folder)
             check_space(folder, origin.nbytes)
             write(replace(change, config={**change.config, REWRITTEN: mark}), folder)
             write_whole(note, json.dumps(stamp, sort_keys=True).encode())

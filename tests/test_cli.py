@@ -91,7 +91,9 @@ def test_an_existing_output_needs_overwrite(made, tmp_path, refused, listing):
         ("quantize", made.model, "--budget", "4bpw", *FAST, "-o", there),
     ):
         assert "--overwrite" in refused(*command)
+        assert "Bitknap" in refused(*command, "--overwrite")
     assert file.read_text() == (there / "mine").read_text() == "mine"
+    (there / "mine").unlink()
     main(["quantize", str(made.model), "--plan", str(made.plan), "-o", str(there), "--overwrite"])
     assert listing(there) == listing(made.out)
 

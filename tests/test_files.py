@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bitknap.errors import FileError, InputError
-from bitknap.files import check_space, check_version, read_json, whole_folder, write_whole
+from bitknap.files import check_space, check_version, read_json, write_whole
 
 
 def names(folder):
@@ -43,47 +43,6 @@ def test_a_folder_in_the_way_of_a_file(tmp_path):
     assert names(tmp_path) == ["file"]
 
 
-def test_a_folder_appears_at_the_end(tmp_path):
-    out = tmp_path / "deep" / "out"
-    with whole_folder(out, overwrite=False) as part:
-        (part / "x").write_text("x")
-        assert not out.exists()
-        assert part.parent == out.parent  # a rename never crosses file systems
-    assert names(out) == ["x"]
-    assert names(out.parent) == ["out"]
-    assert out.stat().st_mode & 0o777 == 0o755
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-@pytest.mark.parametrize("existing", [True, False])
-def test_a_failed_folder_leaves_nothing_new(tmp_path, error, existing):
-    out = tmp_path / "out"
-    if existing:
-        out.mkdir()
-        (out / "old").write_text("old")
-    with pytest.raises(error), whole_folder(out, overwrite=True) as part:
-        (part / "x").write_text("x")
-        raise error
-    assert names(tmp_path) == (["out"] if existing else [])
-    assert not existing or names(out) == ["old"]
-
-
-@pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_folders_that_were_made_above_go_again(tmp_path, error):
-    (tmp_path / "mine").mkdir()
-    with (
-        pytest.raises(error),
-        whole_folder(tmp_path / "mine" / "a" / "b" / "out", overwrite=False) as part,
-    ):
-        (part / "x").write_text("x")
-        raise error
-    assert names(tmp_path / "mine") == []
-    with pytest.raises(error), whole_folder(tmp_path / "a" / "out", overwrite=False):
-        (tmp_path / "a" / "somebody's").write_text("keep me")
-        raise error
-    assert names(tmp_path / "a") == ["somebody's"]
-
-
 def test_room_is_looked_for_on_the_disk_of_a_folder_to_be(tmp_path):
     check_space(tmp_path / "a" / "b", 1)
     with pytest.raises(InputError) as error:
@@ -91,32 +50,6 @@ def test_room_is_looked_for_on_the_disk_of_a_folder_to_be(tmp_path):
     assert "b: needs 1,000,000,000,000,000,000 bytes, the disk has " in str(error.value)
     assert str(error.value).endswith("free; free some or choose a folder on another disk")
     assert names(tmp_path) == []
-
-
-def test_an_existing_folder_or_file_is_refused(tmp_path):
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").write_text("mine")
-    for name in ("folder", "file"):
-        with (
-            pytest.raises(InputError, match="exists; choose another folder or pass --overwrite"),
-            whole_folder(tmp_path / name, overwrite=False),
-        ):
-            raise AssertionError("never entered")
-    assert names(tmp_path) == ["file", "folder"]
-
-
-def test_overwriting_replaces_all_of_it(tmp_path):
-    (tmp_path / "folder" / "inner").mkdir(parents=True)
-    (tmp_path / "file").write_text("old")
-    (tmp_path / "target").mkdir()
-    (tmp_path / "target" / "precious").write_text("x")
-    (tmp_path / "link").symlink_to(tmp_path / "target")
-    for name in ("folder", "file", "link"):
-        with whole_folder(tmp_path / name, overwrite=True) as part:
-            (part / "new").write_text("new")
-        assert names(tmp_path / name) == ["new"]
-    assert not (tmp_path / "link").is_symlink()
-    assert names(tmp_path / "target") == ["precious"]  # not what a link led to
 
 
 def test_json_that_cannot_be_read_is_one_line(tmp_path):

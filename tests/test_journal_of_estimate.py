@@ -246,7 +246,7 @@ def test_a_stopped_calibration_says_what_is_kept(made, tmp_path, layered, monkey
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"some notes\n", "not a journal; pass --overwrite or delete"),
+        (b"some notes\n", "not a journal; move"),
         (b"", "not a journal; pass --overwrite or delete"),
         (None, "line 2 is damaged; cut the file before it"),
     ],
@@ -263,6 +263,10 @@ def test_what_is_no_journal_is_kept(content, message, made, tmp_path, meter, ref
     journal.write_bytes(content)
     assert message in refused("estimate", made.model, *FAST, "-o", out)
     assert journal.read_bytes() == content
+    if content == b"some notes\n":
+        assert message in refused("estimate", made.model, *FAST, "-o", out, "--overwrite")
+        assert journal.read_bytes() == content
+        return
     estimate(made.model, out, "--overwrite")
     assert out.read_bytes() == made.table.read_bytes()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,18 @@ from bitknap.allocation.price import price, under
 from bitknap.benchmarks.compare.run import WORK, Comparison, rows
 from bitknap.benchmarks.compare.strategies import OURS
 from bitknap.benchmarks.compare.tables import CALIBRATED, facts
-from bitknap.files import write_whole
+from bitknap.errors import FileError, MismatchError
+from bitknap.files import beside, write_whole
+from bitknap.journal import open_lines
+from bitknap.manifest import MANIFEST, names_in, sign
 from bitknap.options import priced
+from bitknap.outputs import check_only, drop, place, writing
 from bitknap.quantize_report import coverage_of, frontier_points
 
+# All that a comparison writes into its folder.
+_NAMES = r"compare\.json|times\.json|report\.html|rows\.csv|pareto\.png|plans|\.work|" + re.escape(
+    MANIFEST
+)
 _PACKAGES = ("numpy", "torch", "transformers", "optuna", "highspy", "scikit-fuzzy")
 
 
@@ -96,6 +106,52 @@ def times(run: Comparison) -> dict[str, Any]:
     for (name, budget), cell in sorted(run.done.items()):
         plans.setdefault(name, {})[f"{budget:g}bpw"] = round(cell.seconds, 3)
     return {"tables": facts(run.tables), "plans": plans}
+
+
+@contextlib.contextmanager
+def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
+    """Yield the folder to work in, which is `out` itself or takes its place at the end.
+
+    A stopped run goes on in the same folder. What is to be overwritten stays until the new folder
+    is whole, which then grows in a hidden one beside it.
+
+    Args:
+        out: the folder to write.
+        about: what the work is about.
+        overwrite: whether what is there may be replaced, if this tool wrote it.
+
+    Raises:
+        InputError: another process is writing it.
+    """
+    with writing(out):
+        part = out
+        if overwrite and out.exists() and not _goes_on(out, about):
+            part = beside(out, "partial")
+            check_only(part, _NAMES)
+            if not _goes_on(part, about):
+                drop(part, _NAMES)
+        (part / WORK).mkdir(parents=True, exist_ok=True)
+        sign(part, [*_written(part), f"{WORK}/"])
+        yield part
+        sign(part, _written(part))
+        if part != out:
+            place(part, out, overwrite=overwrite)
+
+
+def _goes_on(folder: Path, about: Mapping[str, Any]) -> bool:
+    """Return whether a stopped run of the same inputs left the folder."""
+    journal = folder / WORK / "journal"
+    if not journal.is_file():
+        return False
+    try:
+        open_lines(journal, about)
+    except (FileError, MismatchError):
+        return False
+    return True
+
+
+def _written(folder: Path) -> list[str]:
+    return [name for name in names_in(folder) if re.fullmatch(_NAMES, name.partition("/")[0])]
 
 
 def write(run: Comparison, folder: Path, command: str) -> dict[str, Any]:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from bitknap import files
 from bitknap.allocation import BitPlan
 from bitknap.errors import MismatchError
 from bitknap.estimation import CALIBRATION_TOKENS, GROUP_SIZES, default_formats, estimate
@@ -24,6 +22,7 @@ from bitknap.gathering import (
     readings_about,
     too_few_tokens,
 )
+from bitknap.outputs import check_apart, check_output
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading, twin
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
@@ -31,7 +30,7 @@ from bitknap.quantize.cache import CACHE_BYTES
 from bitknap.quantize.resume import Partial
 from bitknap.quantize.rounding import Gptq, Rounding, planned
 from bitknap.quantize.shards import MAX_SHARD_SIZE
-from bitknap.quantize.source import Checkpoint, resolve
+from bitknap.quantize.source import Checkpoint, places, resolve
 
 __all__ = [
     "CALIBRATION_TOKENS",
@@ -101,9 +100,16 @@ def quantize(
         BitknapError: the disk is full.
     """
     rounding = planned(plan, method, force=force)
-    files.check_free_name(Path(out), overwrite=overwrite)
+    check_apart(Path(out), places(model))  # before anything is fetched
     inputs, about, few = None, {}, []
     origin = Checkpoint.open(resolve(model))
+    check_output(
+        Path(out),
+        "folder",
+        overwrite=overwrite,
+        inputs=[origin.folder],
+        copied_from=origin.folder,
+    )
     left_out = {why: list(names) for why, names in origin.companions.left.items()}
     with _planned(origin, plan, Path(out)) as source:
         if rounding.needs_inputs:
@@ -157,7 +163,7 @@ def _planned(origin: Checkpoint, plan: BitPlan, out: Path) -> Iterator[Checkpoin
         yield twin.planned(origin, plan.header, plan.model, folder)
     finally:
         if not Partial(out=out, lines=()).folder.exists():
-            shutil.rmtree(folder, ignore_errors=True)
+            twin.forget(out)
 
 
 def load(

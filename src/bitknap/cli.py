@@ -15,6 +15,7 @@ from bitknap.compare_command import compare
 from bitknap.errors import BitknapError, InputError
 from bitknap.estimating import (
     estimating,
+    files_of,
     forget,
     journal_of,
     resumable,
@@ -118,7 +119,7 @@ def estimate(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     from bitknap.notes import notes, table_summary
     from bitknap.render import cost_table
 
-    path = free_path(out, overwrite)
+    path = free_path(out, overwrite, model=model, inputs=files_of(options))
     with resumable(path):
         table = run_estimate(model, options, path, overwrite=overwrite)
         with telling(journal_of(path)):
@@ -153,7 +154,8 @@ def solve(
     from bitknap.render import bits_table, facts_table, limits_table, price_table
 
     check_frontier(budget, frontier, options)
-    path = free_path(out, overwrite)
+    inputs = [table, *options["limits"]]
+    path = free_path(out, overwrite, inputs=inputs)
     if budget is None:
         _solve_frontier(table, path, overwrite, as_json, options)
         return
@@ -182,7 +184,7 @@ def _solve_frontier(
     picture = path.with_suffix(".svg")
     if picture == path:
         raise InputError(f"-o {path}: the picture goes there; name the frontier .json")
-    free_path(str(picture), overwrite)
+    free_path(picture, overwrite, inputs=[file, path, *options["limits"]])
     table = CostTable.load(file)
     found = frontier(under(pinned(table, options), profile(options["profile"])))
     figure = frontier_figure(found, uniform_costs(table))
@@ -242,7 +244,8 @@ def convert(folder: Path, layout: str, out: str, overwrite: bool, as_json: bool)
     from bitknap.quantize.convert import convert as rewrite
     from bitknap.render import facts_table
 
-    sizes = rewrite(folder, layout, Path(out), overwrite=overwrite)
+    path = free_path(out, overwrite, kind="folder", inputs=[folder])
+    sizes = rewrite(folder, layout, path, overwrite=overwrite)
     facts = {
         "layout": layout,
         "bytes_of_plan": sizes["plan"],

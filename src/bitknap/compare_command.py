@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitknap.errors import InputError
-from bitknap.options import as_json_option, given, listed, overwrite_option, seed_option
+from bitknap.options import (
+    as_json_option,
+    free_path,
+    given,
+    listed,
+    overwrite_option,
+    seed_option,
+)
 from bitknap.terminal import present, progress_bars, silence_transformers
 
 if TYPE_CHECKING:
@@ -87,7 +94,7 @@ def compare(
 
     Example: bitknap compare reference:mixtral --budgets 2,2.5,3 --strategies quick -o DIR
     """
-    from bitknap.benchmarks.compare.output import write
+    from bitknap.benchmarks.compare.output import write, writing_into
     from bitknap.benchmarks.compare.run import FAILED
     from bitknap.benchmarks.compare.run import compare as judge_all
     from bitknap.benchmarks.compare.setting import prepare
@@ -96,15 +103,15 @@ def compare(
 
     wanted, sizes = names(listed(strategies)), _budgets(budgets)
     chosen = _options(model, strategies, options)
-    _check_folder(Path(out), overwrite)
+    folder = _free(Path(out), model, overwrite, options)
     about = _about(chosen, wanted, sizes, options)
     tasks = _tasks(options)
     silence_transformers()
     with progress_bars() as progress:
         setting = prepare(chosen, progress)
-        folder = _cleared(Path(out), overwrite)
-        run = judge_all(setting, wanted, sizes, folder, about, tasks)
-        document = write(run, folder, _command(sys.argv))
+        with writing_into(folder, about, overwrite=overwrite) as part:
+            run = judge_all(setting, wanted, sizes, part, about, tasks)
+            document = write(run, part, _command(sys.argv))
     present(as_json, document | {"path": out}, *strategies_tables(document, run))
     if any(row["status"] == FAILED for row in document["rows"]):
         sys.exit(_PARTLY)
@@ -174,21 +181,15 @@ def _formats(options: dict[str, Any]) -> tuple[Format, ...]:
     return formats(widths, size or SIZES, (False, True), metadata or ("compact",))
 
 
-def _check_folder(out: Path, overwrite: bool) -> None:
-    """Refuse a folder that is in the way: neither ours to replace nor one that a run left."""
+def _free(out: Path, model: str, overwrite: bool, options: dict[str, Any]) -> Path:
+    """Return the folder if it may be written, or holds what a stopped run left."""
     from bitknap.benchmarks.compare.run import WORK
 
-    if out.exists() and not (overwrite or (out / WORK).is_dir()):
-        raise InputError(f"{out} exists; choose another name or pass --overwrite")
-
-
-def _cleared(out: Path, overwrite: bool) -> Path:
-    """Return the folder to write to, emptied if it may be replaced."""
-    import shutil
-
-    if overwrite and out.exists():
-        shutil.rmtree(out) if out.is_dir() else out.unlink()
-    return out
+    texts, tasks = (options["text"], *options["evaluation_text"]), options["task_path"]
+    unfinished = (out / WORK).is_dir()
+    return free_path(
+        out, overwrite or unfinished, kind="folder", model=model, inputs=[*texts, tasks]
+    )
 
 
 def _about(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +13,7 @@ import click
 from bitknap.errors import InputError
 from bitknap.estimators.protect import FLOOR
 from bitknap.estimators.robust import Rule
+from bitknap.files import beside
 from bitknap.options import given, include_option, listed, options_of, seed_option
 from bitknap.progress import Progress
 from bitknap.stopping import stoppable
@@ -138,24 +138,34 @@ estimating = options_of(
 )
 
 
+def files_of(options: dict[str, Any]) -> list[str | Path]:
+    """Return the files and folders that the options name, to be read or written besides OUT."""
+    named = [options[name] for name in ("journal", "samples")]
+    initial = options["initial_router"]
+    if initial is not None:
+        from bitknap.quantize.source import places
+
+        named += places(initial)
+    return [one for one in (*named, *options["text"]) if one is not None]
+
+
 def journal_of(out: Path) -> Path:
     """Return where measurements are kept while `out` is in the making."""
-    named = out if out.name else out.absolute()  # "." has no name
-    return named.with_name(f"{named.name}.journal")
+    return beside(out, "journal", hidden=False)
 
 
 @contextlib.contextmanager
 def resumable(out: Path) -> Iterator[None]:
     """End a stopped block with one line; without measurements no copy of the model is kept."""
     from bitknap.estimators.journal import count
-    from bitknap.quantize.twin import beside
+    from bitknap.quantize import twin
 
     with stoppable():
         try:
             yield
         except BaseException:
             if not count(journal_of(out)):
-                shutil.rmtree(beside(out), ignore_errors=True)
+                twin.forget(out)
             raise
 
 
@@ -169,7 +179,7 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
         overwrite: whether what a run with other inputs kept may be lost.
     """
     from bitknap import api
-    from bitknap.quantize.twin import beside
+    from bitknap.quantize import twin
 
     _check(options)
     silence_transformers()
@@ -191,7 +201,7 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
             max_memory=size_of(options["max_memory"]),
             seed=options["seed"],
             journal=journal_of(out),
-            scratch=beside(out),
+            scratch=twin.beside(out),
             overwrite=overwrite,
             progress=progress,
         )
@@ -205,10 +215,10 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
 def forget(out: Path) -> None:
     """Delete what was kept beside a finished `out`."""
     from bitknap.estimators import journal
-    from bitknap.quantize.twin import beside
+    from bitknap.quantize import twin
 
     journal.forget(journal_of(out))
-    shutil.rmtree(beside(out), ignore_errors=True)
+    twin.forget(out)
 
 
 def check_planned(options: dict[str, Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -14,6 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.errors import FileError, InputError
+
+# The dot and the digits that `mkstemp` adds to a name, so that a name from `beside` has room.
+_RANDOM = 9
 
 
 @contextlib.contextmanager
@@ -31,48 +35,104 @@ def folders_above(path: Path) -> Iterator[None]:
         raise
 
 
+def beside(path: Path, suffix: str, *, hidden: bool = True) -> Path:
+    """Return the name beside an output for what belongs to it: ".OUT.suffix" or "OUT.suffix".
+
+    A name that would be longer than the file system takes is cut, and told from others by 12
+    digits of its SHA-256.
+
+    Args:
+        path: the output, whether it is there or not.
+        suffix: what the name says, without the dot.
+        hidden: whether it begins with a dot.
+    """
+    named = path if path.name not in ("", "..") else path.resolve()
+    start, end, name = "." * hidden, f".{suffix}", named.name
+    room = name_limit(named) - _RANDOM - len(start) - len(end)
+    if len(os.fsencode(name)) > room:
+        digits = hashlib.sha256(os.fsencode(name)).hexdigest()[:12]
+        name = os.fsencode(name)[: room - 13].decode(errors="ignore") + f"~{digits}"
+    return named.absolute().parent / f"{start}{name}{end}"
+
+
+def name_limit(path: Path) -> int:
+    """Return the most bytes of a file's name on the disk of `path`, which need not exist."""
+    try:
+        return os.pathconf(existing(path), "PC_NAME_MAX")
+    except (OSError, ValueError):
+        return 255
+
+
+def existing(path: Path) -> Path:
+    """Return the nearest folder above `path` that exists."""
+    return next((at for at in path.absolute().parents if os.path.lexists(at)), Path("/"))
+
+
 def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` by a temporary name, fsync and rename."""
+    """Write `content` to `path` by a temporary name, fsync and rename.
+
+    Temporary files that killed runs left of the same path go.
+    """
     with folders_above(path):
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        start = beside(path, "tmp-")
+        _drop_stale(start)
+        handle, name = _temporary(start)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())
-            Path(name).chmod(0o644)
-            Path(name).replace(path)
+                Path(name).chmod(0o644)
+                Path(name).replace(path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
+        synced(path.absolute().parent)
 
 
-@contextlib.contextmanager
-def whole_folder(path: Path, *, overwrite: bool) -> Iterator[Path]:
-    """Yield an empty temporary folder that becomes `path` if the block ends without an error.
+def _temporary(start: Path) -> tuple[int, str]:
+    """Make a file whose name begins like `start`, and hold its lock while it is open."""
+    while True:
+        handle, name = tempfile.mkstemp(dir=start.parent, prefix=start.name)
+        try_lock(handle)
+        if os.fstat(handle).st_nlink:
+            return handle, name
+        os.close(handle)  # another run took it for a killed run's before it was locked
 
-    Raises:
-        InputError: `path` exists and `overwrite` is false.
+
+def _drop_stale(start: Path) -> None:
+    """Delete files of which the name begins like `start` and which nobody holds the lock of."""
+    with contextlib.suppress(OSError), os.scandir(start.parent) as entries:
+        for entry in entries:
+            rest = entry.name.removeprefix(start.name)
+            if rest == entry.name or len(rest) != _RANDOM - 1 or not entry.is_file():
+                continue
+            handle = os.open(entry.path, os.O_RDONLY | os.O_NOFOLLOW)
+            try:
+                if try_lock(handle):
+                    Path(entry.path).unlink()
+            finally:
+                os.close(handle)
+
+
+def try_lock(handle: int) -> bool:
+    """Take the lock of an open file, and return whether no other process has it.
+
+    On a file system without locks nobody ever has it.
     """
-    check_free_name(path, overwrite=overwrite)
-    with folders_above(path):
-        part = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        try:
-            yield part
-            move_into_place(part, path)
-        except BaseException:
-            shutil.rmtree(part, ignore_errors=True)
-            raise
+    import fcntl
 
-
-def check_free_name(path: Path, *, overwrite: bool) -> None:
-    """Raise InputError if the folder `path` exists and may not be overwritten."""
-    if path.exists() and not overwrite:
-        raise InputError(f"{path} exists; choose another folder or pass --overwrite")
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def synced(path: Path) -> None:
-    """Return when what was written to a file is on the disk."""
+    """Return when what was written to a file, or the names in a folder, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -83,18 +143,6 @@ def synced(path: Path) -> None:
 def folder_bytes(folder: Path) -> int:
     """Return the bytes of all files in a folder and in the folders below it."""
     return sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
-
-
-def move_into_place(part: Path, path: Path) -> None:
-    """Make the finished folder `part` become `path`, in the place of what is there."""
-    for file in part.rglob("*"):
-        synced(file)
-    part.chmod(0o755)
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-    part.replace(path)
 
 
 @contextlib.contextmanager
@@ -108,16 +156,10 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     Raises:
         InputError: another process is in it.
     """
-    import fcntl
-
     handle = os.open(path, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(f"{busy}; wait for that one") from None
-        except OSError:
-            pass  # a file system without locks
+        if not try_lock(handle):
+            raise InputError(f"{busy}; wait for that one")
         yield
     finally:
         os.close(handle)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bitknap.errors import InfeasibleError, InputError
+from bitknap.outputs import Kind, check_output, writing
 
 as_json_option = click.option(
     "--json", "as_json", is_flag=True, help="One JSON document on stdout."
@@ -19,7 +21,9 @@ seed_option = click.option(
 include_option = click.option(
     "--include", default="", help="Roles beside routed experts: attention,shared,dense."
 )
-overwrite_option = click.option("--overwrite", is_flag=True, help="Replace OUT if it exists.")
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an output that Bitknap wrote."
+)
 
 
 def text_option(purpose: str) -> Callable[[Any], Any]:
@@ -247,9 +251,36 @@ def check_frontier(budget: str | None, frontier: bool, options: dict[str, Any]) 
             raise InputError(f"--frontier does not take --{flag}; give --budget for that")
 
 
-def free_path(path: str, overwrite: bool) -> Path:
-    """Return the path if it may be written."""
-    out = Path(path)
-    if out.exists() and not overwrite:
-        raise InputError(f"{out} exists; choose another name or pass --overwrite")
+def free_path(
+    path: str | Path,
+    overwrite: bool,
+    *,
+    kind: Kind = "file",
+    model: str | None = None,
+    inputs: Iterable[Path | str | None] = (),
+) -> Path:
+    """Return the path if it may be written, and keep other commands from it until this one ends.
+
+    Args:
+        path: the output.
+        overwrite: whether what is there may be replaced, if this tool wrote it.
+        kind: what it will be.
+        model: MODEL that is read.
+        inputs: other files that the command reads or writes; "builtin" and None are none.
+
+    Raises:
+        InputError: it may not be written, or another command is writing it.
+    """
+    out, read = Path(path), [Path(one) for one in inputs if one not in (None, "builtin")]
+    copied_from = None
+    if model is not None:
+        from bitknap.quantize.source import places
+
+        with contextlib.suppress(InputError):  # said where the model is opened
+            read += places(model)
+            copied_from = read[-1]
+    check_output(out, kind, overwrite=overwrite, inputs=read, copied_from=copied_from)
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.with_resource(writing(out))
     return out

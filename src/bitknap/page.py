@@ -84,6 +84,7 @@ def shell(title: str, body: Iterable[str], *, style: str = "", script: str = "")
 <html lang="en">
 <head>
 <meta charset="utf-8">
+<meta name="generator" content="Bitknap">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{escape(title)}</title>
 <style>{_STYLE}{style}</style>

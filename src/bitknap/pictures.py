@@ -12,6 +12,7 @@ import numpy as np
 from bitknap.allocation.frontier import Frontier
 from bitknap.errors import InputError
 from bitknap.files import write_whole
+from bitknap.manifest import GENERATOR
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -72,7 +73,10 @@ def write_picture(figure: Figure, path: Path) -> None:
     from matplotlib import rc_context
 
     # Random ids, the date and the version would differ from run to run.
-    silent = {".svg": {"Date": None}, ".png": {"Software": None}}
+    silent = {
+        ".svg": {"Date": None, "Creator": GENERATOR},
+        ".png": {"Software": GENERATOR},
+    }
     if path.suffix not in silent:
         raise InputError(f"picture {path}: name it .svg or .png")
     buffer = io.BytesIO()

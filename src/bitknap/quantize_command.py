@@ -15,6 +15,7 @@ from bitknap.errors import InputError
 from bitknap.estimating import (
     check_planned,
     estimating,
+    files_of,
     forget,
     journal_of,
     one_text,
@@ -97,13 +98,17 @@ def quantize(
     """
     from bitknap import api
     from bitknap.allocation.budget import parse_size
+    from bitknap.estimators import journal
     from bitknap.notes import decoded_note, few_tokens_note, left_out_note
     from bitknap.render import bits_table, facts_table, widths_table
 
     if (plan is None) == (budget is None):
         raise InputError("give --plan or --budget, one of them")
-    path = free_path(out, overwrite)
-    page = None if report is None else free_path(report, overwrite)
+    others = [plan, *options["limits"], *files_of(options)]
+    path = free_path(out, overwrite, kind="folder", model=model, inputs=[*others, report])
+    page = None
+    if report is not None:
+        page = free_path(report, overwrite, model=model, inputs=[*others, out])
     parse_size(max_shard_size)
     text = one_text(options)
     check_refining(budget, options)
@@ -129,7 +134,7 @@ def quantize(
             progress=progress,
         )
     forget(path)
-    refine_journal(path).unlink(missing_ok=True)
+    journal.forget(refine_journal(path))
     facts = choice.facts | {
         "method": sizes["method"],
         "bytes_predicted": sizes["predicted"],

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from bitknap.errors import InputError
+from bitknap.files import beside
 from bitknap.options import given, limits_of, options_of, pinned
 
 refining = options_of(
@@ -79,4 +80,4 @@ def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out
 
 def refine_journal(out: Path) -> Path:
     """Return where measured plans are kept while `out` is in the making."""
-    return out.with_name(f"{out.name}.refine.journal")
+    return beside(out, "refine.journal", hidden=False)

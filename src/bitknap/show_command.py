@@ -53,7 +53,7 @@ def show(
         _show_diff(path, other, as_json)
         return
     if picture is not None:
-        free_path(str(picture), overwrite)
+        free_path(picture, overwrite, inputs=[path])
     if path.suffix == ".safetensors":
         _show_table(CostTable.load(path), picture, as_json)
         return

@@ -168,7 +168,7 @@ def show(
     from bitknap.allocation.study import load
     from bitknap.study_view import present_study
 
-    path = None if out is None else free_path(out, overwrite)
+    path = None if out is None else _free(out, overwrite, storage, table, features)
     found = load(name, storage, table=table, features=features)
     if path is not None:
         from bitknap.files import write_whole
@@ -206,7 +206,7 @@ def best(
     from bitknap.render import bits_table
     from bitknap.study_view import present_study, row_of, trials_table
 
-    path = None if out is None else free_path(out, overwrite)
+    path = None if out is None else _free(out, overwrite, storage, table, features)
     found = load(name, storage, table=table, features=features)
     if found.knobs.budget and budget is None:
         if path is not None:
@@ -220,6 +220,15 @@ def best(
         plan.save(path)
         document["path"] = str(out)
     present(as_json, document, bits_table(plan), trials_table("best trial", [record]))
+
+
+def _free(
+    out: str, overwrite: bool, storage: str, table: Path | None, features: tuple[Path, ...]
+) -> Path:
+    """Return the path of an output if it may be written; neither a table nor the storage is."""
+    from bitknap.allocation.trials import file_of
+
+    return free_path(out, overwrite, inputs=[table, *features, file_of(storage)])
 
 
 def _knobs(

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 import bitknap
 from bitknap.allocation import BitPlan, Format, formats
 from bitknap.errors import BitknapError, FileError, InputError, MismatchError, ModelError
+from bitknap.manifest import MANIFEST, sign
 from bitknap.quantize import checkpoint, loading
 from bitknap.quantize.apply import apply
 from bitknap.quantize.experts import walk
@@ -196,9 +197,13 @@ def test_an_existing_folder_is_left_alone(mixtral, tmp_path):
     (out / "mine.txt").write_text("keep me")
     with pytest.raises(InputError, match="exists"):
         bitknap.quantize(mixtral.folder, mixtral.plan, out)
+    with pytest.raises(InputError, match=r"out: mine\.txt was not written by Bitknap"):
+        bitknap.quantize(mixtral.folder, mixtral.plan, out, overwrite=True)
     assert contents(tmp_path) == {"out/mine.txt": b"keep me"}
-    bitknap.quantize(mixtral.folder, mixtral.plan, out, overwrite=True)
-    assert contents(out) == contents(mixtral.packed)
+    (out / "mine.txt").unlink()
+    for _ in range(2):  # an empty folder, and one of its own
+        bitknap.quantize(mixtral.folder, mixtral.plan, out, overwrite=True)
+        assert contents(out) == contents(mixtral.packed)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 
@@ -223,10 +228,11 @@ def test_a_nan_leaves_what_was_there(mixtral, tmp_path, name):
     # What was there before stays when its replacement fails.
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
+    sign(tmp_path / "out")
     with pytest.raises(ModelError):
         bitknap.quantize(folder, mixtral.plan, tmp_path / "out", overwrite=True)
     nothing_left(tmp_path, "source", "out", ".out.partial")
-    assert contents(tmp_path / "out") == {"old": b"old"}
+    assert contents(tmp_path / "out").keys() == {"old", MANIFEST}
 
 
 def test_a_plan_for_another_model_is_refused(mixtral, tmp_path):

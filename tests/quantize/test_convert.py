@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -38,7 +39,9 @@ def packed_folder(tmp_path, family="mixtral", shard=None):
     checkpoint.save(opened, plan, folder)
     if shard:
         split(folder, shard)
-    convert(folder, "plain", folder, overwrite=True)
+    convert(folder, "plain", tmp_path / "said")
+    shutil.rmtree(folder)
+    (tmp_path / "said").rename(folder)
     return folder, plan
 
 
@@ -144,8 +147,10 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path):
     folder, _ = packed_folder(tmp_path)
     with pytest.raises(InputError, match="layout: 'rows' is not one of plain, tiles"):
         convert(folder, "rows", tmp_path / "out")
-    with pytest.raises(InputError, match="exists; choose another folder"):
-        convert(folder, "tiles", folder)
+    with pytest.raises(InputError, match="exists; choose another name"):
+        convert(folder, "tiles", tmp_path / "source")
+    with pytest.raises(InputError, match="an output must be apart"):
+        convert(folder, "tiles", folder, overwrite=True)
     tensors = load_file(folder / "bitknap.safetensors")
     name = next(n for n in tensors if n.startswith("bitknap."))
     damaged = {

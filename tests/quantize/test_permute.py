@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from bitknap.errors import InputError, MismatchError, ModelError
+from bitknap.manifest import MANIFEST
 from bitknap.quantize.experts import matrix, walk
 from bitknap.quantize.loading import load
 from bitknap.quantize.permute import Permutation, order_neurons, permute, permuted
@@ -94,13 +95,13 @@ def test_shards_stay_shards(tmp_path):
     write(permuted(source, shuffled(walk(tiny_model("mixtral")))), tmp_path / "out")
     names = {file.name for file in (tmp_path / "in").iterdir()}
     assert len(names) > 4
-    assert {file.name for file in (tmp_path / "out").iterdir()} == names
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {*names, MANIFEST}
     index = "model.safetensors.index.json"
     before, after = (json.loads((tmp_path / d / index).read_text()) for d in ("in", "out"))
     assert after["weight_map"] == before["weight_map"]
     assert after["metadata"]["total_size"] == source.nbytes
     assert torch.isfinite(logits(load(tmp_path / "out"))).all()
-    with pytest.raises(InputError, match="out exists; choose another folder"):
+    with pytest.raises(InputError, match="out exists; choose another name"):
         write(permuted(source, shuffled(walk(tiny_model("mixtral")))), tmp_path / "out")
 
 
