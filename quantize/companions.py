@@ -13,6 +13,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from bitknap.errors import FileError
+from bitknap.manifest import MANIFEST
 
 # Why files stay behind, and their names in lower case. An adapter stays as a whole: transformers
 # would look for its weights as soon as it sees its configuration.
@@ -137,7 +138,7 @@ def _sort_top(
     """Put a file where it belongs, and of a folder all files or the folder itself."""
     name = path.name
     if not path.is_dir():
-        if name != "config.json" and name not in weights:
+        if name not in ("config.json", MANIFEST) and name not in weights:
             _sort(name, path, travel, left)
         return
     here = _below(path, name, weights)

@@ -82,7 +82,7 @@ def test_what_belongs_to_the_model_travels_and_the_rest_is_named(folder, tmp_pat
     (folder / "empty").mkdir()
     sizes = bitknap.quantize(folder, eight_bits(folder), tmp_path / "out")
     ours = {"config.json", "bitknap.safetensors", "bitknap_plan.json", "bitknap_source.json"}
-    ours |= {"modeling_bitknap.py", "SOURCE_README.md"}
+    ours |= {"modeling_bitknap.py", "SOURCE_README.md", "bitknap_files.json"}
     assert names_in(tmp_path / "out") == ours | set(TRAVEL)
     assert sizes["left_out"] == {why: sorted(names) for why, names in STAY.items()}
     total = sum((tmp_path / "out" / name).stat().st_size for name in names_in(tmp_path / "out"))
