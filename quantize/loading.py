@@ -31,7 +31,7 @@ from bitknap.quantize.names import walk_headers
 from bitknap.quantize.outline import PREFIX, streams
 from bitknap.quantize.packed_config import check_config, layout_of, plain_config
 from bitknap.quantize.source import DTYPES, Checkpoint
-from bitknap.quantize.source_config import forget_quantization
+from bitknap.quantize.source_config import computes, forget_quantization
 from bitknap.quantize.views import Layout
 from bitknap.quantize.weight_files import has_metadata
 
@@ -207,11 +207,12 @@ def _reads_alike(source: Checkpoint) -> bool:
     """Return whether transformers, given the folder, loads what `Checkpoint.read` reads.
 
     It does not decode all low-bit weights, adds an adapter that it finds, and refuses an index
-    without metadata.
+    without metadata and a dtype that nothing is computed in.
     """
     adapter = (source.folder / "adapter_config.json").is_file()
     bare = source.index and not has_metadata(source.folder / source.index)
-    return not (source.low_bit or adapter or bare)
+    dtype = source.config.get("dtype") or source.config.get("torch_dtype")
+    return computes(dtype) and not (source.low_bit or adapter or bare)
 
 
 def _generation(folder: Path) -> Any:

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from bitknap.errors import FileError
 
 # The second is what compressed-tensors wrote at first.
 KEYS = ("quantization_config", "compression_config")
+_DTYPES = ("dtype", "torch_dtype")
 
 
 def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -29,21 +32,37 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a parsed `config.json` without its quantization settings."""
-    return {
-        key: unquantized(value) if isinstance(value, Mapping) else value
-        for key, value in config.items()
-        if key not in KEYS
-    }
+    """Return a parsed `config.json` without its quantization settings.
+
+    A dtype that no model computes in, such as float8, becomes the one that weights are decoded to.
+    """
+    plain: dict[str, Any] = {}
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            value = unquantized(value)
+        elif key in _DTYPES and not computes(value):
+            value = "bfloat16"
+        plain[key] = value
+    return {key: value for key, value in plain.items() if key not in KEYS}
+
+
+def computes(dtype: Any) -> bool:
+    """Return whether a model can compute in the dtype that its configuration names, if any."""
+    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(found, torch.dtype):
+        return True  # none, "auto", or a mistake that transformers explains
+    return found.is_floating_point and found.itemsize > 1
 
 
 def forget_quantization(config: Any) -> None:
-    """Delete the quantization settings of a transformers configuration, in place."""
+    """Do as `unquantized` to a transformers configuration, in place."""
     for name, value in list(vars(config).items()):
         if name in KEYS:
             delattr(config, name)
         elif hasattr(value, "to_dict"):
             forget_quantization(value)
+        elif name.lstrip("_") in _DTYPES and not computes(value):
+            setattr(config, name, torch.bfloat16)
 
 
 def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:

@@ -123,3 +123,12 @@ def test_settings_of_a_part_of_the_config_count():
     assert unquantized(nested) == {"text_config": {"a": 1}, "b": 2}
     assert quantization_of({"compression_config": settings}) == settings
     assert unquantized({"compression_config": settings, "b": 2}) == {"b": 2}
+
+
+def test_a_dtype_that_nothing_is_computed_in_becomes_that_of_decoded_weights(plain, tmp_path):
+    config = json.loads((plain / "config.json").read_text()) | {"dtype": "float8_e4m3fn"}
+    folder = write_tensors(tmp_path / "m", load_file(plain / "model.safetensors"), config)
+    assert bitknap.load(folder).dtype == torch.bfloat16
+    assert unquantized({"torch_dtype": "int8", "b": 2}) == {"torch_dtype": "bfloat16", "b": 2}
+    for dtype in ("float16", "float32", "auto", None, "nonsense"):
+        assert unquantized({"dtype": dtype}) == {"dtype": dtype}
