@@ -230,10 +230,9 @@ def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
     for unit, view in enumerate(layout.views):
         format, stored = plan.format_of(unit), source.precision(view.tensor)
         if format.kind == "keep" and stored != format.source:
-            low = source.low_bit.get(view.tensor)
             raise MismatchError(
                 f"{plan.units.label(unit)}: the plan says {format.name}, but {view.tensor} is "
-                f"stored as {low.kind if low else source.headers[view.tensor].dtype}; "
+                f"stored as {source.stored_as(view.tensor)}; "
                 "keep that precision or quantize"
             )
 

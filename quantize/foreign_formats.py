@@ -29,18 +29,19 @@ _ENDINGS = tuple(
         (r"[._]weight_(?:packed|shape|zero_point|global_scale)", "compressed-tensors"),
         (r"[._](?:W_q|W_q_meta|W_nbits)", "HQQ"),
         (r"\._(?:data|scale|shift|zeropoint)", "quanto"),
-        (r"[._]_?weight_qdata|_weight_(?:scale|zero_point)|[.:]tensor_impl[.:].+", "torchao"),
+        (r"[._:]qdata|\._weight_(?:qdata|scale|zero_point)|[.:]tensor_impl[.:].+|:\w+", "torchao"),
         (r"\.q_(?:weight|scale|scale_max|groups|invperm|perm|group_map)", "EXL2"),
         (r"\.(?:trellis|suh|svh)", "EXL3"),
         (r"\.(?:codebooks|codes)", "AQLM"),
         (r"[._](?:weight_)?scale_inv|weight_scale|weight_scales", "scales without float8 weights"),
     )
 )
+_MXFP4 = re.compile(r"[._](?:blocks|scales)$")
 _SMALL_FLOATS = re.compile(r"F8_|F[46]")
 _INTEGERS = re.compile(r"[IU]\d+")
 # Where float8 is a weight: anywhere inside a layer. Integers are masks, indices and tables as well.
 _FLOAT8_WEIGHT = re.compile(r"(?:.*[._])?weight|.+\.\d+\..+")
-_INTEGER_WEIGHT = re.compile(r"(?:.*[._])?weight|.+(?:_proj|_linear|\.w[123]|\.v1|\.fc[12])")
+_INTEGER_WEIGHT = re.compile(r"(?:.*[._])?weight|.+(?:_proj|_linear|\.w\d+|\.v1|\.fc\d)")
 
 
 def check(
@@ -84,7 +85,7 @@ def _format_of(name: str, info: TensorInfo, headers: Mapping[str, TensorInfo]) -
             return format
     if name.endswith("_scale") and len(_shape_of(name.removesuffix("_scale"), headers)) > 1:
         return "scales without float8 weights"
-    if name.endswith(("_blocks", "_scales")) and info.dtype == "U8":
+    if _MXFP4.search(name) and info.dtype == "U8":
         return "MXFP4 in shapes that are not known"
     if _SMALL_FLOATS.match(info.dtype) and _FLOAT8_WEIGHT.fullmatch(name):
         return f"{info.dtype} without scales"

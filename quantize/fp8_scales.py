@@ -1,7 +1,8 @@
 """The scales of float8 weights: what they are called, and which weights share one.
 
 X, or M.weight                            F8_E4M3 or F8_E5M2 [..., rows, cols]
-X_scale_inv, X_scale, M.scale             F32, BF16, F16 or F8_E8M0; the weight is their product
+X_scale_inv, X_scale, M.scale             F32, BF16, F16 or F8_E8M0; the weight is their product.
+                                          U8 holds the bytes of F8_E8M0, as in MXFP8
     [..., ceil(rows / b), ceil(cols / c)]   a block of b x c shares one
     [..., rows, 1] or [..., rows]           an output row does
     [..., 1, cols]                          a column of stacked [in, out] experts does
@@ -16,6 +17,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from bitknap.errors import FileError
 from bitknap.quantize.headers import TensorInfo
 from bitknap.quantize.source_config import block_size, group_blocks, quantization_of
@@ -24,7 +28,7 @@ CODES = ("F8_E4M3", "F8_E5M2")
 # Blocks where config.json does not say: those of every published checkpoint that leaves it out.
 BLOCK = (128, 128)
 
-_DTYPES = ("F32", "BF16", "F16", "F8_E8M0")
+_DTYPES = ("F32", "BF16", "F16", "F8_E8M0", "U8")
 _INVERSE = ("_scale_inv", ".scale")
 _SUFFIXES = (*_INVERSE, "_scale")
 _ACTIVATIONS = tuple(
@@ -38,6 +42,12 @@ def scales_of(name: str, stored: Mapping[str, TensorInfo]) -> str | None:
     """Return the name of the scales of a float8 tensor, None if there are none."""
     found = (_beside(name, suffix) for suffix in _SUFFIXES)
     return next((scales for scales in found if scales in stored), None)
+
+
+def values(scales: Tensor) -> Tensor:
+    """Return scales as they are multiplied with, float32."""
+    exponents = scales.dtype == torch.uint8
+    return (scales.view(torch.float8_e8m0fnu) if exponents else scales).float()
 
 
 def activation_scales(name: str, stored: Mapping[str, TensorInfo]) -> list[str]:

@@ -25,7 +25,14 @@ import torch
 from torch import Tensor
 
 from bitknap.errors import FileError, ModelError
-from bitknap.quantize.fp8_scales import BLOCK, CODES, activation_scales, scales_of, shared_block
+from bitknap.quantize.fp8_scales import (
+    BLOCK,
+    CODES,
+    activation_scales,
+    scales_of,
+    shared_block,
+    values,
+)
 from bitknap.quantize.headers import TensorInfo
 from bitknap.quantize.views import View
 
@@ -161,7 +168,7 @@ def decode(low: LowBit, stored: Stored, first: int = 0) -> Tensor:
     rows, cols = weights.shape[-2:]
     high, wide = low.block
     flat, codes = weights.view(-1, rows, cols), stored.codes.reshape(-1, rows, cols)
-    grids = stored.scales.float().reshape(-1)
+    grids = values(stored.scales).reshape(-1)
     count = len(flat) if grids.numel() > 1 else 1
     grids = grids.view(count, -1, -(-cols // wide)).expand(len(flat), -1, -1)
     step = max(1, _PIECE // cols)  # a band of rows at a time: little beside the result
@@ -221,7 +228,7 @@ def cut(low: LowBit, stored: Stored, view: View) -> Tensor:
         raise ModelError(f"{view.tensor}: a matrix shares blocks with another; quantize it")
     blocks = replace(view, start=start // step, stop=-(-stop // step))
     codes = view.of(stored.codes).contiguous().view(torch.uint8).reshape(-1)
-    scales = blocks.of(stored.scales).float().contiguous().view(torch.uint8).reshape(-1)
+    scales = values(blocks.of(stored.scales)).contiguous().view(torch.uint8).reshape(-1)
     return torch.cat([codes, scales])
 
 

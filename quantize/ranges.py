@@ -32,15 +32,23 @@ def read_bytes(name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
     return torch.frombuffer(buffer, dtype=torch.uint8)
 
 
+def read_tensor(name: str, info: TensorInfo) -> Tensor:
+    """Return a copy of a stored tensor.
+
+    Raises:
+        FileError: the file has shrunk since its header was read, or torch lacks the dtype.
+    """
+    data = read_bytes(name, info, 0, info.stop - info.start)
+    return data.view(_dtype(name, info)).reshape(info.shape)
+
+
 def read_rows(name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
     """Return rows start .. stop - 1 of a tensor seen as one matrix of its last dimension.
 
     Raises:
         FileError: the file has shrunk since its header was read, or torch lacks the dtype.
     """
-    dtype = DTYPES.get(info.dtype)
-    if dtype is None:
-        raise FileError(f"{info.file}: {name}: torch cannot hold dtype {info.dtype}")
+    dtype = _dtype(name, info)
     width = info.shape[-1]
     row = width * dtype.itemsize
     return read_bytes(name, info, start * row, stop * row).view(dtype).view(-1, width)
@@ -54,7 +62,7 @@ def read_slabs(name: str, info: TensorInfo, first: int, last: int) -> Tensor:
     """
     size = (info.stop - info.start) // max(1, info.shape[0])
     found = read_bytes(name, info, first * size, last * size)
-    return found.view(DTYPES[info.dtype]).view(last - first, *info.shape[1:])
+    return found.view(_dtype(name, info)).view(last - first, *info.shape[1:])
 
 
 def read_view(info: TensorInfo, view: View) -> Tensor:
@@ -75,3 +83,10 @@ def read_view(info: TensorInfo, view: View) -> Tensor:
     stop = height if view.stop is None else min(view.stop, height)
     rows = read_rows(view.tensor, info, base + start, base + stop)
     return rows[:: view.step]
+
+
+def _dtype(name: str, info: TensorInfo) -> torch.dtype:
+    dtype = DTYPES.get(info.dtype)
+    if dtype is None:
+        raise FileError(f"{info.file}: {name}: torch cannot hold dtype {info.dtype}")
+    return dtype

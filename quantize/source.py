@@ -23,7 +23,7 @@ from bitknap.quantize import foreign_formats, hub, lowbit
 from bitknap.quantize.companions import Companions, check_content
 from bitknap.quantize.headers import DTYPES, PACKED, PLAIN, TensorInfo
 from bitknap.quantize.lowbit import LowBit
-from bitknap.quantize.ranges import read_slabs, read_view
+from bitknap.quantize.ranges import read_slabs, read_tensor, read_view
 from bitknap.quantize.views import View
 from bitknap.quantize.weight_files import read_weights, weights_of
 
@@ -228,6 +228,11 @@ class Checkpoint:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / name, folder / name)
 
+    def stored_as(self, name: str) -> str:
+        """Return what to call the way a tensor is stored, whether or not it can be kept."""
+        low = "fp8" if name in self.low_bit else self.headers[name].dtype
+        return self.precision(name) or low
+
     @cached_property
     def fingerprint(self) -> str:
         """32 hex digits that tell this model from another, even one of the same shapes.
@@ -276,7 +281,7 @@ class Checkpoint:
         info = self.headers.get(name)
         if info is None:
             raise InputError(f"{self.folder}: no tensor {name!r}")
-        return _read(name, info)
+        return read_tensor(name, info)
 
     def read_slabs(self, name: str, first: int, last: int) -> torch.Tensor:
         """Return elements first .. last - 1 of a low-bit tensor's first dimension, bfloat16.
@@ -297,6 +302,10 @@ class Checkpoint:
         low = self.low_bit.get(view.tensor)
         if low is None:
             return read_view(self.headers[view.tensor], view)
+        shape = self.headers[view.tensor].shape
+        if len(shape) == 2 and view == View(tensor=view.tensor, start=view.start, stop=view.stop):
+            stop = shape[0] if view.stop is None else min(view.stop, shape[0])
+            return self.read_slabs(view.tensor, view.start or 0, stop)
         stored, inside = self._around(low, view)
         return inside.of(lowbit.decode(low, stored))
 
@@ -325,22 +334,8 @@ def _config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def _read(name: str, info: TensorInfo) -> torch.Tensor:
-    dtype = DTYPES.get(info.dtype)
-    if dtype is None:
-        raise FileError(f"{info.file}: {name}: torch cannot hold dtype {info.dtype}")
-    if not math.prod(info.shape):
-        return torch.empty(info.shape, dtype=dtype)
-    buffer = bytearray(info.stop - info.start)
-    with info.file.open("rb") as file:
-        file.seek(info.start)
-        if file.readinto(buffer) != len(buffer):
-            raise FileError(f"{info.file}: {name}: truncated since it was opened")
-    return torch.frombuffer(buffer, dtype=torch.uint8).view(dtype).reshape(info.shape)
-
-
 def _read_both(low: LowBit) -> lowbit.Stored:
-    return lowbit.Stored(*(_read(name, info) for name, info in low.needed))
+    return lowbit.Stored(*(read_tensor(name, info) for name, info in low.needed))
 
 
 def _read_slabs(low: LowBit, first: int, last: int) -> lowbit.Stored:
@@ -349,4 +344,4 @@ def _read_slabs(low: LowBit, first: int, last: int) -> lowbit.Stored:
     given = read_slabs(codes_name, codes, first, last)
     if len(codes.shape) > 2 and scales.shape[:1] == codes.shape[:1]:
         return lowbit.Stored(given, read_slabs(scales_name, scales, first, last))
-    return lowbit.Stored(given, _read(scales_name, scales))
+    return lowbit.Stored(given, read_tensor(scales_name, scales))

@@ -86,7 +86,7 @@ def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
     fixed = fixed_bytes(source, layout) + source.elsewhere
     roles = {ROLES[r]: int((units.role == r).sum()) for r in np.unique(units.role)}
     padded = {f"g{g}": _short(units.rows, units.cols, g) for g in (32, 64, 128, 256)}
-    stored = sorted({source.precision(view.tensor) for view in layout.views})
+    stored = sorted({source.stored_as(view.tensor) for view in layout.views})
     return {
         "architecture": ", ".join(architectures(source.config) or ["unknown"]),
         "moe_layers": len(layout.layers),

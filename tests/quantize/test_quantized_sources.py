@@ -43,10 +43,13 @@ def lowered(weight, block, shape=None, codes=E4M3, scale=torch.float32):
     high, wide = block[0] or rows, block[1] or cols
     grid = (*weight.shape[:-2], math.ceil(rows / high), math.ceil(cols / wide))
     generator = torch.Generator().manual_seed(rows + cols)
-    scales = (torch.rand(grid, generator=generator) / 8 + 2**-9).to(scale)
+    scales = torch.rand(grid, generator=generator) / 8 + 2**-9
+    exponents = scale == torch.uint8
+    scales = scales.to(torch.float8_e8m0fnu if exponents else scale)
     full = scales.float().repeat_interleave(high, -2)[..., :rows, :]
     full = full.repeat_interleave(wide, -1)[..., :cols]
     stored = (weight.float() / full).to(codes)
+    scales = scales.view(torch.uint8) if exponents else scales
     meant = torch.empty(weight.shape)
     for place in np.ndindex(weight.shape):
         meant[place] = float(stored[place]) * float(full[place])
@@ -119,6 +122,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "half scales": (attention, blocks(8, 8), {"block": (8, 8), "scale": torch.float16}),
     "brain scales": (attention, blocks(8, 8), {"block": (8, 8), "scale": torch.bfloat16}),
     "powers": (attention, blocks(8, 8), {"block": (8, 8), "scale": torch.float8_e8m0fnu}),
+    "MXFP8": (every, blocks(1, 32), {"block": (1, 32), "scale": torch.uint8}),
     "wide exponents": (every, blocks(16, 16), {"block": (16, 16), "codes": E5M2}),
     "short names": (attention, blocks(16, 16), {"block": (16, 16), "suffix": ".scale"}),
     "channel": (every, FLOAT, {"block": (1, None), "suffix": "_scale"}),
@@ -180,6 +184,17 @@ def test_float8_is_what_it_means(case, plain, tmp_path):
     assert same(*packed)
     assert sizes["decoded"] == len([n for n in ours.low_bit if n in packed[0]])
     assert (sizes["decoded_bytes"] > sizes["stored_bytes"]) == (sizes["decoded"] > 0)
+
+
+@pytest.mark.parametrize("case", ["uneven blocks", "fused channel", "scalar"])
+def test_large_tensors_are_decoded_piece_by_piece(case, plain, tmp_path, monkeypatch):
+    chosen, settings, how = CASES[case]
+    low, _ = twice(plain, tmp_path, chosen, settings, **how)
+    quantized(low, tmp_path / "whole")
+    monkeypatch.setattr("bitknap.quantize.pieces.PIECE", 4 * 40 * 3)
+    quantized(low, tmp_path / "cut")
+    found = (load_file(tmp_path / out / "bitknap.safetensors") for out in ("whole", "cut"))
+    assert same(*found)
 
 
 @pytest.mark.parametrize("case", ["blocks", "channel", "input scales", "fused blocks"])
