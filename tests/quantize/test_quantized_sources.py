@@ -14,8 +14,10 @@ import bitknap
 from bitknap.allocation import BitPlan, formats
 from bitknap.errors import FileError, ModelError
 from bitknap.quantize.checkpoint import check_finite
+from bitknap.quantize.lowbit import restore
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.source import Checkpoint
+from bitknap.quantize.views import View
 from bitknap.testing import write_tensors
 from bitknap.transformers_hook import install
 
@@ -293,3 +295,14 @@ def test_a_packed_checkpoint_that_was_written_with_float8_stays_unpacked(plain, 
     for refuse in (AutoModelForCausalLM.from_pretrained, lambda f: bitknap.load(f, packed=True)):
         with pytest.raises(ModelError, match="in fewer than 16 bits outside of units"):
             refuse(out)
+
+
+def test_a_kept_matrix_of_a_linear_layer_keeps_its_mxfp4(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 256, (40, 2, 16), generator=generator, dtype=torch.uint8)
+    scales = torch.randint(118, 126, (40, 2), generator=generator, dtype=torch.uint8)
+    low = {f"{QUERY}_blocks": codes, f"{QUERY}_scales": scales}
+    source = Checkpoint.open(write_tensors(tmp_path / "m", low, {}))
+    assert source.precision(QUERY) == "mxfp4"
+    stream = source.kept(View(tensor=QUERY))
+    assert torch.equal(restore(stream, "mxfp4", 40, 64), source.read(QUERY).float())
