@@ -21,9 +21,9 @@ from bitknap.estimating import (
     resumable,
     run_estimate,
 )
+from bitknap.option_rules import check_options
 from bitknap.options import (
     as_json_option,
-    check_frontier,
     check_solving,
     free_path,
     given,
@@ -119,6 +119,7 @@ def estimate(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     from bitknap.notes import notes, table_summary
     from bitknap.render import cost_table
 
+    check_options("estimate")
     path = free_path(out, overwrite, model=model, inputs=files_of(options))
     with resumable(path):
         table = run_estimate(model, options, path, overwrite=overwrite)
@@ -153,7 +154,7 @@ def solve(
     from bitknap.allocation import CostTable
     from bitknap.render import bits_table, facts_table, limits_table, price_table
 
-    check_frontier(budget, frontier, options)
+    check_options("solve")
     inputs = [table, *options["limits"]]
     path = free_path(out, overwrite, inputs=inputs)
     if budget is None:
@@ -219,9 +220,8 @@ def evaluate(
     from bitknap.evaluation import rows_for
     from bitknap.render import losses_table
 
+    check_options("evaluate")
     silence_transformers()
-    if uniform and reference is None:
-        raise InputError("--uniform needs --reference, the model that recipes are applied to")
     with progress_bars() as progress:
         count = given(tokens, api.EVALUATION_TOKENS)
         rows = rows_for(model, reference, text, count, uniform=uniform, progress=progress)

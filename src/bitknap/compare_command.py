@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitknap.errors import InputError
+from bitknap.option_rules import check_options
 from bitknap.options import (
     as_json_option,
     free_path,
@@ -101,6 +102,7 @@ def compare(
     from bitknap.benchmarks.compare.strategies import names
     from bitknap.compare_view import strategies_tables
 
+    check_options("compare")
     wanted, sizes = names(listed(strategies)), _budgets(budgets)
     chosen = _options(model, strategies, options)
     folder = _free(Path(out), model, overwrite, options)

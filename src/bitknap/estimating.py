@@ -181,7 +181,6 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
     from bitknap import api
     from bitknap.quantize import twin
 
-    _check(options)
     silence_transformers()
     with progress_bars() as progress:
         table = api.estimate(
@@ -219,37 +218,6 @@ def forget(out: Path) -> None:
 
     journal.forget(journal_of(out))
     twin.forget(out)
-
-
-def check_planned(options: dict[str, Any]) -> None:
-    """Refuse words that a plan has said already."""
-    for name, plain in {"row_blocks": 1, "permute": False, "rotate": False}.items():
-        if options[name] != plain:
-            flag = name.replace("_", "-")
-            raise InputError(f"--{flag}: the plan says what is done; leave it out, or --plan")
-
-
-def one_text(options: dict[str, Any]) -> str:
-    """Return the text that a method of rounding calibrates on, the only one given.
-
-    Raises:
-        InputError: several were given, and the method reads one.
-    """
-    first, *others = options["text"]
-    if others and options["method"] == "gptq":
-        raise InputError("--text: gptq calibrates on one text; give one")
-    return str(first)
-
-
-def _check(options: dict[str, Any]) -> None:
-    """Refuse words that do not go together."""
-    if options["risk"] is not None and options["robust"] != "mean+sd":
-        raise InputError("--risk: only --robust mean+sd takes it")
-    if options["samples"] is not None and len(options["text"]) > 1:
-        raise InputError("--samples: they are measured on one text; give one --text")
-    words = listed(options["estimator"])
-    if options["initial_router"] is not None and "router-norm" not in words:
-        raise InputError("--initial-router: only --estimator router-norm reads it")
 
 
 def _estimator(model: str, options: dict[str, Any], progress: Progress | None) -> Any:

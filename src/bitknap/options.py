@@ -241,16 +241,6 @@ def priced(prices: tuple[Any, ...], chosen: str) -> dict[str, Any]:
     return {"price": rows} if rows else {}
 
 
-def check_frontier(budget: str | None, frontier: bool, options: dict[str, Any]) -> None:
-    """Refuse what does not go with --frontier, which is the path of all budgets."""
-    if frontier == (budget is not None):
-        raise InputError("give --budget or --frontier, one of them")
-    for name in ("solver", "gap", "time_limit", "limits", "price"):
-        if frontier and options[name] not in (None, False, ()):
-            flag = {"limits": "limit"}.get(name, name).replace("_", "-")
-            raise InputError(f"--frontier does not take --{flag}; give --budget for that")
-
-
 def free_path(
     path: str | Path,
     overwrite: bool,

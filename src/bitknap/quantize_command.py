@@ -11,18 +11,16 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitknap.errors import InputError
 from bitknap.estimating import (
-    check_planned,
     estimating,
     files_of,
     forget,
     journal_of,
-    one_text,
     resumable,
     run_estimate,
     size_of,
 )
+from bitknap.option_rules import check_options
 from bitknap.options import (
     as_json_option,
     check_solving,
@@ -102,20 +100,16 @@ def quantize(
     from bitknap.notes import decoded_note, few_tokens_note, left_out_note
     from bitknap.render import bits_table, facts_table, widths_table
 
-    if (plan is None) == (budget is None):
-        raise InputError("give --plan or --budget, one of them")
+    check_options("quantize")
     others = [plan, *options["limits"], *files_of(options)]
     path = free_path(out, overwrite, kind="folder", model=model, inputs=[*others, report])
     page = None
     if report is not None:
         page = free_path(report, overwrite, model=model, inputs=[*others, out])
     parse_size(max_shard_size)
-    text = one_text(options)
-    check_refining(budget, options)
+    check_refining(options)
     if budget is not None:
         check_solving(budget, options)
-    else:
-        check_planned(options)
     choice = _choose(model, plan, budget, options, path, overwrite)
     with stoppable(), progress_bars() as progress:
         sizes = api.quantize(
@@ -124,7 +118,7 @@ def quantize(
             out,
             method=options["method"],
             force=force,
-            text=text,
+            text=options["text"][0],
             tokens=given(options["tokens"], api.CALIBRATION_TOKENS),
             max_memory=size_of(options["max_memory"]),
             seed=options["seed"],

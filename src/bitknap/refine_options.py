@@ -36,20 +36,10 @@ refining = options_of(
 )
 
 
-def check_refining(budget: str | None, options: dict[str, Any]) -> None:
-    """Refuse what does not go with --refine, before minutes go into estimating."""
+def check_refining(options: dict[str, Any]) -> None:
+    """Refuse numbers of plans that mean nothing, before minutes go into estimating."""
     if options["refine"] < 0:
         raise InputError(f"--refine {options['refine']}: a number of plans, 0 for none")
-    if not options["refine"]:
-        return
-    if budget is None:
-        raise InputError("--refine: improves on what a budget gives; give --budget, not --plan")
-    for name in ("permute", "rotate", "max_memory"):
-        if options[name]:
-            flag = name.replace("_", "-")
-            raise InputError(f"--refine: measures the live model as it is; leave out --{flag}")
-    if len(options["text"]) > 1:
-        raise InputError("--refine: plans are measured on one text; give one --text")
 
 
 def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out: Path) -> Any:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from bitknap.errors import InputError
+from bitknap.option_rules import check_options
 from bitknap.options import as_json_option, free_path, overwrite_option
 from bitknap.terminal import present
 
@@ -47,9 +48,8 @@ def show(
         widths_table,
     )
 
+    check_options("show")
     if other is not None:
-        if picture is not None:
-            raise InputError("--picture: is of a table, --diff of two plans; pass one of them")
         _show_diff(path, other, as_json)
         return
     if picture is not None:

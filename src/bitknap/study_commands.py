@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitknap.errors import InputError, MismatchError
+from bitknap.option_rules import check_options
 from bitknap.options import (
     as_json_option,
     free_path,
@@ -94,6 +95,7 @@ def create(
     from bitknap.allocation.study import create as make
     from bitknap.study_view import present_study
 
+    check_options("study create")
     made = make(
         name,
         storage,
@@ -246,8 +248,6 @@ def _knobs(
     unknown = [name for name in names if name not in _KNOBS]
     if unknown or not names:
         raise InputError(f"--knobs {words!r}: name some of {', '.join(_KNOBS)}")
-    if "exponents" in names and not features:
-        raise InputError("--knobs exponents: give at least one --feature TABLE")
     return Knobs(
         exponents=tuple(path.stem for path in features) if "exponents" in names else (),
         risk="risk" in names,
