@@ -35,7 +35,7 @@ from bitknap.quantize.views import Layout
 from bitknap.refining import REFINE_TOKENS, Loop, open_loop
 
 # Of the bundled texts, in their order, a quarter each.
-DOMAINS = ("books", "code", "wiki", "speeches")
+DOMAINS = ("books", "code", "speeches", "wiki")
 WIDTHS, SIZES = (1, 2, 3, 4, 5, 6, 8), (32, 64, "row")
 # Where a bundled model keeps its routers before training.
 _ROUTERS = "initial_routers.safetensors"

@@ -44,7 +44,7 @@ def train_tokenizer(corpus: Path) -> Tokenizer:
 
 
 def tokens_of(tokenizer: Tokenizer, path: Path) -> np.ndarray:
-    """Return the text's token ids, int64 [T]; encoded by paragraph, which BPE splits at anyway."""
+    """Return the text's token ids, int64 [T]; each line is encoded by itself."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return np.concatenate([np.array(e.ids, np.int64) for e in tokenizer.encode_batch(lines)])
 

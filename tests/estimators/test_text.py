@@ -108,3 +108,15 @@ def test_the_bundled_texts_do_not_overlap():
     one, other = (set(read_text("builtin", p).splitlines()) for p in ("calibration", "evaluation"))
     long = {line for line in one & other if len(line) > 60}
     assert len(long) <= 0.001 * len(one)
+
+
+@pytest.mark.parametrize("purpose", ["calibration", "evaluation"])
+def test_the_bundled_texts_are_their_domains_in_order(purpose):
+    from bitknap.benchmarks.compare.setting import DOMAINS
+
+    words = read_text("builtin", purpose)
+    size = len(words) // len(DOMAINS)
+    marks = {"books": "'' said", "code": "self.", "speeches": "the Congress", "wiki": " <unk> "}
+    for name, mark in marks.items():
+        counts = [words[at * size : (at + 1) * size].count(mark) for at in range(len(DOMAINS))]
+        assert counts.index(max(counts)) == DOMAINS.index(name)
