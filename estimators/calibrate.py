@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from bitknap.errors import InputError
 from bitknap.estimators.evidence import Evidence, LayerEvidence
 from bitknap.estimators.gains import gain_of, noisy
+from bitknap.estimators.language_model import settle
 from bitknap.estimators.linears import recording_linears
 from bitknap.estimators.recording import LayerSums, caught_alone, check_seen, recording
 from bitknap.estimators.replay import BATCH_TOKENS, Replay
@@ -66,6 +67,7 @@ def calibrate(
     windows = Windows.of(windows)
     batches = windows.batches(BATCH_TOKENS)
     generator = torch.Generator().manual_seed(seed)
+    settle(model, windows.ids)
     traced = (trace_tokens or windows.ids.numel()) if traces or gradients else 0
     with recording(
         model, layout, full=full, curvature=curvature, trace_tokens=traced, gradients=gradients

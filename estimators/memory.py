@@ -12,6 +12,7 @@ import numpy as np
 from bitknap.allocation.budget import human
 from bitknap.errors import InputError
 from bitknap.estimators.replay import BATCH_TOKENS
+from bitknap.quantize.names import count_of, text_config
 from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.views import Layout
 
@@ -84,7 +85,7 @@ def peak_bytes(
         needs: what the estimator needs.
         by_layer: gradients of one layer a backward pass, without those of parameters.
     """
-    config = source.config.get("text_config") or source.config
+    config = text_config(source.config)
     layers, units = layout.layers, layout.units
     hidden, middle, routed = _widths(source, layout)
     depth = _size(config, len(layers), "num_hidden_layers", "n_layers", "num_layers")
@@ -123,7 +124,7 @@ def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collecti
     """
     layers, units = layout.layers, layout.units
     hidden, middle, routed = _widths(source, layout)
-    config = source.config.get("text_config") or source.config
+    config = text_config(source.config)
     vocabulary = _size(config, 0, "vocab_size")
     batch = min(tokens, BATCH_TOKENS)
     window = min(batch, _size(config, batch, "max_position_embeddings"))
@@ -155,7 +156,7 @@ def _largest_layer(source: Checkpoint) -> int:
 
 def _widths(source: Checkpoint, layout: Layout) -> tuple[int, int, int]:
     """Return the sizes of the residual stream and of an expert's middle, and experts a token."""
-    config = source.config.get("text_config") or source.config
+    config = text_config(source.config)
     hidden = max((x.hidden for x in layout.layers), default=0)
     middle = max((x.intermediate for x in layout.layers), default=0)
     return hidden, middle, _size(config, 1, "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k")
@@ -163,4 +164,4 @@ def _widths(source: Checkpoint, layout: Layout) -> tuple[int, int, int]:
 
 def _size(config: Mapping[str, Any], default: int, *names: str) -> int:
     """Return the first of some sizes that a configuration has."""
-    return next((int(config[name]) for name in names if config.get(name)), default)
+    return count_of(config, *names) or default

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from bitknap.estimators.language_model import settle
 from bitknap.estimators.windows import Windows, labels_of, logits_of, predicted, seen
 from bitknap.quantize.views import Layout
 
@@ -121,6 +122,7 @@ class Replay:
         self.model, self.windows, self.base = model, self._text.ids, ""
         self._layers, self._places = decoder_layers(model, layout) if cache else (None, {})
         self._batches = self._text.batches(BATCH_TOKENS)
+        settle(model, self.windows)
         self._logs: list[Tensor] = []
         self._outputs: list[list[Any]] = []
         for batch in self._batches:

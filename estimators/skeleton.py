@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from bitknap.allocation.units import ROLES
 from bitknap.errors import FileError, ModelError
 from bitknap.estimators.spill import moved
+from bitknap.quantize.architecture import align_experts, config_of, hollow
+from bitknap.quantize.buildable import stored_as
 from bitknap.quantize.experts import walk
-from bitknap.quantize.loading import config_of
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.views import Layout
@@ -59,7 +60,9 @@ class Skeleton:
             self.numbers.setdefault(int(place), []).append(layer.layer)
         self._state: dict[str, Tensor] = self.model.state_dict()
         self._experts = _routed_tensors(self.layout)
-        self._sources = _sources(self.model, self._state, source, _routed_tensors(self.on_disk))
+        routed = _routed_tensors(self.on_disk)
+        others = [name for name in source.headers if name not in routed]
+        self._sources = stored_as(self.model, self._state, others)
         for name, module in self.model.named_modules():
             if not f"{name}.".startswith(f"{self._list}."):
                 module.register_forward_pre_hook(partial(self._fill_on_use, name))
@@ -155,29 +158,20 @@ class Skeleton:
 
 def _hollow(source: Checkpoint) -> Any:
     """Return the model of a checkpoint in evaluation mode, its parameters on the meta device."""
-    import transformers
-    from transformers.initialization import no_init_weights
-
     config = config_of(source.folder)
-    names = config.architectures or [""]
-    architecture = getattr(transformers, names[0], None)
-    if architecture is None:
-        raise ModelError(
-            f"{source.folder}: unknown architecture {names[0]!r}; transformers has no such class"
-        )
     if config.is_encoder_decoder:
         raise ModelError(
             f"{source.folder}: an encoder-decoder cannot be calibrated layer by layer; "
             "raise --max-memory, or use --estimator data-free"
         )
-    with torch.device("meta"), no_init_weights():
-        model = architecture._from_config(config, dtype=torch.float32)
+    model = hollow(source.folder, config)
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
     # Computed, not stored, such as the frequencies of rotary embeddings.
     for name, buffer in list(model.named_non_persistent_buffers()):
         _put(model, name, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()
+    align_experts(model)
     return model.eval().requires_grad_(False)
 
 
@@ -202,34 +196,6 @@ def _routed_tensors(layout: Layout) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for unit in np.flatnonzero(layout.units.role == ROLES.index("routed")).tolist():
         found.setdefault(layout.views[unit].tensor, []).append(unit)
-    return found
-
-
-def _sources(
-    model: Any, state: Mapping[str, Tensor], source: Checkpoint, routed: Collection[str]
-) -> dict[str, list[tuple[str, str, Any]]]:
-    """Return, by the (first) tensor they make, (stored name, pattern, transformers' conversion)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-    from transformers.core_model_loading import dot_natural_key as in_order
-
-    mapping = get_model_conversion_mapping(model)
-    renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
-    converters = [x for x in mapping if isinstance(x, WeightConverter)]
-    by_pattern = {pattern: x for x in converters for pattern in x.source_patterns}
-    found: dict[str, list[tuple[str, str, Any]]] = {}
-    for stored in sorted((n for n in source.headers if n not in routed), key=in_order):
-        target, pattern = rename_source_key(
-            stored, renamings, converters, model.base_model_prefix, state
-        )
-        if target not in state and stored in state:
-            target, pattern = stored, None
-        if target not in state:
-            continue
-        if pattern is None:
-            found.setdefault(target, []).append((stored, stored, WeightRenaming(stored, target)))
-        else:
-            found.setdefault(target, []).append((stored, pattern, by_pattern[pattern]))
     return found
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from bitknap.errors import InputError, ModelError
+from bitknap.estimators.language_model import token_logits
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,7 +98,8 @@ def logits_of(model: Any, batch: Tensor | Windows) -> Tensor:
         batch: the windows; a tensor holds text alone.
 
     Raises:
-        ModelError: an encoder-decoder does not say which token its decoder starts from.
+        ModelError: an encoder-decoder does not say which token its decoder starts from, or the
+            model does not predict tokens from text alone.
     """
     windows = Windows.of(batch)
     ids, labels = windows.ids, labels_of(model, windows)
@@ -111,7 +113,7 @@ def logits_of(model: Any, batch: Tensor | Windows) -> Tensor:
                 (start, ids[:, : windows.prefix], labels[:, :-1]), dim=1
             ),
         }
-    logits: Tensor = model(**given, use_cache=False).logits
+    logits = token_logits(model, given)
     return logits[:, _unscored(model, windows.prefix) :].float().flatten(0, 1)
 
 

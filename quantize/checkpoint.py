@@ -130,7 +130,7 @@ def save(
     Raises:
         MismatchError: the plan was made for another model, or keeps a precision it does not have;
             or a run with other inputs was left unfinished.
-        ModelError: a weight is NaN or infinite.
+        ModelError: a weight is NaN or infinite, or transformers could not load what was written.
         InputError: `out` exists and `overwrite` is false, or the disk has no room for it.
         BitknapError: the bytes on disk are not the plan's, or the disk is full.
         KeyboardInterrupt: stopped by hand; says what is kept.
@@ -201,8 +201,11 @@ def _fill(
 def _finish(
     source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path, out: Path
 ) -> dict[str, int]:
+    from bitknap.quantize.loading import check  # imports this module
+
     _write_texts(source, layout, plan, folder)
     sign(folder)
+    check(folder)
     written = _stream_bytes(folder)
     if written != plan.total_bytes:
         raise BitknapError(f"{out}: {written} bytes of units, the plan says {plan.total_bytes}")

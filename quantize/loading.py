@@ -15,7 +15,9 @@ from bitknap.errors import FileError, ModelError
 from bitknap.files import check_version, read_json
 from bitknap.json_shapes import fits
 from bitknap.quantize.apply import aligned
+from bitknap.quantize.architecture import align_experts, architecture_of, config_of, hollow
 from bitknap.quantize.blocks import layout_for
+from bitknap.quantize.buildable import check_head, check_loadable, check_tensors
 from bitknap.quantize.cache import CACHE_BYTES
 from bitknap.quantize.checkpoint import (
     PLAN,
@@ -32,6 +34,7 @@ from bitknap.quantize.outline import PREFIX, streams
 from bitknap.quantize.packed_config import check_config, layout_of, plain_config
 from bitknap.quantize.source import DTYPES, Checkpoint
 from bitknap.quantize.source_config import computes, forget_quantization
+from bitknap.quantize.transformers_calls import calling_transformers
 from bitknap.quantize.views import Layout
 from bitknap.quantize.weight_files import has_metadata
 
@@ -43,7 +46,8 @@ class PackedFolder:
     Attributes:
         checkpoint: its tensors.
         shapes: dtype and shape of the tensors that streams replace.
-        layout: the units in those tensors.
+        whole: the matrices in those tensors.
+        layout: the units in those tensors; blocks of matrices where the plan cuts them.
         plan: the plan, with its units in the layout's order.
         kind: how streams lie, "plain" or "tiles".
         nbytes: what each unit has in them, int64[U].
@@ -51,6 +55,7 @@ class PackedFolder:
 
     checkpoint: Checkpoint
     shapes: dict[str, tuple[str, tuple[int, ...]]]
+    whole: Layout
     layout: Layout
     plan: BitPlan
     kind: str
@@ -82,7 +87,13 @@ def open_packed(folder: Path) -> PackedFolder:
                 f"[{total}]; write the checkpoint again"
             )
     return PackedFolder(
-        checkpoint=packed, shapes=shapes, layout=layout, plan=plan, kind=kind, nbytes=nbytes
+        checkpoint=packed,
+        shapes=shapes,
+        whole=whole,
+        layout=layout,
+        plan=plan,
+        kind=kind,
+        nbytes=nbytes,
     )
 
 
@@ -172,7 +183,9 @@ def load(
         FileError: a file is damaged, or the model needs tensors that are not there.
         ModelError: transformers does not know the architecture, or cannot keep it packed.
     """
-    config, architecture = _architecture(folder)
+    check(folder)
+    config = config_of(folder)
+    architecture = architecture_of(folder, config)
     generation = _generation(folder)
     where_to = torch.device(device)
     wanted = where_to.type == "cuda" if packed is None else packed
@@ -184,7 +197,6 @@ def load(
         from bitknap.quantize.plugin import register
 
         register()
-        # Damage is told in one line, before transformers reads anything.
         check_decoded(open_packed(folder))
     elif is_packed(folder):
         where = {"pretrained_model_name_or_path": None, "config": to_plain(config)}
@@ -193,13 +205,15 @@ def load(
         forget_quantization(config)
         tensors = {name: source.read(name).contiguous() for name in source.headers}
         where = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
-    model, report = architecture.from_pretrained(**where, dtype=dtype, output_loading_info=True)
+    with calling_transformers(f"{folder}: transformers cannot load the model"):
+        model, report = architecture.from_pretrained(**where, dtype=dtype, output_loading_info=True)
     if generation and where["pretrained_model_name_or_path"] is None and model.can_generate():
         model.generation_config = generation
     if missing := sorted(report["missing_keys"]):
         raise FileError(f"{folder}: {len(missing)} tensors are missing, such as {missing[0]}")
     if packed:
         model.hf_quantizer.cache.limit = cache_bytes
+    align_experts(model)
     return model.eval().to(where_to)
 
 
@@ -232,6 +246,30 @@ def _generation(folder: Path) -> Any:
         raise FileError(f"{path}: transformers cannot read it ({reason})") from None
 
 
+def check(folder: Path, *, reads_text: bool = False) -> None:
+    """Refuse a checkpoint, packed or plain, that could not be loaded; reads headers alone.
+
+    Args:
+        folder: the checkpoint.
+        reads_text: the model has to predict text.
+
+    Raises:
+        FileError: a file is missing, truncated, corrupt or of an unknown version.
+        ModelError: transformers does not know the architecture, or the tensors are not those of
+            the model that config.json describes.
+    """
+    if not is_packed(folder):
+        check_loadable(Checkpoint.open(folder), reads_text=reads_text)
+        return
+    packed = open_packed(folder)
+    shapes = {n: x for n, x in packed.checkpoint.shapes.items() if not n.startswith(PREFIX)}
+    model = hollow(folder, to_plain(config_of(folder)))
+    roles = roles_of(packed.plan.units)
+    check_tensors(folder, model, {**shapes, **packed.shapes}, packed.whole, roles)
+    if reads_text:
+        check_head(folder, model)
+
+
 def to_plain(config: Any) -> Any:
     """Take what a packed checkpoint says of itself out of its configuration, in place."""
     plain = plain_config(vars(config))
@@ -248,29 +286,3 @@ def _own_dtype(folder: Path, config: Any) -> torch.dtype:
         found: torch.dtype = config.dtype
         return found
     return DTYPES[next(iter(_source_shapes(folder).values()))[0]]
-
-
-def config_of(folder: Path) -> Any:
-    """Return a folder's transformers configuration.
-
-    Raises:
-        ModelError: transformers does not know the architecture.
-    """
-    import transformers
-
-    try:
-        return transformers.AutoConfig.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{folder}: transformers cannot read its config.json ({reason})") from None
-
-
-def _architecture(folder: Path) -> tuple[Any, Any]:
-    """Return a folder's transformers configuration and model class."""
-    import transformers
-
-    config = config_of(folder)
-    names = config.architectures or []
-    if not names or not hasattr(transformers, names[0]):
-        raise ModelError(f"{folder}: unknown architecture {names}; transformers has no such class")
-    return config, getattr(transformers, names[0])

@@ -47,7 +47,7 @@ def walk_headers(
     shapes = {name: shape for name, (_, shape) in headers.items()}
     renames = DISK_NAMES.get(str(text.get("model_type")), ())
     both = config.get("is_encoder_decoder", False)
-    stacks = Stacks(shapes, renames, None if both else text.get("num_hidden_layers"))
+    stacks = Stacks(shapes, renames, None if both else count_of(text, "num_hidden_layers"))
     weights = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight")}
     found = list(find_linears(weights, stacks, include))
     blocks = modules_blocks(found, shapes)
@@ -74,10 +74,34 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
     return config
 
 
+def count_of(text: Mapping[str, Any], *names: str) -> int | None:
+    """Return the first of some numbers that a configuration has, None if it has none of them.
+
+    Args:
+        text: a configuration, or a part of one.
+        names: keys; "a.b" is key b in the part a.
+
+    Raises:
+        ModelError: it is not a whole number of at least 0.
+    """
+    for name in names:
+        value: Any = text
+        for key in name.split("."):
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if value is None:
+            continue
+        if type(value) is not int or value < 0:
+            raise ModelError(f"config.json: {name}: {value!r} is not a whole number of at least 0")
+        return value
+    return None
+
+
 def _computes_nothing(text: Mapping[str, Any], row: Found) -> bool:
     # LongCat saves gate and up projections for zero experts too.
-    zeros = text.get("zero_expert_num")
-    return bool(zeros) and row.role == "routed" and row.expert >= int(text["n_routed_experts"])
+    if row.role != "routed" or not count_of(text, "zero_expert_num"):
+        return False
+    routed = count_of(text, "n_routed_experts")
+    return routed is not None and row.expert >= routed
 
 
 class _Group(dict[str, str]):
@@ -111,7 +135,12 @@ def _stacked(
     """Add the experts of one group; return the tensors it used."""
     parts = None
     if "v1" in group:
-        parts = int(text["ffn_config"]["moe_num_experts"])
+        parts = count_of(text, "ffn_config.moe_num_experts")
+        if not parts or any(shapes[full][0] % parts for full in group.values()):
+            raise ModelError(
+                f"config.json: ffn_config: moe_num_experts: {parts} experts do not divide the "
+                f"{shapes[group['v1']][0]} rows of {group['v1']}"
+            )
         transposed = False
     else:
         transposed = _transposed(text, shapes, group)
@@ -165,7 +194,10 @@ def _check_plain(
 ) -> None:
     for name in names:
         if headers[name][0] not in _PLAIN:
-            method = (config.get("quantization_config") or {}).get("quant_method", "unknown")
+            about = config.get("quantization_config")
+            method = (
+                about.get("quant_method", "unknown") if isinstance(about, Mapping) else "unknown"
+            )
             raise ModelError(
                 f"{name}: stored as {headers[name][0]} (quantized, method {method}); "
                 "dequantize the checkpoint to 16 bits first"

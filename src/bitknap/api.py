@@ -26,6 +26,7 @@ from bitknap.outputs import check_apart, check_output
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading, twin
 from bitknap.quantize.blocks import inputs_of_blocks, layout_for
+from bitknap.quantize.buildable import check_source
 from bitknap.quantize.cache import CACHE_BYTES
 from bitknap.quantize.resume import Partial
 from bitknap.quantize.rounding import Gptq, Rounding, planned
@@ -95,7 +96,7 @@ def quantize(
     Raises:
         MismatchError: the plan is for another model or method, or an unfinished run had other
             inputs.
-        ModelError: a weight is NaN or infinite.
+        ModelError: a weight is NaN or infinite, or transformers could not load what is written.
         InputError: `out` exists, the disk has no room for it, or `max_memory` does not suffice.
         BitknapError: the disk is full.
     """
@@ -111,13 +112,15 @@ def quantize(
         copied_from=origin.folder,
     )
     left_out = {why: list(names) for why, names in origin.companions.left.items()}
+    roles = checkpoint.roles_of(plan.units)
+    check_source(origin, roles, reads_text=rounding.needs_inputs)
     with _planned(origin, plan, Path(out)) as source:
         if rounding.needs_inputs:
             checkpoint.check_plan(source, plan)
             asked = Calibration(
                 text=text,
                 tokens=tokens,
-                include=checkpoint.roles_of(plan.units),
+                include=roles,
                 seed=seed,
                 rounding=rounding,
                 max_memory=max_memory,
@@ -207,12 +210,14 @@ def evaluate(
 
     Raises:
         MismatchError: the two have different tokenizers.
-        ModelError: a weight is NaN or infinite.
+        ModelError: a weight is NaN or infinite, or the model predicts no text.
     """
     folder = resolve(model)
     other = folder if reference is None else resolve(reference)
     # What cannot be read is refused before the work.
     source, _ = Checkpoint.open(folder), Checkpoint.open(other)
+    for one in dict.fromkeys((folder, other)):
+        loading.check(one, reads_text=True)
     windows = evaluation_windows(folder, text, tokens)
     checkpoint.check_finite(source)
     measured = loading.load(folder, torch.float32)

@@ -88,6 +88,7 @@ def inspect(model: str, include: str, as_json: bool) -> None:
     from bitknap.inspect import inspect as look
     from bitknap.render import exports_table, facts_table, steps_table
 
+    silence_transformers()
     report = look(model, listed(include))
     apart = ("uniform_bytes", "steps", "exports")
     facts = {name: value for name, value in report.items() if name not in apart}

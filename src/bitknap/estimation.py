@@ -32,6 +32,7 @@ from bitknap.gathering import Calibration, gather, readings_about
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, twin
 from bitknap.quantize.blocks import split_rows
+from bitknap.quantize.buildable import check_source
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.rounding import RTN, Rounding
 from bitknap.quantize.rounding import method as method_of
@@ -111,7 +112,7 @@ def estimate(
 
     Raises:
         InputError: the text or a name cannot be used, or the memory does not suffice.
-        ModelError: the model cannot be walked, calibrated, rotated or permuted.
+        ModelError: the model cannot be built, walked, calibrated, rotated or permuted.
         FileError: a file of the model is damaged.
         MismatchError: samples or a journal are of other inputs.
     """
@@ -122,6 +123,8 @@ def estimate(
     blocks_of_rows.check(row_blocks, permute=permute)
     origin = Checkpoint.open(resolve(model))
     origin.check_companions()
+    reads_text = bool(chosen.needs) or method_of(method).needs_inputs
+    check_source(origin, include, known=False, reads_text=reads_text)
     asked = [
         Calibration(
             text=words,

@@ -22,6 +22,7 @@ from bitknap.estimators.windows import Windows
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading
 from bitknap.quantize.apply import read_stored, stacks
+from bitknap.quantize.architecture import config_of
 from bitknap.quantize.experts import walk
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.outline import settings
@@ -151,7 +152,7 @@ def readings_about(
 
 
 def _windows(source: Checkpoint, asked: Calibration) -> Windows:
-    config = loading.config_of(source.folder)
+    config = config_of(source.folder)
     document = encoded(source.folder, read_text(asked.text, "calibration"), config)
     return document.windows(asked.tokens, longest_of(config))
 
@@ -183,7 +184,7 @@ def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, s
 
 def evaluation_windows(folder: Path, text: str, tokens: int) -> Windows:
     """Return the windows of an evaluation text for the model in `folder`."""
-    config = loading.config_of(folder)
+    config = config_of(folder)
     if config.is_encoder_decoder:
         raise ModelError(f"{folder}: an encoder-decoder; losses are those of decoder-only models")
     document = encoded(folder, read_text(text, "evaluation"), config)
@@ -191,9 +192,19 @@ def evaluation_windows(folder: Path, text: str, tokens: int) -> Windows:
 
 
 def longest_of(config: Any) -> int:
-    """Return the longest window a configuration allows; 512 where it does not say."""
-    inner = config.get_text_config()
-    return int(getattr(inner, "max_position_embeddings", 512))
+    """Return the longest window a configuration allows; 512 where it does not say.
+
+    Raises:
+        ModelError: it is not a number of tokens.
+    """
+    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if longest is None:
+        return 512
+    if type(longest) is not int or longest < 1:
+        raise ModelError(
+            f"config.json: max_position_embeddings: {longest!r} is not a whole number above 0"
+        )
+    return longest
 
 
 def tokenizer_of(folder: Path) -> Any:

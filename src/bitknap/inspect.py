@@ -15,9 +15,10 @@ from bitknap.allocation.table import storage
 from bitknap.api import CALIBRATION_TOKENS, default_formats
 from bitknap.estimators.calibrated import Calibrated
 from bitknap.estimators.memory import peak_bytes
+from bitknap.quantize.buildable import check_source
 from bitknap.quantize.checkpoint import fixed_bytes
 from bitknap.quantize.headers import DTYPES
-from bitknap.quantize.names import text_config, walk_headers
+from bitknap.quantize.names import count_of, text_config, walk_headers
 from bitknap.quantize.packed_config import architectures
 from bitknap.quantize.source import Checkpoint
 from bitknap.quantize.views import Layout
@@ -65,8 +66,13 @@ def inspect(model: str | Path, include: Collection[str] = ()) -> dict[str, Any]:
 
     Returns:
         What `report` gives.
+
+    Raises:
+        ModelError: it is packed already, has no units, or transformers could not load it.
     """
-    return report(Checkpoint.look(model), include)
+    source = Checkpoint.look(model)
+    check_source(source, include)
+    return report(source, include)
 
 
 def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
@@ -167,7 +173,7 @@ def _seconds(work: float) -> int:
 def _active(source: Checkpoint, layout: Layout) -> int:
     """Return the weights that one token meets."""
     config = text_config(source.config)
-    top_k = next((int(config[name]) for name in _TOP_K if config.get(name)), 0)
+    top_k = count_of(config, *_TOP_K) or 0
     every = sum(math.prod(info.shape) for info in source.headers.values())
     routed = [(3 if x.gated else 2) * x.hidden * x.intermediate for x in layout.layers]
     idle = [x.experts - min(top_k or x.experts, x.experts) for x in layout.layers]

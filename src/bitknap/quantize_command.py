@@ -26,6 +26,7 @@ from bitknap.options import (
     check_solving,
     free_path,
     given,
+    listed,
     overwrite_option,
     priced,
     run_solve,
@@ -34,7 +35,7 @@ from bitknap.options import (
 )
 from bitknap.refine_options import check_refining, refine_journal, refining, run_refine
 from bitknap.stopping import stoppable
-from bitknap.terminal import present, progress_bars
+from bitknap.terminal import present, progress_bars, silence_transformers
 
 if TYPE_CHECKING:
     from bitknap.allocation import BitPlan, CostTable
@@ -110,6 +111,7 @@ def quantize(
     check_refining(options)
     if budget is not None:
         check_solving(budget, options)
+    silence_transformers()
     choice = _choose(model, plan, budget, options, path, overwrite)
     with stoppable(), progress_bars() as progress:
         sizes = api.quantize(
@@ -165,10 +167,14 @@ def _choose(
     from bitknap.allocation import BitPlan
     from bitknap.estimators.journal import telling
     from bitknap.notes import notes
+    from bitknap.quantize.buildable import check_source
+    from bitknap.quantize.source import Checkpoint, resolve
     from bitknap.render import facts_table, price_table
 
     if plan is not None:
         return _Choice(plan=BitPlan.load(plan))
+    # A table can be estimated from names and shapes alone; what is written has to be loaded.
+    check_source(Checkpoint.open(resolve(model)), listed(options["include"]))
     with resumable(path):
         table = run_estimate(model, options, path, overwrite=overwrite)
         with telling(journal_of(path)):

@@ -21,7 +21,9 @@ from bitknap.errors import InputError
 
 __all__ = [
     "FAMILIES",
+    "SIZES",
     "SolverContract",
+    "filled",
     "packed_checkpoint",
     "random_table",
     "routed_units",
@@ -30,7 +32,7 @@ __all__ = [
 ]
 
 # Sizes differ wherever they may, so that a transposed or swapped matrix cannot fit by chance.
-_SIZES: Mapping[str, Any] = {
+SIZES: Mapping[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,
     "intermediate_size": 24,
@@ -238,15 +240,27 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     """
     if family not in _FAMILIES:
         raise InputError(f"family: {family!r} is not one of {', '.join(_FAMILIES)}")
-    import torch
     import transformers
 
     model_class, config_class, extra = _FAMILIES[family]
-    sizes = {} if family in _OWN_SIZES else _SIZES
+    sizes = {} if family in _OWN_SIZES else SIZES
     config = getattr(transformers, config_class)(**{**sizes, **extra, **changes})
+    return filled(getattr(transformers, model_class), config, seed)
+
+
+def filled(model_class: Any, config: Any, seed: int = 0) -> Any:
+    """Return a model of random float32 weights that leave a signal, in eval mode.
+
+    Args:
+        model_class: of transformers.
+        config: its configuration.
+        seed: of the weights; leaves the global generators as they were.
+    """
+    import torch
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = getattr(transformers, model_class)(config).eval()
+        model = model_class(config).eval()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.dim() > 1:  # norms stay at one; the default 0.02 leaves no signal

@@ -1,0 +1,57 @@
+"""What transformers raises on a model that it cannot read, build or run, as one line of ours.
+
+Which exceptions transformers, its validators and torch below them raise is not documented, so all
+of them are converted; but only those that come out of their code. An exception whose innermost
+frame, of transformers' and Bitknap's, is one of Bitknap's is a defect of Bitknap and passes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from types import TracebackType
+
+from bitknap.errors import BitknapError, ModelError
+
+_MOST = 300
+
+
+@contextlib.contextmanager
+def calling_transformers(what: str, remedy: str = "") -> Iterator[None]:
+    """Turn errors that come out of transformers' code into one line, while the block runs.
+
+    Args:
+        what: the part of the message before the reason, such as "out: cannot read config.json".
+        remedy: the part after it.
+
+    Raises:
+        ModelError: transformers refused; the cause is chained.
+    """
+    try:
+        yield
+    except (BitknapError, MemoryError):
+        raise
+    except Exception as error:
+        if not _raised_by_transformers(error.__traceback__):
+            raise
+        after = f"; {remedy}" if remedy else ""
+        raise ModelError(f"{what} ({_reason(error)}){after}") from error
+
+
+def _raised_by_transformers(trace: TracebackType | None) -> bool:
+    """Return whether the innermost frame of transformers or Bitknap is one of transformers."""
+    inner = ""
+    while trace is not None:
+        package = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
+        if package in ("transformers", "bitknap"):
+            inner = package
+        trace = trace.tb_next
+    return inner == "transformers"
+
+
+def _reason(error: Exception) -> str:
+    """Return what an exception says, in one line of bounded length."""
+    kind, words = type(error).__name__, " ".join(str(error).split())
+    if len(words) > _MOST:
+        words = f"{words[:_MOST]} …"
+    return f"{kind}: {words}" if words else kind
