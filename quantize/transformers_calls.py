@@ -1,19 +1,37 @@
 """What transformers raises on a model that it cannot read, build or run, as one line of ours.
 
 Which exceptions transformers, its validators and torch below them raise is not documented, so all
-of them are converted; but only those that come out of their code. An exception whose innermost
-frame, of transformers' and Bitknap's, is one of Bitknap's is a defect of Bitknap and passes.
+of them are converted; but only those that come out of their code. What Bitknap's own code raises,
+or a hook that somebody put on a model, passes: it is a defect there, whoever called it.
 """
 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator
 from types import TracebackType
 
 from bitknap.errors import BitknapError, ModelError
 
 _MOST = 300
+# Packages that transformers calls; the standard library is another.
+_BELOW = frozenset(
+    (
+        *(
+            "torch",
+            "torchvision",
+            "torchaudio",
+            "numpy",
+            "PIL",
+            "timm",
+            "accelerate",
+            "safetensors",
+        ),
+        *("huggingface_hub", "httpx", "packaging", "yaml", "regex", "jinja2"),
+        *("tokenizers", "sentencepiece", "mamba_ssm", "causal_conv1d", "flash_attn"),
+    )
+)
 
 
 @contextlib.contextmanager
@@ -39,14 +57,14 @@ def calling_transformers(what: str, remedy: str = "") -> Iterator[None]:
 
 
 def _raised_by_transformers(trace: TracebackType | None) -> bool:
-    """Return whether the innermost frame of transformers or Bitknap is one of transformers."""
-    inner = ""
+    """Return whether the innermost frame is one of transformers, or of what it calls itself."""
+    inside = False
     while trace is not None:
         package = str(trace.tb_frame.f_globals.get("__name__", "")).partition(".")[0]
-        if package in ("transformers", "bitknap"):
-            inner = package
+        below = package in _BELOW or package in sys.stdlib_module_names
+        inside = package == "transformers" or (inside and below)
         trace = trace.tb_next
-    return inner == "transformers"
+    return inside
 
 
 def _reason(error: Exception) -> str:

@@ -229,9 +229,8 @@ def test_defects_of_our_own_are_not_hidden(mixtral, monkeypatch):
 
     model.model.register_forward_pre_hook(broken)
     ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    # A test is neither of Bitknap's code nor of transformers'.
-    with pytest.raises(ModelError, match="a defect"), calling_transformers("cannot"):
-        model(ids)
-    monkeypatch.setitem(globals(), "__name__", "bitknap.somewhere")
     with pytest.raises(KeyError), calling_transformers("cannot"):
+        model(ids)
+    monkeypatch.setitem(globals(), "__name__", "transformers.somewhere")
+    with pytest.raises(ModelError, match="a defect"), calling_transformers("cannot"):
         model(ids)
