@@ -37,6 +37,8 @@ from bitknap.quantize.views import Layout
 
 # Bytes copied at a time; a multiple of every dtype's width.
 COPY = 1 << 24
+# Bytes of a kept tensor decoded at a time, as float32.
+DECODE = 1 << 25
 # Rows meet bytes' borders in every bit width only at multiples of 8.
 _ROWS = 8
 # Codes packed at a time: packing takes 16 bytes beside each.
@@ -303,7 +305,7 @@ def read_finite(name: str, info: TensorInfo, start: int, stop: int) -> Tensor:
 def slabs(source: Checkpoint, name: str) -> Iterator[tuple[int, int]]:
     """Yield first and last + 1 of runs of a low-bit tensor's first dimension, to be decoded."""
     shape = source.headers[name].shape
-    step = max(1, PIECE // (4 * max(1, math.prod(shape[1:]))))
+    step = max(1, DECODE // (4 * max(1, math.prod(shape[1:]))))
     for first in range(0, shape[0], step):
         yield first, min(shape[0], first + step)
 

@@ -193,7 +193,7 @@ def test_large_tensors_are_decoded_piece_by_piece(case, plain, tmp_path, monkeyp
     chosen, settings, how = CASES[case]
     low, _ = twice(plain, tmp_path, chosen, settings, **how)
     quantized(low, tmp_path / "whole")
-    monkeypatch.setattr("bitknap.quantize.pieces.PIECE", 4 * 40 * 3)
+    monkeypatch.setattr("bitknap.quantize.pieces.DECODE", 4 * 40 * 3)
     quantized(low, tmp_path / "cut")
     found = (load_file(tmp_path / out / "bitknap.safetensors") for out in ("whole", "cut"))
     assert same(*found)
