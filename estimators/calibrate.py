@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitknap.errors import InputError
+from bitknap.errors import InputError, ModelError
 from bitknap.estimators.evidence import Evidence, LayerEvidence
 from bitknap.estimators.gains import gain_of, noisy
 from bitknap.estimators.language_model import settle
@@ -142,7 +142,16 @@ def _run(
 
 @torch.no_grad()
 def _drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw labels from the model's own distribution, int64 [tokens]."""
+    """Draw labels from the model's own distribution, int64 [tokens].
+
+    Raises:
+        ModelError: the model's output is NaN or infinite.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            "calibration: the model's output is NaN or infinite on this text; repair its weights, "
+            "or use --estimator data-free"
+        )
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 
 

@@ -9,6 +9,7 @@ constant gain beyond. So the measurements do not grow with the number of formats
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,7 +20,7 @@ import numpy as np
 from bitknap.allocation.checks import whole
 from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
-from bitknap.errors import InputError
+from bitknap.errors import InputError, ModelError
 from bitknap.estimators.costs import token_share
 from bitknap.estimators.evidence import Evidence
 from bitknap.estimators.journal import key_of
@@ -202,6 +203,7 @@ def group_kl(evidence: Evidence, run: np.ndarray, format: Format) -> float:
 
     Raises:
         InputError: the evidence has no live model to measure.
+        ModelError: the KL is NaN or infinite.
     """
     replay = evidence.replay
     if replay is None:
@@ -212,4 +214,11 @@ def group_kl(evidence: Evidence, run: np.ndarray, format: Format) -> float:
         with replaced(replay.model, evidence.layout, run, rounded):
             return replay.kl(int(evidence.units.layer[run[0]]))
 
-    return evidence.readings.value(f"{evidence.mark} {key_of(run, [format])}", measure)
+    found = evidence.readings.value(f"{evidence.mark} {key_of(run, [format])}", measure)
+    if not math.isfinite(found):
+        raise ModelError(
+            f"{evidence.units.label(int(run[0]))} and its like in {format}: the KL is {found}, so "
+            "the model's output leaves float32; leave that format out, or estimate without "
+            "calibration"
+        )
+    return found

@@ -25,6 +25,8 @@ from bitknap.quantize.views import Layout
 
 # Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens they count alike.
 PRIOR_TOKENS = 16
+# Squares of inputs over the layer's that only weights of another magnitude explain.
+_FAR = 2.0**24
 # Below this many tokens an expert is listed in the coverage report.
 FEW_TOKENS = 64
 
@@ -66,8 +68,15 @@ class LayerEvidence:
     output_max: Tensor | None = None
 
     def shrunk(self, total: Tensor) -> Tensor:
-        """Return a sum over routed tokens [E, ...], per token of the text, shrunk by `shrink`."""
-        return shrink(total, self.count, self.tokens)
+        """Return a sum over routed tokens [E, ...], per token of the text, shrunk by `shrink`.
+
+        An expert whose sums are of another magnitude, since its weights are, is shrunk to the
+        layer's mean in that magnitude.
+        """
+        units = self._units(total)
+        if units is None:
+            return shrink(total, self.count, self.tokens)
+        return shrink(total.double() / units, self.count, self.tokens) * units
 
     def routed_mean(self, total: Tensor, experts: Tensor) -> Tensor:
         """Return a sum over routed tokens [E, ...], per token that each expert saw, shrunk.
@@ -79,9 +88,30 @@ class LayerEvidence:
             total: sums over each expert's tokens, [E, ...].
             experts: whose means to return, int64 [n].
         """
+        units = self._units(total)
+        total = total if units is None else total.double() / units
         seen = self.count[experts].to(total.dtype).view(-1, *[1] * (total.ndim - 1))
         mean = total.sum(0) / max(1, int(self.count.sum()))
-        return (total[experts] + PRIOR_TOKENS * mean) / (seen + PRIOR_TOKENS)
+        found = (total[experts] + PRIOR_TOKENS * mean) / (seen + PRIOR_TOKENS)
+        return found if units is None else found * units[experts]
+
+    def _units(self, total: Tensor) -> Tensor | None:
+        """Return the magnitude of each expert's sums over its layer's, 1 unless far from that.
+
+        None if none is far. Numbers of experts, [E], have the magnitude of the routing alone.
+        """
+        if total.ndim == 1 or not total.numel():
+            return None
+        mass = self.gate_square.double()
+        size = total.abs().double().flatten(1).mean(1) / mass.where(mass > 0, 1)
+        known = (size > 0) & (mass > 0) & size.isfinite()
+        if not bool(known.any()):
+            return None
+        ratio = size / size[known].median()
+        far = known & ((ratio > _FAR) | (ratio < 1 / _FAR))
+        if not bool(far.any()):
+            return None
+        return torch.where(far, ratio, 1.0).view(-1, *[1] * (total.ndim - 1))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -165,7 +195,8 @@ class Evidence:
         """Return what the inputs of a stack of units were like.
 
         Second moments of routed experts are weighted by squared routing weights, so that
-        ΔW S ΔWᵀ is the error of the layer's output, and shrunk to the layer's mean.
+        ΔW S ΔWᵀ is the error of the layer's output, and shrunk to the layer's mean. Where float32
+        cannot hold them they are multiplied by a power of two, which rounding does not mind.
 
         Raises:
             InputError: whole second moments were not recorded for these units.
@@ -179,7 +210,8 @@ class Evidence:
         if layer is None or full is None:
             raise self._unrecorded(int(run[0]))
         experts = torch.from_numpy(units.expert[run].astype(np.int64))
-        return Inputs(moments=layer.routed_mean(full, experts), tokens=layer.count[experts])
+        moments = _in_float32(layer.routed_mean(full, experts))
+        return Inputs(moments=moments, tokens=layer.count[experts])
 
     def _linear_inputs(self, run: np.ndarray) -> Inputs:
         """Return `inputs` of ordinary linear projections."""
@@ -190,7 +222,7 @@ class Evidence:
                 raise self._unrecorded(unit)
             moments.append(seen.input_full / max(1, seen.tokens))
             tokens.append(seen.tokens)
-        return Inputs(moments=torch.stack(moments), tokens=torch.tensor(tokens))
+        return Inputs(moments=_in_float32(torch.stack(moments)), tokens=torch.tensor(tokens))
 
     def _unrecorded(self, unit: int) -> InputError:
         return InputError(
@@ -211,6 +243,15 @@ class Evidence:
             for expert, seen in enumerate(evidence.count.tolist())
             if seen < FEW_TOKENS
         ]
+
+
+def _in_float32(moments: Tensor) -> Tensor:
+    """Return matrices [n, cols, cols] in float32, those too large or small for it scaled."""
+    if moments.dtype == torch.float32:
+        return moments
+    exponent = torch.frexp(moments.diagonal(dim1=1, dim2=2).amax(1)).exponent
+    exponent = torch.where(exponent.abs() > 64, exponent, 0)
+    return torch.ldexp(moments, -exponent[:, None, None]).float()
 
 
 def shrink(total: Tensor, count: Tensor, tokens: int) -> Tensor:

@@ -29,6 +29,7 @@ from bitknap.estimators.costs import (
     weighed_table,
 )
 from bitknap.estimators.evidence import Evidence, shrink, zeros
+from bitknap.estimators.float_range import narrowed, weighed_squares
 from bitknap.estimators.traces import Block, block_of
 
 Space = Literal["weight", "output"]
@@ -74,7 +75,7 @@ class Fisher:
         def weigh(run: np.ndarray, weights: Tensor) -> Charge:
             if self.space == "weight":
                 grid = _half_fisher(evidence, run)
-                return lambda delta: (delta.square() * grid).sum((1, 2))
+                return lambda delta: weighed_squares(delta, grid).sum((1, 2))
             layer = _traced_layer(evidence, run)
             if layer not in blocks:
                 blocks.clear()  # one layer's outputs at a time
@@ -126,7 +127,7 @@ def row_costs(
             if block is not None:
                 known[same] = _output_costs(block, evidence, run, changed).numpy()
             elif grid is not None:
-                known[same] = ((changed - weights).square() * grid).sum(2).double().numpy()
+                known[same] = weighed_squares(changed - weights, grid).sum(2).double().numpy()
         found[:, :, column] = known[same]
     return found
 
@@ -137,13 +138,13 @@ def _check(space: str) -> None:
 
 
 def _half_fisher(evidence: Evidence, run: np.ndarray) -> Tensor:
-    """Return ½ of the mean squared gradient of each weight, float32 [n, out, in]."""
+    """Return ½ of the mean squared gradient of each weight, [n, out, in] (`narrowed`)."""
     _check_routed(evidence, run)
     layer, experts = experts_of(evidence, run)
     if not layer.curvature:
         raise InputError("gradients were not recorded; calibrate with curvature=True")
     squares = layer.curvature[projection_of(evidence.units, run)]
-    return 0.5 * layer.shrunk(squares)[experts].float()
+    return 0.5 * narrowed(layer.shrunk(squares)[experts])
 
 
 def _traced_layer(evidence: Evidence, run: np.ndarray) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitknap.errors import ModelError
 from bitknap.estimators.forward import experts_at
 from bitknap.estimators.recording import LayerSums
 
@@ -41,5 +42,15 @@ def noisy(model: Any, sums: LayerSums, generator: torch.Generator) -> Iterator[N
 
 
 def gain_of(kl: float, sums: LayerSums) -> float:
-    """Return nats per unit of squared error at a layer's expert output, from the KL of `noisy`."""
+    """Return nats per unit of squared error at a layer's expert output, from the KL of `noisy`.
+
+    Raises:
+        ModelError: the KL is NaN or infinite.
+    """
+    if not math.isfinite(kl):
+        raise ModelError(
+            f"layer {sums.layer.layer}: the KL is {kl} when noise is added to its experts' output: "
+            "the model's own output leaves float32 on this text; repair its weights, or use "
+            "--estimator data-free"
+        )
     return float(max(kl, 1e-12) / (noise_scale(sums) ** 2 * sums.layer.hidden))

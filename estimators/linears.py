@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bitknap.allocation.units import ROLES
 from bitknap.estimators.evidence import LinearEvidence, zeros
+from bitknap.estimators.float_range import second_moments
 from bitknap.quantize.views import Layout
 
 
@@ -32,7 +33,9 @@ class LinearSums:
         self.tokens += len(x)
         self.square.add_(x.double().square().sum(0))
         if self.full is not None:
-            self.full.addmm_(x.float().T, x.float())
+            moments = second_moments(x.float())
+            self.full = self.full.to(torch.promote_types(self.full.dtype, moments.dtype))
+            self.full += moments
 
     def finished(self) -> dict[str, Tensor]:
         """Return all sums by name, for `restore`."""

@@ -21,6 +21,7 @@ from bitknap.allocation.table import CostTable
 from bitknap.errors import InputError
 from bitknap.estimators.costs import Charge, experts_of, projection_of, role_of, weighed_table
 from bitknap.estimators.evidence import Evidence, LayerEvidence
+from bitknap.estimators.float_range import fits, narrowed, weighed_squares
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +51,15 @@ class SecondMoments:
             if self.full and role_of(evidence.units, run) == "routed":
                 return _full_charge(evidence, run)
             grid = error_weights(evidence, run)
-            return lambda delta: (delta.square() * grid).sum((1, 2))
+            return lambda delta: weighed_squares(delta, grid).sum((1, 2))
 
         return weighed_table(evidence, formats, weigh, {"estimator": self.name})
 
 
 def error_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
-    """Return what a unit of squared error of each weight costs, float32 [n, 1 or out, in].
+    """Return what a unit of squared error of each weight costs, [n, 1 or out, in].
+
+    In float32, or in float64 where that cannot hold it.
 
     Args:
         evidence: with moments.
@@ -71,7 +74,7 @@ def error_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
     columns = layer.shrunk(moments)[experts]
     if name != "down":
         columns = columns / _gate_mass(layer)[experts, None]
-    return (rows[:, :, None] * columns[:, None, :]).float()
+    return narrowed(rows[:, :, None] * columns[:, None, :])
 
 
 def _gate_mass(layer: LayerEvidence) -> Tensor:
@@ -106,8 +109,15 @@ def _full_charge(evidence: Evidence, run: np.ndarray) -> Charge:
     s = layer.shrunk(whole)[experts]
     if name != "down":
         s = s / _gate_mass(layer)[experts, None, None]
-    moments, weight = s.float(), rows.float()
-    return lambda delta: ((delta @ moments * delta).sum(2) * weight).sum(1)
+    moments, weight = narrowed(s), narrowed(rows)
+
+    def charge(delta: Tensor) -> Tensor:
+        narrow = moments.dtype == weight.dtype == torch.float32 and fits(delta)
+        kind = torch.float32 if narrow else torch.float64
+        d, m, w = (x.to(kind) for x in (delta, moments, weight))
+        return ((d @ m * d).sum(2) * w).sum(1)
+
+    return charge
 
 
 def _linear_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
@@ -115,5 +125,5 @@ def _linear_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
     gains = [layer.gain for layer in evidence.layers.values()]
     gain = float(np.mean(gains)) if gains else 1.0
     found = [evidence.linears[int(unit)] for unit in run]
-    columns = torch.stack([x.input_square / max(1, x.tokens) for x in found]).float() * gain
-    return columns[:, None, :]
+    columns = torch.stack([x.input_square / max(1, x.tokens) for x in found])
+    return (narrowed(columns) * gain)[:, None, :]

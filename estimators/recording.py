@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from bitknap.errors import ModelError
 from bitknap.estimators.evidence import LayerTrace, zeros
+from bitknap.estimators.float_range import added, second_moments, squares_product
 from bitknap.estimators.forward import Experts, experts_at
 from bitknap.quantize.views import ExpertLayer, Layout
 
@@ -99,9 +100,9 @@ class LayerSums:
             self.slopes[name][expert] += square @ part.double().square()
         if self.input_full is not None and self.middle_full is not None:
             weighted = x.float() * a.float()[:, None]
-            self.input_full[expert] += weighted.T @ weighted
+            self.input_full = added(self.input_full, expert, second_moments(weighted))
             weighted = h.float() * a.float()[:, None]
-            self.middle_full[expert] += weighted.T @ weighted
+            self.middle_full = added(self.middle_full, expert, second_moments(weighted))
 
     def keep(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
         """Keep the inputs [T, H] and the routing [T, k] of one call, as far as there is room."""
@@ -169,12 +170,13 @@ class LayerSums:
 
     def catch(self, expert: int, name: str, z: Tensor, x: Tensor) -> None:
         """Add squared gradients of a projection, once backward reaches its output z [n, out]."""
-        square = x.detach().float().square()
+        inputs = x.detach().float()
 
         def caught(gradient: Tensor) -> None:
             split = self.first_projections(gradient) if name == "first" else {name: gradient}
             for part, g in split.items():
-                self.curvature[part][expert] += g.float().square().T @ square
+                found = squares_product(g.float(), inputs)
+                self.curvature[part] = added(self.curvature[part], expert, found)
 
         z.register_hook(caught)
 

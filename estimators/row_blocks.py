@@ -22,6 +22,7 @@ from bitknap.allocation.table import CostTable
 from bitknap.errors import InputError
 from bitknap.estimators.costs import format_bytes, plainest, projection_of
 from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.float_range import weighed_squares
 from bitknap.estimators.moments import error_weights
 from bitknap.estimators.signals import routed
 from bitknap.quantize.apply import stack_pieces
@@ -115,4 +116,4 @@ def _row_costs(
                 columns.setdefault(plainest(format, weights.shape[2]), []).append(column)
         for format, alike in columns.items():
             error = evidence.round_trip(run, weights, format) - weights
-            yield run, alike, (error.square() * grid).sum(2).double().numpy()
+            yield run, alike, weighed_squares(error, grid).sum(2).double().numpy()

@@ -13,6 +13,7 @@ from bitknap.allocation.format import Format
 from bitknap.allocation.table import CostTable
 from bitknap.estimators.costs import Charge, experts_of, role_of, weighed_table
 from bitknap.estimators.evidence import Evidence
+from bitknap.estimators.float_range import weighed_squares
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +33,7 @@ class WeightError:
                 size = layer.input_square.sum() / layer.gate_square.sum().clamp_min(1e-30)
                 white = size / layer.input_square.shape[1]
                 mass = layer.shrunk(layer.gate_square)[experts] * white * layer.gain
-            return lambda delta: delta.square().sum((1, 2)).double() * mass
+            one = torch.ones(())
+            return lambda delta: weighed_squares(delta, one).sum((1, 2)).double() * mass
 
         return weighed_table(evidence, formats, weigh, {"estimator": self.name})

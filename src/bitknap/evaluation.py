@@ -94,7 +94,7 @@ def best_uniform(
             progress("uniform recipes", done, len(plans))
         with applied(replay.model, layout, plan):
             divergence.append(replay.kl())
-    best = plans[int(np.argmin(divergence))]
+    best = plans[int(np.argmin(np.nan_to_num(divergence, nan=np.inf)))]
     with applied(replay.model, layout, best):
         return name_of(best), best, replay.measure()
 
