@@ -9,7 +9,8 @@ X_scale_inv, X_scale, M.scale             F32, BF16, F16 or F8_E8M0; the weight 
     [], [1], [..., 1, 1] or [...]           a matrix does, or the whole tensor
 X_activation_scale, M.input_scale, ...    how inputs were quantized; weights do not need them
 
-A stated `weight_block_size` is followed to the letter, so that a scale of a wrong shape is noticed.
+A stated `weight_block_size` is followed to the letter by X_scale_inv, so that a scale of a wrong
+shape is noticed; beside it transformers gives embeddings one X_scale each.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def shared_block(
     shapes = {
         (*lead, -(-rows // block[0]), -(-cols // block[1])): block for block in reversed(blocks)
     }
-    if stated is None:
+    if stated is None or not scales_name.endswith(_INVERSE):
         others = {(*lead, rows, 1): (1, cols), (*lead, rows): (1, cols)}
         others |= {(*lead, 1, cols): (rows, 1)} if lead else {}
         whole = [(), (1,), tuple(lead), (*lead, 1), *(() if blocks else ((*lead, 1, 1),))]

@@ -131,6 +131,11 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
     "flat channel": (every, FLOAT, {"block": (1, None), "suffix": "_scale", "shape": flat}),
     "tensor": (every, FLOAT, {"block": (None, None), "suffix": "_scale", "shape": one}),
     "scalar": (every, FP8 | {"weight_block_size": None}, {"block": (None, None), "shape": none}),
+    "embedding": (
+        lambda name: "embed_tokens" in name,
+        blocks(16, 16),
+        {"block": (None, None), "suffix": "_scale", "shape": one},
+    ),
     "static": (
         every,
         FP8 | {"weight_block_size": None},
