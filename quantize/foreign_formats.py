@@ -72,9 +72,9 @@ def check(
         )
     if quantization_of(config) and method != METHOD and not quantized:
         raise ModelError(
-            f"{folder}: config.json says that the weights are quantized (method {method}); save the "
-            "model in 16 bits first, or take quantization_config out if they are plain: no tensor "
-            "is quantized"
+            f"{folder}: config.json says that the weights are quantized (method {method}); save "
+            "the model in 16 bits first, or take quantization_config out if they are plain: no "
+            "tensor is quantized"
         )
 
 
