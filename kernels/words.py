@@ -9,6 +9,7 @@ A group's word holds all that a kernel has to load for it, and is as narrow as t
 
 mid is (2^b - 1) / 2. Nothing is rounded on the way here, which is why a symmetric grid has no m:
 it needs more digits than fp16 has. A kernel that wants m takes -s · mid or -s · z in float32.
+Signs of the first fp16 steps or row scales may hold an exponent of the matrix (`exponents`).
 Rows are filled up to a multiple of 64 with zeros, which stand for weights of 0:
 
     [rows / 64] tiles, each [groups, 64], so that one tile's words are one contiguous run

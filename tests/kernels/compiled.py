@@ -11,14 +11,14 @@ from bitknap.benchmarks.aot import Layer, build, problems, variants
 from bitknap.kernels.words import Recipe
 
 
-def layer(*bits, blocks=1, hidden=2048):
+def layer(*bits, blocks=1, hidden=2048, scaled=False):
     return Layer(
-        name=f"{bits} in {blocks}",
+        name=f"{bits} in {blocks}{' with exponents' * scaled}",
         hidden=hidden,
         intermediate=1408,
         experts=64,
         topk=6,
-        recipes=tuple(Recipe(bits=b, group=128) for b in bits),
+        recipes=tuple(Recipe(bits=b, group=128, scaled=scaled) for b in bits),
         blocks=blocks,
     )
 
@@ -29,6 +29,7 @@ CASES = [
     (layer(3), 1, "sm_90", "decode_down"),
     (layer(4), 600, "sm_90", "grouped_down"),
     (layer(2, 4, blocks=4), 1, "sm_90", "decode_gate_up"),
+    (layer(2, 4, scaled=True), 1, "sm_90", "decode_gate_up"),
     (layer(4), 600, "sm_90", "sort_pairs"),
     (layer(4), 600, "sm_90", "combine"),
     (layer(4), 1, "sm_80", "decode_down"),
