@@ -42,12 +42,20 @@ from bitknap.options import (
 from bitknap.quantize_command import quantize
 from bitknap.show_command import show
 from bitknap.study_commands import study
-from bitknap.terminal import fail, present, progress_bars, quiet, silence_transformers
+from bitknap.terminal import (
+    fail,
+    present,
+    print_any_name,
+    progress_bars,
+    quiet,
+    silence_transformers,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line; every error on purpose is one line on stderr and exit status 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    print_any_name()
     try:
         with quiet():
             bitknap.main(args=None if argv is None else list(argv), standalone_mode=False)

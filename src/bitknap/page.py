@@ -80,7 +80,7 @@ def shell(title: str, body: Iterable[str], *, style: str = "", script: str = "")
     inside = "\n".join(part for part in body if part)
     plots = '<div class="plot">' in inside
     library = f"<script>{_library()}</script>" if plots else ""
-    return f"""<!doctype html>
+    page = f"""<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -97,6 +97,8 @@ def shell(title: str, body: Iterable[str], *, style: str = "", script: str = "")
 </body>
 </html>
 """
+    # A file's name in it may be bytes that are no text.
+    return page.encode(errors="backslashreplace").decode()
 
 
 def section(heading: str, note: str, *content: str) -> str:

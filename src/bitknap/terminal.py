@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import sys
 import warnings
@@ -16,6 +17,13 @@ def fail(message: str) -> None:
     """Say why on one line of stderr and exit with status 2."""
     print("bitknap: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
+
+
+def print_any_name() -> None:
+    """Let names that the terminal cannot show be escaped, not end a command whose work is done."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 @contextlib.contextmanager
