@@ -32,12 +32,17 @@ def open_journal(url: str, path: Path) -> BaseStorage:
     file = str(path.absolute())
     lock = JournalFileOpenLock(file)
     try:
+        if path.exists():
+            with path.open("rb") as opened:
+                first = opened.read(len(_RECORD))
+            if not _RECORD.startswith(first):  # Optuna would write behind a line of text
+                raise InputError(f"storage {url}: not a journal of Optuna; choose another file")
         storage = JournalStorage(JournalFileBackend(file, lock))
         storage.get_all_studies()
         _mend(path, lock)
     except OSError as error:
         raise InputError(f"storage {url}: cannot be used ({error.strerror})") from None
-    except MemoryError:
+    except (MemoryError, InputError):
         raise
     except Exception:
         # Optuna replays the file without checking it, and fails in whatever way a line is wrong.

@@ -16,6 +16,7 @@ from typing import Any
 
 from bitknap.errors import FileError, InputError
 from bitknap.files import write_whole
+from bitknap.manifest import listed, names_in, sign
 from bitknap.quantize.card import CARD, SOURCE_CARD
 from bitknap.quantize.checkpoint import PLAN, SOURCE
 from bitknap.quantize.headers import PACKED, PLAIN, STEMS
@@ -95,8 +96,11 @@ def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> No
         for stem in STEMS:
             for old in out.glob(f"{stem}*.safetensors*"):
                 old.unlink()
+        known = set(listed(out) or ())
         for file in sorted(part.iterdir()):
+            known.add(file.name)
             file.replace(out / file.name)
+    sign(out, known.intersection(names_in(out)))
 
 
 def _rename(folder: Path) -> str:

@@ -99,7 +99,7 @@ def check_apart(path: Path, inputs: Iterable[Path]) -> None:
 def _places(whole: Path) -> Iterator[Path]:
     """Yield an input, and where the files of a folder truly are."""
     yield whole
-    if os.path.isdir(whole):  # unlike Path's, of any name
+    if os.path.lexists(whole) and whole.is_dir():
         for file in whole.iterdir():
             if not file.is_dir():
                 yield Path(os.path.realpath(file))

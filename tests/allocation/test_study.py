@@ -506,3 +506,13 @@ def test_importing_is_light():
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b"{}\n", b"[1]\n", b"\xff\xfe", b"[" * 10**5])
+def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path, content):
+    notes = tmp_path / "notes.txt"
+    notes.write_bytes(content)
+    with pytest.raises(InputError, match="not a journal of Optuna; choose another file"):
+        open_storage(f"journal:{notes}", create=True)
+    assert notes.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

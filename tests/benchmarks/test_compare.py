@@ -79,6 +79,7 @@ def test_exact_solvers_agree_and_ours_is_compared_with_itself_by_nobody(everythi
 def test_files_beside_the_document(everything):
     document = json.loads((everything / "compare.json").read_text())
     assert sorted(path.name for path in everything.iterdir()) == [
+        "bitknap_files.json",
         "compare.json",
         "pareto.png",
         "plans",
