@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,7 +12,8 @@ from bitknap.files import beside
 
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--estimator", "data-free")
 LONG = "n" * 230
-FILES, FOLDERS = {}, {}
+FILES: dict[str, Any] = {}
+FOLDERS: dict[str, Any] = {}
 
 
 def writes(kind):
