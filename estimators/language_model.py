@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from bitknap.errors import ModelError
+from bitknap.quantize.architecture import text_config_of
 from bitknap.quantize.transformers_calls import calling_transformers
 
 # Set on a model whose own forward failed, so that it is not tried again for every batch.
@@ -60,18 +61,18 @@ def settle(model: Any, windows: Tensor) -> None:
 
 def _has_language_model(model: Any) -> bool:
     config = model.config
-    return not config.is_encoder_decoder and config.get_text_config() is not config
+    return not config.is_encoder_decoder and text_config_of(config) is not config
 
 
 def _logits_inside(model: Any, given: Mapping[str, Tensor]) -> Tensor:
     """Return the logits of the language model in a larger one."""
-    kind = type(model.config.get_text_config())
+    kind = type(text_config_of(model.config))
     parts = [m for m in model.modules() if m is not model and _is_model_of(m, kind)]
     for part in parts:
         if part.get_output_embeddings() is not None:
             return _logits(model, part, given)
     head = model.get_output_embeddings()
-    text = model.config.get_text_config()
+    text = text_config_of(model.config)
     if not parts or head is None or any(getattr(text, name, None) for name in _AFTER_HEAD):
         raise ModelError(
             f"{type(model).__name__}: transformers cannot run it on text alone, and its language "
@@ -92,7 +93,7 @@ def _logits(whole: Any, model: Any, given: Mapping[str, Tensor]) -> Tensor:
     with _running(whole):
         output = model(**given, use_cache=False)
     logits = getattr(output, "logits", None)
-    words = getattr(model.config.get_text_config(), "vocab_size", 0) or 0
+    words = getattr(text_config_of(model.config), "vocab_size", 0) or 0
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[-1] < words:
         raise ModelError(
             f"{type(whole).__name__}: no language-model head, so no text can be predicted with "

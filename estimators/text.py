@@ -21,6 +21,7 @@ from torch import Tensor
 
 from bitknap.errors import InputError
 from bitknap.estimators.windows import Windows
+from bitknap.quantize.transformers_calls import calling_transformers
 
 BUILTIN = "builtin"
 LONGEST_WINDOW = 2048
@@ -191,5 +192,8 @@ def _around(tokenizer: Any, text: str) -> tuple[np.ndarray, int]:
 def _ids(tokenizer: Any, text: str, *, special: bool = True) -> np.ndarray:
     """Return the ids of a text, int64 [n]."""
     # `verbose` would say that the text is longer than the model's context: it is cut afterwards.
-    found: Sequence[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+    what = "the tokenizer cannot encode the text"
+    with calling_transformers(what, "put the model's own tokenizer beside it", InputError):
+        encoded = tokenizer(text, add_special_tokens=special, verbose=False)
+    found: Sequence[int] = encoded["input_ids"]
     return np.asarray(found, dtype=np.int64)

@@ -29,6 +29,17 @@ def config_of(folder: Path) -> Any:
         return transformers.AutoConfig.from_pretrained(folder)
 
 
+def text_config_of(config: Any) -> Any:
+    """Return the part of a transformers configuration that describes the language model.
+
+    Raises:
+        ModelError: transformers does not know which part that is.
+    """
+    what = f"{type(config).__name__}: transformers knows no one language model in it"
+    with calling_transformers(what, "save that part as a model of its own and pass it"):
+        return config.get_text_config()
+
+
 def architecture_of(folder: Path, config: Any) -> Any:
     """Return the transformers class of a configuration.
 

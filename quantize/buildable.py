@@ -22,7 +22,7 @@ from bitknap.errors import ModelError
 from bitknap.quantize.architecture import config_of, hollow
 from bitknap.quantize.experts import walk
 from bitknap.quantize.headers import DTYPES
-from bitknap.quantize.names import walk_headers
+from bitknap.quantize.names import count_of, text_config, walk_headers
 from bitknap.quantize.outline import PREFIX
 from bitknap.quantize.packed_config import METHOD
 from bitknap.quantize.source import Checkpoint
@@ -54,6 +54,7 @@ def check_source(
         ModelError: it is packed already, has no units, or transformers could not load it.
     """
     check_unpacked(source)
+    _check_depth(source)
     try:
         model = hollow(source.folder, config_of(source.folder))
     except ModelError:
@@ -73,6 +74,7 @@ def check_loadable(source: Checkpoint, *, reads_text: bool = False) -> None:
     Raises:
         ModelError: says which part of which file is wrong.
     """
+    _check_depth(source)
     model = hollow(source.folder, config_of(source.folder))
     check_tensors(source.folder, model, source.shapes)
     if reads_text:
@@ -172,6 +174,16 @@ def stored_as(
     return found
 
 
+def _check_depth(source: Checkpoint) -> None:
+    """Refuse more layers than there are tensors: building them would take all memory."""
+    layers = count_of(text_config(source.config), "num_hidden_layers") or 0
+    if layers > len(source.headers):
+        raise ModelError(
+            f"{source.folder}: config.json: num_hidden_layers: {layers}, but the weights have only "
+            f"{len(source.headers)} tensors; correct config.json"
+        )
+
+
 def _check_units(folder: Path, stored: Layout, built: Layout) -> None:
     """Compare the units in the weights with those of the model that config.json describes."""
     wanted = {layer.layer: layer for layer in built.layers}
@@ -238,7 +250,9 @@ def _converted(
 ) -> dict[str, Tensor]:
     """Return the parameters that the tensors on disk make, on the meta device."""
     made: dict[str, Tensor] = {}
-    for first, parts in stored_as(model, state, shapes).items():
+    with calling_transformers(f"{folder}: transformers cannot name the tensors of the model"):
+        found = stored_as(model, state, shapes)
+    for first, parts in found.items():
         transform: Any = None
         for stored, pattern, kind in parts:
             transform = transform or deepcopy(kind)

@@ -267,4 +267,7 @@ def check_stacks(found: Iterable[Found], stacks: Stacks) -> None:
     used = sorted({place[0] for place in places if place})
     if len({re.sub(r"(?:en|de)coder\.$", "", stack) for stack in used}) > 1:
         names = ", ".join(stack.removesuffix(".") for stack in used)
-        raise ModelError(f"units in {len(used)} stacks of layers ({names}); walk one submodel")
+        raise ModelError(
+            f"units in {len(used)} stacks of layers ({names}); save one of these parts as a model "
+            "of its own with transformers and pass that"
+        )

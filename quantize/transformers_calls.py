@@ -35,15 +35,18 @@ _BELOW = frozenset(
 
 
 @contextlib.contextmanager
-def calling_transformers(what: str, remedy: str = "") -> Iterator[None]:
+def calling_transformers(
+    what: str, remedy: str = "", kind: type[BitknapError] = ModelError
+) -> Iterator[None]:
     """Turn errors that come out of transformers' code into one line, while the block runs.
 
     Args:
         what: the part of the message before the reason, such as "out: cannot read config.json".
         remedy: the part after it.
+        kind: of the error raised.
 
     Raises:
-        ModelError: transformers refused; the cause is chained.
+        BitknapError: transformers refused; of that kind, with the cause chained.
     """
     try:
         yield
@@ -53,7 +56,7 @@ def calling_transformers(what: str, remedy: str = "") -> Iterator[None]:
         if not _raised_by_transformers(error.__traceback__):
             raise
         after = f"; {remedy}" if remedy else ""
-        raise ModelError(f"{what} ({_reason(error)}){after}") from error
+        raise kind(f"{what} ({_reason(error)}){after}") from error
 
 
 def _raised_by_transformers(trace: TracebackType | None) -> bool:

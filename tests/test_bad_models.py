@@ -129,6 +129,37 @@ def test_no_tokenizer(copy, tmp_path, refused):
         assert "tokenizer" in refused(*on_a_model(copy, tmp_path, command))
 
 
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [("tokenizer.json", "{}"), ("tokenizer.json", "{"), ("tokenizer_config.json", "[1]")],
+)
+def test_a_damaged_tokenizer(file, content, copy, tmp_path, refused):
+    (copy / file).write_text(content)
+    line = refused(*on_a_model(copy, tmp_path, ON_A_MODEL[4]))
+    assert "no tokenizer that transformers can read" in line
+
+
+def test_an_expert_too_many(copy, tmp_path, refused):
+    def change(tensors):
+        for name in [n for n in tensors if ".layers.1." in n and ".experts.3." in n]:
+            tensors[name.replace("experts.3.", "experts.4.")] = tensors[name].clone()
+
+    edit(copy, change)
+    for command in ON_A_MODEL:
+        assert "experts" in refused(*on_a_model(copy, tmp_path, command))
+
+
+def test_another_head(tmp_path, refused, saved):
+    model = saved(tmp_path / "model")
+    path = model / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps({**config, "architectures": ["MixtralModel"]}))
+    for command in (ON_A_MODEL[1], *ON_A_MODEL[3:]):
+        line = refused(*on_a_model(model, tmp_path, command))
+        assert "MixtralModel has no language-model head" in line
+    main([str(a) for a in on_a_model(model, tmp_path, ON_A_MODEL[2])])
+
+
 def rewrite(file, change):
     """Apply `change` to the header of a file of weights."""
     content = file.read_bytes()

@@ -26,6 +26,7 @@ from bitknap.estimators.windows import Windows
 from bitknap.gathering import encoded, longest_of
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint
+from bitknap.quantize.buildable import check_source
 from bitknap.quantize.experts import walk
 from bitknap.quantize.loading import load
 from bitknap.quantize.remembered import Remembered
@@ -109,6 +110,7 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
         ModelError: the model cannot be walked or calibrated.
     """
     source = Checkpoint.open(resolve(options.model))
+    check_source(source, reads_text=True)
     checkpoint.check_finite(source)
     rounding = method_of(options.method)
     model = load(source.folder, torch.float32)

@@ -22,12 +22,13 @@ from bitknap.estimators.windows import Windows
 from bitknap.progress import Progress
 from bitknap.quantize import checkpoint, loading
 from bitknap.quantize.apply import read_stored, stacks
-from bitknap.quantize.architecture import config_of
+from bitknap.quantize.architecture import config_of, text_config_of
 from bitknap.quantize.experts import walk
 from bitknap.quantize.names import walk_headers
 from bitknap.quantize.outline import settings
 from bitknap.quantize.rounding import RTN, Gptq, Rounding
 from bitknap.quantize.source import Checkpoint
+from bitknap.quantize.transformers_calls import calling_transformers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +164,7 @@ def encoded(folder: Path, text: str, config: Any) -> Encoded:
     Raises:
         InputError: the text is empty, or the tokenizer is missing or not the model's.
     """
-    vocabulary = getattr(config.get_text_config(), "vocab_size", None)
+    vocabulary = getattr(text_config_of(config), "vocab_size", None)
     return encode(tokenizer_of(folder), text, vocabulary)
 
 
@@ -197,7 +198,7 @@ def longest_of(config: Any) -> int:
     Raises:
         ModelError: it is not a number of tokens.
     """
-    longest = getattr(config.get_text_config(), "max_position_embeddings", None)
+    longest = getattr(text_config_of(config), "max_position_embeddings", None)
     if longest is None:
         return 512
     if type(longest) is not int or longest < 1:
@@ -215,8 +216,6 @@ def tokenizer_of(folder: Path) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    what = f"{folder}: no tokenizer that transformers can read"
+    with calling_transformers(what, "put the model's own tokenizer beside it", InputError):
         return AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{folder}: no tokenizer that transformers can read ({reason})") from None

@@ -292,6 +292,7 @@ def _measurement(
     if words == read_text(BUILTIN, "evaluation"):
         raise InputError(f"--text {text}: the evaluation text; a study must not see it")
     count = given(tokens, found.measured.get("tokens", api.CALIBRATION_TOKENS))
+    loading.check(source.folder, reads_text=True)
     checkpoint.check_finite(source)
     live = loading.load(source.folder, torch.float32)
     layout = walk(live, checkpoint.roles_of(found.table.units))

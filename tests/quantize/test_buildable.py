@@ -120,6 +120,7 @@ def test_weights_that_are_not_the_configs(damage, part, copy):
     [
         ({"num_local_experts": 6}, "experts"),
         ({"num_hidden_layers": 4}, "layer 3"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
         ({"hidden_size": 32}, "hidden"),
         ({"intermediate_size": 40}, "intermediate"),
         ({"vocab_size": 80}, "embed_tokens|lm_head"),
@@ -141,6 +142,13 @@ def test_configurations_that_are_not_the_weights(values, part, copy):
     with pytest.raises(ModelError, match=part) as caught:
         check_source(edited(copy, **values))
     assert "\n" not in str(caught.value)
+
+
+def test_a_type_of_the_language_model_inside_that_is_no_name(tmp_path):
+    wrapped_model("llama4").save_pretrained(tmp_path)
+    inside = json.loads((tmp_path / "config.json").read_text())["text_config"]
+    with pytest.raises(ModelError, match="transformers cannot"):
+        check_source(edited(tmp_path, text_config={**inside, "model_type": [1]}))
 
 
 def test_what_transformers_can_run_is_left_alone(copy):
