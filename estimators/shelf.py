@@ -7,6 +7,8 @@ of a step that it does not speak of are of a killed run, and are written again.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +57,7 @@ class Shelf:
         if file is None:
             return {n: x if x.nbytes < _LARGE else moved(x) for n, x in tensors.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file)
+        _write(file, {name: tensor.contiguous() for name, tensor in tensors.items()})
         for path in (file, self.room(step)):
             if path is not None and path.exists():
                 synced(path)
@@ -91,3 +93,20 @@ class Shelf:
         if self.readings.path is None:
             return None
         return folder_of(self.readings.path) / f"{self.name}.{step}.{suffix}"
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a file.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written for another reason.
+    """
+    try:
+        save_file(dict(tensors), file)
+    except SafetensorError as error:
+        # safetensors tells the number of the system's error in its text alone.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(file)) from None

@@ -74,9 +74,10 @@ class Partial:
         elif self.journal.exists() and not overwrite:
             open_lines(self.journal, about, way_out=way_out)
         self._clear()
-        self.files.mkdir()
-        shards.create(self.files)
-        open_lines(self.journal, about)
+        with keeping(self.out, self._drop):
+            self.files.mkdir()
+            shards.create(self.files)
+            open_lines(self.journal, about)
         return set()
 
     def _clear(self) -> None:
@@ -118,9 +119,12 @@ class Partial:
     def _kept(self) -> str:
         done = self._done(self.journal.read_bytes().splitlines()[1:])
         if not done:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            return "; no piece is kept"
+            return self._drop()
         return (
             f"; {len(done)} of {len(self.lines)} pieces are kept in {self.folder}, "
             "and the same command goes on from there"
         )
+
+    def _drop(self) -> str:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        return "; no piece is kept"

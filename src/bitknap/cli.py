@@ -21,6 +21,7 @@ from bitknap.estimating import (
     resumable,
     run_estimate,
 )
+from bitknap.journal import no_room
 from bitknap.option_rules import check_options
 from bitknap.options import (
     as_json_option,
@@ -66,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except BitknapError as error:
         fail(str(error))
     except OSError as error:
-        fail(f"{error.filename or 'file'}: {error.strerror or error}")
+        fail(f"{error.filename or 'output'}: {no_room(error) or error.strerror or error}")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})

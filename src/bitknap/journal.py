@@ -85,9 +85,19 @@ def keeping(out: Path, kept: Callable[[], str]) -> Iterator[None]:
     except (BitknapError, KeyboardInterrupt) as error:
         raise type(error)(f"{str(error) or 'stopped'}{kept()}") from None
     except OSError as error:
-        if error.errno not in FULL:
+        said = no_room(error)
+        if not said:
             raise
-        raise BitknapError(f"{out}: no space left on the disk; free some{kept()}") from None
+        raise BitknapError(f"{out}: {said}{kept()}") from None
+
+
+def no_room(error: OSError) -> str:
+    """Return what is wrong and what to do where a disk or a file is full, "" for other errors."""
+    if error.errno in FULL:
+        return "no space left on the disk; free some"
+    if error.errno == errno.EFBIG:
+        return "a file may not grow as large as needed; raise 'ulimit -f' or choose another disk"
+    return ""
 
 
 def _line(value: Mapping[str, Any]) -> bytes:

@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from bitknap.allocation import formats
 from bitknap.api import estimate
 from bitknap.errors import BitknapError, FileError, InputError, ModelError
 from bitknap.estimators import calibrate as whole_pass
-from bitknap.estimators import memory, replay, resident, spill, streamed
+from bitknap.estimators import memory, replay, resident, shelf, spill, streamed
 from bitknap.estimators.calibrate import calibrate
 from bitknap.estimators.calibrated import Calibrated
 from bitknap.estimators.journal import Readings, folder_of, forget
@@ -224,6 +225,18 @@ def test_files_beside_a_journal_are_needed(tmp_path):
         file.write_bytes(b"no tensors")
     with pytest.raises(FileError, match=r"cannot be read .*; delete .*journal to start anew$"):
         calibrate_by_layer(source, windows(), readings=Readings.open(path, {}))
+
+
+def test_a_full_disk_under_a_shelf_is_an_error_of_the_system(tmp_path, monkeypatch):
+    def full(tensors, file):
+        raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
+
+    monkeypatch.setattr(shelf, "save_file", full)
+    kept = shelf.Shelf.of(Readings.open(tmp_path / "journal", {}), "pass")
+    with pytest.raises(OSError, match="No space left") as error:
+        kept.put("first", {"x": torch.ones(2)})
+    assert error.value.errno == errno.ENOSPC
+    assert not kept.done("first")
 
 
 def test_an_encoder_decoder_is_refused(tmp_path):

@@ -24,7 +24,7 @@ from bitknap.quantize.names import walk_headers
 from bitknap.quantize.packed import encode
 from bitknap.quantize.pieces import sections
 from bitknap.quantize.rounding import RTN, Inputs
-from bitknap.quantize.shards import Entry, lay_out
+from bitknap.quantize.shards import Entry, Shards, lay_out
 from bitknap.quantize.source import Checkpoint
 from bitknap.testing import tiny_model
 
@@ -299,6 +299,19 @@ def test_a_full_disk_in_the_middle(case, tmp_path, small, monkeypatch):
     monkeypatch.setattr(os, "pwrite", real)
     save(case, tmp_path / "out")
     assert contents(tmp_path / "out") == case.whole
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(errno.ENOSPC, "no space left"), (errno.EFBIG, "raise 'ulimit -f'")]
+)
+def test_a_full_disk_before_the_first_piece(number, words, case, tmp_path, monkeypatch):
+    def full(shards, folder):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Shards, "create", full)
+    with pytest.raises(BitknapError, match=f"out: .*{words}.*; no piece is kept"):
+        save(case, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_short_writes_are_finished(case, tmp_path, monkeypatch):
