@@ -1,0 +1,143 @@
+"""Malformed inputs: each is refused in one line or read, and costs nothing that was there."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitknap.benchmarks.robustness.forked import CRASHED, Ended, Limits, command, fork
+from bitknap.benchmarks.robustness.mutate import Edit, draw, shrunk
+from bitknap.benchmarks.robustness.subjects import SUBJECTS, Subject
+from bitknap.benchmarks.robustness.trees import difference, snapshot
+
+# Of the processor's time; by the clock more, since others may keep the machine busy.
+SECONDS = 5
+MEMORY = 1 << 30
+_LIMITS = Limits(seconds=12 * SECONDS, processor_seconds=SECONDS, address_bytes=4 * MEMORY)
+# Names that a command may write to: they all begin so.
+_OUTPUTS = tuple(
+    f"{what}: work/{start}out" for what in ("added", "changed", "removed") for start in ("", ".")
+)
+# Where a name out of a damaged file could lead.
+_OUTSIDE = ("/outside", "/work/outside")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """One damaged input.
+
+    Attributes:
+        subject: what is damaged.
+        words: the command that reads it.
+        edits: how it is damaged.
+        seed: that gives the command and the edits again.
+    """
+
+    subject: Subject
+    words: tuple[str, ...]
+    edits: Sequence[Edit]
+    seed: int
+
+
+def cases(count: int, seed: int, only: str = "", *, first: int = 0) -> Iterator[Case]:
+    """Yield cases; case N is the same whatever the count.
+
+    Args:
+        count: the number after the last case's.
+        seed: of all of them.
+        only: the one subject that is wanted; all when empty.
+        first: the first case's number.
+    """
+    wanted = [one for one in SUBJECTS if only in ("", one.name)]
+    shares = [one.share for one in wanted]
+    for number in range(first, count):
+        chance = random.Random(f"{seed} {number}")
+        subject = chance.choices(wanted, shares)[0]
+        own = chance.randrange(1 << 48)
+        yield Case(
+            subject=subject,
+            words=chance.choice(subject.commands),
+            edits=draw(subject.kinds, own),
+            seed=own,
+        )
+
+
+def run_case(case: Case, materials: Path, scratch: Path) -> dict[str, Any] | None:
+    """Run a case; return what went wrong, with the fewest edits that do it, or None.
+
+    Args:
+        case: what to run.
+        materials: the sound files.
+        scratch: an empty folder to work in, or one that is not there yet.
+    """
+    fault = _tried(case, case.edits, materials, scratch)
+    if fault is None:
+        return None
+    kinds = set(fault["faults"])
+
+    def fails(edits: Sequence[Edit]) -> bool:
+        found = _tried(case, edits, materials, scratch)
+        return found is not None and bool(kinds & set(found["faults"]))
+
+    edits = shrunk(case.edits, fails) if len(case.edits) > 1 else list(case.edits)
+    last = _tried(case, edits, materials, scratch) or fault
+    return last | {
+        "input": case.subject.name,
+        "command": " ".join(case.words),
+        "seed": case.seed,
+        "edits": [list(edit) for edit in edits],
+    }
+
+
+def judged(ended: Ended, changed: Sequence[str]) -> dict[str, Any] | None:
+    """Return the faults of a command on a damaged input, and what it said; None without one."""
+    foreign = [line for line in changed if not line.startswith(_OUTPUTS)]
+    lost = [line for line in foreign if not line.startswith("added")]
+    lines = [line for line in ended.err.splitlines() if line.strip()]
+    sound = ended.status in (0, 2) and "Traceback" not in ended.err
+    found = {
+        "hang": ended.late,
+        "traceback": ended.status == CRASHED or "Traceback" in ended.err,
+        "memory": ended.memory > MEMORY or "MemoryError" in ended.err,
+        "loss": bool(lost),
+        "outside": bool(foreign) and not lost,
+        "crash": not sound and not ended.late and ended.status != CRASHED,
+        "words": ended.status == 2 and not (lines and lines[-1].startswith("bitknap: ")),
+    }
+    faults = [name for name, there in found.items() if there]
+    if not faults:
+        return None
+    return {"faults": faults, "said": lines[-3:], "status": ended.status, "changed": foreign[:5]}
+
+
+def _tried(
+    case: Case, edits: Sequence[Edit], materials: Path, scratch: Path
+) -> dict[str, Any] | None:
+    work = scratch / "work"
+    shutil.rmtree(scratch, ignore_errors=True)
+    work.mkdir(parents=True)
+    (scratch / "beside.txt").write_text("somebody's own")
+    for name in dict.fromkeys((*case.subject.needs, case.subject.file)):
+        _copied(materials / name, work / name)
+    file = work / case.subject.file
+    damaged = case.subject.damage((materials / case.subject.file).read_bytes(), edits)
+    file.write_bytes(damaged)
+    before = snapshot(scratch)
+    ended = fork(command(*case.words), _LIMITS, folder=work)
+    changed = difference(before, snapshot(scratch))
+    changed += [f"added: {name}" for name in _OUTSIDE if Path(name).exists()]
+    if case.subject.mended and file.read_bytes() == damaged[: damaged.rfind(b"\n") + 1]:
+        changed = [line for line in changed if line != f"changed: work/{case.subject.file}"]
+    return judged(ended, changed)
+
+
+def _copied(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, target)

@@ -1,0 +1,64 @@
+"""The campaigns against lost work, in a short form: nothing is lost."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import bitknap
+from bitknap.benchmarks.robustness.mutate import BYTES, Edit, damaged_json, draw, shrunk
+from bitknap.benchmarks.robustness.mutate_tensors import KINDS, damaged_tensors
+from bitknap.testing import random_table, routed_units
+
+# In a process of its own: children are forked, which threads of other tests do not survive.
+_SHORT = """
+import sys
+from pathlib import Path
+from bitknap.benchmarks.robustness.__main__ import run
+
+out = Path(sys.argv[1])
+run(out, ["malformed"], 60, 1, print)
+run(out, ["kill"], 2, 1, print, ["quantize by a plan", "convert over another"])
+run(out, ["disk"], 2, 1, print, ["convert"])
+"""
+
+
+def test_a_short_campaign_finds_no_fault(tmp_path):
+    environment = {**os.environ, "PYTHONPATH": str(Path(bitknap.__file__).parent.parent)}
+    subprocess.run(
+        [sys.executable, "-c", _SHORT, str(tmp_path)],
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        check=True,
+        capture_output=True,
+        timeout=400,
+    )
+    document = json.loads((tmp_path / "robustness.json").read_text())
+    assert document["faults"] == []
+    cases = {
+        part: sum(group["cases"] for group in groups.values())
+        for part, groups in document["parts"].items()
+    }
+    assert cases == {"malformed": 60, "kill": 4, "disk": 2}
+
+
+def test_damage_is_the_same_for_a_seed_and_never_fails(tmp_path):
+    from bitknap.allocation import formats
+
+    path = tmp_path / "table.safetensors"
+    random_table(routed_units(1, 2), formats((2, 4), (8,))).save(path)
+    content = path.read_bytes()
+    sound = json.dumps({"a": [1, {"b": "c"}], "d": {}}).encode()
+    seen = set()
+    for seed in range(300):
+        edits = draw((*KINDS, *BYTES), seed)
+        assert edits == draw((*KINDS, *BYTES), seed)
+        assert damaged_tensors(content, edits) == damaged_tensors(content, edits)
+        seen.add(damaged_json(sound, draw(("value", *BYTES), seed)))
+    assert len(seen) > 150
+
+
+def test_the_fewest_edits_that_fail_are_found():
+    edits = [Edit("value", 1), Edit("cut", 2), Edit("flip", 3)]
+    assert shrunk(edits, lambda some: edits[1] in some) == [edits[1]]
+    assert shrunk(edits, lambda some: {edits[0], edits[2]} <= set(some)) == [edits[0], edits[2]]
