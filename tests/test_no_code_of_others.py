@@ -19,8 +19,7 @@ EVIL = "from pathlib import Path\nPath({path!r}).write_text('executed')\n"
 
 def sources():
     for folder in FOLDERS:
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            yield path
+        yield from sorted((ROOT / folder).rglob("*.py"))
 
 
 def called(node):

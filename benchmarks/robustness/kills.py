@@ -54,6 +54,10 @@ def _quantize(*words: str) -> tuple[str, ...]:
     return ("quantize", "model", *FAST, *_TEXT, *words, "-o", "out")
 
 
+def _packed(*words: str) -> tuple[str, ...]:
+    return ("quantize", "model", *words, "-o", "out")
+
+
 _MODEL = ("model", "text.txt")
 _GPTQ = ("--method", "gptq")
 _LAYERED = ("--estimator", "moments", *_LAYERS)
@@ -64,8 +68,9 @@ _OVER = (*_KL, "--overwrite")
 _BY_LAYER = ("--budget", "4bpw", *_LAYERED, *_GPTQ)
 _CONVERT = ("convert", "packed-shards", "--layout", "tiles", "-o", "out")
 _SHARDS = ("--plan", "plan.json", "--max-shard-size", "100KB")
+_PLANNED_GPTQ = (*_GPTQ, "--force", "--tokens", "128", *_TEXT)
 _PLANNED = (*_MODEL, "plan.json", "other.json")
-_OLD = _quantize("--plan", "other.json")
+_OLD = _packed("--plan", "other.json")
 COMMANDS = tuple(
     Long(name=name, words=words, needs=needs, old=old)
     for name, words, needs, old in (
@@ -74,9 +79,9 @@ COMMANDS = tuple(
         ("estimate, by layer", _estimate(*_LAYERED), _MODEL, ()),
         ("estimate, sorted rows", _estimate(*_SORTED), _MODEL, ()),
         ("estimate, over another", _estimate(*_OVER), _MODEL, _estimate("--estimator", "moments")),
-        ("quantize by a plan", _quantize(*_SHARDS), _PLANNED, ()),
-        ("quantize by a plan, gptq", _quantize(*_SHARDS, *_GPTQ, "--force"), _PLANNED, ()),
-        ("quantize over another", _quantize(*_SHARDS, "--overwrite"), _PLANNED, _OLD),
+        ("quantize by a plan", _packed(*_SHARDS), _PLANNED, ()),
+        ("quantize by a plan, gptq", _packed(*_SHARDS, *_PLANNED_GPTQ), _PLANNED, ()),
+        ("quantize over another", _packed(*_SHARDS, "--overwrite"), _PLANNED, _OLD),
         ("quantize to a budget", _quantize("--budget", "4bpw", *_KL), _MODEL, ()),
         ("quantize to a budget, by layer", _quantize(*_BY_LAYER), _MODEL, ()),
         ("convert", _CONVERT, ("packed-shards",), ()),
