@@ -31,6 +31,7 @@ _SAID: dict[str, Any] = {
     ),
     "proxies": ({"exponents": {}, "dropped?": [str]}, None),
     "samples": {"spearman?": [float]},
+    "spearman": [float],
     "measurements": int,
     "tokens": int,
 }

@@ -165,6 +165,10 @@ def test_broken_files_are_one_line(tmp_path):
         ({"version": "2.0"}, "version: 2.0 cannot be read by this library"),
         ({"formats": None}, "formats: missing or not a list of names"),
         ({"provenance": []}, "provenance: missing or not an object"),
+        (
+            {"provenance": {**ORIGIN, "spearman": [[1.0]]}},
+            "provenance.spearman: [[1.0]] is not what Bitknap writes there",
+        ),
         ({"formats": ["int2"]}, "format 'int2' is unknown"),
     ):
         with pytest.raises(FileError, match=message):
