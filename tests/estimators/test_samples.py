@@ -166,8 +166,8 @@ def test_broken_files_are_one_line(tmp_path):
         ({"formats": None}, "formats: missing or not a list of names"),
         ({"provenance": []}, "provenance: missing or not an object"),
         (
-            {"provenance": {**ORIGIN, "spearman": [[1.0]]}},
-            "provenance.spearman: [[1.0]] is not what Bitknap writes there",
+            {"provenance": {**ORIGIN, "spearman": "high"}},
+            "provenance.spearman: .high. is not what Bitknap writes there",
         ),
         ({"formats": ["int2"]}, "format 'int2' is unknown"),
     ):
