@@ -3,24 +3,24 @@
 NumPy and SciPy only; nothing here imports torch.
 """
 
-from bitknap.allocation.budget import Budget
-from bitknap.allocation.divisible import divisible
-from bitknap.allocation.format import Format, formats
-from bitknap.allocation.frontier import Frontier, FrontierPoint, frontier
-from bitknap.allocation.greedy import Greedy
-from bitknap.allocation.ilp import Ilp
-from bitknap.allocation.knapsack import Knapsack
-from bitknap.allocation.limit import Limit
-from bitknap.allocation.plan import BitPlan
-from bitknap.allocation.price import Price, price
-from bitknap.allocation.problem import Problem
-from bitknap.allocation.profiles import PROFILES, Profile, profile
-from bitknap.allocation.search import Search
-from bitknap.allocation.solution import Answer, Solution, Status
-from bitknap.allocation.solve import Solver, solve
-from bitknap.allocation.table import CostTable
-from bitknap.allocation.uniform import round_robin, uniform_plans
-from bitknap.allocation.units import ROLES, Units
+from bitknap.allocation.plans.plan import BitPlan
+from bitknap.allocation.plans.solution import Answer, Solution, Status
+from bitknap.allocation.problem.budget import Budget
+from bitknap.allocation.problem.divisible import divisible
+from bitknap.allocation.problem.format import Format, formats
+from bitknap.allocation.problem.limit import Limit
+from bitknap.allocation.problem.problem import Problem
+from bitknap.allocation.problem.profiles import PROFILES, Profile, profile
+from bitknap.allocation.problem.table import CostTable
+from bitknap.allocation.problem.units import ROLES, Units
+from bitknap.allocation.search.solver import Search
+from bitknap.allocation.solvers.greedy import Greedy
+from bitknap.allocation.solvers.ilp import Ilp
+from bitknap.allocation.solvers.knapsack import Knapsack
+from bitknap.allocation.solvers.solving import Solver, solve
+from bitknap.allocation.tradeoffs.frontier_path import Frontier, FrontierPoint, frontier
+from bitknap.allocation.tradeoffs.profile_price import Price, price
+from bitknap.allocation.tradeoffs.uniform_recipes import round_robin, uniform_plans
 
 __all__ = [
     "PROFILES",

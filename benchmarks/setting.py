@@ -11,19 +11,19 @@ from typing import Any
 import torch
 
 from bitknap.allocation import BitPlan, Budget, CostTable, Problem, formats, solve
-from bitknap.allocation.price import under
-from bitknap.allocation.profiles import profile
-from bitknap.estimators.calibrate import calibrate
-from bitknap.estimators.evidence import Evidence
-from bitknap.estimators.replay import Losses, Replay
-from bitknap.estimators.text import BUILTIN, read_text, token_windows
-from bitknap.gathering import evaluation_windows, longest_of, tokenizer_of
-from bitknap.planning import DEFAULT_PROFILE
-from bitknap.quantize.apply import applied
-from bitknap.quantize.blocks import layout_for
-from bitknap.quantize.experts import walk
-from bitknap.quantize.loading import load
-from bitknap.quantize.source import resolve
+from bitknap.allocation.problem.profiles import profile
+from bitknap.allocation.tradeoffs.profile_price import under
+from bitknap.api.calibration import evaluation_windows, longest_of, tokenizer_of
+from bitknap.api.planning import DEFAULT_PROFILE
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.measuring.kl_replay import Losses, Replay
+from bitknap.estimators.measuring.text import BUILTIN, read_text, token_windows
+from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.quantization.models.live_model import walk
+from bitknap.quantization.runtime.loading import load
+from bitknap.quantization.source.checkpoint import resolve
+from bitknap.quantization.stacks.apply import applied
+from bitknap.quantization.stacks.row_blocks import layout_for
 
 FORMATS = formats(bits=(1, 2, 3, 4), group_size="row", symmetric=True)
 BUDGETS = (2.0, 2.25, 2.5, 3.0)

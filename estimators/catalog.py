@@ -9,18 +9,18 @@ from types import MappingProxyType
 from typing import Any
 
 from bitknap.errors import InputError
-from bitknap.estimators import baselines
-from bitknap.estimators.calibrated import Calibrated, Estimator
-from bitknap.estimators.channel import ChannelScore
-from bitknap.estimators.data_free import DataFree
-from bitknap.estimators.fisher import Fisher
-from bitknap.estimators.measured import Measured
-from bitknap.estimators.moments import SecondMoments
-from bitknap.estimators.neuron_variance import MaxVar, RowVariance
-from bitknap.estimators.router_norm import RouterNorm
-from bitknap.estimators.sampled import Sampled
-from bitknap.estimators.signals import Scored, Signal
-from bitknap.estimators.weight_error import WeightError
+from bitknap.estimators.costs.data_free import DataFree
+from bitknap.estimators.costs.dense_profiling import Measured
+from bitknap.estimators.costs.fisher import Fisher
+from bitknap.estimators.costs.moments import SecondMoments
+from bitknap.estimators.costs.weight_error import WeightError
+from bitknap.estimators.group_kl.calibrated import Calibrated, Estimator
+from bitknap.estimators.signals import baselines
+from bitknap.estimators.signals.channel import ChannelScore
+from bitknap.estimators.signals.neuron_variance import MaxVar, RowVariance
+from bitknap.estimators.signals.router_norm import RouterNorm
+from bitknap.estimators.signals.signal import Scored, Signal
+from bitknap.estimators.sparse.on_demand import Sampled
 from bitknap.progress import Progress
 
 # Rungs of one ladder (methods.md 9.1): costs of every format, most of them in nats per token.

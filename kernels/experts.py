@@ -12,8 +12,8 @@ from torch import Tensor
 
 from bitknap.errors import InputError
 from bitknap.kernels.experts_table import ExpertsTable
-from bitknap.kernels.kinds import Kind
-from bitknap.kernels.words import Recipe
+from bitknap.kernels.layout.kinds import Kind
+from bitknap.kernels.layout.scale_words import Recipe
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"]
 """What gate (or up, where there is no gate) goes through. `swiglu_oai` is gpt-oss's: gate is capped

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from bitknap.errors import InputError
-from bitknap.kernels.exponents import ROWS, split_exponent, times_power
-from bitknap.kernels.kinds import Kind, kind_of
-from bitknap.kernels.tiles import unpack_tiles
-from bitknap.kernels.words import Recipe, unpack_words
+from bitknap.kernels.layout.exponents import ROWS, split_exponent, times_power
+from bitknap.kernels.layout.kinds import Kind, kind_of
+from bitknap.kernels.layout.scale_words import Recipe, unpack_words
+from bitknap.kernels.layout.tiled_codes import unpack_tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,8 +15,8 @@ from torch import Tensor
 from bitknap.errors import InputError
 from bitknap.kernels import reference
 from bitknap.kernels.experts import Experts, Opened, opened
-from bitknap.kernels.kinds import check_runnable
 from bitknap.kernels.launch import Case, Device, Launch, check, choose
+from bitknap.kernels.layout.kinds import check_runnable
 
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -78,7 +78,7 @@ def _(
 
 
 def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launch: str) -> Tensor:
-    from bitknap.kernels.running import run  # Triton exists on Linux alone
+    from bitknap.kernels.run_triton import run  # Triton exists on Linux alone
 
     if x.dtype == torch.float32:
         raise InputError("activations in torch.float32: a GPU takes bfloat16 or float16; cast them")

@@ -29,8 +29,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bitknap.disk.atomic import write_whole
 from bitknap.errors import InputError
-from bitknap.files import write_whole
 from bitknap.kernels.experts import Experts
 from bitknap.kernels.launch import (
     Case,
@@ -41,9 +41,9 @@ from bitknap.kernels.launch import (
     heuristic,
     write_table,
 )
-from bitknap.kernels.made_up import made_up_experts
+from bitknap.kernels.layout.scale_words import Recipe
 from bitknap.kernels.moe import device_of, moe
-from bitknap.kernels.words import Recipe
+from bitknap.kernels.random_experts import made_up_experts
 
 Projection = Literal["gate_up", "down"]
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from bitknap.cli import main
-from bitknap.files import beside
+from bitknap.disk.atomic import beside
 
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--estimator", "data-free")
 LONG = "n" * 230

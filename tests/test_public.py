@@ -110,12 +110,13 @@ def test_everything_exported_is_there():
 
 def test_quantize_is_a_function_and_a_room():
     import bitknap.quantize
-    from bitknap.quantize.experts import walk
+
+    from bitknap.quantization.models.live_model import walk
 
     assert callable(bitknap.quantize)
     room: object = bitknap.quantize
     assert room is sys.modules["bitknap.quantize"]
-    assert sys.modules["bitknap.quantize.experts"].walk is walk
+    assert sys.modules["bitknap.quantization.models.live_model"].walk is walk
     assert run("import bitknap; print(callable(bitknap.quantize))") == "True"
     assert run("from bitknap import quantize; print(callable(quantize))") == "True"
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from bitknap.allocation import BitPlan
-from bitknap.allocation.arrays import Floats
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.api.refining import stored
 from bitknap.errors import InputError
-from bitknap.estimators.evidence import Evidence
-from bitknap.estimators.replay import Losses, Replay
-from bitknap.refining import stored
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.measuring.kl_replay import Losses, Replay
 
 # Resamples of the bootstrap: its error of a standard error is then about 2 %.
 _RESAMPLES = 1000

@@ -15,17 +15,16 @@ from typing import Any
 import torch
 
 from bitknap.allocation import Budget, profile
-from bitknap.allocation.price import price, under
+from bitknap.allocation.tradeoffs.profile_price import price, priced, under
 from bitknap.benchmarks.compare.run import WORK, Comparison, rows
 from bitknap.benchmarks.compare.strategies import OURS
 from bitknap.benchmarks.compare.tables import CALIBRATED, facts
+from bitknap.disk.append_log import open_lines
+from bitknap.disk.atomic import beside, write_whole
+from bitknap.disk.manifest import MANIFEST, names_in, sign
+from bitknap.disk.outputs import check_only, drop, place, writing
 from bitknap.errors import FileError, MismatchError
-from bitknap.files import beside, write_whole
-from bitknap.journal import open_lines
-from bitknap.manifest import MANIFEST, names_in, sign
-from bitknap.options import priced
-from bitknap.outputs import check_only, drop, place, writing
-from bitknap.quantize_report import coverage_of, frontier_points
+from bitknap.report.quantize_document import coverage_of, frontier_points
 
 # All that a comparison writes into its folder.
 _NAMES = r"compare\.json|times\.json|report\.html|rows\.csv|pareto\.png|plans|\.work|" + re.escape(
@@ -156,7 +155,7 @@ def _written(folder: Path) -> list[str]:
 
 def write(run: Comparison, folder: Path, command: str) -> dict[str, Any]:
     """Write everything, forget what was kept for a killed run, and return the document."""
-    from bitknap.report_files import write_report
+    from bitknap.report.run_files import write_report
 
     found = document(run, command)
     plans = {f"{budget:g}bpw": plan for budget, plan in run.plans.items()}

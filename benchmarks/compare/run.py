@@ -12,19 +12,19 @@ from typing import Any
 import numpy as np
 
 from bitknap.allocation import BitPlan, Budget, CostTable, profile
-from bitknap.allocation.arrays import Floats
-from bitknap.allocation.price import under
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.allocation.tradeoffs.profile_price import under
+from bitknap.api.refining import run_loop
 from bitknap.benchmarks.compare.judge import bootstrap_error, mean_ranks
-from bitknap.benchmarks.compare.setting import Setting
+from bitknap.benchmarks.compare.models import Setting
 from bitknap.benchmarks.compare.strategies import OURS, Strategy, plan_of, published, strategies
 from bitknap.benchmarks.compare.tables import CALIBRATED, Tables
 from bitknap.benchmarks.compare.tasks import Tasks
+from bitknap.disk.append_log import append_lines, open_lines
 from bitknap.errors import BitknapError, InfeasibleError
-from bitknap.estimators.journal import Readings
-from bitknap.estimators.replay import Losses
-from bitknap.journal import append_lines, open_lines
-from bitknap.quantize_report import steps_of
-from bitknap.refining import run_loop
+from bitknap.estimators.measuring.kl_replay import Losses
+from bitknap.estimators.measuring.readings import Readings
+from bitknap.report.quantize_document import steps_of
 
 # What is read again when a killed run goes on, and of no use afterwards.
 WORK = ".work"

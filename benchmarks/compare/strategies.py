@@ -21,19 +21,19 @@ from bitknap.allocation import (
     profile,
     solve,
 )
-from bitknap.allocation.arrays import Ints
-from bitknap.allocation.evolution import Evolution
-from bitknap.allocation.price import under
-from bitknap.allocation.uniform import uniform_plans_within
-from bitknap.benchmarks.compare.recipes import down_first, first_layers, offers
-from bitknap.benchmarks.compare.setting import Setting
+from bitknap.allocation.problem.arrays import Ints
+from bitknap.allocation.published.evopress import Evolution
+from bitknap.allocation.tradeoffs.profile_price import under
+from bitknap.allocation.tradeoffs.uniform_recipes import uniform_plans_within
+from bitknap.api.refining import measures
+from bitknap.benchmarks.compare.hand_recipes import down_first, first_layers, offers
+from bitknap.benchmarks.compare.models import Setting
 from bitknap.benchmarks.compare.tables import CALIBRATED, ESTIMATORS, LADDER, SCORES, Tables
-from bitknap.benchmarks.published_rules import Material, Offer, rules
+from bitknap.benchmarks.published.rules import Material, Offer, rules
 from bitknap.errors import InputError
-from bitknap.estimators.baselines import RandomScore
-from bitknap.estimators.journal import Readings
-from bitknap.estimators.signals import Scored
-from bitknap.refining import measures
+from bitknap.estimators.measuring.readings import Readings
+from bitknap.estimators.signals.baselines import RandomScore
+from bitknap.estimators.signals.signal import Scored
 
 OURS, UNREFINED, ROWS = "ours", "ours-unrefined", "ours-rows"
 EVOLUTION = "evolution"

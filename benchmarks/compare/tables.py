@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.allocation import CostTable, Format
-from bitknap.benchmarks.compare.setting import Setting
-from bitknap.estimators.calibrated import Calibrated, Estimator
+from bitknap.benchmarks.compare.models import Setting
 from bitknap.estimators.catalog import COSTS, ROUTER, SIGNALS
-from bitknap.estimators.evidence import Evidence
-from bitknap.estimators.monotone import isotonic
-from bitknap.estimators.router_norm import RouterNorm
-from bitknap.estimators.sampled import Sampled
-from bitknap.estimators.signals import Scored
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.group_kl.calibrated import Calibrated, Estimator
+from bitknap.estimators.signals.router_norm import RouterNorm
+from bitknap.estimators.signals.signal import Scored
+from bitknap.estimators.sparse.on_demand import Sampled
+from bitknap.estimators.tables.monotone import isotonic
 
 # Ours; the base is the best that needs no measurements (benchmarks/results/profiling.md).
 CALIBRATED = "calibrated"

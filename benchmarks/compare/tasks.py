@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.allocation import BitPlan
-from bitknap.benchmarks.compare.setting import Setting
+from bitknap.api.calibration import tokenizer_of
+from bitknap.api.refining import stored
+from bitknap.benchmarks.compare.models import Setting
 from bitknap.errors import InputError
-from bitknap.gathering import tokenizer_of
-from bitknap.refining import stored
 
 # Questions that are asked at a time.
 _BATCH = 8

@@ -18,10 +18,10 @@ import torch
 from transformers import AutoTokenizer
 
 from bitknap.benchmarks.reference.recipe import CONTEXT, DOMAINS
-from bitknap.estimators.recording import recording
-from bitknap.estimators.text import token_windows
-from bitknap.quantize.experts import walk
-from bitknap.quantize.loading import load
+from bitknap.estimators.measuring.text import token_windows
+from bitknap.estimators.sweep.expert_recording import recording
+from bitknap.quantization.models.live_model import walk
+from bitknap.quantization.runtime.loading import load
 
 HERE = Path(__file__).parent
 EXCERPT = 7_000  # bytes

@@ -20,7 +20,7 @@ from bitknap.benchmarks.robustness.kills import COMMANDS, Long, run_kills
 from bitknap.benchmarks.robustness.malformed import cases, run_case
 from bitknap.benchmarks.robustness.materials import materials
 from bitknap.benchmarks.robustness.report import about, markdown, summary
-from bitknap.files import write_whole
+from bitknap.disk.atomic import write_whole
 
 Rows = Iterator[dict[str, Any]]
 

@@ -79,7 +79,7 @@ def _model(root: Path) -> None:
     """Save a tiny model with the tokenizer and some of the text of the bundled ones."""
     import torch
 
-    from bitknap.estimators.text import BUILTIN, read_text
+    from bitknap.estimators.measuring.text import BUILTIN, read_text
     from bitknap.testing import tiny_model
 
     torch.set_num_threads(1)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from bitknap.errors import BitknapError
 from bitknap.transformers_hook import install as _install
+from bitknap.version import __version__
 
 if TYPE_CHECKING:
     from bitknap.allocation import (
@@ -36,16 +37,15 @@ if TYPE_CHECKING:
         profile,
         solve,
     )
-    from bitknap.api import estimate, evaluate, load, quantize
-    from bitknap.estimators.calibrated import Calibrated
-    from bitknap.estimators.data_free import DataFree
-    from bitknap.estimators.fisher import Fisher
-    from bitknap.estimators.moments import SecondMoments
-    from bitknap.estimators.weight_error import WeightError
-    from bitknap.quantize.rounding import Gptq, Hqq, Rtn
-    from bitknap.refining import refine
-
-__version__ = "0.1.0"
+    from bitknap.api.estimation import estimate
+    from bitknap.api.quantizing import evaluate, load, quantize
+    from bitknap.api.refining import refine
+    from bitknap.estimators.costs.data_free import DataFree
+    from bitknap.estimators.costs.fisher import Fisher
+    from bitknap.estimators.costs.moments import SecondMoments
+    from bitknap.estimators.costs.weight_error import WeightError
+    from bitknap.estimators.group_kl.calibrated import Calibrated
+    from bitknap.quantization.rounding.methods import Gptq, Hqq, Rtn
 
 _HOMES = {
     "bitknap.allocation": (
@@ -72,18 +72,18 @@ _HOMES = {
         "profile",
         "solve",
     ),
-    "bitknap.api": ("estimate", "evaluate", "load"),
-    "bitknap.estimators.calibrated": ("Calibrated",),
-    "bitknap.estimators.data_free": ("DataFree",),
-    "bitknap.estimators.fisher": ("Fisher",),
-    "bitknap.estimators.moments": ("SecondMoments",),
-    "bitknap.estimators.weight_error": ("WeightError",),
-    "bitknap.quantize.rounding": ("Gptq", "Hqq", "Rtn"),
-    "bitknap.refining": ("refine",),
+    "bitknap.api.estimation": ("estimate",),
+    "bitknap.api.quantizing": ("evaluate", "load", "quantize"),
+    "bitknap.estimators.group_kl.calibrated": ("Calibrated",),
+    "bitknap.estimators.costs.data_free": ("DataFree",),
+    "bitknap.estimators.costs.fisher": ("Fisher",),
+    "bitknap.estimators.costs.moments": ("SecondMoments",),
+    "bitknap.estimators.costs.weight_error": ("WeightError",),
+    "bitknap.quantization.rounding.methods": ("Gptq", "Hqq", "Rtn"),
+    "bitknap.api.refining": ("refine",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
-# `quantize` is a room that can be called: see its module.
 __all__ = [
     "BitPlan",
     "BitknapError",
@@ -110,6 +110,7 @@ __all__ = [
     "Status",
     "Units",
     "WeightError",
+    "__version__",
     "divisible",
     "estimate",
     "evaluate",
@@ -128,8 +129,6 @@ _install()
 
 
 def __getattr__(name: str) -> Any:
-    if name == "quantize":
-        return import_module("bitknap.quantize")
     if name not in _HOME_OF:
         raise AttributeError(f"module 'bitknap' has no attribute {name!r}")
     return getattr(import_module(_HOME_OF[name]), name)

@@ -59,6 +59,6 @@ def install() -> None:
 
 
 def _register() -> None:
-    from bitknap.quantize.plugin import register
+    from bitknap.quantization.runtime.transformers_plugin import register
 
     register()

@@ -1,14 +1,14 @@
 """Compiles a few variants for every target and prints what they miss as JSON.
 
-A process of its own, without TRITON_INTERPRET. All variants: bitknap.benchmarks.kernel_variants.
+A process of its own, without TRITON_INTERPRET. All variants: bitknap.benchmarks.kernels.variants.
 """
 
 import json
 
 import torch
 
-from bitknap.benchmarks.aot import Layer, build, problems, variants
-from bitknap.kernels.words import Recipe
+from bitknap.benchmarks.kernels.ahead_of_time import Layer, build, problems, variants
+from bitknap.kernels.layout.scale_words import Recipe
 
 
 def layer(*bits, blocks=1, hidden=2048, scaled=False):

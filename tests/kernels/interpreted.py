@@ -16,9 +16,9 @@ import torch
 from bitknap.kernels import reference
 from bitknap.kernels.experts import opened
 from bitknap.kernels.launch import Launch, Tile
-from bitknap.kernels.made_up import made_up_experts
-from bitknap.kernels.running import run
-from bitknap.kernels.words import Recipe
+from bitknap.kernels.layout.scale_words import Recipe
+from bitknap.kernels.random_experts import made_up_experts
+from bitknap.kernels.run_triton import run
 
 FLOAT, HALF = torch.float32, torch.float16
 KEPT = Recipe(bits=16, group=1, kept=1)

@@ -5,8 +5,8 @@ import torch
 
 from bitknap.errors import InputError
 from bitknap.kernels.experts_table import ExpertsTable, dequantize_tiles
-from bitknap.kernels.tiles import pack_tiles
-from bitknap.kernels.words import Recipe, pack_words, tiled_rows
+from bitknap.kernels.layout.scale_words import Recipe, pack_words, tiled_rows
+from bitknap.kernels.layout.tiled_codes import pack_tiles
 
 ROWS, COLS = 70, 100
 WIDE = Recipe(bits=3, group=64)

@@ -9,9 +9,9 @@ import torch
 from bitknap.errors import InputError
 from bitknap.kernels import reference
 from bitknap.kernels.launch import Launch, Tile
-from bitknap.kernels.made_up import made_up_experts, made_up_table
+from bitknap.kernels.layout.scale_words import Recipe
 from bitknap.kernels.moe import moe
-from bitknap.kernels.words import Recipe
+from bitknap.kernels.random_experts import made_up_experts, made_up_table
 
 pytestmark = [
     pytest.mark.gpu,

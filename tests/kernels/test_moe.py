@@ -6,10 +6,10 @@ import torch
 from bitknap.errors import InputError
 from bitknap.kernels.experts import Experts
 from bitknap.kernels.experts_table import dequantize_tiles
-from bitknap.kernels.made_up import made_up_experts
+from bitknap.kernels.layout.scale_words import Recipe
 from bitknap.kernels.moe import moe
+from bitknap.kernels.random_experts import made_up_experts
 from bitknap.kernels.reference import activate
-from bitknap.kernels.words import Recipe
 
 H, INNER, E, K, T = 96, 160, 5, 2, 7
 MIXED = [

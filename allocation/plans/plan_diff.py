@@ -1,0 +1,166 @@
+"""What differs between two plans of the same units."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitknap.allocation.plans.plan import BitPlan
+from bitknap.allocation.problem.arrays import Bools, Ints, Longs, frozen
+from bitknap.allocation.problem.units import Units, kinds
+from bitknap.errors import MismatchError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """What changed among some units.
+
+    Attributes:
+        layer: decoder layer; -1 when there is none.
+        kind: projection, with its role unless routed.
+        up: units that take more bytes than before.
+        down: units that take fewer.
+        other: units in another format of as many bytes.
+        same: units in the same format.
+        nbytes: bytes more than before, of all of them; negative when they shrank.
+    """
+
+    layer: int
+    kind: str
+    up: int
+    down: int
+    other: int
+    same: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class PlanDiff:
+    """Two plans, unit by unit in one order.
+
+    Attributes:
+        before: the plan compared with.
+        after: the other one, its units in the order of `before`.
+        delta: bytes of each unit, after less before, int64[U].
+        changed: units with another format, or other bytes in the same one, bool[U].
+    """
+
+    before: BitPlan
+    after: BitPlan
+    delta: Longs
+    changed: Bools
+
+    @property
+    def units(self) -> Units:
+        """The units of both."""
+        return self.before.units
+
+    def moved(self, mask: Bools, layer: int = -1, kind: str = "all") -> Moved:
+        """Return what changed among the units of `mask`, bool[U]."""
+        delta, changed = self.delta[mask], self.changed[mask]
+        return Moved(
+            layer=layer,
+            kind=kind,
+            up=int((delta > 0).sum()),
+            down=int((delta < 0).sum()),
+            other=int((changed & (delta == 0)).sum()),
+            same=int((~changed).sum()),
+            nbytes=int(delta.sum()),
+        )
+
+    def groups(self) -> list[Moved]:
+        """Return what changed by layer and projection, in this order."""
+        layers, of_kind = self.units.layer, kinds(self.units)
+        return [
+            self.moved(mask & (layers == layer), int(layer), kind)
+            for layer in np.unique(layers)
+            for kind, mask in of_kind.items()
+            if (mask & (layers == layer)).any()
+        ]
+
+    def transitions(self) -> tuple[list[str], list[str], Longs]:
+        """Return the formats before, those after, and how many units went from each to each.
+
+        Formats are sorted by the bytes a weight takes in them, then by name; counts are int64[F,G].
+        """
+        rows, row = _ranked(self.before)
+        columns, column = _ranked(self.after)
+        counts = np.zeros((len(rows), len(columns)), dtype=np.int64)
+        np.add.at(counts, (row, column), 1)
+        return rows, columns, counts
+
+    def largest(self, count: int) -> Longs:
+        """Return the units whose bytes changed most, most first, int64; ties in order of units."""
+        size = np.abs(self.delta)
+        order = np.lexsort((np.arange(len(size)), -size))
+        return np.asarray(order[self.changed[order]][:count])
+
+
+def plan_diff(before: BitPlan, after: BitPlan) -> PlanDiff:
+    """Return what differs between two plans of one model, in whatever order their units are.
+
+    Raises:
+        MismatchError: the plans are of other models or have other units.
+    """
+    if before.model and after.model and before.model != after.model:
+        raise MismatchError(
+            f"plans: one is of model {before.model[:12]}, the other of {after.model[:12]}; "
+            "compare plans of the same model"
+        )
+    after = _ordered_as(after, before.units)
+    delta = frozen("delta", after.nbytes - before.nbytes, np.int64)
+    changed = frozen("changed", (_names(before) != _names(after)) | (delta != 0), np.bool_)
+    return PlanDiff(before=before, after=after, delta=delta, changed=changed)
+
+
+def _ordered_as(plan: BitPlan, units: Units) -> BitPlan:
+    """Return the plan with its units in the order of `units`, which must be the same ones."""
+    wanted, there = _keys(units), _keys(plan.units)
+    if wanted == there:
+        return plan
+    place = {key: unit for unit, key in enumerate(there)}
+    missing = [unit for unit, key in enumerate(wanted) if key not in place]
+    if missing or len(wanted) != len(there):
+        raise MismatchError(_apart(units, plan.units, missing))
+    order = np.array([place[key] for key in wanted])
+    return BitPlan.from_choice(
+        units,
+        plan.formats,
+        plan.choice[order],
+        nbytes=plan.nbytes[order],
+        model=plan.model,
+        header=plan.header,
+    )
+
+
+def _apart(before: Units, after: Units, missing: list[int]) -> str:
+    counts = f"{len(before):,} and {len(after):,} units"
+    only = f"; only the first has {before.label(missing[0])}" if missing else ""
+    return f"plans: {counts} that are not the same{only}; compare plans made of one table"
+
+
+def _keys(units: Units) -> list[tuple[Any, ...]]:
+    """Return what identifies each unit: its key, names as texts, and its shape."""
+    names = [units.projections[index] for index in units.projection.tolist()]
+    columns = (units.layer, units.role, units.expert, units.block, units.rows, units.cols)
+    return list(zip(names, *(column.tolist() for column in columns), strict=True))
+
+
+def _names(plan: BitPlan) -> npt.NDArray[Any]:
+    return np.array([item.name for item in plan.formats])[plan.choice]
+
+
+def _ranked(plan: BitPlan) -> tuple[list[str], Ints]:
+    """Return the names of the formats in use, narrow ones first, and each unit's place in them."""
+    used, place = np.unique(plan.choice, return_inverse=True)
+    sizes = np.bincount(place, weights=plan.nbytes)
+    weights = np.maximum(np.bincount(place, weights=plan.units.numel), 1)
+    names = [plan.formats[index].name for index in used.tolist()]
+    width = (sizes / weights).tolist()
+    order = sorted(range(len(names)), key=lambda i: (width[i], names[i]))
+    rank = np.empty(len(order), dtype=np.int32)
+    rank[order] = np.arange(len(order), dtype=np.int32)
+    return [names[index] for index in order], rank[place]

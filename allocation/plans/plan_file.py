@@ -1,0 +1,138 @@
+"""The plan on disk: JSON that a person can read and `diff` can compare."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.units import ROLES, Units
+from bitknap.disk.atomic import check_version, read_json, write_whole
+from bitknap.errors import FileError, InputError
+
+if TYPE_CHECKING:
+    from bitknap.allocation.plans.plan import BitPlan
+
+KIND, VERSION = "bitknap.plan", "1.0"
+_NUMBERS = ("layer", "expert", "block", "rows", "cols", "bytes")
+_TEXTS = ("role", "projection", "format")
+
+
+def write_plan(plan: BitPlan, path: Path) -> None:
+    """Write `plan`; equal plans give equal bytes, in whatever order their units are."""
+    units = plan.units
+    head = {
+        "format": KIND,
+        "version": VERSION,
+        "header": dict(plan.header),
+        "model": plan.model,
+        "totals": plan.totals,
+        "formats": [item.name for item in plan.formats],
+        "projections": list(units.projections),
+    }
+    lines = [f" {_text(key)}: {_text(value)}," for key, value in head.items()]
+    keys = (units.block, units.projection, units.expert, units.role, units.layer)
+    order = np.lexsort(keys)
+    names = [_text(name) for name in units.projections]
+    columns = (units.layer, units.role, units.expert, units.projection, units.block)
+    columns += (units.rows, units.cols, plan.choice, plan.nbytes)  # type: ignore[assignment]
+    rows = [
+        f'  {{"layer":{layer},"role":"{ROLES[role]}","expert":{expert},'
+        f'"projection":{names[projection]},"block":{block},"rows":{height},"cols":{width},'
+        f'"format":"{plan.formats[choice].name}","bytes":{size}}}'
+        for layer, role, expert, projection, block, height, width, choice, size in zip(
+            *(column[order].tolist() for column in columns), strict=True
+        )
+    ]
+    text = "\n".join(["{", *lines, ' "units": [', ",\n".join(rows), " ]", "}", ""])
+    write_whole(path, text.encode())
+
+
+def read_plan(path: Path) -> BitPlan:
+    """Read what `write_plan` wrote.
+
+    Raises:
+        FileError: one line with the path of the file and of the bad field.
+    """
+    from bitknap.allocation.plans.plan import BitPlan
+
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise FileError(f"{path}: not an object")
+    check_version(content, KIND, VERSION, path)
+    header = _field(content, "header", dict, path)
+    names = [str(name) for name in _field(content, "formats", list, path)]
+    projections = [str(name) for name in _field(content, "projections", list, path)]
+    columns = _columns(_field(content, "units", list, path), path)
+    columns["role"] = _indices(columns["role"], ROLES, "role", path)
+    columns["projection"] = _indices(columns["projection"], projections, "projection", path)
+    choice = _indices(columns.pop("format"), names, "format", path)
+    try:
+        nbytes = np.asarray(columns.pop("bytes"), dtype=np.int64)
+        arrays = {name: np.asarray(column, dtype=np.int64) for name, column in columns.items()}
+        plan = BitPlan.from_choice(
+            Units.from_arrays(arrays, projections),
+            tuple(Format.parse(name) for name in names),
+            choice,
+            nbytes=nbytes,
+            model=_field(content, "model", str, path),
+            header=header,
+        )
+    except (InputError, OverflowError) as error:
+        raise FileError(f"{path}: units: {error}") from None
+    for key, value in plan.totals.items():
+        found = _field(content, "totals", dict, path).get(key)
+        if found != value:
+            raise FileError(f"{path}: totals.{key}: {found} is not the {value} of the units")
+    return plan
+
+
+def _columns(rows: list[Any], path: Path) -> dict[str, list[Any]]:
+    """Turn the rows into columns, all numbers int and all texts str."""
+    columns: dict[str, list[Any]] = {}
+    kinds: dict[str, type] = dict.fromkeys(_NUMBERS, int) | dict.fromkeys(_TEXTS, str)
+    for name, kind in kinds.items():
+        try:
+            columns[name] = [row[name] for row in rows]
+            # `type`, since a bool is an int.
+            sound = all(type(value) is kind for value in columns[name])
+        except (KeyError, TypeError):
+            sound = False
+        if not sound:
+            index = next(i for i, row in enumerate(rows) if type(_get(row, name)) is not kind)
+            value = _get(rows[index], name)
+            raise FileError(f"{path}: units[{index}].{name}: {value!r} is not {kind.__name__}")
+    return columns
+
+
+def _get(row: object, name: str) -> object:
+    return row.get(name) if isinstance(row, Mapping) else None
+
+
+def _indices(values: list[str], names: list[str] | tuple[str, ...], key: str, path: Path) -> Any:
+    index = {name: position for position, name in enumerate(names)}
+    try:
+        return [index[value] for value in values]
+    except KeyError:
+        unit = next(unit for unit, value in enumerate(values) if value not in index)
+        raise FileError(
+            f"{path}: units[{unit}].{key}: {values[unit]!r} is not one of {', '.join(names)}"
+        ) from None
+
+
+def _field(content: dict[str, Any], key: str, kind: type, path: Path) -> Any:
+    value = content.get(key)
+    if not isinstance(value, kind):
+        raise FileError(f"{path}: {key}: {type(value).__name__} found, {kind.__name__} expected")
+    return value
+
+
+def _text(value: object) -> str:
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"plan header: not plain JSON ({error})") from None

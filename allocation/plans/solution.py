@@ -1,0 +1,65 @@
+"""What a solver answers, and what the library makes of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+
+from bitknap.allocation.plans.plan import BitPlan
+from bitknap.allocation.problem.arrays import Ints, Longs
+
+
+class Status(Enum):
+    """How good a plan is; the value is the sentence shown to users."""
+
+    OPTIMAL = "optimal: no plan within the limits costs less"
+    FEASIBLE = "feasible: within the limits, and the gap bounds what is left to gain"
+    INFEASIBLE = "infeasible: no plan is within the limits"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Answer:
+    """What a solver says; the library checks it.
+
+    Attributes:
+        choice: chosen format of each row, int[R], or None.
+        bound: a number that no plan within the limits costs less than, nats per token.
+        status: what the solver claims.
+    """
+
+    choice: Ints | Longs | None
+    bound: float
+    status: Status
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Solution:
+    """A checked plan and how good it is.
+
+    Attributes:
+        status: optimal or feasible.
+        plan: the plan.
+        choice: chosen format of each unit, int32[U].
+        cost: cost of the plan, recomputed from the table, nats per token.
+        bound: no plan within the limits costs less.
+        seconds: wall time of the solver.
+        solver: its name.
+        used: what the plan takes of each limit, by the limit's name, in the limit's unit.
+    """
+
+    status: Status
+    plan: BitPlan
+    choice: Ints
+    cost: float
+    bound: float
+    seconds: float
+    solver: str
+    used: Mapping[str, float]
+
+    @property
+    def gap(self) -> float:
+        """How much cheaper the best plan could be, relative to the cost; 0 when proven."""
+        if self.cost <= self.bound:
+            return 0.0
+        return (self.cost - self.bound) / max(abs(self.cost), 1e-300)

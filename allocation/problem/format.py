@@ -1,0 +1,210 @@
+"""Formats: how a matrix is stored, and exactly how many bytes that takes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import KW_ONLY, dataclass
+from itertools import product
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from bitknap.allocation.problem.arrays import Longs
+from bitknap.errors import InputError
+
+_KEPT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp8": 8, "fp8-block": 8, "mxfp4": 4}
+# Rows and weights of a row that share a scale, and its bytes.
+_KEPT_SCALES = {"fp8-block": (128, 128, 4), "mxfp4": (1, 32, 1)}
+# Bits of a group's scale as a share of its row's; 0 is a scale of its own.
+_SHARE_BITS = {"fp16": 0, "compact": 8, "compact6": 6}
+_EXAMPLES = "int3-g64-sym, int4-row-asym-compact, int2-g32-asym-compact6, keep-bf16"
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """One way to store a matrix: an integer grid, the source precision, or a made-up option.
+
+    Attributes:
+        bits: bits of one code, 1 to 8 for grids.
+        group_size: weights along a row that share a scale; 0 is the whole row.
+        symmetric: no zero point; at 1 bit, no mean.
+        metadata: "fp16", one fp16 scale (and zero) a group; or "compact", one fp16 scale a row,
+            an 8-bit scale a group, and zeros as wide as the codes; "compact6" has 6-bit scales.
+        kind: "grid", "keep" (source precision) or "made-up" (no storage at all).
+        source: the kept precision ("bf16", …) or the number of the made-up option.
+    """
+
+    bits: int
+    group_size: int = 64
+    _: KW_ONLY
+    symmetric: bool = False
+    metadata: str = "fp16"
+    kind: Literal["grid", "keep", "made-up"] = "grid"
+    source: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind != "grid":
+            return
+        if not isinstance(self.bits, int) or self.bits not in range(1, 9):
+            raise InputError(f"bits: {self.bits} is not a whole number from 1 to 8")
+        size = self.group_size
+        if not isinstance(size, int) or size < 0 or size % 8:
+            raise InputError(
+                f"group_size: {size} is not a multiple of 8 (32, 64, 128, ...) or 0 (row)"
+            )
+        if self.metadata not in _SHARE_BITS:
+            raise InputError(f"metadata: {self.metadata!r} is not one of {', '.join(_SHARE_BITS)}")
+        if self.bits == 1 and not self.symmetric and self.compact:
+            raise InputError(
+                f"{self.name}: 1 bit is sign times scale, and its mean has no compact form; "
+                "use symmetric or fp16 metadata"
+            )
+
+    @classmethod
+    def keep(cls, source: str) -> Format:
+        """Return the format that leaves a matrix in its source precision, such as "bf16".
+
+        Bytes of "fp8-block" (128 × 128, fp32 scales) and "mxfp4" (32 along a row) include their
+        scales; those of plain "fp8" do not, since one scale a tensor does not change with the plan.
+
+        Raises:
+            InputError: the precision is unknown.
+        """
+        if source not in _KEPT_BITS:
+            raise InputError(f"keep: {source!r} is not one of {', '.join(_KEPT_BITS)}")
+        return cls(_KEPT_BITS[source], 0, kind="keep", source=source)
+
+    @classmethod
+    def made_up(cls, number: int) -> Format:
+        """Return a stand-in for column `number` of a table that came without formats."""
+        return cls(0, 0, kind="made-up", source=str(number))
+
+    @property
+    def share_bits(self) -> int:
+        """Bits of a group's scale as a share of its row's; 0 if it is an fp16 of its own."""
+        return _SHARE_BITS[self.metadata]
+
+    @property
+    def compact(self) -> bool:
+        """Whether scales are shares of a row's scale, and zeros integers among the codes."""
+        return self.share_bits > 0
+
+    @property
+    def name(self) -> str:
+        """The text that `parse` reads back, such as "int3-g64-sym"."""
+        if self.kind == "keep":
+            return f"keep-{self.source}"
+        if self.kind == "made-up":
+            return f"option-{self.source}"
+        group = f"g{self.group_size}" if self.group_size else "row"
+        metadata = f"-{self.metadata}" if self.compact else ""
+        return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}{metadata}"
+
+    def __str__(self) -> str:
+        return self.name
+
+    @classmethod
+    def parse(cls, name: str) -> Format:
+        """Return the format of that name.
+
+        Raises:
+            InputError: the name is malformed.
+        """
+        if found := re.fullmatch(r"int(\d)-(?:g([1-9]\d{0,8})|row)-(a?)sym(?:-(compact6?))?", name):
+            return cls(
+                int(found[1]),
+                int(found[2] or 0),
+                symmetric=not found[3],
+                metadata=found[4] or "fp16",
+            )
+        if name.startswith("keep-"):
+            return cls.keep(name.removeprefix("keep-"))
+        if found := re.fullmatch(r"option-(\d+)", name):
+            return cls.made_up(int(found[1]))
+        raise InputError(f"format {name!r} is unknown; examples: {_EXAMPLES}")
+
+    def groups(self, cols: npt.ArrayLike) -> Longs:
+        """Return the groups of one row with `cols` weights, int64; the last may be short."""
+        width = np.asarray(cols, dtype=np.int64)
+        return _ceil(width, self.group_size) if self.group_size else np.sign(width)
+
+    def padding(self, cols: npt.ArrayLike) -> Longs:
+        """Return by how many weights the last group of a row is short, int64 like `cols`."""
+        width = np.asarray(cols, dtype=np.int64)
+        return self.groups(width) * self.group_size - width if self.group_size else width * 0
+
+    def nbytes(self, rows: npt.ArrayLike, cols: npt.ArrayLike) -> Longs:
+        """Return the exact bytes of stored matrices, int64, broadcast over `rows` and `cols`.
+
+        Codes are one dense bit stream over the matrix, without padding of short groups.
+
+        Raises:
+            InputError: the format is made up and has no storage.
+        """
+        if self.kind == "made-up":
+            raise InputError(f"{self.name}: a made-up format has no bytes; give nbytes")
+        height, width = np.asarray(rows, dtype=np.int64), np.asarray(cols, dtype=np.int64)
+        codes = _ceil(height * width * self.bits, 8)
+        if self.kind == "keep":
+            tall, wide, size = _KEPT_SCALES.get(self.source, (1, 1, 0))
+            return np.asarray(codes + size * _ceil(height, tall) * _ceil(width, wide))
+        per_row = self.groups(width)
+        if not self.compact:
+            return codes + height * per_row * (2 if self.symmetric else 4)
+        # With one group a row the fp16 row scale says it all.
+        shares = _ceil(height * np.where(per_row > 1, per_row, 0) * self.share_bits, 8)
+        scales = height * 2 * np.sign(width) + shares
+        zeros = 0 if self.symmetric else _ceil(height * per_row * self.bits, 8)
+        return np.asarray(codes + scales + zeros, dtype=np.int64)
+
+
+def formats(
+    bits: int | Iterable[int] = (2, 3, 4, 8),
+    group_size: int | str | Sequence[int | str] = 64,
+    symmetric: bool | Sequence[bool] = False,
+    metadata: str | Sequence[str] = "fp16",
+    keep: str | None = None,
+) -> tuple[Format, ...]:
+    """Return all valid combinations, each once, sorted by bits, group size (row last) and the rest.
+
+    Args:
+        bits: code widths, 1 to 8.
+        group_size: weights that share a scale; "row" or 0 is the whole row.
+        symmetric: without or with a zero point, or both.
+        metadata: "fp16", "compact", "compact6", or several.
+        keep: a source precision such as "bf16" to offer as well; it comes last.
+
+    Raises:
+        InputError: a value is wrong, or no combination is valid.
+    """
+    sizes = [group_size] if isinstance(group_size, int | str) else list(group_size)
+    found: set[Format] = set()
+    for width, size, even, meta in product(
+        [bits] if isinstance(bits, int) else list(bits),
+        [_group(size) for size in sizes],
+        [symmetric] if isinstance(symmetric, bool) else list(symmetric),
+        [metadata] if isinstance(metadata, str) else list(metadata),
+    ):
+        # The combinations of valid values that have no storage.
+        if (width, even) != (1, False) or not _SHARE_BITS.get(meta):
+            found.add(Format(width, size, symmetric=even, metadata=meta))
+    if not found:
+        raise InputError("formats: no valid combination; 1 bit with compact metadata is symmetric")
+    grids = sorted(found, key=lambda f: (f.bits, f.group_size or 1 << 62, f.symmetric, f.metadata))
+    return (*grids, Format.keep(keep)) if keep else tuple(grids)
+
+
+def _group(size: int | str) -> int:
+    if isinstance(size, int):
+        return size
+    if size == "row":
+        return 0
+    if size.isdecimal():
+        return int(size)
+    raise InputError(f"group_size: {size!r} is not a number or 'row'")
+
+
+def _ceil(total: Longs, size: int) -> Longs:
+    return -(-total // size)

@@ -1,0 +1,46 @@
+"""Limits: linear resources that a plan must not exceed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from bitknap.allocation.problem.arrays import frozen
+from bitknap.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Limit:
+    """The sum over units of `weight[unit, choice[unit]]` must not exceed `bound`.
+
+    Attributes:
+        name: shown in messages; unique in a problem.
+        weight: float64[U,F], or [U,1] or [1,F] to broadcast; +inf forbids a choice. Whole
+            numbers are summed exactly up to 2**53.
+        bound: in the unit of `weight`; +inf means no limit.
+        unit: "bytes" to have messages speak of GiB and bits per weight.
+        note: said after the bound in messages, such as what else the memory holds.
+    """
+
+    name: str
+    weight: npt.NDArray[Any]
+    bound: float
+    unit: str = field(default="", kw_only=True)
+    note: str = field(default="", kw_only=True)
+
+    def __post_init__(self) -> None:
+        weight = frozen(f"limit {self.name}: weight", self.weight, np.float64)
+        if weight.ndim != 2:
+            raise InputError(f"limit {self.name}: weight has shape {weight.shape}, expected [U,F]")
+        if np.isnan(weight).any() or np.isneginf(weight).any():
+            unit, column = np.argwhere(np.isnan(weight) | np.isneginf(weight))[0]
+            value = weight[unit, column]
+            raise InputError(f"limit {self.name}: weight[{unit},{column}] is {value}")
+        bound = float(self.bound)
+        if not bound > -np.inf:
+            raise InputError(f"limit {self.name}: bound is {bound}, expected a number")
+        object.__setattr__(self, "weight", weight)
+        object.__setattr__(self, "bound", bound)

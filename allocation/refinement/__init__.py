@@ -1,0 +1,1 @@
+"""The closed loop: measure plans, correct the costs, propose better plans."""

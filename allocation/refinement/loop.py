@@ -1,0 +1,170 @@
+"""The closed loop: plans are measured, what that says is believed, and better ones are solved for.
+
+A cost table's sum orders plans well, but misses what units do to each other. So the table's plan
+is measured, then others within the same limits: each the exact optimum of costs that are still
+believable after all measurements so far (Thompson sampling: Russo et al., arXiv 1707.02038), no
+further from the table than a trust region allows. A plan takes the place of the best one only where
+a paired test over blocks of text says that it loses less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+
+from bitknap.allocation.plans.solution import Answer, Solution, Status
+from bitknap.allocation.problem.checks import whole
+from bitknap.allocation.problem.problem import Problem
+from bitknap.allocation.problem.table import CostTable
+from bitknap.allocation.refinement.history import Measure, Rounds, Step, solved
+from bitknap.allocation.refinement.proposers import Believing, Driver, Tilting
+from bitknap.allocation.solvers.knapsack import Knapsack
+from bitknap.allocation.solvers.solving import solve
+from bitknap.errors import InputError, MismatchError
+from bitknap.progress import Progress
+
+__all__ = ["Measure", "Refine", "Refined", "Step"]
+
+EVALUATIONS = 64
+# One-sided 5 %.
+SURE = 1.645
+_DRIVERS = ("belief", "tpe", "cmaes")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Refined:
+    """What a closed loop came to.
+
+    Attributes:
+        solution: the best plan, checked against all limits; its cost and bound are the table's.
+        table: the costs as measurements have corrected them.
+        steps: every plan that was measured, in order.
+        best: the step of the best plan.
+    """
+
+    solution: Solution
+    table: CostTable
+    steps: tuple[Step, ...]
+    best: Step
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refine:
+    """A closed loop; a solver too, for those who want no more than its plan.
+
+    Deterministic by seed where the measurements are.
+
+    Attributes:
+        parts: measures of the parts of a text; a plan that is clearly worse on the first ones is
+            not run on the rest.
+        evaluations: plans to measure, at least 1.
+        others: tables of the same units and formats whose plans are measured next.
+        driver: what proposes costs: "belief", what is believed of the table; or "tpe" or "cmaes",
+            Optuna's samplers over tilts of each layer's each projection.
+        sure: standard errors by which a plan must gain to be accepted.
+        seed: of what is drawn.
+        progress: called with ("refine", done, of).
+    """
+
+    parts: tuple[Measure, ...]
+    evaluations: int = EVALUATIONS
+    others: tuple[CostTable, ...] = ()
+    driver: Literal["belief", "tpe", "cmaes"] = "belief"
+    sure: float = SURE
+    seed: int = 0
+    progress: Progress | None = None
+
+    def __post_init__(self) -> None:
+        if not self.parts:
+            raise InputError("parts: none; give a measure of at least one part of a text")
+        if whole("evaluations", self.evaluations) < 1:
+            raise InputError(f"evaluations: {self.evaluations} is below 1, the table's own plan")
+        if self.driver not in _DRIVERS:
+            raise InputError(f"driver: {self.driver!r} is not one of {', '.join(_DRIVERS)}")
+        if not self.sure >= 0:
+            raise InputError(f"sure: {self.sure} is below 0; {SURE} is usual")
+
+    @property
+    def name(self) -> str:
+        """Shown in solutions and messages."""
+        return "refine"
+
+    def answer(self, problem: Problem) -> Answer:
+        """Return the best plan found, with the knapsack's bound on the table's cost."""
+        start = Knapsack().answer(problem)
+        if start.choice is None:
+            return start
+        rounds = self._rounds(problem, start)
+        return _answer(problem, rounds, start)
+
+    def run(self, problem: Problem) -> Refined:
+        """Return the best plan found, and what was learnt on the way.
+
+        Raises:
+            InfeasibleError: no plan is within the limits.
+            MismatchError: another table has other units or formats.
+            BitknapError: a plan's loss is no number.
+        """
+        start = Knapsack().answer(problem)
+        solve(problem, _Known(start))  # which refuses what has no plan, and says why
+        rounds = self._rounds(problem, start)
+        solution = solve(problem, _Known(_answer(problem, rounds, start)))
+        said = {**problem.table.provenance, "refined": len(rounds.steps)}
+        cost = problem.table.cost * rounds.belief().mean()
+        return Refined(
+            solution=solution,
+            table=replace(problem.table, cost=cost, provenance=said),
+            steps=tuple(rounds.steps),
+            best=rounds.best or rounds.steps[0],
+        )
+
+    def _rounds(self, problem: Problem, start: Answer) -> Rounds:
+        rounds = Rounds(problem=problem, parts=self.parts, sure=self.sure)
+        rounds.take("table", problem.expand(np.asarray(start.choice)))
+        for table in self.others:
+            choice = solved(problem, _cost_of_other(problem.table, table))
+            if choice is not None and rounds.new(choice) and len(rounds.steps) < self.evaluations:
+                rounds.take("other table", choice)
+        driver: Driver
+        driver = (
+            Believing(self.seed) if self.driver == "belief" else Tilting(self.driver, self.seed)
+        )
+        while (left := self.evaluations - len(rounds.steps)) > 0:
+            if self.progress:
+                self.progress("refine", len(rounds.steps), self.evaluations)
+            found = driver.propose(rounds, left)
+            if found is None:
+                break
+            driver.told(rounds.take(*found))
+        return rounds
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A solver that has its answer already."""
+
+    known: Answer
+    name: str = "refine"
+
+    def answer(self, problem: Problem) -> Answer:
+        return self.known
+
+
+def _answer(problem: Problem, rounds: Rounds, start: Answer) -> Answer:
+    best = rounds.best or rounds.steps[0]
+    choice = best.choice[np.unique(problem.row_of, return_index=True)[1]]
+    same = best is rounds.steps[0]
+    return Answer(
+        choice=choice, bound=start.bound, status=start.status if same else Status.FEASIBLE
+    )
+
+
+def _cost_of_other(ours: CostTable, other: CostTable) -> np.ndarray:
+    if not other.units.same_as(ours.units) or other.formats != ours.formats:
+        raise MismatchError(
+            "others: a table of other units or formats; estimate it on the same model with the "
+            "same formats"
+        )
+    return np.where(np.isfinite(ours.cost), other.cost, np.inf)

@@ -1,0 +1,1 @@
+"""Optuna: a solver that samples, and studies that several workers share."""

@@ -1,0 +1,320 @@
+"""Trials in an Optuna storage: opening it, drawing, measuring, telling, and who died meanwhile.
+
+Optuna's heartbeats work in databases alone and under its own loop alone, so every trial carries
+its worker instead: a trial left running by a dead process of this machine is told as failed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import platform
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitknap.allocation.search.trial_journal import open_journal
+from bitknap.errors import BitknapError, InfeasibleError, InputError
+
+if TYPE_CHECKING:
+    import optuna
+    from optuna.samplers import BaseSampler
+    from optuna.storages import BaseStorage
+
+SAMPLERS = ("tpe", "cmaes", "nsga2")
+# Keys of what a trial carries.
+PLAN, REASON, WORKER = "plan", "reason", "worker"
+_JOURNALS = (".log", ".journal")
+_EXAMPLES = "sqlite:///study.db, journal:study.log, postgresql://user@host/name"
+# Workers on one SQLite file wait for each other so long, in seconds.
+_PATIENCE = 60
+# NSGA-II's population: Optuna's 50 would spend a study of 100 trials on two generations.
+_POPULATION = 20
+
+
+@contextlib.contextmanager
+def quietly() -> Iterator[None]:
+    """Keep Optuna from logging and from warning of experimental options while the block runs."""
+    import optuna
+
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def shown(url: str) -> str:
+    """Return a storage URL as messages and pages may show it: without its password."""
+    if "://" not in url:
+        return url
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        return make_url(url).render_as_string(hide_password=True)
+    except ArgumentError:
+        return url.partition("://")[0] + "://…"
+
+
+@contextlib.contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Turn a storage's errors into one line.
+
+    Raises:
+        InputError: the storage cannot be reached or read, or its driver is missing.
+    """
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+    where = f"storage {shown(url)}"
+    try:
+        yield
+    except ArgumentError as error:
+        raise InputError(f"{where}: {_line(error)}; write one like {_EXAMPLES}") from None
+    except (SQLAlchemyError, StorageInternalError) as error:
+        cause = getattr(error, "orig", None) or error.__cause__ or error
+        raise InputError(
+            f"{where}: cannot be reached ({_line(cause)}); check that it runs and may be written"
+        ) from None
+
+
+def _line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+
+
+def open_storage(url: str, *, create: bool = False) -> BaseStorage:
+    """Return the storage behind a URL.
+
+    Args:
+        url: any that Optuna knows, "journal:PATH", or a path that ends in .log or .journal.
+        create: make the file if there is none.
+
+    Raises:
+        InputError: it cannot be reached or read, its driver is missing, or there is no such file.
+    """
+    if url.startswith("journal:") or ("://" not in url and url.endswith(_JOURNALS)):
+        path = Path(url.removeprefix("journal:"))
+        _check_there(url, path, create=create)
+        return open_journal(url, path)
+    from optuna.storages import RDBStorage
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.pool import NullPool
+
+    with reaching(url):
+        address = make_url(url)
+        options: dict[str, Any] = {"pool_pre_ping": True}
+        if address.get_backend_name() == "sqlite":
+            _check_there(url, Path(address.database or ""), create=create)
+            options = {"connect_args": {"timeout": _PATIENCE}, "poolclass": NullPool}
+        try:
+            return RDBStorage(url, engine_kwargs=options)
+        except ImportError as error:
+            driver = getattr(error.__cause__, "name", None) or address.drivername
+            raise InputError(
+                f"storage {shown(url)}: its driver {driver} is not installed; pip install {driver}"
+            ) from None
+        except RuntimeError as error:
+            raise InputError(
+                f"storage {shown(url)}: of another Optuna version ({_line(error)}); "
+                "run 'optuna storage upgrade'"
+            ) from None
+
+
+def file_of(url: str) -> Path | None:
+    """Return the file of a storage; None if it is no file, or the URL is none that is known."""
+    if url.startswith("journal:") or ("://" not in url and url.endswith(_JOURNALS)):
+        return Path(url.removeprefix("journal:"))
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    with contextlib.suppress(ArgumentError):
+        address = make_url(url)
+        if address.get_backend_name() == "sqlite" and address.database:
+            return Path(address.database)
+    return None
+
+
+def _check_there(url: str, path: Path, *, create: bool) -> None:
+    if not create and not path.is_file():
+        raise InputError(f"storage {shown(url)}: no such file; create a study in it first")
+
+
+def make_sampler(name: str, seed: int) -> BaseSampler:
+    """Return a sampler whose draws in trial n depend on the seed and on n alone.
+
+    So two workers never draw the same, and a resumed worker draws what an uninterrupted one would.
+
+    Raises:
+        InputError: the name is unknown.
+    """
+    if name not in SAMPLERS:
+        raise InputError(f"sampler: {name!r} is not one of {', '.join(SAMPLERS)}")
+    from optuna.samplers import BaseSampler
+
+    class Seeded(BaseSampler):
+        """The named sampler, made anew for every trial; its state lies in the storage."""
+
+        def __init__(self) -> None:
+            self._inner = _plain_sampler(name, seed)
+
+        def before_trial(self, study: Any, trial: Any) -> None:
+            drawn = np.random.SeedSequence([seed, trial.number]).generate_state(1)
+            self._inner = _plain_sampler(name, int(drawn[0]))
+            self._inner.before_trial(study, trial)
+
+        def infer_relative_search_space(self, study: Any, trial: Any) -> Any:
+            return self._inner.infer_relative_search_space(study, trial)
+
+        def sample_relative(self, study: Any, trial: Any, search_space: Any) -> Any:
+            return self._inner.sample_relative(study, trial, search_space)
+
+        def sample_independent(self, study: Any, trial: Any, name: str, where: Any) -> Any:
+            return self._inner.sample_independent(study, trial, name, where)
+
+        def after_trial(self, study: Any, trial: Any, state: Any, values: Any) -> None:
+            self._inner.after_trial(study, trial, state, values)
+
+    return Seeded()
+
+
+def _plain_sampler(name: str, seed: int) -> BaseSampler:
+    from optuna.samplers import CmaEsSampler, NSGAIISampler, TPESampler
+
+    if name == "nsga2":
+        return NSGAIISampler(population_size=_POPULATION, seed=seed)
+    # Running trials count as bad ones, so that workers keep away from each other.
+    tpe = TPESampler(multivariate=name == "tpe", constant_liar=True, seed=seed)
+    if name == "tpe":
+        return tpe
+    # CMA-ES knows no switches.
+    return CmaEsSampler(seed=seed, independent_sampler=tpe, warn_independent_sampling=False)
+
+
+def attempt(
+    study: optuna.Study, evaluate: Callable[[optuna.Trial], Sequence[float]]
+) -> optuna.trial.FrozenTrial:
+    """Ask for a trial, evaluate it, tell the result, and return the finished trial.
+
+    Parameters without a plan are told as pruned and a value that is no number as failed, with the
+    reason; any other error is told as failed and raised again. SQLite does not lock rows, so two
+    workers may take the same waiting trial: it is that of the last to sign it, and the other still
+    owes one.
+    """
+    from optuna.exceptions import UpdateFinishedTrialError
+    from optuna.trial import TrialState
+
+    trial = study.ask()
+
+    def ours() -> bool:
+        seen = study.get_trials(deepcopy=False)[trial.number]
+        return not seen.state.is_finished() and seen.user_attrs.get(WORKER) == worker()
+
+    try:
+        trial.set_user_attr(WORKER, worker())
+        values = list(evaluate(trial))
+    except UpdateFinishedTrialError:
+        return attempt(study, evaluate)
+    except InfeasibleError as error:
+        if not ours():
+            return attempt(study, evaluate)
+        trial.set_user_attr(REASON, str(error))
+        return study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
+    except BaseException as error:
+        if ours():
+            reason = dict.fromkeys([type(error).__name__, _line(error)])
+            trial.set_user_attr(REASON, ": ".join(reason))
+            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+        raise
+    if not ours():
+        return attempt(study, evaluate)
+    wrong = [value for value in values if not math.isfinite(value)]
+    if wrong:
+        trial.set_user_attr(REASON, f"the objective is {wrong[0]}")
+        return study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
+    return study.tell(trial, values)
+
+
+def attempts(
+    study: optuna.Study,
+    evaluate: Callable[[optuna.Trial], Sequence[float]],
+    trials: int,
+    *,
+    patience: int = 50,
+) -> Iterator[optuna.trial.FrozenTrial]:
+    """Yield finished trials until `trials` of them are complete.
+
+    Raises:
+        BitknapError: `patience` trials in a row failed.
+    """
+    from optuna.trial import TrialState
+
+    done = failed = 0
+    while done < trials:
+        trial = attempt(study, evaluate)
+        complete = trial.state == TrialState.COMPLETE
+        done, failed = done + complete, 0 if complete else failed + 1
+        yield trial
+        if failed >= patience:
+            raise BitknapError(
+                f"study {study.study_name!r}: {failed} trials in a row failed, the last with "
+                f"{trial.user_attrs.get(REASON, 'no reason')!r}; widen the budget or the knobs"
+            )
+
+
+def known_values(study: optuna.Study) -> dict[str, list[float]]:
+    """Return what was measured already, by the digest of the plan."""
+    from optuna.trial import TrialState
+
+    return {
+        trial.user_attrs[PLAN]: list(trial.values)
+        for trial in study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+        if PLAN in trial.user_attrs
+    }
+
+
+def worker() -> str:
+    """Return who this process is: the machine, its process namespace, and the process."""
+    namespace = Path("/proc/self/ns/pid")
+    inner = namespace.stat().st_ino if namespace.exists() else 0
+    return f"{platform.node()}/{inner}:{os.getpid()}"
+
+
+def fail_abandoned(study: optuna.Study) -> int:
+    """Tell trials left running by dead processes of this machine as failed; return how many.
+
+    What was enqueued for them is enqueued again.
+    """
+    from optuna.trial import TrialState
+
+    count = 0
+    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
+        if not _died(str(trial.user_attrs.get(WORKER, ""))):
+            continue
+        with contextlib.suppress(ValueError, RuntimeError):
+            # Another worker may have told it in between.
+            study.tell(trial.number, state=TrialState.FAIL)
+            count += 1
+            if "fixed_params" in trial.system_attrs:
+                study.enqueue_trial(dict(trial.system_attrs["fixed_params"]))
+    return count
+
+
+def _died(name: str) -> bool:
+    here, _, number = name.rpartition(":")
+    if os.name != "posix" or not number.isdigit() or here != worker().rpartition(":")[0]:
+        return False
+    try:
+        os.kill(int(number), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False

@@ -1,0 +1,342 @@
+"""Studies: many measured plans of one table, shared by workers over an Optuna storage.
+
+A trial turns the knobs, solves the table they make exactly, and measures the plan; so a plan is
+known by its parameters alone. What a study is about is stored with it, and running it with
+anything else is refused.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bitknap.allocation.plans.plan import BitPlan
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.allocation.problem.budget import Budget
+from bitknap.allocation.problem.problem import Problem
+from bitknap.allocation.problem.profiles import profile
+from bitknap.allocation.problem.table import CostTable
+from bitknap.allocation.search.optuna_trials import (
+    PLAN,
+    attempts,
+    fail_abandoned,
+    known_values,
+    make_sampler,
+    open_storage,
+    quietly,
+    reaching,
+    shown,
+)
+from bitknap.allocation.search.search_space import Knobs, apply, neutral, signal, suggest
+from bitknap.allocation.search.study_checks import ABOUT, MEASURED, check_choices, is_ours
+from bitknap.allocation.search.trial_records import Record, best, front, record_of, records
+from bitknap.allocation.solvers.solving import solve
+from bitknap.errors import FileError, InputError, MismatchError
+
+if TYPE_CHECKING:
+    import optuna
+
+__all__ = ["Record", "Study", "best", "create", "front", "load", "plan_of", "records", "run"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Study:
+    """A study in a storage, and the tables it is about.
+
+    Attributes:
+        name: its name in the storage.
+        storage: the storage's URL.
+        trials: Optuna's own study.
+        about: what it is about, JSON values: "table" and "features" with their SHA-256, "budget",
+            "profile", "knobs", "sampler", "seed", "model".
+        table: the table, units tied as the profile says.
+        signals: `signal` of each feature table, by name.
+        knobs: what is turned.
+    """
+
+    name: str
+    storage: str
+    trials: optuna.Study
+    about: Mapping[str, Any]
+    table: CostTable
+    signals: Mapping[str, Floats]
+    knobs: Knobs
+
+    @property
+    def measured(self) -> Mapping[str, Any]:
+        """What the measurements are of, JSON values; empty before the first run."""
+        found: Mapping[str, Any] = self.trials.user_attrs.get(MEASURED, {})
+        return found
+
+
+def create(
+    name: str,
+    storage: str,
+    table: str | Path,
+    *,
+    features: Sequence[str | Path] = (),
+    budget: str | None = None,
+    profile_name: str = "gate_eq_up",
+    sampler: str = "tpe",
+    knobs: Knobs | None = None,
+    seed: int = 0,
+) -> Study:
+    """Create a study and enqueue its first trial, which turns nothing.
+
+    Args:
+        name: of the study, new in the storage.
+        storage: any URL that Optuna knows, or "journal:PATH".
+        table: file of the table to solve.
+        features: files of other tables of the same units, for exponents; named by their stems.
+        budget: what every plan must keep; not with a range of budgets in the knobs.
+        profile_name: which units share a format.
+        sampler: "tpe", "cmaes", or "nsga2", which trades bytes against loss.
+        knobs: what may be turned; tilts by layer and projection when not given.
+        seed: of the sampler.
+
+    Raises:
+        InputError: a value cannot be used, the storage cannot be reached, or the study exists.
+        InfeasibleError: no plan keeps the budget.
+        FileError: a table cannot be read.
+    """
+    chosen = knobs or Knobs(tilts=("layer", "proj"))
+    check_choices(name, budget, sampler, chosen)
+    paths = [Path(table), *map(Path, features)]
+    about = {
+        "table": _named_file(paths[0]),
+        "features": [_named_file(path) for path in paths[1:]],
+        "budget": None if budget is None else str(Budget.parse(budget)),
+        "profile": profile_name,
+        "knobs": chosen.to_dict(),
+        "sampler": sampler,
+        "seed": seed,
+    }
+    tied, signals = _tables(paths, profile_name)
+    about["model"] = str(tied.provenance.get("model", ""))
+    starts = _starts(chosen, tied)
+    for params in starts:
+        _solved(tied, signals, budget, params)
+    import optuna
+
+    with quietly():
+        opened = open_storage(storage, create=True)
+        ways = [optuna.study.StudyDirection.MINIMIZE] * (2 if chosen.budget else 1)
+        try:
+            with reaching(storage):
+                found = optuna.create_study(
+                    study_name=name,
+                    storage=opened,
+                    directions=ways,
+                    sampler=make_sampler(sampler, seed),
+                )
+                found.set_user_attr(ABOUT, about)
+                for params in starts:
+                    found.enqueue_trial(params)
+        except optuna.exceptions.DuplicatedStudyError:
+            raise InputError(
+                f"study {name!r} exists in {shown(storage)}; run it, or choose another name"
+            ) from None
+    return Study(
+        name=name,
+        storage=storage,
+        trials=found,
+        about=MappingProxyType(about),
+        table=tied,
+        signals=signals,
+        knobs=chosen,
+    )
+
+
+def load(
+    name: str,
+    storage: str,
+    *,
+    table: str | Path | None = None,
+    features: Sequence[str | Path] = (),
+) -> Study:
+    """Return a study of a storage, with its tables.
+
+    Args:
+        name: of the study.
+        storage: the URL it was created with.
+        table: where its table lies now, if it moved.
+        features: where its feature tables lie now, in their first order, if they moved.
+
+    Raises:
+        InputError: the storage cannot be reached, or has no such study.
+        MismatchError: a table is not the one that the study is about.
+        FileError: a table cannot be read.
+    """
+    import optuna
+
+    with quietly():
+        opened = open_storage(storage)
+        with reaching(storage):
+            try:
+                found = optuna.load_study(study_name=name, storage=opened)
+            except KeyError:
+                names = ", ".join(map(str, optuna.get_all_study_names(opened))) or "none"
+                raise InputError(
+                    f"study {name!r} is not in {shown(storage)}; there: {names}"
+                ) from None
+            ours = is_ours(found)
+    if not ours:
+        raise InputError(f"study {name!r} in {shown(storage)} is not of Bitknap; choose another")
+    about = found.user_attrs[ABOUT]
+    found.sampler = make_sampler(about["sampler"], about["seed"])
+    kept = [about["table"], *about["features"]]
+    paths = [Path(entry["path"]) for entry in kept]
+    if table is not None:
+        paths[0] = Path(table)
+    if features:
+        paths[1:] = [Path(path) for path in features]
+    if len(paths) != len(kept):
+        raise InputError(f"study {name!r} has {len(kept) - 1} features, {len(paths) - 1} given")
+    for path, entry in zip(paths, kept, strict=True):
+        if _digest(path) != entry["sha256"]:
+            raise MismatchError(
+                f"{path}: not the table that study {name!r} is about "
+                f"(SHA-256 {entry['sha256'][:12]}…); pass that one, or create a new study"
+            )
+    tied, signals = _tables(paths, about["profile"], [entry["name"] for entry in kept[1:]])
+    return Study(
+        name=name,
+        storage=storage,
+        trials=found,
+        about=MappingProxyType(about),
+        table=tied,
+        signals=signals,
+        knobs=Knobs.from_dict(about["knobs"]),
+    )
+
+
+def run(
+    study: Study,
+    measure: Callable[[BitPlan], float],
+    trials: int,
+    *,
+    measured: Mapping[str, Any] | None = None,
+    watch: Callable[[Record], None] | None = None,
+) -> None:
+    """Measure `trials` more plans; several processes may do so at once.
+
+    A killed process loses its running trial at most. Equal plans are measured once.
+
+    Args:
+        study: from `create` or `load`.
+        measure: loss of a plan, a number.
+        trials: how many this process shall complete.
+        measured: what is measured, such as model and text, JSON values; the first run keeps it.
+        watch: called with each finished trial.
+
+    Raises:
+        MismatchError: the study was measured on something else before.
+        InputError: the storage is lost.
+        BitknapError: 50 trials in a row failed.
+    """
+    if trials < 1:
+        raise InputError(f"trials: {trials} must be at least 1")
+
+    def evaluate(trial: optuna.Trial) -> list[float]:
+        params = suggest(trial, study.knobs, study.table)
+        plan = plan_of(study, params)
+        digest = hashlib.sha256(plan.choice.tobytes()).hexdigest()
+        facts = {PLAN: digest, "predicted": plan.header["objective"], "bytes": plan.total_bytes}
+        for key, value in (facts | {"bpw": plan.totals["bits_per_weight"]}).items():
+            trial.set_user_attr(key, value)
+        known = known_values(study.trials)
+        if digest in known:
+            return known[digest]
+        loss = float(measure(plan))
+        return [float(plan.total_bytes), loss] if study.knobs.budget else [loss]
+
+    with quietly(), reaching(study.storage):
+        _claim(study, dict(measured or {}))
+        fail_abandoned(study.trials)
+        for trial in attempts(study.trials, evaluate, trials):
+            if watch:
+                watch(record_of(trial))
+
+
+def plan_of(study: Study, params: Mapping[str, Any], record: Record | None = None) -> BitPlan:
+    """Return the plan of a trial's parameters, the same at every call.
+
+    Args:
+        study: the study.
+        params: the parameters, such as a record's.
+        record: a trial whose number and loss the plan's header shall carry.
+
+    Raises:
+        InfeasibleError: the parameters leave no plan.
+    """
+    plan = _solved(study.table, study.signals, study.about["budget"], params)
+    # Objective and bound are those of the turned costs; what counts is the study's own table.
+    header = {key: value for key, value in plan.header.items() if key != "bound"}
+    cost = study.table.cost[np.arange(len(plan.choice)), plan.choice].sum()
+    header |= {"objective": float(cost), "study": study.name, "params": dict(params)}
+    if record is not None:
+        header |= {"trial": record.number, "measured": {"loss": record.loss, **study.measured}}
+    return replace(plan, header=header)
+
+
+def _named_file(path: Path) -> dict[str, str]:
+    return {"name": path.stem, "path": str(path.absolute()), "sha256": _digest(path)}
+
+
+def _digest(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise FileError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _tables(
+    paths: Sequence[Path], profile_name: str, names: Sequence[str] | None = None
+) -> tuple[CostTable, Mapping[str, Floats]]:
+    """Return the tied table and the signals of the features."""
+    table = CostTable.load(paths[0])
+    kept = {**table.provenance, "profile": profile_name}
+    tied = replace(table.tie(profile(profile_name)), provenance=kept)
+    stems = list(names or [path.stem for path in paths[1:]])
+    if len(set(stems)) != len(stems):
+        raise InputError(f"features: {', '.join(stems)} has a name twice; rename a file")
+    signals = {
+        stem: signal(table, CostTable.load(path), stem)
+        for stem, path in zip(stems, paths[1:], strict=True)
+    }
+    return tied, MappingProxyType(signals)
+
+
+def _starts(knobs: Knobs, table: CostTable) -> list[dict[str, Any]]:
+    """Return the first trials: nothing turned, with a range of budgets also at both ends."""
+    first = neutral(knobs, table)
+    return [first, *({**first, "bits": bits} for bits in knobs.budget or ())]
+
+
+def _solved(
+    table: CostTable, signals: Mapping[str, Floats], budget: str | None, params: Mapping[str, Any]
+) -> BitPlan:
+    turned = apply(table, params, signals)
+    limit = Budget.bits(params["bits"]) if budget is None else Budget.parse(budget)
+    return solve(Problem(turned, limit)).plan
+
+
+def _claim(study: Study, measured: dict[str, Any]) -> None:
+    """Keep what is measured, or refuse if it was something else before."""
+    before = study.trials.user_attrs.get(MEASURED)
+    if before is None:
+        study.trials.set_user_attr(MEASURED, measured)
+        return
+    for key in {**measured, **before}:
+        if before.get(key) != measured.get(key):
+            raise MismatchError(
+                f"study {study.name!r}: {key} was {before.get(key)!r}, now {measured.get(key)!r}; "
+                "losses would not compare; create a new study"
+            )

@@ -1,0 +1,77 @@
+"""What a study may be made of, and whether one in a storage is ours: anybody may write there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from bitknap.allocation.search.optuna_trials import SAMPLERS
+from bitknap.allocation.search.search_space import Knobs
+from bitknap.disk.json_shapes import fits
+from bitknap.errors import InputError
+
+if TYPE_CHECKING:
+    import optuna
+
+# Where a study's own attributes keep what it is about, and what is measured.
+ABOUT, MEASURED = "about", "measured"
+
+_FILE = {"name": str, "path": str, "sha256": str}
+_KNOBS = {
+    "exponents?": [str],
+    **dict.fromkeys(("risk?", "formats?", "floor?", "cap?"), bool),
+    "tilts?": [str],
+    "width?": float,
+    "budget?": ([float, float], None),
+}
+_STUDY: dict[str, Any] = {
+    ABOUT: {
+        "table": _FILE,
+        "features": [_FILE],
+        "budget": (str, None),
+        **dict.fromkeys(("profile", "sampler", "model"), str),
+        "knobs": _KNOBS,
+        "seed": int,
+    },
+    f"{MEASURED}?": {"tokens?": int, "what?": str, "text?": str, "model?": str},
+}
+_TRIAL = {"predicted": float, "bytes": int, "bpw": float, "plan": str}
+_TEXTS = {"reason?": str, "worker?": str}
+
+
+def is_ours(study: optuna.Study) -> bool:
+    """Return whether a study and all its trials say what `study.run` writes, and nothing else.
+
+    Trials that are not complete may lack what was not known yet.
+    """
+    if not fits(dict(study.user_attrs), _STUDY):
+        return False
+    values = 1 if study.user_attrs[ABOUT]["knobs"].get("budget") is None else 2
+    if len(study.directions) != values:
+        return False
+    partly = {f"{key}?": shape for key, shape in _TRIAL.items()}
+    for trial in study.get_trials(deepcopy=False):
+        complete = trial.state.name == "COMPLETE"
+        shape = {**(_TRIAL if complete else partly), **_TEXTS}
+        sound = all(isinstance(name, str) for name in trial.params)
+        sound = sound and fits(list(trial.params.values()), [(float, bool)])
+        if not sound or not fits(dict(trial.user_attrs), shape):
+            return False
+        if complete and not fits(list(trial.values), [float] * values):
+            return False
+    return True
+
+
+def check_choices(name: str, budget: str | None, sampler: str, knobs: Knobs) -> None:
+    """Refuse what no study can be made of, before anything is read or written.
+
+    Raises:
+        InputError: the name is empty, or a budget, a sampler and knobs do not go together.
+    """
+    if not name.strip():
+        raise InputError("study: the name is empty")
+    if sampler not in SAMPLERS:
+        raise InputError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
+    if (budget is None) == (knobs.budget is None):
+        raise InputError("give a budget or a range of budgets, one of them")
+    if (sampler == "nsga2") != (knobs.budget is not None):
+        raise InputError("nsga2 trades bytes against loss: it goes with a range of budgets, alone")

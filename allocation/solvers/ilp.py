@@ -1,0 +1,176 @@
+"""The problem as an integer linear program, modelled in PuLP, solved by HiGHS or CBC.
+
+The model is built from arrays and holds only the core: options that could still be part of a
+better plan, by their reduced costs at the dual optimum. So any linear limits cost little more
+than none, and a million units make a program of hundreds of columns.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any, Literal
+
+import numpy as np
+
+from bitknap.allocation.plans.solution import Answer
+from bitknap.allocation.problem.arrays import Longs
+from bitknap.allocation.problem.problem import Problem
+from bitknap.allocation.solvers.integer_program import TOLERANCE, Program, Result, Runner
+from bitknap.allocation.solvers.knapsack import Knapsack
+from bitknap.allocation.solvers.many_limits import answer
+from bitknap.errors import BitknapError, InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ilp:
+    """Branch and cut on the core of the problem; any linear limits.
+
+    With one limit it starts from the knapsack's plan, so that its core holds exactly what could
+    still beat that plan.
+
+    Attributes:
+        backend: "highs", "cbc" (comes with PuLP), or "auto": HiGHS when it is installed.
+        gap: relative gap at which to stop; 0 proves the optimum within floats.
+        time_limit: seconds.
+    """
+
+    backend: Literal["auto", "highs", "cbc"] = "auto"
+    gap: float = 0.0
+    time_limit: float = 60.0
+
+    def __post_init__(self) -> None:
+        if self.backend not in ("auto", "highs", "cbc"):
+            raise InputError(f"backend: {self.backend!r} is not auto, highs or cbc")
+        if not 0 <= self.gap < 1:
+            raise InputError(f"gap: {self.gap} is not a share from 0 to below 1")
+        if not self.time_limit > 0:
+            raise InputError(f"time_limit: {self.time_limit} must be above 0")
+
+    @property
+    def name(self) -> str:
+        """Shown in solutions and messages."""
+        return f"ilp-{self._chosen}"
+
+    @property
+    def _chosen(self) -> str:
+        if self.backend == "auto":
+            return "highs" if find_spec("highspy") else "cbc"
+        return self.backend
+
+    def answer(self, problem: Problem) -> Answer:
+        """Return the best choice found and a bound.
+
+        Raises:
+            BitknapError: the backend is not installed.
+        """
+        finite = np.isfinite(problem.bounds)
+        if not finite.any():
+            return Knapsack().answer(problem)
+        start: Longs | None = None
+        if finite.sum() == 1:
+            start = Knapsack(time_limit=self.time_limit).answer(problem).choice  # type: ignore[assignment]
+        return answer(
+            problem.cost,
+            problem.weights[finite],
+            problem.bounds[finite],
+            _RUNNERS[self._chosen],
+            gap=self.gap,
+            time_limit=self.time_limit,
+            start=start,
+        )
+
+
+def _modelled(program: Program) -> tuple[Any, list[Any]]:
+    """Return the PuLP model and its variables, one an option, started where the program says."""
+    import pulp
+
+    model = pulp.LpProblem("bits", pulp.LpMinimize)
+    # PuLP 4 wants variables made by their model; older ones have only the class.
+    variable = getattr(model, "add_variable", pulp.LpVariable)
+    picks = [variable(f"x{i}", cat=pulp.LpBinary) for i in range(len(program.cost))]
+    for pick, begun in zip(picks, program.start.tolist(), strict=True):
+        pick.setInitialValue(int(begun))
+
+    def weighed(values: Any, columns: Any) -> Any:
+        pairs = zip(columns.tolist(), values.tolist(), strict=True)
+        return pulp.LpAffineExpression([(picks[c], v) for c, v in pairs])
+
+    model += weighed(program.cost, np.arange(len(picks)))
+    order = np.argsort(program.row, kind="stable")
+    for columns in np.split(order, np.flatnonzero(np.diff(program.row[order])) + 1):
+        model += weighed(np.ones(len(columns)), columns) == 1
+    for weight, bound in zip(program.weights, program.bounds.tolist(), strict=True):
+        columns = np.flatnonzero(weight)
+        if len(columns):
+            model += weighed(weight[columns], columns) <= bound
+    return model, picks
+
+
+def _highs(program: Program, gap: float, seconds: float) -> Result:
+    import highspy
+    import pulp
+
+    model, picks = _modelled(program)
+    solver = pulp.HiGHS(
+        msg=False,
+        gapRel=0.0,
+        gapAbs=max(gap, TOLERANCE),
+        timeLimit=seconds,
+        threads=1,
+        random_seed=0,
+        mip_feasibility_tolerance=1e-9,
+    )
+    # What `model.solve(solver)` does, with a start in between, which PuLP 3 has no word for.
+    solver.createAndConfigureSolver(model)
+    solver.buildSolverModel(model)
+    highs = model.solverModel
+    start = highspy.HighsSolution()
+    start.col_value = [float(v.varValue or 0) for v in model.variables()]
+    highs.setSolution(start)
+    solver.callSolver(model)
+    status, info = highs.getModelStatus(), highs.getInfo()
+    infeasible = status == highspy.HighsModelStatus.kInfeasible
+    if infeasible or info.primal_solution_status != highspy.SolutionStatus.kSolutionStatusFeasible:
+        return Result(picked=None, bound=-np.inf, finished=infeasible)
+    solver.findSolutionValues(model)
+    done = status == highspy.HighsModelStatus.kOptimal
+    return Result(picked=_picked(picks), bound=float(info.mip_dual_bound), finished=done)
+
+
+def _cbc(program: Program, gap: float, seconds: float) -> Result:
+    import pulp
+
+    model, picks = _modelled(program)
+    with warnings.catch_warnings():
+        # PuLP 3.3 announces that its bundled CBC will move to a package of its own.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        solver = pulp.PULP_CBC_CMD(
+            msg=False,
+            gapRel=0.0,
+            gapAbs=max(gap, TOLERANCE),
+            timeLimit=seconds,
+            threads=1,
+            warmStart=True,
+            options=["randomSeed 1", "integerTolerance 1e-9", "increment 1e-7"],
+        )
+        if not solver.available():
+            raise BitknapError("cbc: PuLP finds no CBC; pip install pulp[cbc], or use HiGHS")
+        model.solve(solver)
+    if model.sol_status not in (pulp.LpSolutionOptimal, pulp.LpSolutionIntegerFeasible):
+        proven = model.sol_status == pulp.LpSolutionInfeasible
+        return Result(picked=None, bound=-np.inf, finished=proven)
+    picked = _picked(picks)
+    done = model.sol_status == pulp.LpSolutionOptimal
+    # PuLP does not pass on CBC's bound: what it proves is known only when it finished.
+    bound = float(program.cost[picked].sum()) - max(gap, TOLERANCE) if done else -np.inf
+    return Result(picked=picked, bound=bound, finished=done)
+
+
+def _picked(picks: list[Any]) -> Any:
+    """Return which options were picked; solvers return 0.9999999 for 1."""
+    return np.array([(pick.varValue or 0) > 0.5 for pick in picks])
+
+
+_RUNNERS: dict[str, Runner] = {"highs": _highs, "cbc": _cbc}

@@ -1,0 +1,85 @@
+"""The Lagrangian path: every hull step of every row, by falling gain for each unit of weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitknap.allocation.problem.arrays import Floats, Ints, Longs
+from bitknap.allocation.solvers.lower_hulls import Options, options, steps
+from bitknap.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Path:
+    """The plans that are cheapest for some price of weight, each one step from the next.
+
+    Attributes:
+        start: option of each row in the lightest plan, int[R].
+        row: row that a step moves, int[S].
+        option: option it takes, int[S].
+        gain: cost saved for each unit of weight, float64[S], above 0, never rising.
+        weight: weight of the plan after 0, 1, … S steps, float64[S+1].
+        cost: its cost, float64[S+1].
+    """
+
+    start: Longs
+    row: Longs
+    option: Longs
+    gain: Floats
+    weight: Floats
+    cost: Floats
+
+    def choice(self, count: int) -> Longs:
+        """Return the option of each row after `count` steps, int[R]."""
+        return taken(self.start, self.row[:count], self.option[:count])
+
+
+def taken(start: Ints | Longs, row: Ints | Longs, option: Ints | Longs) -> Longs:
+    """Return the option of each row after steps that are taken in this order, int[R]."""
+    last = np.full(len(start), -1)
+    np.maximum.at(last, row, np.arange(len(row)))
+    result = start.astype(np.int64)
+    moved = last >= 0
+    result[moved] = option[last[moved]]
+    return result
+
+
+def lagrangian_path(cost: Floats, weight: Floats) -> Path:
+    """Return the whole path; equal gains keep the order of the columns, then of the rows.
+
+    Args:
+        cost: float64[R,F], +inf forbids.
+        weight: float64[R,F], any sign: only differences within a row matter.
+
+    Raises:
+        InputError: a gain is beyond floats.
+    """
+    found = options(cost, weight)
+    edges = steps(found)
+    # The lightest option that is left is on the hull, unless its slopes overflow.
+    first = np.argmax(np.isfinite(found.cost), axis=0)
+    rows = np.arange(len(first))
+    if not (found.hull[first, rows].all() and np.isfinite(edges.gain).all()):
+        raise InputError("limit: cost over weight is beyond floats; scale the weights or use Ilp")
+    reached = found.option[edges.end, edges.row]
+    order = np.argsort(-edges.gain, kind="stable")
+    gain, added = edges.gain[order], edges.weight[order]
+    return Path(
+        start=found.option[first, rows],
+        row=edges.row[order],
+        option=reached[order],
+        gain=gain,
+        weight=_summed(float(found.weight[first, rows].sum()), added),
+        # From the cheap end, where a sum from the dear end would drown in its rounding.
+        cost=_summed(_least(found), (gain * added)[::-1])[::-1],
+    )
+
+
+def _summed(first: float, parts: Floats) -> Floats:
+    return first + np.concatenate([[0.0], np.cumsum(parts)])
+
+
+def _least(found: Options) -> float:
+    return float(found.cost.min(axis=0).sum())

@@ -1,0 +1,1 @@
+"""What a budget or a profile costs: frontiers, prices of profiles, uniform recipes."""

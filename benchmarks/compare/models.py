@@ -1,0 +1,191 @@
+"""A model, what calibration saw of it, and the texts: what strategies plan from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from bitknap.allocation import Format
+from bitknap.allocation import formats as make_formats
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.api.calibration import encoded, longest_of
+from bitknap.api.refining import REFINE_TOKENS, Loop, open_loop
+from bitknap.benchmarks.compare.judge import Judge, check_apart
+from bitknap.errors import InputError
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.measuring.kl_replay import Replay
+from bitknap.estimators.measuring.text import BUILTIN, read_text
+from bitknap.estimators.measuring.windows import Windows
+from bitknap.estimators.signals.router_norm import router_norms
+from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.progress import Progress
+from bitknap.quantization.models.live_model import walk
+from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.packed import writer
+from bitknap.quantization.packed.buildable import check_source
+from bitknap.quantization.rounding.memo import Remembered
+from bitknap.quantization.rounding.methods import method as method_of
+from bitknap.quantization.runtime.loading import load
+from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+
+# Of the bundled texts, in their order, a quarter each.
+DOMAINS = ("books", "code", "speeches", "wiki")
+WIDTHS, SIZES = (1, 2, 3, 4, 5, 6, 8), (32, 64, "row")
+# Where a bundled model keeps its routers before training.
+_ROUTERS = "initial_routers.safetensors"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What a comparison is asked for.
+
+    Attributes:
+        model: a folder, a hub id, or "reference:NAME".
+        method: how weights are rounded.
+        profile: which units share a format; published rules keep their own ties.
+        text: calibration text, a file or "builtin".
+        tokens: of it, for calibration.
+        evaluations: plans that the closed loop measures at each budget.
+        refine_tokens: of the calibration text, for measuring plans.
+        evaluation: evaluation texts, each a domain; "builtin" has four.
+        judged: tokens of all of them together.
+        seed: of all that is drawn.
+        formats: that our own strategies choose from.
+    """
+
+    model: str
+    method: str = "rtn"
+    profile: str = "free"
+    text: str = BUILTIN
+    tokens: int = 8192
+    evaluations: int = 64
+    refine_tokens: int = REFINE_TOKENS
+    evaluation: tuple[str, ...] = (BUILTIN,)
+    judged: int = 8192
+    seed: int = 0
+    formats: tuple[Format, ...] = field(
+        default_factory=lambda: make_formats(WIDTHS, SIZES, (False, True), ("compact",))
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What strategies plan from.
+
+    Attributes:
+        options: what was asked for.
+        source: the checkpoint.
+        evidence: the calibration pass: moments, curvature, traces and gradients.
+        judge: measures plans on the evaluation text.
+        loop: measures plans on calibration text.
+        sets: makes passes over quarters of the calibration text, for MoQa.
+        final: router norms, by layer.
+        initial: those before training, where they are known.
+        progress: called with (what, done, of).
+    """
+
+    options: Options
+    source: Checkpoint
+    evidence: Evidence
+    judge: Judge
+    loop: Loop
+    sets: Callable[[], tuple[Evidence, ...]]
+    final: Mapping[int, Floats]
+    initial: Mapping[int, Floats] | None
+    progress: Progress | None
+
+
+def prepare(options: Options, progress: Progress | None = None) -> Setting:
+    """Load and calibrate a model, and cut the texts.
+
+    Raises:
+        InputError: a text cannot be used, is too short, or is judged on as well.
+        ModelError: the model cannot be walked or calibrated.
+    """
+    source = Checkpoint.open(resolve(options.model))
+    check_source(source, reads_text=True)
+    writer.check_finite(source)
+    rounding = method_of(options.method)
+    model = load(source.folder, torch.float32)
+    layout = walk(model)
+    words = read_text(options.text, "calibration")
+    longest = longest_of(model.config)
+    windows = encoded(source.folder, words, model.config).windows(options.tokens, longest)
+    held_out, domain, names = _held_out(options, source.folder, model.config)
+    found = calibrate(
+        model,
+        layout,
+        windows,
+        full=rounding.needs_inputs,
+        curvature=True,
+        gradients=True,
+        seed=options.seed,
+        progress=progress,
+    )
+    provenance = {**found.provenance, "model": source.fingerprint}
+    evidence = replace(found, provenance=provenance, rounding=Remembered(rounding=rounding))
+    loop = open_loop(model, evidence, words, windows.ids, options.refine_tokens, source.folder)
+    # What the tokenizer begins every window with is no text that they share.
+    read = (windows.ids, *(part.windows for part in loop.parts), loop.gate.windows)
+    check_apart(held_out.ids[:, held_out.prefix :], torch.cat(read)[:, held_out.prefix :])
+    return Setting(
+        options=options,
+        source=source,
+        evidence=evidence,
+        judge=Judge(
+            replay=Replay(model, layout, held_out, cache=False),
+            evidence=evidence,
+            domain=domain,
+            names=names,
+        ),
+        loop=loop,
+        sets=lambda: tuple(_sets(model, layout, windows, options.seed)),
+        final=router_norms(dict(model.named_parameters()), layout),
+        initial=_initial(source.folder, layout),
+        progress=progress,
+    )
+
+
+def _sets(model: Any, layout: Layout, windows: Windows, seed: int) -> list[Evidence]:
+    """Return passes over quarters of the calibration windows, in the text's order."""
+    cuts = [len(windows) * part // len(DOMAINS) for part in range(len(DOMAINS) + 1)]
+    parts = [windows[a:b] for a, b in pairwise(cuts) if b > a]
+    return [calibrate(model, layout, part, seed=seed) for part in parts]
+
+
+def _held_out(
+    options: Options, folder: Path, config: Any
+) -> tuple[Windows, np.ndarray, tuple[str, ...]]:
+    """Return the windows that plans are judged on, the domain of each, and their names."""
+    texts = {
+        BUILTIN if name == BUILTIN else Path(name).stem: read_text(name, "evaluation")
+        for name in options.evaluation
+    }
+    if len(texts) < len(options.evaluation):
+        raise InputError(
+            f"--evaluation-text: {', '.join(options.evaluation)} has a name twice; give each "
+            "domain a file of its own name"
+        )
+    if BUILTIN in texts:
+        words = texts.pop(BUILTIN)
+        cuts = [len(words) * part // len(DOMAINS) for part in range(len(DOMAINS) + 1)]
+        texts |= {n: words[a:b] for n, (a, b) in zip(DOMAINS, pairwise(cuts), strict=True)}
+    each = options.judged // len(texts)
+    longest = longest_of(config)
+    found = [encoded(folder, words, config).windows(each, longest) for words in texts.values()]
+    counts = [len(windows) for windows in found]
+    held_out = Windows(ids=torch.cat([one.ids for one in found]), prefix=found[0].prefix)
+    return held_out, np.repeat(np.arange(len(found)), counts), tuple(texts)
+
+
+def _initial(folder: Path, layout: Layout) -> Mapping[int, Floats] | None:
+    """Return the router norms before training, of a bundled model."""
+    file = folder / _ROUTERS
+    return router_norms(load_file(file), layout) if file.is_file() else None

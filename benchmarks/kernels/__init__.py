@@ -1,0 +1,1 @@
+"""Kernels measured on a GPU or compiled without one: `python -m bitknap.benchmarks.kernels`."""

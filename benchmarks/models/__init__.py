@@ -1,0 +1,1 @@
+"""Shapes of published models, and checkpoints of random weights with these shapes."""

@@ -1,0 +1,106 @@
+"""Checkpoints of random weights in the shapes of published models, as large as those.
+
+python -m bitknap.benchmarks.models.random_checkpoint OLMoE-1B-7B build/olmoe
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitknap.benchmarks.models.shapes import ModelShape, Shape, config, headers, shape_of, shapes
+from bitknap.errors import InputError
+
+_SHARD = 4 << 30
+# Like trained weights of this size; norms are ones.
+_SPREAD = 0.02
+
+
+def generate(
+    model: str | ModelShape,
+    folder: Path,
+    layers: int | None = None,
+    seed: int = 0,
+    shard: int = _SHARD,
+) -> Path:
+    """Write a checkpoint of random bf16 weights in a model's shapes, one tensor in memory at once.
+
+    Args:
+        model: its name, or its sizes.
+        folder: to write; it must not exist.
+        layers: only so many decoder layers; all when not given.
+        seed: of the weights.
+        shard: bytes of tensors a file, at most, but for one larger tensor.
+
+    Raises:
+        InputError: there is no such model, or the folder exists.
+    """
+    if folder.exists():
+        raise InputError(f"{folder} exists; choose another folder")
+    shape = shape_of(model) if isinstance(model, str) else model
+    tensors = {n: size for n, (_, size) in headers(shape, layers).items()}
+    parts = _parts(tensors, shard)
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config(shape, layers), indent=1) + "\n")
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(size: Shape) -> Tensor:
+        weight = torch.empty(size, dtype=torch.bfloat16)
+        return weight.normal_(0, _SPREAD, generator=generator) if len(size) > 1 else weight.fill_(1)
+
+    where: dict[str, str] = {}
+    for number, part in enumerate(parts, 1):
+        file = f"model-{number:05}-of-{len(parts):05}.safetensors"
+        where |= dict.fromkeys(part, file)
+        with (folder / file).open("wb") as out:
+            out.write(_header({name: tensors[name] for name in part}))
+            for name in part:
+                out.write(random(tensors[name]).view(torch.uint8).numpy().data)
+    index = {"metadata": {}, "weight_map": where}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index) + "\n")
+    return folder
+
+
+def _header(tensors: Mapping[str, Shape]) -> bytes:
+    entries, at = {}, 0
+    for name, size in tensors.items():
+        stop = at + 2 * math.prod(size)
+        entries[name] = {"dtype": "BF16", "shape": size, "data_offsets": [at, stop]}
+        at = stop
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def _parts(tensors: Mapping[str, Shape], shard: int) -> list[list[str]]:
+    parts: list[list[str]] = [[]]
+    filled = 0
+    for name, size in tensors.items():
+        nbytes = 2 * math.prod(size)
+        if parts[-1] and filled + nbytes > shard:
+            parts.append([])
+            filled = 0
+        parts[-1].append(name)
+        filled += nbytes
+    return parts
+
+
+def main() -> None:
+    """Write a made-up checkpoint."""
+    parser = argparse.ArgumentParser(description="Write a random checkpoint in a model's shapes.")
+    parser.add_argument("name", help=", ".join(shape.name for shape in shapes()))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--layers", type=int, default=None)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    generate(given.name, given.folder, given.layers, given.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Sparse measurements against dense profiling: `python -m bitknap.benchmarks.profiling`."""

@@ -1,0 +1,358 @@
+"""Every estimator against dense profiling: how well it ranks, and what its plans really lose.
+
+    python -m bitknap.benchmarks.profiling -o benchmarks/results
+
+For each reference model: the true KL of every unit in every format (dense profiling, resumable),
+the rank correlation of each estimator's costs with it, and the KL of each estimator's plans on
+text that no estimator saw, beside the plan that dense profiling gives at the same bytes. Writes
+`profiling.json` and `profiling.md`; a model that is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from bitknap.allocation import BitPlan, Budget, CostTable, Problem
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.profiles import profile
+from bitknap.allocation.tradeoffs.profile_price import under
+from bitknap.api.planning import DEFAULT_PROFILE
+from bitknap.benchmarks.profiling.combined import check_plans, plans_for_check
+from bitknap.benchmarks.profiling.report import markdown
+from bitknap.benchmarks.setting import BUDGETS, FORMATS, MODELS, Judge, reference
+from bitknap.estimators.costs.data_free import DataFree
+from bitknap.estimators.costs.dense_profiling import Measured
+from bitknap.estimators.costs.fisher import Fisher
+from bitknap.estimators.costs.moments import SecondMoments
+from bitknap.estimators.costs.weight_error import WeightError
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.group_kl.calibrated import Calibrated, Estimator
+from bitknap.estimators.group_kl.regression import rank_correlation
+from bitknap.estimators.measuring.kl_replay import Losses, standard_error
+from bitknap.estimators.signals import baselines, neuron_variance
+from bitknap.estimators.signals.channel import ChannelScore
+from bitknap.estimators.signals.router_norm import RouterNorm, router_norms
+from bitknap.estimators.signals.signal import Scored, Signal
+from bitknap.estimators.sparse.cell_choice import AtRandom
+from bitknap.estimators.sparse.fuzzy import Fuzzy, unit_losses
+from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
+from bitknap.estimators.sparse.measured_cells import LossSamples
+from bitknap.estimators.sparse.predictors import GradientBoosting, LogLinear
+from bitknap.quantization.stacks.apply import stacks
+
+# Sparse estimators are drawn anew so often.
+SEEDS = 10
+# Dense measurements for each sparse one: with what the base takes, 1/15 of the time and less.
+SPARSITY = 20
+# Measurements that are timed.
+_TIMED = 32
+# Plans that check predictions, and their sizes.
+CHECKS, CHECK_BUDGETS = 12, (2.0, 2.5)
+
+
+def signals(evidence: Evidence, model: Any) -> Iterator[Estimator]:
+    """Yield every rank-only signal as an estimator."""
+    norms = router_norms(dict(model.named_parameters()), evidence.layout)
+    found: list[Signal] = [
+        baselines.Uniform(),
+        baselines.RandomScore(),
+        baselines.Frequency(),
+        baselines.RoutingWeight(),
+        baselines.McMoe(),
+        baselines.HessianTrace(),
+        baselines.Owq(),
+        baselines.AutoRoundScore(),
+        baselines.Exl2Score(),
+        baselines.Kurtosis(),
+        baselines.OutlierRatio(),
+        baselines.AlphaQ(),
+        neuron_variance.MaxVar(),
+        neuron_variance.RowVariance("mean"),
+        neuron_variance.RowVariance("spread"),
+        ChannelScore(),
+        RouterNorm(final=norms),
+    ]
+    yield from (Scored(signal) for signal in found)
+
+
+def dense_free(evidence: Evidence, model: Any) -> Iterator[tuple[Estimator, int]]:
+    """Yield every estimator that measures no single unit, and the KL measurements it takes."""
+    groups = len({*zip(evidence.units.layer, evidence.units.projection, strict=True)})
+    ladder: list[Any] = [DataFree(), WeightError(), SecondMoments(), Fisher()]
+    ladder.append(Fisher(space="output"))
+    yield from ((estimator, 0) for estimator in ladder)
+    for base in ladder[2:]:
+        yield Calibrated(base=base), groups * len(FORMATS)
+    for each in (1, 2):  # readings a group, down to 1/128 of dense profiling
+        few = Calibrated(base=ladder[-1], measurements=groups * each)
+        yield few, groups * each
+    proxies = (baselines.Kurtosis(), baselines.Frequency(), neuron_variance.MaxVar())
+    yield Calibrated(base=ladder[-1], signals=proxies), groups * (len(FORMATS) + 2)
+    yield from ((estimator, 0) for estimator in signals(evidence, model))
+    yield Measured(kind="layer", squared=True), 0
+
+
+def drawn(dense: CostTable, seed: int) -> LossSamples:
+    """Return random cells of the dense table, one in `SPARSITY` of those that had to be measured.
+
+    An expert without tokens changes nothing, so neither dense nor sparse profiling runs it.
+    """
+    free = np.zeros(dense.cost.shape, dtype=np.bool_)
+    free[np.asarray(dense.frequency) > 0] = True
+    cells = AtRandom().pick(dense.units, free, None, int(free.sum()) // SPARSITY, seed)
+    return LossSamples(
+        units=dense.units,
+        formats=dense.formats,
+        unit=cells // dense.cost.shape[1],
+        column=cells % dense.cost.shape[1],
+        loss=dense.cost.ravel()[cells],
+        provenance={"model": "", "text": "", **dense.provenance, "seed": seed},
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Known:
+    """An estimator whose table is there already, so that every seed shares it.
+
+    Attributes:
+        name: the estimator's.
+        needs: the estimator's.
+        table: what it gave.
+        readings: KL measurements that took.
+        seconds: how long it took.
+    """
+
+    name: str
+    needs: frozenset[str]
+    table: CostTable
+    readings: int
+    seconds: float
+
+    @classmethod
+    def of(cls, estimator: Estimator, evidence: Evidence, before: float = 0.0) -> Known:
+        """Run the estimator; `before` is what its own base took."""
+        start = time.perf_counter()
+        table = estimator.estimate(evidence, FORMATS)
+        return cls(
+            name=estimator.name,
+            needs=estimator.needs,
+            table=table,
+            readings=int(table.provenance.get("measurements", 0)),
+            seconds=before + time.perf_counter() - start,
+        )
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the table."""
+        return self.table
+
+
+def sparse(evidence: Evidence, base: Known | None) -> Mapping[str, Callable[..., CostTable]]:
+    """Return, by name, how a table follows from samples, alone or over a base."""
+    learners: dict[str, Any] = {
+        "fuzzy, as published": FuzzyRules(kind="idw"),
+        "fuzzy, scale and move": FuzzyRules(),
+        "log-linear": LogLinear(),
+        "gradient boosting": GradientBoosting(),
+    }
+
+    def way(predictor: Any) -> Callable[[LossSamples], CostTable]:
+        return lambda samples: Fuzzy(samples, predictor, base).estimate(evidence, FORMATS)
+
+    over = f", over {base.name}" if base else ""
+    return {f"{name}{over}": way(learner) for name, learner in learners.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setting:
+    """One reference model with what was measured on it; no seconds if a journal was gone on."""
+
+    name: str
+    tokens: int
+    judged: int
+    model: Any
+    evidence: Evidence
+    dense: CostTable
+    judge: Judge
+    seconds: float | None
+
+
+def prepared(name: str, out: Path, tokens: int, judged: int) -> Setting:
+    """Calibrate on a reference model, and measure every unit or read what was measured."""
+    found = reference(name, tokens, judged)
+    journal = out / f"profiling.{name}.journal"
+    begun, start = journal.exists(), time.perf_counter()
+    dense = Measured(progress=_say, journal=journal).estimate(found.evidence, FORMATS)
+    seconds = None if begun else time.perf_counter() - start
+    return Setting(
+        name=name,
+        tokens=tokens,
+        judged=judged,
+        model=found.model,
+        evidence=found.evidence,
+        dense=dense,
+        judge=found.judge,
+        seconds=seconds,
+    )
+
+
+def ranked(setting: Setting) -> dict[str, Any]:
+    """Return how every estimator ranks and what its plans lose, JSON values."""
+    evidence, dense, judge = setting.evidence, setting.dense, setting.judge
+    best = {bits: judge.losses(dense, bits) for bits in BUDGETS}
+    rows = [_row("dense", dense, dense, judge, best, BUDGETS, measurements=dense.cost.size)]
+    rows[0]["seconds"] = setting.seconds
+    for estimator, measurements in dense_free(evidence, setting.model):
+        start = time.perf_counter()
+        table = estimator.estimate(evidence, FORMATS)
+        seconds = time.perf_counter() - start
+        row = _row(estimator.name, table, dense, judge, best, BUDGETS, measurements)
+        rows.append(row | {"seconds": seconds, "unit": table.provenance.get("unit")})
+        print(json.dumps(rows[-1]), flush=True)
+    rows += _sampled(setting, best)
+    return {
+        "model": setting.name,
+        "tokens": setting.tokens,
+        "judged_on": setting.judged,
+        "units": len(dense.units),
+        "unseen": int((np.asarray(dense.frequency) == 0).sum()),
+        "rows": rows,
+    }
+
+
+def _sampled(
+    setting: Setting, best: Mapping[float, tuple[BitPlan, Losses]]
+) -> Iterator[dict[str, Any]]:
+    """Yield how tables from samples rank and lose, seed by seed; seconds as all would take."""
+    evidence, dense, judge = setting.evidence, setting.dense, setting.judge
+    each = _seconds_a_cell(setting)
+    whole = each * _cells(dense)
+    plain = Known.of(Fisher(space="output"), evidence)
+    # As many readings as the samples, spent on groups; and one a group, as a base for rules.
+    few = Calibrated(base=plain, measurements=len(drawn(dense, 0)))
+    found = Known.of(few, evidence, plain.seconds)
+    row = _row(few.name, found.table, dense, judge, best, BUDGETS, found.readings)
+    yield row | {"seed": 0, "share": found.seconds / whole}
+    one = Calibrated(base=plain, measurements=len(stacks(evidence.units)))
+    for base in (None, plain, Known.of(one, evidence, plain.seconds)):
+        before, readings = (base.seconds, base.readings) if base else (0.0, 0)
+        for way, table_of in sparse(evidence, base).items():
+            for seed in range(SEEDS):
+                samples = drawn(dense, seed)
+                start = time.perf_counter()
+                table = table_of(samples)
+                seconds = before + time.perf_counter() - start + len(samples) * each
+                count = len(samples) + readings
+                row = _row(way, table, dense, judge, best, BUDGETS, count)
+                yield row | {"seed": seed, "share": seconds / whole}
+                print(json.dumps(row), flush=True)
+
+
+def _cells(dense: CostTable) -> int:
+    """Return how many cells dense profiling had to measure."""
+    return int((np.asarray(dense.frequency) > 0).sum() * dense.cost.shape[1])
+
+
+def _seconds_a_cell(setting: Setting) -> float:
+    """Return what one measurement takes in this process, mean of some."""
+    measure = unit_losses(setting.evidence, FORMATS)
+    samples = drawn(setting.dense, SEEDS)
+    count = min(_TIMED, len(samples))
+    start = time.perf_counter()
+    for unit, column in zip(samples.unit[:count], samples.column[:count], strict=True):
+        measure(int(unit), int(column))
+    return (time.perf_counter() - start) / count
+
+
+def checked(setting: Setting) -> list[dict[str, Any]]:
+    """Return how well tables predict the KL of plans of equal bytes that fitted none of them."""
+    evidence = setting.evidence
+    tables = {"dense": setting.dense}
+    bases: list[Any] = [SecondMoments(), Fisher(), Fisher(space="output")]
+    for estimator in (*bases, *(Calibrated(base=base) for base in bases)):
+        tables[estimator.name] = estimator.estimate(evidence, FORMATS)
+    tied = under(tables["calibrated(fisher-output)"], profile(DEFAULT_PROFILE))
+    rows = []
+    for bits in CHECK_BUDGETS:
+        plans = plans_for_check(Problem(tied, Budget.bits(bits)), CHECKS)
+        kl = [float(setting.judge.of(plan).kl.mean()) for plan in plans]
+        for name, table in tables.items():
+            found = check_plans(table, plans, kl)
+            numbers = {"spearman": found.spearman, "slope": found.slope, "scale": found.scale}
+            rows.append({"estimator": name, "bits": bits, "regret": found.regret, **numbers})
+            print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _row(
+    name: str,
+    table: CostTable,
+    dense: CostTable,
+    judge: Judge,
+    best: Mapping[float, tuple[BitPlan, Losses]],
+    budgets: tuple[float, ...],
+    measurements: int,
+) -> dict[str, Any]:
+    """Rank a table against the dense one, and its plans against the dense table's plans."""
+    seen = np.asarray(dense.frequency) > 0
+    rank = [rank_correlation(table.cost[seen, f], dense.cost[seen, f]) for f in range(len(FORMATS))]
+    plans = {}
+    for bits in budgets:
+        plan, losses = judge.losses(table, bits)
+        paired = losses.kl - best[bits][1].kl
+        plans[str(bits)] = {
+            "kl": float(losses.kl.mean()),
+            "bytes": plan.total_bytes,
+            "over_dense": float(paired.mean()),
+            "over_dense_se": standard_error(paired) if paired.any() else 0.0,
+        }
+    return {
+        "estimator": name,
+        "measurements": measurements,
+        "spearman": dict(zip((f.name for f in FORMATS), rank, strict=True)),
+        "spearman_all": rank_correlation(table.cost[seen].ravel(), dense.cost[seen].ravel()),
+        "plans": plans,
+    }
+
+
+def _say(what: str, done: int, of: int) -> None:
+    print(f"{what} {done}/{of}", flush=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
+    parser.add_argument("--tokens", type=int, default=4096, help="measured and calibrated on")
+    parser.add_argument("--judged-on", type=int, default=8192, help="held-out tokens")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "profiling.json"
+    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    for name in args.models.split(","):
+        found = document["models"].get(name, {})
+        if "rows" not in found or "checks" not in found:
+            setting = prepared(name, args.out, args.tokens, args.judged_on)
+            found = found if "rows" in found else ranked(setting)
+            document["models"][name] = found | {"checks": checked(setting)}
+        packages = ("numpy", "torch", "transformers", "scikit-learn")
+        versions = {package: version(package) for package in packages}
+        threads = torch.get_num_threads()
+        document["about"] = {"versions": versions, "cpu": platform.machine(), "threads": threads}
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        (args.out / "profiling.md").write_text(markdown(document))
+
+
+if __name__ == "__main__":
+    main()

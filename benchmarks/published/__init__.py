@@ -1,0 +1,1 @@
+"""Published rules against ours: `python -m bitknap.benchmarks.published`."""

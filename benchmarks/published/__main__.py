@@ -1,0 +1,178 @@
+"""Published rules with their own allocators beside ours at the same bytes, and papers' claims.
+
+    python -m bitknap.benchmarks.published -o benchmarks/results
+
+For each reference model, rule and budget: the KL, on text that no rule saw, of the largest plan
+that the rule makes within the budget, and of `Calibrated(base=Fisher(space="output"))` at that
+plan's bytes or less. Then what the papers claim, with our figures. Writes `published.json` and
+`published.md`; a model that is there already is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+from bitknap.allocation import BitPlan, Budget, CostTable, Problem, profile, solve
+from bitknap.allocation.tradeoffs.profile_price import under
+from bitknap.api.calibration import longest_of, tokenizer_of
+from bitknap.api.planning import DEFAULT_PROFILE
+from bitknap.benchmarks.published.claims import claims
+from bitknap.benchmarks.published.report import markdown
+from bitknap.benchmarks.published.rules import Material, Rule, rules
+from bitknap.benchmarks.setting import BUDGETS, FORMATS, MODELS, Judge, Reference, reference
+from bitknap.estimators.costs.fisher import Fisher
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.group_kl.calibrated import Calibrated
+from bitknap.estimators.measuring.kl_replay import standard_error
+from bitknap.estimators.measuring.text import BUILTIN, read_text, token_windows
+from bitknap.estimators.signals.router_norm import router_norms
+from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.quantization.source.checkpoint import resolve
+
+# Calibration sets of MoQa: the bundled text's quarters, which are its domains but for their edges.
+SETS = 4
+
+
+def material(found: Reference) -> Material:
+    """Return what rules plan from: the pass, router norms, and a pass a quarter of the text."""
+    folder = resolve(f"reference:{found.name}")
+    layout = found.evidence.layout
+    text, tokenizer = read_text(BUILTIN, "calibration"), tokenizer_of(folder)
+    cuts = [len(text) * part // SETS for part in range(SETS + 1)]
+    sets = []
+    for start, end in pairwise(cuts):
+        longest = longest_of(found.model.config)
+        windows = token_windows(tokenizer, text[start:end], found.tokens, longest)
+        sets.append(calibrate(found.model, layout, windows))
+    routers = load_file(folder / "initial_routers.safetensors")
+    return Material(
+        evidence=found.evidence,
+        final=router_norms(dict(found.model.named_parameters()), layout),
+        initial=router_norms(routers, layout),
+        sets=tuple(sets),
+    )
+
+
+def ours_on(evidence: Evidence) -> CostTable:
+    """Return our costs: Fisher at the experts' output × measured group gains."""
+    return Calibrated(base=Fisher(space="output")).estimate(evidence, FORMATS)
+
+
+def compared(
+    judge: Judge, offered: Iterable[Rule], ours: CostTable, budgets: Sequence[float] = BUDGETS
+) -> list[dict[str, Any]]:
+    """Return one row a rule and budget, JSON values."""
+    rows = []
+    for rule in offered:
+        start = time.perf_counter()
+        for bits in budgets:
+            rows.append(_row(judge, ours, rule, bits))
+            print(json.dumps(rows[-1]), flush=True)
+        print(f"{rule.name}: {time.perf_counter() - start:.0f} s", flush=True)
+    return rows
+
+
+def _row(judge: Judge, ours: CostTable, rule: Rule, bits: float) -> dict[str, Any]:
+    """Return a rule's plan at a budget beside ours at its bytes."""
+    about = {"rule": rule.name, "source": rule.source, "knob": rule.knob, "ties": rule.ties}
+    limit = int(Budget.bits(bits).limit(ours).bound)
+    judged = [(offer, judge.of(offer.plan)) for offer in rule.offers(limit)]
+    if not judged:
+        return {**about, "budget": bits, "bytes": None}
+    offer, theirs = min(judged, key=lambda pair: float(pair[1].kl.mean()))
+    nbytes = offer.plan.total_bytes
+    plan = _plan(ours, DEFAULT_PROFILE, nbytes)
+    mine = judge.of(plan)
+    paired = theirs.kl - mine.kl
+    same = offer.plan.units.same_as(ours.units)
+    row: dict[str, Any] = {
+        **about,
+        "budget": bits,
+        "limit": limit,
+        "setting": offer.setting,
+        "bytes": nbytes,
+        "bpw": offer.plan.bpw,
+        "kl": float(theirs.kl.mean()),
+        "ours_bytes": plan.total_bytes,
+        "ours_kl": float(mine.kl.mean()),
+        "difference": float(paired.mean()),
+        "difference_se": standard_error(paired) if paired.any() else 0.0,
+        "ratio": float(theirs.kl.mean() / mine.kl.mean()),
+        "ours_predicted": _predicted(ours, plan),
+        "predicted": _predicted(ours, offer.plan) if same else None,
+    }
+    if row["difference"] < 0:
+        # What of it is gate = up, which ours keeps and most rules do not.
+        row["ours_free_kl"] = float(judge.of(_plan(ours, "free", nbytes)).kl.mean())
+    return row
+
+
+def _plan(table: CostTable, ties: str, nbytes: int) -> BitPlan:
+    return solve(Problem(under(table, profile(ties)), Budget.bytes(nbytes))).plan
+
+
+def _predicted(table: CostTable, plan: BitPlan) -> float | None:
+    """Return what a table says of a plan over its units; None where it lacks a format."""
+    if not set(plan.formats) <= set(table.formats):
+        return None
+    columns = np.array([table.formats.index(item) for item in plan.formats])
+    return float(table.cost[np.arange(len(plan.units)), columns[plan.choice]].sum())
+
+
+def measured(found: Reference) -> Mapping[str, Any]:
+    """Return all that is reported of one reference model, JSON values."""
+    known = material(found)
+    ours = ours_on(found.evidence)
+    return {
+        "model": found.name,
+        "tokens": found.tokens,
+        "judged_on": found.judged,
+        "units": len(ours.units),
+        "measurements": ours.provenance["measurements"],
+        "rows": compared(found.judge, rules(known, _say), ours),
+        "claims": claims(found.judge, known, ours),
+    }
+
+
+def _say(what: str, done: int, of: int) -> None:
+    if done % 100 == 0:
+        print(f"{what} {done}/{of}", flush=True)
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
+    parser.add_argument("--tokens", type=int, default=4096, help="calibrated on")
+    parser.add_argument("--judged-on", type=int, default=8192, help="held-out tokens")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    path = args.out / "published.json"
+    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    for name in args.models.split(","):
+        if name not in document["models"]:
+            found = reference(name, args.tokens, args.judged_on)
+            document["models"][name] = measured(found)
+        packages = ("numpy", "torch", "transformers", "scikit-fuzzy")
+        versions = {package: version(package) for package in packages}
+        threads = torch.get_num_threads()
+        document["about"] = {"versions": versions, "cpu": platform.machine(), "threads": threads}
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        (args.out / "published.md").write_text(markdown(document))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""Speed and quality of the quantizer: `python -m bitknap.benchmarks.quantize`."""

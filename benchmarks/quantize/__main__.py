@@ -1,0 +1,207 @@
+"""Quantizers side by side in one run: throughput, what is lost, and a model larger than memory.
+
+    python -m bitknap.benchmarks.quantize -o benchmarks/results
+
+Ours against HQQ's package, llm-compressor's GPTQ and compressed-tensors' rounding, where they are
+installed. Threads are those of OMP_NUM_THREADS, for all alike. Writes `quantize.json` and
+`quantize.md`; parts that are not asked for are kept from the run before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bitknap.benchmarks.models.shapes import ModelShape, shape_of
+from bitknap.benchmarks.quantize import large_checkpoint, quality, speed
+from bitknap.benchmarks.quantize.report import markdown
+from bitknap.benchmarks.setting import MODELS
+from bitknap.errors import InputError
+
+PARTS = ("speed", "quality", "large")
+_PACKAGES = ("torch", "numpy", "transformers", "hqq", "llmcompressor", "compressed-tensors")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sizes:
+    """How much is measured.
+
+    Attributes:
+        shapes: of matrices, for throughput.
+        seconds: of one measurement of throughput, about.
+        rounds: measurements of each way.
+        gptq_formats: formats in which GPTQ is timed.
+        models: reference models.
+        formats: in which losses are compared.
+        tokens: of calibration.
+        judged: held-out tokens.
+        large: whose shapes the large checkpoint has.
+        layers: of it; all when None.
+        estimator: that plans it.
+        room: bytes that the disk must have free for it.
+    """
+
+    shapes: Mapping[str, tuple[int, int, int]]
+    seconds: float
+    rounds: int
+    gptq_formats: int
+    models: Sequence[str]
+    formats: Sequence[str]
+    tokens: int
+    judged: int
+    large: str | ModelShape
+    layers: int | None
+    estimator: str
+    room: int
+
+
+def toy() -> Sizes:
+    """Return sizes that are done in seconds and say nothing of speed."""
+    return Sizes(
+        shapes=speed.TOY,
+        seconds=0.0,
+        rounds=1,
+        gptq_formats=1,
+        models=MODELS[:1],
+        formats=quality.FORMATS[2:3],
+        tokens=256,
+        judged=256,
+        large=large_checkpoint.small(shape_of(large_checkpoint.MODEL)),
+        layers=1,
+        estimator="data-free",
+        room=1 << 24,
+    )
+
+
+def run(
+    out: Path, parts: Sequence[str], sizes: Sizes, folder: Path, say: Callable[[str], None]
+) -> None:
+    """Measure some parts, and write the report on everything there after each.
+
+    Args:
+        out: folder of the results, made when missing.
+        parts: of `PARTS`.
+        sizes: how much is measured.
+        folder: for files that are large and removed again.
+        say: told of progress.
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / "quantize.json"
+    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    document["about"] = about()
+    for part in parts:
+        document |= _PARTS[part](sizes, folder, say)
+        path.write_text(json.dumps(document, indent=1) + "\n")
+        (out / "quantize.md").write_text(markdown(document))
+
+
+def _speed(sizes: Sizes, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    rows = speed.measured(
+        sizes.shapes,
+        folder,
+        seconds=sizes.seconds,
+        rounds=sizes.rounds,
+        gptq_formats=sizes.gptq_formats,
+        say=say,
+    )
+    return {"speed": rows, "profile": speed.profiled(sizes.shapes, folder)}
+
+
+def _quality(sizes: Sizes, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    found = [
+        quality.measured(
+            model, tokens=sizes.tokens, judged=sizes.judged, formats=sizes.formats, say=say
+        )
+        for model in sizes.models
+    ]
+    return {"quality": found}
+
+
+def _large(sizes: Sizes, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    found = large_checkpoint.measured(
+        folder,
+        model=sizes.large,
+        layers=sizes.layers,
+        estimator=sizes.estimator,
+        room=sizes.room,
+    )
+    say(json.dumps(found))
+    return {"large": found}
+
+
+_PARTS = {"speed": _speed, "quality": _quality, "large": _large}
+
+
+def about() -> dict[str, Any]:
+    """Return what the numbers depend on: versions, processor, threads."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return {
+        "versions": versions,
+        "cpu": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--parts", default=",".join(PARTS), help="separated by commas")
+    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
+    parser.add_argument("--formats", default=",".join(quality.FORMATS), help="of losses")
+    parser.add_argument("--tokens", type=int, default=8192, help="calibrated on")
+    parser.add_argument("--judged-on", type=int, default=8192, help="held-out tokens")
+    parser.add_argument("--seconds", type=float, default=3.0, help="of one timing")
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each way")
+    parser.add_argument("--gptq-formats", type=int, default=1, help="in which GPTQ is timed")
+    parser.add_argument("--layers", type=int, default=None, help="of the large checkpoint")
+    parser.add_argument("--estimator", default="data-free", help="that plans it, without text")
+    parser.add_argument("--folder", type=Path, default=None, help="for large files")
+    parser.add_argument("--toy", action="store_true", help="done in seconds")
+    given = parser.parse_args(argv)
+    parts = given.parts.split(",")
+    for part in parts:
+        if part not in PARTS:
+            parser.error(str(InputError(f"part {part!r} is unknown; one of {', '.join(PARTS)}")))
+    sizes = toy() if given.toy else _sizes(given)
+    with tempfile.TemporaryDirectory(dir=given.folder) as folder:
+        run(given.out, parts, sizes, Path(folder), lambda text: print(text, flush=True))
+
+
+def _sizes(given: argparse.Namespace) -> Sizes:
+    shape = shape_of(large_checkpoint.MODEL)
+    return Sizes(
+        shapes=speed.SHAPES,
+        seconds=given.seconds,
+        rounds=given.rounds,
+        gptq_formats=given.gptq_formats,
+        models=given.models.split(","),
+        formats=given.formats.split(","),
+        tokens=given.tokens,
+        judged=given.judged_on,
+        large=shape.name,
+        layers=given.layers,
+        estimator=given.estimator,
+        room=large_checkpoint.room(shape, given.layers),
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""A made-up checkpoint of a published model's shapes, planned and quantized: time and memory.
+
+Each command runs in a process of its own, and its peak of resident memory is read while it runs.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bitknap.benchmarks.models.random_checkpoint import generate
+from bitknap.benchmarks.models.shapes import ModelShape, headers
+from bitknap.disk.atomic import check_space
+from bitknap.errors import BitknapError, InputError
+
+MODEL = "OLMoE-1B-7B"
+BUDGET = "3bpw"
+_FORMATS = ("--formats", "2,3,4", "--group-size", "64", "--metadata", "fp16")
+_POLL = 0.05  # seconds
+# The bar, bytes.
+MOST_MEMORY = 3 << 30
+
+
+def measured(
+    folder: Path, *, model: str | ModelShape, layers: int | None, estimator: str, room: int
+) -> dict[str, Any]:
+    """Return seconds and peak bytes of planning and of quantizing, JSON values.
+
+    Args:
+        folder: to work in; what is made there is removed.
+        model: whose shapes; its name, or its sizes.
+        layers: only so many; all when not given.
+        estimator: one that reads no text.
+        room: bytes that the disk must have free.
+
+    Raises:
+        InputError: the disk has no room.
+        BitknapError: a command failed.
+    """
+    work = folder / "large"
+    if work.exists():
+        raise InputError(f"{work} exists, of an earlier run; remove it")
+    check_space(work, room)
+    try:
+        start = time.perf_counter()
+        source = generate(model, work / "source", layers)
+        spent = time.perf_counter() - start
+        nbytes = sum(file.stat().st_size for file in source.iterdir())
+        table, plan = str(work / "table.safetensors"), str(work / "plan.json")
+        out = work / "out"
+        commands: dict[str, Sequence[str]] = {
+            "estimate": ["--estimator", estimator, *_FORMATS, "-o", table],
+            "solve": ["--budget", BUDGET, "-o", plan],
+            "quantize": ["--plan", plan, "-o", str(out)],
+        }
+        steps = {}
+        for verb, options in commands.items():
+            given = table if verb == "solve" else str(source)
+            steps[verb] = _watched([verb, given, *options])
+        written = sum(file.stat().st_size for file in out.iterdir())
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    name = model if isinstance(model, str) else model.name
+    facts = {"model": name, "layers": layers, "estimator": estimator, "budget": BUDGET}
+    sizes = {"source_bytes": nbytes, "written_bytes": written, "generate_seconds": spent}
+    return {**facts, **sizes, "steps": steps}
+
+
+def _watched(arguments: Sequence[str]) -> dict[str, float]:
+    """Run a command; return its seconds and its peak of resident memory in bytes."""
+    start, peak = time.perf_counter(), 0
+    with subprocess.Popen(
+        [sys.executable, "-m", "bitknap", *arguments],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as child:
+        while child.poll() is None:
+            peak = max(peak, _peak(child.pid))
+            time.sleep(_POLL)
+        errors = child.stderr.read() if child.stderr else ""
+    if child.returncode:
+        last = (errors.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
+        raise BitknapError(f"bitknap {arguments[0]}: {last}")
+    if not peak:  # no /proc; the largest child so far
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+        peak = usage * (1 if sys.platform == "darwin" else 1024)
+    return {"seconds": time.perf_counter() - start, "peak_bytes": peak}
+
+
+def _peak(process: int) -> int:
+    """Return the most memory that a process has had resident, bytes; 0 where it is not told."""
+    try:
+        status = Path(f"/proc/{process}/status").read_text()
+    except OSError:
+        return 0
+    lines = [line for line in status.splitlines() if line.startswith("VmHWM")]
+    return int(lines[0].split()[1]) * 1024 if lines else 0
+
+
+def small(shape: ModelShape) -> ModelShape:
+    """Return a shape of the same family with next to nothing in it, for a trial."""
+    few = {"kind": "gqa", "heads": 2, "kv_heads": 2, "head_size": 16, "norm": "whole"}
+    return replace(
+        shape,
+        name=f"{shape.name}, tiny",
+        layers=2,
+        experts=4,
+        top_k=2,
+        hidden=64,
+        size=64,
+        vocabulary=128,
+        attention=few,
+    )
+
+
+def room(shape: ModelShape, layers: int | None) -> int:
+    """Return the bytes that the checkpoint and what is made of it take on disk, at most."""
+    return 2 * sum(2 * math.prod(size) for _, size in headers(shape, layers).values())

@@ -1,0 +1,105 @@
+"""The comparison of both reference models that the README shows.
+
+    python -m bitknap.benchmarks.questions.both_models -o benchmarks/results [--models …] [--methods …]
+
+For each model and method: strategies at every budget with free choice, and those that depend on it
+under three runtimes' profiles. Writes `compare.MODEL.METHOD.json`; one that is there already
+is kept, and a killed run goes on. `compare_report` makes the table and the picture of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from bitknap.benchmarks.compare.models import Options, Setting, prepare
+from bitknap.benchmarks.compare.output import document, times
+from bitknap.benchmarks.compare.run import Comparison, compare
+from bitknap.benchmarks.compare.strategies import names
+from bitknap.benchmarks.compare.tables import SCORES, UNMEASURED
+from bitknap.quiet import silence_transformers
+
+MODELS, METHODS = ("mixtral", "qwen3moe"), ("rtn", "gptq")
+BUDGETS = (2.0, 2.25, 2.5, 3.0, 4.0)
+PROFILES = ("expert", "layer_proj", "layer")
+# Under a profile of its runtime: published rules keep their own ties and are the same as without.
+_TIED = ("weight-error:knapsack", "moments:knapsack", "fisher-output:knapsack")
+# Everything once; elsewhere exact plans of every table, which is what the others come close to.
+_EVERY = {("mixtral", "rtn")}
+_SOME = {
+    "rtn": ("published", "random", *(f"{name}:knapsack" for name in (*UNMEASURED, *SCORES))),
+    "gptq": ("published", "random", *_TIED, "frequency:knapsack"),
+}
+# Plans that the loop measures where choice is free; under a profile its first alone.
+_EVALUATIONS = 32
+
+
+def main() -> None:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-o", "--out", type=Path, required=True)
+    parser.add_argument("--work", type=Path, default=Path("build/compare"))
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--methods", nargs="+", default=METHODS)
+    parser.add_argument("--evaluations", type=int, default=_EVALUATIONS)
+    parser.add_argument("--strategies", nargs="+", help="instead of the usual ones")
+    args = parser.parse_args()
+    silence_transformers()
+    for name in args.models:
+        for method in args.methods:
+            path = args.out / f"compare.{name}.{method}.json"
+            if not path.exists():
+                work = args.work / f"{name}.{method}"
+                found = measured(name, method, work, args.evaluations, args.strategies)
+                args.out.mkdir(parents=True, exist_ok=True)
+                path.write_text(json.dumps(found, indent=1) + "\n")
+
+
+def measured(
+    name: str, method: str, work: Path, evaluations: int, strategies: Sequence[str] | None
+) -> dict[str, Any]:
+    """Return the comparison of one model and method, by profile, JSON values."""
+    options = Options(model=f"reference:{name}", method=method, evaluations=evaluations)
+    setting = prepare(options, _say)
+    wanted = strategies or (("all",) if (name, method) in _EVERY else _SOME[method])
+    first = _run(setting, names(wanted), work / "free")
+    found = {"free": _document(first)}
+    for profile in PROFILES:
+        other = replace(setting, options=replace(options, profile=profile, evaluations=1))
+        run = _run(other, names(_TIED), work / profile, first)
+        found[profile] = _document(run)
+    return found
+
+
+def _run(
+    setting: Setting, wanted: Sequence[str], folder: Path, like: Comparison | None = None
+) -> Comparison:
+    """Return a comparison; tables do not depend on profiles, so those of another one serve."""
+    options = setting.options
+    about = {
+        "model": setting.source.fingerprint,
+        "method": options.method,
+        "profile": options.profile,
+        "evaluations": options.evaluations,
+        "strategies": list(wanted),
+    }
+    known = None if like is None else like.tables.known
+    return compare(setting, wanted, BUDGETS, folder, about, tables=known)
+
+
+def _document(run: Comparison) -> dict[str, Any]:
+    return document(
+        run, "python -m bitknap.benchmarks.questions.both_models -o benchmarks/results"
+    ) | {"times": times(run)}
+
+
+def _say(what: str, done: int, of: int) -> None:
+    print(f"{what} {done}/{of}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

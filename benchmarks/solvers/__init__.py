@@ -1,0 +1,1 @@
+"""Solvers compared on real and random instances: `python -m bitknap.benchmarks.solvers`."""

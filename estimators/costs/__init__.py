@@ -1,0 +1,1 @@
+"""Estimators whose costs are nats per token: weight errors, second moments, Fisher, measured."""

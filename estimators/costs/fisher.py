@@ -1,0 +1,185 @@
+"""Rung A: half the diagonal empirical Fisher times a squared error, labels from the model.
+
+With labels drawn from the model, the expected squared gradient is the curvature of the KL to the
+unchanged model, so ½ Σ F Δ² is its second-order expansion (methods.md 9.1 A; HAWQ's trace is a
+coarser form). Δ is the rounding error of each weight, or the change Δz of the experts' output
+when one matrix is rounded (GEMQ, arXiv 2605.23078: Σ g² Δz²; the ½ and the division by tokens
+make nats of it, methods.md 9.2). Squares are taken per token, before summing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from torch import Tensor
+
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.table import CostTable
+from bitknap.errors import InputError
+from bitknap.estimators.costs.weighed_errors import (
+    Charge,
+    experts_of,
+    plainest,
+    projection_of,
+    role_of,
+    weighed_table,
+)
+from bitknap.estimators.evidence.evidence import Evidence, shrink, zeros
+from bitknap.estimators.measuring.float_range import narrowed, weighed_squares
+from bitknap.estimators.sweep.expert_traces import Block, block_of
+
+Space = Literal["weight", "output"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fisher:
+    """Diagonal empirical Fisher × squared error, of every weight or at the experts' output.
+
+    In output space errors of different weights may cancel or add up within a token, and the
+    activation is run, not expanded; it costs a run of the expert for every format.
+
+    Attributes:
+        space: "weight", Fisher of every weight × its squared rounding error; or "output",
+            squared gradients at the experts' output × its squared change.
+    """
+
+    space: Space = "weight"
+
+    def __post_init__(self) -> None:
+        _check(self.space)
+
+    @property
+    def name(self) -> str:
+        """What the CLI calls it: "fisher" or "fisher-output"."""
+        return "fisher" if self.space == "weight" else "fisher-output"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Squared gradients of weights; or traces with gradients, and the live model."""
+        return frozenset(
+            {"curvature"} if self.space == "weight" else {"traces", "gradients", "replay"}
+        )
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the costs of every unit in every format, nats per token.
+
+        Raises:
+            InputError: gradients were not recorded, or a unit is not a routed expert's.
+        """
+        blocks: dict[int, Block] = {}
+
+        def weigh(run: np.ndarray, weights: Tensor) -> Charge:
+            if self.space == "weight":
+                grid = _half_fisher(evidence, run)
+                return lambda delta: weighed_squares(delta, grid).sum((1, 2))
+            layer = _traced_layer(evidence, run)
+            if layer not in blocks:
+                blocks.clear()  # one layer's outputs at a time
+                blocks[layer] = block_of(evidence, layer)
+            block = blocks[layer]
+            return lambda delta: _output_costs(block, evidence, run, weights + delta).sum(1)
+
+        return weighed_table(evidence, formats, weigh, {"estimator": self.name})
+
+
+def row_costs(
+    evidence: Evidence, formats: Sequence[Format], run: np.ndarray, space: Space = "weight"
+) -> Floats:
+    """Return what each output row of a stack costs; over rows they sum to the unit's cost.
+
+    The error is additive over output rows for any diagonal curvature (methods.md 9.1).
+
+    Args:
+        evidence: with squared gradients; in output space with traces and gradients.
+        formats: the options; a kept precision costs nothing.
+        run: equally shaped units of one layer's one projection, from `stacks`.
+        space: as for `Fisher`. In output space the rows of gate and up meet only in the output,
+            so that it is for down alone.
+
+    Returns:
+        float64 [n, rows, F], nats per token.
+
+    Raises:
+        InputError: gradients were not recorded, the units are not routed experts', or the rows
+            of this projection have no costs of their own.
+    """
+    _check(space)
+    if space == "output" and projection_of(evidence.units, run) != "down":
+        raise InputError(
+            f"row costs of {projection_of(evidence.units, run)}: the rows share the output; "
+            "use space='weight'"
+        )
+    weights = evidence.weights(run)
+    found = np.zeros((*weights.shape[:2], len(formats)))
+    known: dict[Format, np.ndarray] = {}
+    block = block_of(evidence, _traced_layer(evidence, run)) if space == "output" else None
+    grid = _half_fisher(evidence, run) if block is None else None
+    for column, format in enumerate(formats):
+        if format.kind == "keep":
+            continue
+        same = plainest(format, weights.shape[2])
+        if same not in known:
+            changed = evidence.round_trip(run, weights, same)
+            if block is not None:
+                known[same] = _output_costs(block, evidence, run, changed).numpy()
+            elif grid is not None:
+                known[same] = weighed_squares(changed - weights, grid).sum(2).double().numpy()
+        found[:, :, column] = known[same]
+    return found
+
+
+def _check(space: str) -> None:
+    if space not in ("weight", "output"):
+        raise InputError(f"space: {space!r} is not one of weight, output")
+
+
+def _half_fisher(evidence: Evidence, run: np.ndarray) -> Tensor:
+    """Return ½ of the mean squared gradient of each weight, [n, out, in] (`narrowed`)."""
+    _check_routed(evidence, run)
+    layer, experts = experts_of(evidence, run)
+    if not layer.curvature:
+        raise InputError("gradients were not recorded; calibrate with curvature=True")
+    squares = layer.curvature[projection_of(evidence.units, run)]
+    return 0.5 * narrowed(layer.shrunk(squares)[experts])
+
+
+def _traced_layer(evidence: Evidence, run: np.ndarray) -> int:
+    """Return the layer of a stack of routed units whose trace has gradients."""
+    _check_routed(evidence, run)
+    layer = int(evidence.units.layer[run[0]])
+    trace = evidence.traces.get(layer)
+    if trace is None or trace.gradient is None:
+        raise InputError("gradients were not recorded; calibrate with gradients=True")
+    return layer
+
+
+def _check_routed(evidence: Evidence, run: np.ndarray) -> None:
+    if role_of(evidence.units, run) != "routed":
+        raise InputError("fisher covers routed experts only; use moments with --include")
+
+
+def _output_costs(block: Block, evidence: Evidence, run: np.ndarray, changed: Tensor) -> Tensor:
+    """Return ½ Σ g² Δz² / T of each unit by output coordinate, shrunk, float64 [n, H].
+
+    Args:
+        block: the stack's layer.
+        evidence: gives the units.
+        run: the stack.
+        changed: its new weights, float32 [n, out, in].
+    """
+    if block.trace.gradient is None:
+        raise InputError("gradients were not recorded; calibrate with gradients=True")
+    name = projection_of(evidence.units, run)
+    _, experts = experts_of(evidence, run)
+    whole = block.weights[name].clone()
+    whole[experts] = changed
+    square = block.trace.gradient.square()
+    total = zeros(block.layer.experts, block.layer.hidden)
+    for expert, token, change in block.changes({name: whole}):
+        total[expert] = (square[token] * change.square()).double().sum(0)
+    count = block.trace.count(block.layer.experts)
+    return 0.5 * shrink(total, count, len(square))[experts]

@@ -1,0 +1,135 @@
+"""Rung C: output error from second moments, times the layer's measured gain.
+
+For the down projection the squared output error a token is tr(ΔW S ΔWᵀ) with S = Σ a² h hᵀ / T.
+For gate and up an error dz_k moves the output by (dh_k/dz_k) dz_k W_down[:, k]; so row k weighs
+its mean squared slope times ‖W_down[:, k]‖² (methods.md 9.1, GEMQ's expansion carried one matrix
+further; slopes and inputs are taken as independent). The gain was read as KL over squared
+error, so the product is nats a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.table import CostTable
+from bitknap.errors import InputError
+from bitknap.estimators.costs.weighed_errors import (
+    Charge,
+    experts_of,
+    projection_of,
+    role_of,
+    weighed_table,
+)
+from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
+from bitknap.estimators.measuring.float_range import fits, narrowed, weighed_squares
+
+
+@dataclass(frozen=True, slots=True)
+class SecondMoments:
+    """Second moments of each projection's input × the layer's gain (ladder rung C).
+
+    Attributes:
+        full: use whole matrices S where the evidence has them, not their diagonals.
+    """
+
+    full: bool = False
+    name = "moments"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Moments, whole matrices of them if `full`."""
+        return frozenset({"moments", "full"} if self.full else {"moments"})
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the costs of every unit in every format, nats per token.
+
+        Raises:
+            InputError: full moments were not recorded.
+        """
+
+        def weigh(run: np.ndarray, weights: Tensor) -> Charge:
+            if self.full and role_of(evidence.units, run) == "routed":
+                return _full_charge(evidence, run)
+            grid = error_weights(evidence, run)
+            return lambda delta: weighed_squares(delta, grid).sum((1, 2))
+
+        return weighed_table(evidence, formats, weigh, {"estimator": self.name})
+
+
+def error_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
+    """Return what a unit of squared error of each weight costs, [n, 1 or out, in].
+
+    In float32, or in float64 where that cannot hold it.
+
+    Args:
+        evidence: with moments.
+        run: equally shaped units of one layer's one projection, from `stacks`.
+    """
+    if role_of(evidence.units, run) != "routed":
+        return _linear_weights(evidence, run)
+    layer, experts = experts_of(evidence, run)
+    name = projection_of(evidence.units, run)
+    rows = _row_weights(evidence, layer, run, name)[experts]
+    moments = layer.middle_square if name == "down" else layer.input_square
+    columns = layer.shrunk(moments)[experts]
+    if name != "down":
+        columns = columns / _gate_mass(layer)[experts, None]
+    return narrowed(rows[:, :, None] * columns[:, None, :])
+
+
+def _gate_mass(layer: LayerEvidence) -> Tensor:
+    """Return Σ a² / T by expert, shrunk, never zero: [E]."""
+    return layer.shrunk(layer.gate_square).clamp_min(1e-30)
+
+
+def _row_weights(evidence: Evidence, layer: LayerEvidence, run: np.ndarray, name: str) -> Tensor:
+    """Return what a unit of squared error at each output of the projection costs, [E, out]."""
+    if name == "down":
+        return torch.full((len(layer.count), int(evidence.units.rows[run[0]])), layer.gain).double()
+    down = _down_column_square(evidence, int(evidence.units.layer[run[0]]))
+    return layer.shrunk(layer.slopes[name]) * down * layer.gain
+
+
+def _down_column_square(evidence: Evidence, layer: int) -> Tensor:
+    """Return ‖W_down[:, k]‖² of every expert of a layer, [E, I]."""
+    units = evidence.units
+    down = units.projections.index("down")
+    routed = evidence.units.role == 0
+    run = np.flatnonzero((units.layer == layer) & (units.projection == down) & routed)
+    return evidence.weights(run).double().square().sum(1)
+
+
+def _full_charge(evidence: Evidence, run: np.ndarray) -> Charge:
+    layer, experts = experts_of(evidence, run)
+    name = projection_of(evidence.units, run)
+    rows = _row_weights(evidence, layer, run, name)[experts]
+    whole = layer.middle_full if name == "down" else layer.input_full
+    if whole is None:
+        raise InputError("full second moments were not recorded; calibrate with full=True")
+    s = layer.shrunk(whole)[experts]
+    if name != "down":
+        s = s / _gate_mass(layer)[experts, None, None]
+    moments, weight = narrowed(s), narrowed(rows)
+
+    def charge(delta: Tensor) -> Tensor:
+        narrow = moments.dtype == weight.dtype == torch.float32 and fits(delta)
+        kind = torch.float32 if narrow else torch.float64
+        d, m, w = (x.to(kind) for x in (delta, moments, weight))
+        return ((d @ m * d).sum(2) * w).sum(1)
+
+    return charge
+
+
+def _linear_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
+    """Weigh an ordinary linear projection as if its output met the layer's mean gain."""
+    gains = [layer.gain for layer in evidence.layers.values()]
+    gain = float(np.mean(gains)) if gains else 1.0
+    found = [evidence.linears[int(unit)] for unit in run]
+    columns = torch.stack([x.input_square / max(1, x.tokens) for x in found])
+    return (narrowed(columns) * gain)[:, None, :]

@@ -1,0 +1,114 @@
+"""Rounding errors weighed: the shared shape of every estimator that charges a real round trip.
+
+A cost is sum over a matrix of weight × ΔW², where ΔW is the round trip of the quantizer that is
+deployed and the weights say how much each squared error hurts, in nats per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.table import CostTable
+from bitknap.allocation.problem.units import ROLES, Units
+from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
+from bitknap.quantization.stacks.apply import stack_pieces, stacks
+
+# Bytes of float32 weights rounded at a time; what charges them may read a whole stack for each.
+_PIECE = 1 << 28
+
+# What one squared rounding error costs: from ΔW [n, out, in] to nats a token [n].
+Charge = Callable[[Tensor], Tensor]
+# From a stack of units and their weights to their charge.
+Weigh = Callable[[np.ndarray, Tensor], Charge]
+
+
+def weighed_table(
+    evidence: Evidence,
+    formats: Sequence[Format],
+    weigh: Weigh,
+    provenance: Mapping[str, Any],
+) -> CostTable:
+    """Round every unit to every format and charge the errors.
+
+    Args:
+        evidence: gives the units and their weights.
+        formats: the options; a kept precision costs nothing.
+        weigh: how a stack of equally shaped units charges its errors.
+        provenance: what the table says of its origin, beside the evidence's own.
+    """
+    units = evidence.units
+    cost = np.zeros((len(units), len(formats)))
+    # With traces a whole layer's weights are at hand anyway, and each charge runs all its experts.
+    runs = stacks(units) if evidence.traces else stack_pieces(units, _PIECE)
+    for run in runs:
+        weights = evidence.weights(run)
+        charge = weigh(run, weights)
+        known: dict[Format, np.ndarray] = {}
+        for column, format in enumerate(formats):
+            if format.kind == "keep":
+                continue
+            same = plainest(format, weights.shape[2])
+            if same not in known:
+                error = evidence.round_trip(run, weights, same) - weights
+                known[same] = charge(error).double().numpy()
+            cost[run, column] = known[same]
+    return CostTable.from_arrays(
+        cost,
+        format_bytes(units, formats),
+        units=units,
+        formats=tuple(formats),
+        frequency=token_share(evidence),
+        provenance={
+            **evidence.provenance,
+            "method": evidence.rounding.name,
+            "unit": "nats/token",
+            **provenance,
+        },
+    )
+
+
+def token_share(evidence: Evidence) -> np.ndarray:
+    """Return the share of tokens that read each unit's weights, float64 [U]; 1 if not routed."""
+    units = evidence.units
+    share = np.ones(len(units))
+    for number, layer in evidence.layers.items():
+        run = np.flatnonzero((units.layer == number) & (units.role == ROLES.index("routed")))
+        # A token that is routed to an expert twice reads it once.
+        seen = np.minimum(layer.count.numpy() / max(1, layer.tokens), 1)
+        share[run] = seen[units.expert[run]]
+    return share
+
+
+def plainest(format: Format, cols: int) -> Format:
+    """Return the simplest format that stores rows of `cols` weights in the same way."""
+    size = 0 if format.group_size >= cols else format.group_size
+    one_scale = format.symmetric and size == 0
+    return replace(format, group_size=size, metadata="fp16" if one_scale else format.metadata)
+
+
+def format_bytes(units: Units, formats: Sequence[Format]) -> np.ndarray:
+    """Return the exact bytes of every unit in every format, int64 [U, F]."""
+    return np.stack([f.nbytes(units.rows, units.cols) for f in formats], axis=1)
+
+
+def role_of(units: Units, run: np.ndarray) -> str:
+    """Return the role that a stack's units share."""
+    return ROLES[units.role[run[0]]]
+
+
+def experts_of(evidence: Evidence, run: np.ndarray) -> tuple[LayerEvidence, Tensor]:
+    """Return what the layer of a stack of routed units saw, and their experts, int64 [n]."""
+    layer = evidence.layers[int(evidence.units.layer[run[0]])]
+    return layer, torch.from_numpy(evidence.units.expert[run].astype(np.int64))
+
+
+def projection_of(units: Units, run: np.ndarray) -> str:
+    """Return the projection that a stack's units share."""
+    return str(units.projections[units.projection[run[0]]])

@@ -1,0 +1,280 @@
+"""What one calibration pass saw; estimators run from it.
+
+Sums run over the tokens routed to an expert, with a the routing weight of the token for it. They
+are per token of the whole text once divided by `tokens`. An expert with few tokens is shrunk to
+its layer's mean, and never to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.units import ROLES, Units
+from bitknap.errors import InputError
+from bitknap.estimators.measuring.kl_replay import Replay
+from bitknap.estimators.measuring.readings import Readings
+from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.rounding.methods import RTN, Inputs, Rounding, round_trip
+
+# Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens they count alike.
+PRIOR_TOKENS = 16
+# Squares of inputs over the layer's that only weights of another magnitude explain.
+_FAR = 2.0**24
+# Below this many tokens an expert is listed in the coverage report.
+FEW_TOKENS = 64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerEvidence:
+    """Routing and second moments of one MoE layer; E experts, H hidden, I intermediate.
+
+    Attributes:
+        tokens: tokens of the text.
+        count: tokens routed to each expert, int64 [E].
+        gate_sum: sum of routing weights a, float64 [E].
+        gate_square: sum of a², float64 [E].
+        input_square: sum of a² x², the input of gate and up, float64 [E, H].
+        middle_square: sum of a² h², the input of down, float64 [E, I].
+        slopes: for "gate" and "up", sum of a² (dh/dz)² over the projection's output z, [E, I].
+        input_full: sum of a² x xᵀ, float32 [E, H, H]; None unless asked for.
+        middle_full: sum of a² h hᵀ, float32 [E, I, I]; None unless asked for.
+        curvature: for each projection the sum of (dL/dz)² x², squared gradients of each weight with
+            labels drawn from the model, float32 [E, out, in]; empty unless asked for.
+        output_square: mean squared norm of the layer's expert output, a token.
+        gain: nats per unit of squared output error a token, measured with noise.
+        output_max: largest |a o| that each expert added to any coordinate of any token, o its
+            output, float64 [E]; 0 without tokens, None where it was not recorded.
+    """
+
+    tokens: int
+    count: Tensor
+    gate_sum: Tensor
+    gate_square: Tensor
+    input_square: Tensor
+    middle_square: Tensor
+    slopes: Mapping[str, Tensor]
+    input_full: Tensor | None
+    middle_full: Tensor | None
+    curvature: Mapping[str, Tensor]
+    output_square: float
+    gain: float
+    output_max: Tensor | None = None
+
+    def shrunk(self, total: Tensor) -> Tensor:
+        """Return a sum over routed tokens [E, ...], per token of the text, shrunk by `shrink`.
+
+        An expert whose sums are of another magnitude, since its weights are, is shrunk to the
+        layer's mean in that magnitude.
+        """
+        units = self._units(total)
+        if units is None:
+            return shrink(total, self.count, self.tokens)
+        return shrink(total.double() / units, self.count, self.tokens) * units
+
+    def routed_mean(self, total: Tensor, experts: Tensor) -> Tensor:
+        """Return a sum over routed tokens [E, ...], per token that each expert saw, shrunk.
+
+        The mean moves towards the layer's by PRIOR_TOKENS, as in `shrink`; an expert without
+        tokens has the layer's.
+
+        Args:
+            total: sums over each expert's tokens, [E, ...].
+            experts: whose means to return, int64 [n].
+        """
+        units = self._units(total)
+        total = total if units is None else total.double() / units
+        seen = self.count[experts].to(total.dtype).view(-1, *[1] * (total.ndim - 1))
+        mean = total.sum(0) / max(1, int(self.count.sum()))
+        found = (total[experts] + PRIOR_TOKENS * mean) / (seen + PRIOR_TOKENS)
+        return found if units is None else found * units[experts]
+
+    def _units(self, total: Tensor) -> Tensor | None:
+        """Return the magnitude of each expert's sums over its layer's, 1 unless far from that.
+
+        None if none is far. Numbers of experts, [E], have the magnitude of the routing alone.
+        """
+        if total.ndim == 1 or not total.numel():
+            return None
+        mass = self.gate_square.double()
+        size = total.abs().double().flatten(1).mean(1) / mass.where(mass > 0, 1)
+        known = (size > 0) & (mass > 0) & size.isfinite()
+        if not bool(known.any()):
+            return None
+        ratio = size / size[known].median()
+        far = known & ((ratio > _FAR) | (ratio < 1 / _FAR))
+        if not bool(far.any()):
+            return None
+        return torch.where(far, ratio, 1.0).view(-1, *[1] * (total.ndim - 1))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerTrace:
+    """What the experts of one MoE layer were given, token by token, so that they can run again.
+
+    A layer takes 4 H bytes a token, twice that with gradients, and 12 k for the routing: 8,192
+    tokens of a model with H = 4,096 are 134 MB a layer.
+
+    Attributes:
+        hidden: the experts' inputs, float32 [T, H].
+        index: the experts each token was routed to, int64 [T, k].
+        weights: routing weights a, float32 [T, k].
+        gradient: gradient of the summed loss at the experts' output, labels drawn from the model,
+            float32 [T, H]; None unless asked for.
+    """
+
+    hidden: Tensor
+    index: Tensor
+    weights: Tensor
+    gradient: Tensor | None
+
+    def count(self, experts: int) -> Tensor:
+        """Return how many tokens were routed to each expert, int64 [experts]."""
+        routed = self.index[(self.index >= 0) & (self.index < experts)]
+        return torch.bincount(routed, minlength=experts)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearEvidence:
+    """Second moments at one ordinary linear projection (attention, shared, dense).
+
+    Attributes:
+        tokens: tokens of the text.
+        input_square: sum of x², float64 [in].
+        input_full: sum of x xᵀ, float32 [in, in]; None unless asked for.
+    """
+
+    tokens: int
+    input_square: Tensor
+    input_full: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evidence:
+    """One calibration pass over one model.
+
+    Attributes:
+        layout: the live model's units.
+        layers: by layer number, what its routed experts saw.
+        linears: by unit, what other projections saw.
+        weights: reads units' weights, float32 [n, rows, cols].
+        replay: measures the live model's KL; None when only weights are at hand.
+        provenance: text hash, tokens, seed, model fingerprint.
+        traces: by layer number, what its experts were given; empty unless asked for.
+        rounding: how weights will be rounded, which is what costs are of.
+        readings: where measurements are kept.
+    """
+
+    layout: Layout
+    layers: Mapping[int, LayerEvidence]
+    linears: Mapping[int, LinearEvidence]
+    weights: Callable[[np.ndarray], Tensor]
+    replay: Replay | None
+    provenance: Mapping[str, Any]
+    traces: Mapping[int, LayerTrace] = field(default_factory=dict)
+    rounding: Rounding = RTN
+    readings: Readings = field(default_factory=Readings)
+
+    @property
+    def mark(self) -> str:
+        """What tells readings on this text from those on others in one journal."""
+        return str(self.provenance.get("text", ""))[:12]
+
+    @property
+    def units(self) -> Units:
+        """The units, in the order of the layout."""
+        return self.layout.units
+
+    def inputs(self, run: np.ndarray) -> Inputs:
+        """Return what the inputs of a stack of units were like.
+
+        Second moments of routed experts are weighted by squared routing weights, so that
+        ΔW S ΔWᵀ is the error of the layer's output, and shrunk to the layer's mean. Where float32
+        cannot hold them they are multiplied by a power of two, which rounding does not mind.
+
+        Raises:
+            InputError: whole second moments were not recorded for these units.
+        """
+        units = self.units
+        if ROLES[units.role[run[0]]] != "routed":
+            return self._linear_inputs(run)
+        layer = self.layers.get(int(units.layer[run[0]]))
+        down = units.projections[units.projection[run[0]]] == "down"
+        full = None if layer is None else layer.middle_full if down else layer.input_full
+        if layer is None or full is None:
+            raise self._unrecorded(int(run[0]))
+        experts = torch.from_numpy(units.expert[run].astype(np.int64))
+        moments = _in_float32(layer.routed_mean(full, experts))
+        return Inputs(moments=moments, tokens=layer.count[experts])
+
+    def _linear_inputs(self, run: np.ndarray) -> Inputs:
+        """Return `inputs` of ordinary linear projections."""
+        moments, tokens = [], []
+        for unit in run.tolist():
+            seen = self.linears.get(unit)
+            if seen is None or seen.input_full is None:
+                raise self._unrecorded(unit)
+            moments.append(seen.input_full / max(1, seen.tokens))
+            tokens.append(seen.tokens)
+        return Inputs(moments=_in_float32(torch.stack(moments)), tokens=torch.tensor(tokens))
+
+    def _unrecorded(self, unit: int) -> InputError:
+        return InputError(
+            f"{self.units.label(unit)}: second moments of its inputs were not recorded; "
+            "calibrate with full moments"
+        )
+
+    def round_trip(self, run: np.ndarray, weights: Tensor, format: Format) -> Tensor:
+        """Return what the weights [n, rows, cols] of a stack become when stored in `format`."""
+        known = self.inputs(run) if self.rounding.needs_inputs else None
+        return round_trip(weights, format, self.rounding, known)
+
+    def coverage(self) -> list[tuple[int, int, int]]:
+        """Return (layer, expert, tokens) of experts that saw fewer than FEW_TOKENS tokens."""
+        return [
+            (layer, expert, seen)
+            for layer, evidence in sorted(self.layers.items())
+            for expert, seen in enumerate(evidence.count.tolist())
+            if seen < FEW_TOKENS
+        ]
+
+
+def _in_float32(moments: Tensor) -> Tensor:
+    """Return matrices [n, cols, cols] in float32, those too large or small for it scaled."""
+    if moments.dtype == torch.float32:
+        return moments
+    exponent = torch.frexp(moments.diagonal(dim1=1, dim2=2).amax(1)).exponent
+    exponent = torch.where(exponent.abs() > 64, exponent, 0)
+    return torch.ldexp(moments, -exponent[:, None, None]).float()
+
+
+def shrink(total: Tensor, count: Tensor, tokens: int) -> Tensor:
+    """Return a sum over routed tokens, per token of the text, shrunk to the layer's mean.
+
+    The mean over an expert's tokens moves towards the layer's by PRIOR_TOKENS, then is multiplied
+    by its share of tokens, PRIOR_TOKENS / E pseudo-tokens included.
+
+    Args:
+        total: sums over each expert's tokens, [E, ...].
+        count: tokens routed to each expert, int64 [E].
+        tokens: tokens of the text.
+    """
+    experts = len(count)
+    shape = (experts,) + (1,) * (total.ndim - 1)
+    routed = count.double()
+    layer_mean = total.double().sum(0, keepdim=True) / routed.sum().clamp_min(1)
+    seen = (routed + PRIOR_TOKENS).view(shape)
+    mean = (total.double() + PRIOR_TOKENS * layer_mean) / seen
+    share = (routed + PRIOR_TOKENS / experts) / (tokens + PRIOR_TOKENS)
+    return mean * share.view(shape)
+
+
+def zeros(*shape: int) -> Tensor:
+    """Return a float64 accumulator."""
+    return torch.zeros(*shape, dtype=torch.float64)

@@ -1,0 +1,224 @@
+"""Measured group gains: costs of any estimator brought to the KL that is really there.
+
+All experts of one layer's one projection go to one format at a time, and the KL is read. An
+estimator ranks experts well but its scale over bits is wrong by 2 to 4 times (methods.md 11), and
+that curve is what a few group measurements repair. A group's true KL is taken as a function of
+its predicted sum: read at a few anchor formats, interpolated in logarithms between them, with a
+constant gain beyond. So the measurements do not grow with the number of formats or of experts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from bitknap.allocation.problem.checks import whole
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.table import CostTable
+from bitknap.errors import InputError, ModelError
+from bitknap.estimators.costs.moments import SecondMoments
+from bitknap.estimators.costs.weighed_errors import token_share
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.measuring.readings import key_of
+from bitknap.progress import Progress
+from bitknap.quantization.stacks.apply import replaced, stacks
+
+if TYPE_CHECKING:
+    from bitknap.estimators.signals.signal import Signal
+
+# KL below this, in nats a token, is rounding noise of float32 logits.
+_FLOOR = 1e-9
+
+
+class Estimator(Protocol):
+    """Anything that fills a cost table from evidence.
+
+    Attributes:
+        name: what the CLI calls it.
+        needs: which evidence it uses: "moments", "full", "curvature"; empty for weights alone.
+    """
+
+    @property
+    def name(self) -> str:
+        """What the CLI calls it."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What must be recorded."""
+        ...
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the costs of every unit in every format."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Calibrated:
+    """Another estimator's costs × gains measured on groups of units.
+
+    Attributes:
+        base: ranks units within a group.
+        progress: called with (what, done, of).
+        measurements: at most so many KL readings; then fewer widths are read, at least one a
+            group. All that `anchors` names when not given.
+        signals: proxies whose exponents are fitted on halves of the groups, two more readings a
+            group; see `bitknap.estimators.group_kl.proxies`.
+        check: after fitting, the KL of so many held-out plans is read and compared with what the
+            table predicts; 0 for none. See `bitknap.estimators.group_kl.held_out_plans`.
+        check_bits: bits per weight of those plans; 2.5 or the middle of the feasible range when
+            not given.
+    """
+
+    base: Estimator = field(default_factory=SecondMoments)
+    progress: Progress | None = None
+    measurements: int | None = None
+    signals: tuple[Signal, ...] = ()
+    check: int = 0
+    check_bits: float | None = None
+
+    def __post_init__(self) -> None:
+        if whole("check", self.check) in (1, 2):
+            raise InputError(
+                f"check: {self.check} is below 3, the least that can be ranked; 0 is for none"
+            )
+
+    @property
+    def name(self) -> str:
+        """The base's name and the proxies', marked as calibrated."""
+        return f"calibrated({', '.join([self.base.name, *(x.name for x in self.signals)])})"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """What the base and the proxies need, and a live model to measure."""
+        return self.base.needs.union({"replay"}, *(signal.needs for signal in self.signals))
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the costs of every unit in every format, nats per token.
+
+        Raises:
+            InputError: the evidence has no live model to measure, there are more groups than
+                measurements, or too few plans differ to check the table.
+        """
+        if evidence.replay is None:
+            raise InputError("group gains need the live model; calibrate it in this process")
+        table = self.base.estimate(evidence, formats)
+        chosen = anchors(formats, table.nbytes)
+        runs = stacks(evidence.units)
+        split = 2 * len(runs) if self.signals else 0
+        if self.measurements is not None:
+            chosen = fewer(chosen, self.measurements - split, len(runs))
+
+        def measure(units: np.ndarray, column: int) -> float:
+            return group_kl(evidence, units, formats[column])
+
+        cost = table.cost.copy()
+        for done, run in enumerate(runs):
+            if self.progress:
+                self.progress("measure groups", done, len(runs))
+            sums = cost[run].sum(0)
+            measured = [measure(run, column) for column in chosen]
+            cost[run] *= gains(sums, sums[chosen], np.array(measured))
+        provenance = {
+            **table.provenance,
+            "estimator": self.name,
+            "unit": "nats/token",
+            "measurements": len(runs) * len(chosen) + split,
+        }
+        frequency = token_share(evidence) if table.frequency is None else table.frequency
+        found = replace(table, cost=cost, frequency=frequency, provenance=provenance)
+        if self.signals:
+            from bitknap.estimators.group_kl.proxies import with_proxies
+
+            middle = chosen[len(chosen) // 2]
+            found = with_proxies(found, evidence, self.signals, runs, middle, measure)
+        return self._checked(found, evidence)
+
+    def _checked(self, table: CostTable, evidence: Evidence) -> CostTable:
+        """Return the table, saying how well it predicts held-out plans if that is asked for."""
+        if not self.check:
+            return table
+        from bitknap.estimators.group_kl.held_out_plans import on_held_out_plans
+
+        found = on_held_out_plans(table, evidence, self.check, self.check_bits, self.progress)
+        said = {"check": found, "check_measurements": found["plans"]}
+        return replace(table, provenance={**table.provenance, **said})
+
+
+def anchors(formats: Sequence[Format], nbytes: np.ndarray) -> list[int]:
+    """Return the columns to measure: the median size of each width to 4 bits and of the widest."""
+    grids = [i for i, f in enumerate(formats) if f.kind != "keep"]
+    if not grids:
+        raise InputError("formats: only kept precisions; nothing to measure")
+    size = nbytes.sum(0)
+    widths = sorted({formats[i].bits for i in grids})
+    wanted = [b for b in widths if b <= 4] + [b for b in widths[-1:] if b > 4]
+    picked = []
+    for bits in wanted:
+        same = sorted((i for i in grids if formats[i].bits == bits), key=lambda i: (size[i], i))
+        picked.append(same[len(same) // 2])
+    return picked
+
+
+def fewer(chosen: Sequence[int], measurements: int, groups: int) -> list[int]:
+    """Return as many anchors, evenly spaced over the widths, as the measurements allow.
+
+    Raises:
+        InputError: there are more groups than measurements.
+    """
+    count = min(measurements // groups, len(chosen))
+    if count < 1:
+        raise InputError(
+            f"measurements: {measurements} are fewer than the {groups} groups (a layer's experts, "
+            "one projection); give at least one each"
+        )
+    if count == 1:
+        return [chosen[len(chosen) // 2]]
+    return [chosen[round(i * (len(chosen) - 1) / (count - 1))] for i in range(count)]
+
+
+def gains(sums: np.ndarray, anchor_sums: np.ndarray, anchor_kl: np.ndarray) -> np.ndarray:
+    """Return true over predicted, for predicted sums [F], from measurements at some of them.
+
+    KL is made non-decreasing in the predicted sum, then interpolated in logarithms; outside the
+    measured range the nearest gain holds.
+    """
+    order = np.argsort(anchor_sums)
+    x = np.log(np.maximum(anchor_sums[order], 1e-300))
+    y = np.log(np.maximum.accumulate(np.maximum(anchor_kl[order], _FLOOR)))
+    at = np.log(np.maximum(sums, 1e-300))
+    found: np.ndarray = np.exp(np.interp(at, x, y - x))
+    return found
+
+
+def group_kl(evidence: Evidence, run: np.ndarray, format: Format) -> float:
+    """Return the KL of the live model with a stack of units stored in `format`, nats per token.
+
+    It is read from the evidence's journal if it is there, and kept there if not.
+
+    Raises:
+        InputError: the evidence has no live model to measure.
+        ModelError: the KL is NaN or infinite.
+    """
+    replay = evidence.replay
+    if replay is None:
+        raise InputError("group gains need the live model; calibrate it in this process")
+
+    def measure() -> float:
+        rounded = partial(evidence.round_trip, run, format=format)
+        with replaced(replay.model, evidence.layout, run, rounded):
+            return replay.kl(int(evidence.units.layer[run[0]]))
+
+    found = evidence.readings.value(f"{evidence.mark} {key_of(run, [format])}", measure)
+    if not math.isfinite(found):
+        raise ModelError(
+            f"{evidence.units.label(int(run[0]))} and its like in {format}: the KL is {found}, so "
+            "the model's output leaves float32; leave that format out, or estimate without "
+            "calibration"
+        )
+    return found

@@ -1,0 +1,96 @@
+"""Held-out plans: does a calibrated table predict the KL of plans that fitted none of it?"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from bitknap.allocation.plans.plan import BitPlan
+from bitknap.allocation.problem.budget import Budget
+from bitknap.allocation.problem.checks import number
+from bitknap.allocation.problem.problem import Problem
+from bitknap.allocation.problem.table import CostTable
+from bitknap.errors import InputError
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.group_kl.rank_check import check_plans, plans_for_check
+from bitknap.estimators.measuring.kl_replay import Replay
+from bitknap.estimators.measuring.readings import key_of
+from bitknap.progress import Progress
+from bitknap.quantization.stacks.apply import applied
+
+# Bits per weight at which tables are checked where that is within reach: the middle of what this
+# library is for.
+USUAL_BITS = 2.5
+# KL below this, in nats a token, is rounding noise of float32 logits.
+_FLOOR = 1e-9
+
+
+def on_held_out_plans(
+    table: CostTable,
+    evidence: Evidence,
+    count: int,
+    bits: float | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Return how well a table predicts the KL of whole plans, JSON values.
+
+    Plans are those of `plans_for_check` at one budget, units free of ties; the KL is that of the
+    calibration text, with the seed of the evidence. See `PlanCheck` for what the numbers mean;
+    one that cannot be given is None.
+
+    Args:
+        table: the costs.
+        evidence: with the live model.
+        count: plans, at least 3.
+        bits: the budget in bits per weight; 2.5 when not given, or the middle of the feasible
+            range where 2.5 is not inside it.
+        progress: called with (what, done, of).
+
+    Raises:
+        InputError: there is no live model, `count` is below 3, or fewer than 3 plans differ.
+        InfeasibleError: no plan is that small.
+    """
+    if evidence.replay is None:
+        raise InputError("checking plans needs the live model; calibrate it in this process")
+    budget = _bits(table) if bits is None else number("check_bits", bits)
+    seed = int(evidence.provenance.get("seed", 0))
+    plans = plans_for_check(Problem(table, Budget.bits(budget)), count, seed)
+    if len(plans) < 3:
+        raise InputError(
+            f"check: {len(plans)} different plans at {budget:.4g} bpw, 3 are needed; "
+            "add formats or check at other bits"
+        )
+    measured = []
+    for done, plan in enumerate(plans):
+        if progress:
+            progress("check plans", done, len(plans))
+        key = f"{evidence.mark} plan {key_of(plan.choice, plan.formats)}"
+        read = evidence.readings.value(key, partial(_plan_kl, evidence, evidence.replay, plan))
+        measured.append(max(read, _FLOOR))
+    found = check_plans(table, plans, measured)
+    numbers = {
+        "spearman": found.spearman,
+        "slope": found.slope,
+        "scale": found.scale,
+        "regret": found.regret,
+    }
+    known = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
+    return {"plans": len(plans), "bits": budget, **known}
+
+
+def _plan_kl(evidence: Evidence, replay: Replay, plan: BitPlan) -> float:
+    rounded = (evidence.rounding, evidence.inputs)
+    with applied(replay.model, evidence.layout, plan, *rounded):
+        return replay.kl()
+
+
+def _bits(table: CostTable) -> float:
+    """Return the usual bits per weight if they bind, else the middle of the feasible range."""
+    allowed = np.isfinite(table.cost)
+    least = np.where(allowed, table.nbytes, np.inf).min(axis=1).sum()
+    most = np.where(allowed, table.nbytes, 0).max(axis=1).sum()
+    low, high = (8 * float(size) / table.weights for size in (least, most))
+    return USUAL_BITS if low < USUAL_BITS < high else (low + high) / 2

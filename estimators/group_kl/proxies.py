@@ -1,0 +1,84 @@
+"""Proxies under calibration: exponents of signals, fitted on halves of measured groups.
+
+A group's gain says how much its units lose together; which of them loses more is left to the
+base. So each group (a layer's one projection) is cut in two by a signal, the KL of both halves is
+read, and the exponents that explain the split are fitted (methods.md 9.3). Unless they predict
+halves that were left out better than no exponents do, they stay 0. Group totals are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.allocation.problem.table import CostTable
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.group_kl.exponents import Fitted, MeasuredGroup, fit_exponents
+from bitknap.estimators.signals.signal import Signal, standardised
+
+# Halves that lose less, in nats a token, hold experts without tokens: their logarithm is noise.
+_LEAST = 1e-7
+
+# From the units of a group and the column of a format to the KL in nats per token.
+Measure = Callable[[np.ndarray, int], float]
+
+
+def with_proxies(
+    table: CostTable,
+    evidence: Evidence,
+    signals: Sequence[Signal],
+    runs: Sequence[np.ndarray],
+    column: int,
+    measure: Measure,
+) -> CostTable:
+    """Return the table with cost × exp(Σ θ z) within each group, and what was fitted.
+
+    Args:
+        table: calibrated costs.
+        evidence: scores the units.
+        signals: at least one.
+        runs: the groups, each int64 [n].
+        column: the format in which halves are measured; two measurements a group.
+        measure: reads a KL.
+    """
+    z = np.stack([standardised(x.score(evidence), table.units).values for x in signals])
+    halves = [
+        MeasuredGroup(units=half, format=column, kl=measure(half, column))
+        for number, run in enumerate(runs)
+        for half in _halves(run, z[number % len(z)])
+    ]
+    told = [group for group in halves if group.kl > _LEAST]
+    names = [signal.name for signal in signals]
+    fitted = fit_exponents(table, z, told, names=names) if told else None
+    better = fitted is not None and fitted.report.error < fitted.report.error_without
+    theta = dict(fitted.exponents) if fitted is not None and better else dict.fromkeys(names, 0.0)
+    cost = table.cost.copy()
+    if better:
+        factor = np.exp(np.array([theta[name] for name in names]) @ z)[:, None]
+        for run in runs:
+            changed = cost[run] * factor[run]
+            total = np.maximum(changed.sum(0), 1e-300)
+            cost[run] = changed * (cost[run].sum(0) / total)
+    proxies = {"exponents": theta, "halves": len(told), **_report(fitted)}
+    return replace(table, cost=cost, provenance={**table.provenance, "proxies": proxies})
+
+
+def _halves(run: np.ndarray, z: Floats) -> list[np.ndarray]:
+    """Cut a group at the median of a signal; a group of one unit has no halves."""
+    order = run[np.argsort(z[run], kind="stable")]
+    cut = len(order) // 2
+    return [np.sort(order[:cut]), np.sort(order[cut:])] if cut else []
+
+
+def _report(fitted: Fitted | None) -> Mapping[str, Any]:
+    """Return the error of log KL on halves left out, with the exponents and without."""
+    if fitted is None:
+        return {"note": "no half lost enough to be told from rounding; exponents stay 0"}
+    report = fitted.report
+    errors = {"error": report.error, "error_without": report.error_without}
+    finite = {name: value for name, value in errors.items() if np.isfinite(value)}
+    return {**finite, "dropped": list(report.dropped), "note": report.fallback}

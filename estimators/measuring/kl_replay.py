@@ -1,0 +1,226 @@
+"""Measure a changed model against itself: KL on fixed text, from the first changed layer on.
+
+The reference pass keeps each decoder layer's output and the next-token distribution. Measuring a
+change in layer l then runs layers l, l + 1, ... only; the layers before answer from memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitknap.estimators.measuring.language_model import settle
+from bitknap.estimators.measuring.windows import Windows, labels_of, logits_of, predicted, seen
+from bitknap.quantization.models.matrix_views import Layout
+
+BATCH_TOKENS = 2048
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Means over the tokens of each window, float64 [windows].
+
+    Attributes:
+        nll: negative log-likelihood of the text, nats a token.
+        kl: KL(reference ‖ model) of the next-token distributions, nats a token.
+        top1: share of tokens whose most likely successor is the reference's.
+    """
+
+    nll: np.ndarray
+    kl: np.ndarray
+    top1: np.ndarray
+
+    @property
+    def perplexity(self) -> float:
+        """Exp of the mean negative log-likelihood."""
+        return float(np.exp(self.nll.mean()))
+
+
+def standard_error(values: np.ndarray) -> float:
+    """Return the standard error of the mean over windows, which are nearly independent blocks."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def log_probabilities(model: Any, batch: Tensor | Windows) -> Tensor:
+    """Return log-probabilities of the tokens to predict, float32 [tokens, vocabulary]."""
+    return torch.log_softmax(logits_of(model, batch), dim=-1)
+
+
+def kl_of(model_log: Tensor, reference_log: Tensor) -> Tensor:
+    """Return KL(reference ‖ model) of each token, nats, float32 [tokens]; overwrites `model_log`.
+
+    Differences are taken before they are weighed, so that small divergences keep their digits.
+    """
+    difference = torch.sub(reference_log, model_log, out=model_log)
+    divergence: Tensor = torch.linalg.vecdot(reference_log.exp(), difference)
+    return divergence
+
+
+def losses_of(model_log: Tensor, reference_log: Tensor, labels: Tensor) -> Tensor:
+    """Return nll, kl and top-1 agreement by window, float64 [3, windows].
+
+    Args:
+        model_log: log-probabilities, float32 [tokens, vocabulary].
+        reference_log: those of the reference.
+        labels: the tokens, int64 [windows, predicted].
+    """
+    nll = -model_log.gather(1, labels.reshape(-1, 1))[:, 0]
+    top1 = (model_log.argmax(1) == reference_log.argmax(1)).float()
+    kl = kl_of(model_log.clone(), reference_log)
+    return torch.stack([nll, kl, top1]).double().view(3, len(labels), -1).mean(2)
+
+
+def decoder_layers(model: nn.Module, layout: Layout) -> tuple[nn.ModuleList | None, dict[int, int]]:
+    """Return the list of decoder layers and each MoE layer's place in it.
+
+    (None, {}) when the MoE layers do not lie in one list, and for an encoder-decoder: what its
+    layers pass on is not one output after the other.
+    """
+    places: dict[int, int] = {}
+    lists: set[str] = set()
+    for expert in layout.layers:
+        parts = expert.module.split(".")
+        at = next(
+            i
+            for i in range(1, len(parts))
+            if parts[i].isdigit()
+            and isinstance(model.get_submodule(".".join(parts[:i])), nn.ModuleList)
+        )
+        lists.add(".".join(parts[:at]))
+        places[expert.layer] = int(parts[at])
+    if len(lists) != 1 or model.config.is_encoder_decoder:  # type: ignore[union-attr]
+        return None, {}
+    found = model.get_submodule(lists.pop())
+    return (found, places) if isinstance(found, nn.ModuleList) else (None, {})
+
+
+class Replay:
+    """A model, fixed windows, and what the unchanged model made of them.
+
+    Args:
+        model: a language model; measured as it is now, changed by the caller later.
+        layout: its units, to find the decoder layers.
+        windows: the text; a tensor int64 [windows, length] has no special tokens.
+        cache: keep layer outputs, so that later measurements start at the changed layer.
+
+    Attributes:
+        windows: token ids, int64 [windows, length].
+        base: name of the model whose layer outputs are kept; "" for the reference pass.
+    """
+
+    @torch.inference_mode()
+    def __init__(
+        self, model: Any, layout: Layout, windows: Tensor | Windows, *, cache: bool = True
+    ) -> None:
+        self._text = Windows.of(windows)
+        self.model, self.windows, self.base = model, self._text.ids, ""
+        self._layers, self._places = decoder_layers(model, layout) if cache else (None, {})
+        self._batches = self._text.batches(BATCH_TOKENS)
+        settle(model, self.windows)
+        self._logs: list[Tensor] = []
+        self._outputs: list[list[Any]] = []
+        for batch in self._batches:
+            outputs: list[Any] = []
+            with self._listening(outputs):
+                self._logs.append(log_probabilities(model, batch))
+            self._outputs.append(outputs)
+
+    @torch.inference_mode()
+    def rebase(self, name: str) -> None:
+        """Let layers before a change answer as they do now; KL still refers to the reference pass.
+
+        For measuring many variants of one changed model: from here on `layer` is the first MoE
+        layer that differs from the model as it is at this moment.
+
+        Args:
+            name: of the model as it is now, for `base` to tell.
+        """
+        self.base = name
+        if self._layers is None:
+            return
+        for at, batch in enumerate(self._batches):
+            outputs: list[Any] = []
+            with self._listening(outputs):
+                log_probabilities(self.model, batch)
+            self._outputs[at] = outputs
+
+    @property
+    def span(self) -> int:
+        """Tokens of a window that each layer sees."""
+        return seen(self.model, self.windows.shape[1])
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are predicted, of all windows."""
+        return len(self.windows) * predicted(self.model, self.windows.shape[1], self._text.prefix)
+
+    @torch.inference_mode()
+    def measure(self, layer: int | None = None) -> Losses:
+        """Measure the model as it is now.
+
+        Args:
+            layer: the first MoE layer that differs from the reference pass; None for any.
+        """
+        parts = [losses_of(mine, log, labels) for mine, log, labels in self._runs(layer)]
+        nll, kl, top1 = torch.cat(parts, dim=1).numpy()
+        return Losses(nll=nll, kl=kl, top1=top1)
+
+    @torch.inference_mode()
+    def kl(self, layer: int | None = None) -> float:
+        """Return the mean KL of the model as it is now, nats a token; cheaper than `measure`.
+
+        Args:
+            layer: the first MoE layer that differs from the reference pass; None for any.
+        """
+        total = sum(float(kl_of(mine, log).double().sum()) for mine, log, _ in self._runs(layer))
+        return total / self.tokens
+
+    def _runs(self, layer: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield (log-probabilities now, in the reference pass, labels) of each batch."""
+        first = self._places.get(layer, 0) if layer is not None else 0
+        for batch, log, outputs in zip(self._batches, self._logs, self._outputs, strict=True):
+            with self._remembering(outputs, first):
+                mine = log_probabilities(self.model, batch)
+            yield mine, log, labels_of(self.model, batch)
+
+    @contextlib.contextmanager
+    def _listening(self, outputs: list[Any]) -> Iterator[None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs.append(output)
+
+        handles = [layer.register_forward_hook(keep) for layer in self._layers or ()]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def _remembering(self, outputs: list[Any], first: int) -> Iterator[None]:
+        """Let layers before `first` answer at once, with their answers in the reference pass."""
+        skipped = list(self._layers or ())[:first]
+        for layer, output in zip(skipped, outputs, strict=False):
+            layer.forward = lambda *args, _output=output, **kwargs: _output
+        try:
+            yield
+        finally:
+            for layer in skipped:
+                del layer.forward
+
+
+@torch.inference_mode()
+def compare(model: Any, reference: Any, windows: Tensor | Windows) -> Losses:
+    """Measure `model` on windows against a reference model."""
+    parts = []
+    for batch in Windows.of(windows).batches(BATCH_TOKENS):
+        log = log_probabilities(reference, batch)
+        mine = log if model is reference else log_probabilities(model, batch)
+        parts.append(losses_of(mine, log, labels_of(model, batch)))
+    nll, kl, top1 = torch.cat(parts, dim=1).numpy()
+    return Losses(nll=nll, kl=kl, top1=top1)

@@ -1,0 +1,109 @@
+"""A model's logits on text alone, also where the language model is a part of something larger.
+
+A model for images and text usually runs on text alone. Some do not: their forward wants an image,
+or fails without one. Of those the language model inside is called, which transformers builds as a
+model of its own, with its own head or that of the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from bitknap.errors import ModelError
+from bitknap.quantization.source.architecture import text_config_of
+from bitknap.quantization.source.transformers_calls import calling_transformers
+
+# Set on a model whose own forward failed, so that it is not tried again for every batch.
+_INSIDE = "_bitknap_calls_inside"
+# What a wrapper does to logits after its head; without it the language model is another one.
+_AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
+_PROBE_TOKENS = 8
+
+
+def token_logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits of a model that is given text alone, [windows, tokens, vocabulary].
+
+    Args:
+        model: a transformers model.
+        given: token ids under the names of `forward`, int64 [windows, tokens].
+
+    Raises:
+        ModelError: transformers cannot run it on text, or it does not predict tokens.
+    """
+    inside = getattr(model, _INSIDE, None)
+    if inside is None:
+        try:
+            return _logits(model, model, given)
+        except ModelError:
+            if not _has_language_model(model):
+                raise
+    logits = _logits_inside(model, given)
+    setattr(model, _INSIDE, True)
+    return logits
+
+
+def settle(model: Any, windows: Tensor) -> None:
+    """Find out how a model is run on text before anything watches it.
+
+    Args:
+        model: a transformers model.
+        windows: token ids, int64 [windows, length]; a few tokens of them are tried.
+
+    Raises:
+        ModelError: as of `token_logits`.
+    """
+    if getattr(model, _INSIDE, None) is None and _has_language_model(model):
+        token_logits(model, {"input_ids": windows[:1, :_PROBE_TOKENS]})
+
+
+def _has_language_model(model: Any) -> bool:
+    config = model.config
+    return not config.is_encoder_decoder and text_config_of(config) is not config
+
+
+def _logits_inside(model: Any, given: Mapping[str, Tensor]) -> Tensor:
+    """Return the logits of the language model in a larger one."""
+    kind = type(text_config_of(model.config))
+    parts = [m for m in model.modules() if m is not model and _is_model_of(m, kind)]
+    for part in parts:
+        if part.get_output_embeddings() is not None:
+            return _logits(model, part, given)
+    head = model.get_output_embeddings()
+    text = text_config_of(model.config)
+    if not parts or head is None or any(getattr(text, name, None) for name in _AFTER_HEAD):
+        raise ModelError(
+            f"{type(model).__name__}: transformers cannot run it on text alone, and its language "
+            "model cannot be called by itself; use --estimator data-free"
+        )
+    with _running(model):
+        logits: Tensor = head(parts[0](**given, use_cache=False).last_hidden_state)
+    return logits
+
+
+def _is_model_of(module: nn.Module, kind: type) -> bool:
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel) and type(module.config) is kind
+
+
+def _logits(whole: Any, model: Any, given: Mapping[str, Tensor]) -> Tensor:
+    with _running(whole):
+        output = model(**given, use_cache=False)
+    logits = getattr(output, "logits", None)
+    words = getattr(text_config_of(model.config), "vocab_size", 0) or 0
+    if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[-1] < words:
+        raise ModelError(
+            f"{type(whole).__name__}: no language-model head, so no text can be predicted with "
+            "it; use --estimator data-free, or the model with its head"
+        )
+    return logits
+
+
+def _running(model: Any) -> Any:
+    return calling_transformers(
+        f"{type(model).__name__}: transformers cannot run it on text alone",
+        "use --estimator data-free",
+    )

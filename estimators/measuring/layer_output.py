@@ -1,0 +1,68 @@
+"""One decoder layer alone: its calls in the unchanged model, and how far its output moves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitknap.errors import InputError
+from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay, decoder_layers
+from bitknap.quantization.models.matrix_views import Layout
+
+
+class LayerOutput:
+    """A decoder layer, what it was called with, and what it gave; 8 T H bytes of float32.
+
+    Args:
+        replay: the model, unchanged now, and the text.
+        layout: its units, to find the decoder layer.
+        number: the MoE layer in it.
+
+    Raises:
+        InputError: the model has no single list of decoder layers.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, replay: Replay, layout: Layout, number: int) -> None:
+        layers, places = decoder_layers(replay.model, layout)
+        if layers is None:
+            raise InputError("the model has no single list of decoder layers; measure kl instead")
+        self.number, self._module = number, layers[places[number]]
+        self._calls: list[tuple[Any, Any, Tensor]] = []
+
+        def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            self._calls.append((args, kwargs, _tensor(output)))
+
+        handle = self._module.register_forward_hook(keep, with_kwargs=True)
+        try:
+            for batch in replay.windows.split(max(1, BATCH_TOKENS // replay.windows.shape[1])):
+                replay.model(input_ids=batch[:, :-1], use_cache=False)
+        finally:
+            handle.remove()
+
+    @torch.inference_mode()
+    def change(self) -> float:
+        """Return the Frobenius norm of its output's change over the whole text, as it is now."""
+        square = torch.zeros((), dtype=torch.float64)
+        for args, kwargs, reference in self._calls:
+            output = _tensor(self._module(*args, **kwargs))
+            square += (output.double() - reference.double()).square().sum()
+        return float(square.sqrt())
+
+
+def window_norms(change: Tensor, window: Tensor) -> Tensor:
+    """Return the Frobenius norm of a change [n, H] within each window, float64 [windows].
+
+    Args:
+        change: one row a token.
+        window: the window of each token, int64 [n].
+    """
+    square = change.double().square().sum(1)
+    return torch.bincount(window, square).sqrt()
+
+
+def _tensor(output: Any) -> Tensor:
+    found: Tensor = output[0] if isinstance(output, tuple) else output
+    return found

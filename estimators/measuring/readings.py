@@ -1,0 +1,205 @@
+"""The journal of measurements: finished readings with their values, which read back to the bit.
+
+A reading is named by what was changed and how, so that whatever asks for it again finds it: the
+same command after a kill, or another estimator of the same inputs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.allocation.problem.format import Format
+from bitknap.disk.append_log import append_lines, keeping, open_lines, whole_lines
+from bitknap.disk.atomic import beside as beside_name
+from bitknap.disk.atomic import folders_above, locked
+from bitknap.disk.manifest import is_ours
+from bitknap.disk.outputs import check_only, drop
+from bitknap.errors import BitknapError, FileError, MismatchError
+
+# Files of a pass over layers, see `shelf`.
+_FILES = r"[0-9a-f]{12}\..+\.(bin|safetensors)"
+
+
+class _Line(NamedTuple):
+    """What one line of the journal says, and which line it is; 0 for what was measured just now."""
+
+    number: int
+    values: Floats
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readings:
+    """What a journal says was measured; without one nothing is kept, not even in memory.
+
+    Attributes:
+        path: the journal, or None.
+        lines: what it says, by key.
+    """
+
+    path: Path | None = None
+    lines: dict[str, _Line] = field(default_factory=dict)
+
+    @classmethod
+    def open(
+        cls, path: Path, about: Mapping[str, Any], *, way_out: str = "choose another file"
+    ) -> Readings:
+        """Return the readings of a journal; start it if there is none.
+
+        Args:
+            path: the journal; a torn last line is cut off the file.
+            about: what the work is about, JSON values; must be what the journal was started with.
+            way_out: what to do about a journal that cannot be used.
+
+        Raises:
+            FileError: the file cannot be read, is not a journal, or is damaged before its last
+                line.
+            MismatchError: the journal is about something else.
+        """
+        lines = open_lines(path, about, way_out=way_out)
+        parsed = (_parsed(path, number, line) for number, line in enumerate(lines, start=2))
+        return cls(path=path, lines=dict(parsed))
+
+    def known(self, key: str, size: int = 1) -> Floats | None:
+        """Return the values of a reading, float64 [size]; None if it is still to be made.
+
+        Raises:
+            FileError: the journal has another number of values.
+        """
+        line = self.lines.get(key)
+        if line is None:
+            return None
+        if line.values.shape != (size,):
+            raise _damaged(self.path, line.number)
+        return line.values
+
+    def keep(self, key: str, values: npt.ArrayLike) -> None:
+        """Add a reading, and return when it is on the disk; without a journal, forget it."""
+        found = np.atleast_1d(np.asarray(values, dtype=np.float64))
+        if self.path is not None and np.isfinite(found).all():
+            append_lines(self.path, [{"key": key, "values": found.tolist()}])
+            self.lines[key] = _Line(0, found)
+
+    def value(self, key: str, measure: Callable[[], float]) -> float:
+        """Return one number: what the journal says, or what is measured now and kept there."""
+        found = self.known(key)
+        if found is not None:
+            return float(found[0])
+        value = measure()
+        self.keep(key, value)
+        return value
+
+
+@contextlib.contextmanager
+def beside(
+    path: Path | None, about: Mapping[str, Any], *, overwrite: bool = False
+) -> Iterator[Readings]:
+    """Yield the readings of the journal beside an output, and keep other processes out of it.
+
+    Whoever finishes the output deletes the journal; one without any reading goes by itself. Errors
+    of the block say what is kept.
+
+    Args:
+        path: the journal; None keeps nothing.
+        about: what the work is about.
+        overwrite: start anew where the journal cannot be used.
+
+    Raises:
+        MismatchError: the journal is about something else, and `overwrite` is false.
+        FileError: it is no journal, and `overwrite` is false.
+        InputError: another process is measuring for the same output.
+    """
+    if path is None:
+        yield Readings()
+        return
+    check_only(folder_of(path), _FILES)
+    with folders_above(path):
+        readings = _opened(path, about, overwrite=overwrite)
+        with locked(path, f"{path}: another process is measuring"):
+            try:
+                with telling(path):
+                    yield readings
+            finally:
+                if not count(path):
+                    forget(path)
+
+
+def folder_of(path: Path) -> Path:
+    """Return the folder beside a journal for what is too large for it."""
+    return beside_name(path, "files", hidden=False)
+
+
+def forget(path: Path) -> None:
+    """Delete a journal, if there is one, and the folder beside it; nothing that is not ours."""
+    with contextlib.suppress(PermissionError):
+        if is_ours(path):
+            path.unlink(missing_ok=True)
+    drop(folder_of(path), _FILES)
+
+
+def count(path: Path) -> int:
+    """Return how many readings a journal has; 0 if there is none."""
+    return max(0, len(whole_lines(path)) - 1) if path.is_file() else 0
+
+
+def telling(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Say in errors of the block how many readings are kept, if there are any.
+
+    Raises:
+        BitknapError: the disk is full.
+    """
+
+    def kept() -> str:
+        readings = count(path)
+        if not readings:
+            return ""
+        return f"; {readings} readings are kept in {path}, and the same command goes on from there"
+
+    return keeping(path, kept)
+
+
+def key_of(which: npt.ArrayLike, formats: Iterable[Format]) -> str:
+    """Return 24 hex digits that name a reading: whole numbers, and formats."""
+    found = hashlib.sha256(np.asarray(which, dtype="<i8").tobytes())
+    found.update(" ".join(item.name for item in formats).encode())
+    return found.hexdigest()[:24]
+
+
+def _opened(path: Path, about: Mapping[str, Any], *, overwrite: bool) -> Readings:
+    ours = not path.exists() or is_ours(path)
+    way_out = f"pass --overwrite or delete {path}" if ours else f"move {path} away"
+    try:
+        return Readings.open(path, about, way_out=way_out)
+    except (MismatchError, FileError) as error:
+        # Of a journal without readings nothing can be lost.
+        empty = isinstance(error, MismatchError) and not count(path)
+        if not (ours and (overwrite or empty)):
+            raise
+    forget(path)
+    return Readings.open(path, about, way_out=way_out)
+
+
+def _parsed(path: Path, number: int, line: bytes) -> tuple[str, _Line]:
+    try:
+        part = json.loads(line)
+        key, values = part["key"], np.array(part["values"], dtype=np.float64)
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+        raise _damaged(path, number) from None
+    if not isinstance(key, str) or values.ndim != 1 or not np.isfinite(values).all():
+        raise _damaged(path, number)
+    return key, _Line(number, values)
+
+
+def _damaged(path: Path | None, number: int) -> BitknapError:
+    return FileError(
+        f"{path}: line {number} is damaged; cut the file before it, or start a new one"
+    )

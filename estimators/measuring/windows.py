@@ -1,0 +1,134 @@
+"""How a model reads windows of text: what it is given, and which tokens it has to predict.
+
+A window begins with the special tokens that the tokenizer begins every text with, its prefix, and
+goes on with text. Only text is predicted, its first token from the prefix.
+
+A decoder-only model reads every token of a window but the last and predicts the one after it. An
+encoder-decoder reads the first half of a window with its encoder and predicts the text of the
+second half, token by token, with its decoder, which begins with the prefix too. Every layer of
+either sees as many tokens, so that sums over a layer's tokens mean the same everywhere.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitknap.errors import InputError, ModelError
+from bitknap.estimators.measuring.language_model import token_logits
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Windows:
+    """Token ids, int64 [windows, length], and how many special tokens each window begins with."""
+
+    ids: Tensor
+    prefix: int = 0
+
+    @classmethod
+    def of(cls, windows: Tensor | Windows) -> Windows:
+        """Return windows; a tensor holds text alone."""
+        return windows if isinstance(windows, Windows) else cls(ids=windows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Number of windows, and the length of each."""
+        return len(self.ids), self.ids.shape[1]
+
+    def __len__(self) -> int:
+        """Return the number of windows."""
+        return len(self.ids)
+
+    def __getitem__(self, rows: slice) -> Windows:
+        """Return some of the windows."""
+        return Windows(ids=self.ids[rows].contiguous(), prefix=self.prefix)
+
+    def batches(self, tokens: int) -> list[Windows]:
+        """Return the windows in batches of about so many tokens, at least one window each."""
+        count = max(1, tokens // self.ids.shape[1])
+        return [Windows(ids=part, prefix=self.prefix) for part in self.ids.split(count)]
+
+
+def seen(model: Any, length: int) -> int:
+    """Return how many tokens of a window of `length` every layer sees."""
+    return length // 2 if model.config.is_encoder_decoder else length - 1
+
+
+def predicted(model: Any, length: int, prefix: int = 0) -> int:
+    """Return how many tokens of a window are predicted.
+
+    Args:
+        model: a language model, decoder-only or encoder-decoder.
+        length: tokens of the window.
+        prefix: special tokens that it begins with.
+
+    Raises:
+        InputError: none is.
+    """
+    count = seen(model, length) - _unscored(model, prefix)
+    if count < 1:
+        raise InputError(
+            f"windows of {length} tokens, {prefix} of them special, leave none to predict; "
+            "use more tokens"
+        )
+    return count
+
+
+def labels_of(model: Any, batch: Tensor | Windows) -> Tensor:
+    """Return the tokens that `model` has to predict, int64 [windows, predicted].
+
+    Args:
+        model: a language model, decoder-only or encoder-decoder.
+        batch: the windows; a tensor holds text alone.
+    """
+    windows, length = Windows.of(batch), batch.shape[1]
+    count = predicted(model, length, windows.prefix)
+    first = seen(model, length) if model.config.is_encoder_decoder else max(1, windows.prefix)
+    return windows.ids[:, first : first + count]
+
+
+def logits_of(model: Any, batch: Tensor | Windows) -> Tensor:
+    """Return the logits of each token of `labels_of`, float32 [tokens, vocabulary].
+
+    Args:
+        model: a language model, decoder-only or encoder-decoder.
+        batch: the windows; a tensor holds text alone.
+
+    Raises:
+        ModelError: an encoder-decoder does not say which token its decoder starts from, or the
+            model does not predict tokens from text alone.
+    """
+    windows = Windows.of(batch)
+    ids, labels = windows.ids, labels_of(model, windows)
+    if not model.config.is_encoder_decoder:
+        given = {"input_ids": ids[:, :-1]}
+    else:
+        start = labels.new_full((len(ids), 1), _start(model.config))
+        given = {
+            "input_ids": ids[:, : seen(model, ids.shape[1])],
+            "decoder_input_ids": torch.cat(
+                (start, ids[:, : windows.prefix], labels[:, :-1]), dim=1
+            ),
+        }
+    logits = token_logits(model, given)
+    return logits[:, _unscored(model, windows.prefix) :].float().flatten(0, 1)
+
+
+def _unscored(model: Any, prefix: int) -> int:
+    """Return how many of the tokens that a layer sees come before a special token."""
+    return prefix if model.config.is_encoder_decoder else max(0, prefix - 1)
+
+
+def _start(config: Any) -> int:
+    """Return the token that a decoder starts from; T5's family starts from padding."""
+    for name in ("decoder_start_token_id", "pad_token_id"):
+        token = getattr(config, name, None)
+        if token is not None:
+            return int(token)
+    raise ModelError(
+        "config.json: neither decoder_start_token_id nor pad_token_id; set the token that the "
+        "decoder starts from"
+    )

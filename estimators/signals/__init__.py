@@ -1,0 +1,1 @@
+"""Signals that only rank units: published sensitivity scores, alone or as features."""

@@ -1,0 +1,1 @@
+"""Cost tables from few measured cells: fuzzy rules, other predictors, and the choice of cells."""

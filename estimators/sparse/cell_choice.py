@@ -1,0 +1,254 @@
+"""Which cells to measure, and when to stop measuring.
+
+Three ways to pick anchors: by depth, middle layers densest, as published (FRI-MxMoE; methods.md
+4); at random; and where the predictor is least sure. `grow` adds them until the ranking of cells
+that it never learns from stops getting better.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from bitknap.allocation.problem.arrays import Bools, Floats, Longs, numbered
+from bitknap.allocation.problem.checks import whole
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.units import Units
+from bitknap.errors import InputError
+from bitknap.estimators.group_kl.regression import rank_correlation
+from bitknap.estimators.sparse.cell_features import Antecedents, Predictor
+from bitknap.estimators.sparse.measured_cells import LossSamples
+from bitknap.progress import Progress
+
+# From a unit and the column of a format to the loss in nats per token.
+Measure = Callable[[int, int], float]
+
+# Held-out rank correlation that two more rounds must add, or growing stops; ours.
+_GAIN = 0.005
+# Cells that are measured to judge by, as a share of the budget, and the least useful number.
+_HELD_OUT, _FEWEST = 0.1, 10
+
+
+class Anchors(Protocol):
+    """A way to pick the next cells to measure."""
+
+    def pick(
+        self, units: Units, free: Bools, spread: Floats | None, count: int, seed: int
+    ) -> Longs:
+        """Return up to `count` cells, unit × F + format, from those that are free.
+
+        Args:
+            units: U units.
+            free: which cells may be measured, bool[U,F].
+            spread: of the present prediction, float64[U,F]; None before the first.
+            count: how many.
+            seed: of all that is drawn.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class ByDepth:
+    """Whole experts, a share of each third of the depth; all their projections and formats.
+
+    The published rule takes about every second expert of middle layers and every fourth of
+    shallow ones; "sparser" for deep ones is every sixth here, ours. With another count than the
+    shares make, layers keep these proportions.
+
+    Attributes:
+        shares: of shallow, middle and deep layers' experts.
+    """
+
+    shares: tuple[float, float, float] = (1 / 4, 1 / 2, 1 / 6)
+
+    def __post_init__(self) -> None:
+        if len(self.shares) != 3 or not all(0 < share <= 1 for share in self.shares):
+            raise InputError(f"shares: {self.shares} are not three numbers above 0 and up to 1")
+
+    def pick(
+        self, units: Units, free: Bools, spread: Floats | None, count: int, seed: int
+    ) -> Longs:
+        """Return cells of the next experts; every prefix of experts has the proportions."""
+        expert = numbered(units.layer, units.role, units.expert, units.block)
+        layer_of = units.layer[np.unique(expert, return_index=True)[1]]
+        generator = np.random.default_rng(seed)
+        place = np.empty(len(layer_of))
+        for layer in np.unique(layer_of):
+            members = np.flatnonzero(layer_of == layer)
+            # The start is drawn within the first step, so that layers take turns.
+            place[members] = generator.permutation(len(members)) + generator.random()
+        place /= np.asarray(self.shares)[_third(layer_of)]
+        rank = np.empty(len(place), dtype=np.int64)
+        rank[np.argsort(place, kind="stable")] = np.arange(len(place))
+        cells = np.flatnonzero(free)
+        order = np.lexsort((cells, rank[expert[cells // free.shape[1]]]))
+        found: Longs = cells[order[:count]]
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class AtRandom:
+    """Cells drawn alike."""
+
+    def pick(
+        self, units: Units, free: Bools, spread: Floats | None, count: int, seed: int
+    ) -> Longs:
+        """Return free cells in a drawn order."""
+        cells = np.flatnonzero(free)
+        drawn: Longs = np.random.default_rng(seed).permutation(cells)[:count]
+        return drawn
+
+
+@dataclass(frozen=True, slots=True)
+class LeastSure:
+    """The cell of largest spread of each unit, the least sure units first; by depth to begin.
+
+    One cell a unit and round: its neighbours in the table are as unsure, and learn from it.
+    """
+
+    def pick(
+        self, units: Units, free: Bools, spread: Floats | None, count: int, seed: int
+    ) -> Longs:
+        """Return the least sure cells; ties in a drawn order."""
+        if spread is None:
+            return ByDepth().pick(units, free, None, count, seed)
+        masked = np.where(free, spread, -np.inf)
+        column = masked.argmax(axis=1)
+        top = masked[np.arange(len(units)), column]
+        drawn = np.random.default_rng(seed).permutation(len(units))
+        order = drawn[np.argsort(-top[drawn], kind="stable")]
+        order = order[np.isfinite(top[order])][:count]
+        cells: Longs = order * free.shape[1] + column[order]
+        return cells
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Grown:
+    """What growing gave.
+
+    Attributes:
+        samples: all that was measured, held-out cells too.
+        held_out: the cells that no round learned from, unit × F + format, int64.
+        spearman: rank correlation of prediction and measurement on them after every round.
+        saturated: growing stopped by itself, not for want of budget or cells.
+    """
+
+    samples: LossSamples
+    held_out: Longs
+    spearman: tuple[float, ...]
+    saturated: bool
+
+    @property
+    def measurements(self) -> int:
+        """Calls of `measure`."""
+        return len(self.samples)
+
+
+def grow(
+    measure: Measure,
+    units: Units,
+    formats: Sequence[Format],
+    antecedents: Antecedents,
+    predictor: Predictor,
+    *,
+    start: int,
+    step: int,
+    stop: int,
+    provenance: Mapping[str, Any],
+    measurable: Bools | None = None,
+    anchors: Anchors | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Grown:
+    """Measure cells until the held-out rank correlation saturates or the budget is used.
+
+    It has saturated when two rounds together added less than 0.005. A tenth of the budget, at
+    least 10 cells, is drawn at random and measured first to judge by. Kept precisions cost
+    nothing and are not measured.
+
+    Args:
+        measure: from unit and column to nats per token.
+        units: U units.
+        formats: F formats.
+        antecedents: of every cell.
+        predictor: learns from what is measured.
+        start: measurements before the first prediction, beside the held-out ones.
+        step: measurements a round.
+        stop: most measurements, held-out ones included.
+        provenance: of the samples.
+        measurable: which units to measure, bool[U]; all when not given. An expert that no token
+            reaches changes nothing, so measuring it says nothing.
+        anchors: how to pick cells; at random if not given, since as many cells of separable
+            tables rank better when they are not whole experts.
+        seed: of all that is drawn.
+        progress: called with (what, done, of).
+
+    Raises:
+        InputError: the budget does not reach beyond the held-out cells and the start.
+    """
+    for name, value in {"start": start, "step": step, "stop": stop}.items():
+        whole(name, value, 1)
+    free = np.zeros((len(units), len(formats)), dtype=np.bool_)
+    free[:, [f.kind != "keep" for f in formats]] = True
+    if measurable is not None:
+        free[~measurable] = False
+    budget = min(stop, int(free.sum()))
+    judged = max(_FEWEST, round(_HELD_OUT * budget))
+    if judged + start > budget:
+        raise InputError(
+            f"stop: {budget} measurements are fewer than {judged} to judge by and {start} to "
+            "start with; raise stop or lower start"
+        )
+    known: dict[int, float] = {}
+
+    def take(cells: Longs) -> None:
+        for cell in cells.tolist():
+            if progress:
+                progress("measure cells", len(known), budget)
+            known[cell] = measure(cell // len(formats), cell % len(formats))
+        free.ravel()[cells] = False
+
+    def samples_of(cells: Longs) -> LossSamples:
+        return LossSamples(
+            units=units,
+            formats=tuple(formats),
+            unit=cells // len(formats),
+            column=cells % len(formats),
+            loss=np.array([known[cell] for cell in cells.tolist()]),
+            provenance=provenance,
+        )
+
+    chosen = anchors or AtRandom()
+    held_out = AtRandom().pick(units, free, None, judged, seed)
+    take(held_out)
+    learned = chosen.pick(units, free, None, start, seed)
+    take(learned)
+    scores: list[float] = []
+    truth = np.array([known[cell] for cell in held_out.tolist()])
+    while True:
+        fitted = predictor.fit(samples_of(learned), antecedents)
+        mean, spread = fitted.predict(antecedents)
+        scores.append(float(np.nan_to_num(rank_correlation(mean.ravel()[held_out], truth))))
+        saturated = len(scores) > 2 and scores[-1] - scores[-3] < _GAIN
+        count = min(step, budget - len(known))
+        if saturated or not count:
+            break
+        more = chosen.pick(units, free, spread, count, seed)
+        take(more)
+        learned = np.concatenate([learned, more])
+    return Grown(
+        samples=samples_of(np.array(sorted(known), dtype=np.int64)),
+        held_out=held_out,
+        spearman=tuple(scores),
+        saturated=saturated,
+    )
+
+
+def _third(layer: Any) -> Longs:
+    """Return 0, 1 or 2 for layers of the first, second and last third of the depth."""
+    place = np.unique(layer, return_inverse=True)[1]
+    found: Longs = (place * 3 // (int(place.max()) + 1)).astype(np.int64)
+    return found

@@ -1,0 +1,200 @@
+"""Costs from sparse samples: a few cells measured, the others read off what is known of them.
+
+The antecedents follow FRI-MxMoE (ACL 2026, 2026.acl-long.982): width, activation statistics,
+scale, shape, projection and place. They are logarithms, turned so that larger means more loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.table import CostTable
+from bitknap.allocation.problem.units import Units
+from bitknap.errors import InputError
+from bitknap.estimators.costs.data_free import distortion
+from bitknap.estimators.costs.fisher import Fisher
+from bitknap.estimators.costs.weighed_errors import (
+    experts_of,
+    format_bytes,
+    plainest,
+    projection_of,
+    role_of,
+    token_share,
+)
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.group_kl.calibrated import Estimator, group_kl
+from bitknap.estimators.sparse.cell_features import Antecedents, Predictor
+from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
+from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
+from bitknap.estimators.sparse.shrunk_predictor import Shrunk
+from bitknap.quantization.stacks.apply import stacks
+
+# Values below this are taken for this before their logarithm.
+_LEAST = 1e-12
+_NAMES = (
+    "distortion",
+    "activation",
+    "routing",
+    "scale",
+    "gain",
+    "rows",
+    "cols",
+    "depth",
+    "projection",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fuzzy:
+    """Rules from measured samples over another estimator, interpolated to every unit and format.
+
+    Rules speak of the ratio of the measured loss to the base's cost, so of what it gets wrong,
+    and are followed as far as they predict units left out (`shrunk`; ours: with the published
+    plain losses and no base, plans lose several times the KL of dense profiling).
+
+    Attributes:
+        samples: measured on this model with this quantizer.
+        predictor: learns from them; fuzzy rules by scale and move, or any other to compare.
+        base: whose costs are corrected; None interpolates the loss itself, as published.
+        shrink: follow the predictor as far as cross-validation supports; with a base only.
+    """
+
+    samples: LossSamples
+    predictor: Predictor = field(default_factory=FuzzyRules)
+    base: Estimator | None = field(default_factory=lambda: Fisher(space="output"))
+    shrink: bool = True
+
+    @property
+    def name(self) -> str:
+        """The base's name, marked as corrected by rules."""
+        return f"fuzzy({self.base.name})" if self.base else "fuzzy"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Moments, and what the base needs."""
+        return frozenset({"moments"}) | (self.base.needs if self.base else frozenset())
+
+    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+        """Return the costs of every unit in every format with their spread, nats per token.
+
+        Raises:
+            MismatchError: the samples are of another model, quantizer, or other formats.
+        """
+        samples = self.samples
+        origin = {"method": evidence.rounding.name, **evidence.provenance}
+        samples.check(evidence.units, formats, origin)
+        predictor = self.predictor
+        antecedents = features(evidence, samples.formats)
+        scale = np.ones((len(samples.units), len(samples.formats)))
+        if self.base is not None:
+            scale = np.maximum(self.base.estimate(evidence, samples.formats).cost, _LEAST)
+            known = scale[samples.unit, samples.column]
+            error = None if samples.error is None else samples.error / known
+            if self.shrink:
+                predictor = Shrunk(inner=predictor, weight=np.sqrt(np.maximum(samples.loss, FLOOR)))
+            samples = replace(samples, loss=samples.loss / known, error=error)
+        fitted = predictor.fit(samples, antecedents)
+        mean, spread = (part * scale for part in fitted.predict(antecedents))
+        cost = np.zeros((len(evidence.units), len(formats)))
+        unsure = np.zeros_like(cost)
+        for column, format in enumerate(formats):
+            if format.kind != "keep":
+                there = samples.formats.index(format)
+                cost[:, column], unsure[:, column] = mean[:, there], spread[:, there]
+        return CostTable.from_arrays(
+            cost,
+            format_bytes(evidence.units, formats),
+            units=evidence.units,
+            formats=tuple(formats),
+            spread=unsure,
+            frequency=token_share(evidence),
+            provenance={
+                **evidence.provenance,
+                "method": evidence.rounding.name,
+                "unit": "nats/token",
+                "estimator": self.name,
+                "predictor": repr(self.predictor),
+                "samples": dict(samples.provenance),
+                "measurements": len(samples),
+                "note": getattr(fitted, "note", ""),
+            },
+        )
+
+
+def features(evidence: Evidence, formats: Sequence[Format]) -> Antecedents:
+    """Return the antecedents of every unit in every format.
+
+    distortion: of the format's grid on Gaussian weights. activation: second moment of the
+    projection's input, a routed token, weighted by a². routing: share of tokens, shrunk. scale:
+    root mean square of the weights. gain: the layer's nats per squared output error. rows, cols:
+    sizes. All are log2. depth: layer over layers, of no known direction; projection: a category
+    of role and name.
+    """
+    units = evidence.units
+    values = np.zeros((len(units), len(formats), len(_NAMES)))
+    at = {name: values[:, :, place] for place, name in enumerate(_NAMES)}
+    known: dict[tuple[Format, int], float] = {}
+    for run in stacks(units):
+        cols = int(units.cols[run[0]])
+        for column, format in enumerate(formats):
+            same = plainest(format, cols)
+            if (same, cols) not in known:
+                known[same, cols] = distortion(same, cols)
+            at["distortion"][run, column] = known[same, cols]
+        activation, routing, gain = _seen(evidence, run)
+        at["activation"][run] = activation[:, None]
+        at["routing"][run] = routing[:, None]
+        at["gain"][run] = gain
+        square = evidence.weights(run).double().square().mean((1, 2)).numpy()
+        at["scale"][run] = np.sqrt(square)[:, None]
+    at["rows"][:], at["cols"][:] = units.rows[:, None], units.cols[:, None]
+    values[:, :, :7] = np.log2(np.maximum(values[:, :, :7], _LEAST))
+    at["depth"][:] = ((units.layer + 1) / max(1, int(units.layer.max()) + 1))[:, None]
+    at["projection"][:] = _sorts(units)[:, None]
+    return Antecedents(
+        names=_NAMES,
+        values=values,
+        discrete=frozenset({"projection"}),
+        free=frozenset({"depth"}),
+    )
+
+
+def unit_losses(evidence: Evidence, formats: Sequence[Format]) -> Callable[[int, int], float]:
+    """Return what measures one unit in one format, nats per token, for `anchors.grow`.
+
+    Raises:
+        InputError: the evidence has no live model to measure.
+    """
+    replay = evidence.replay
+    if replay is None:
+        raise InputError("samples need the live model; calibrate it in this process")
+
+    def measure(unit: int, column: int) -> float:
+        return group_kl(evidence, np.array([unit]), formats[column])
+
+    return measure
+
+
+def _seen(evidence: Evidence, run: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
+    """Return the input's second moment, share of tokens, and gain of a stack of units."""
+    if role_of(evidence.units, run) == "routed":
+        layer, experts = experts_of(evidence, run)
+        down = projection_of(evidence.units, run) == "down"
+        moments = layer.shrunk(layer.middle_square if down else layer.input_square)
+        mass = layer.shrunk(layer.gate_square).clamp_min(1e-30)
+        activation = (moments.mean(1) / mass)[experts].numpy()
+        share = layer.shrunk(layer.count)[experts].numpy()
+        return activation, share, layer.gain
+    found = [evidence.linears[int(unit)] for unit in run]
+    activation = np.array([float(x.input_square.mean()) / max(1, x.tokens) for x in found])
+    gains = [layer.gain for layer in evidence.layers.values()]
+    return activation, np.ones(len(run)), float(np.mean(gains)) if gains else 1.0
+
+
+def _sorts(units: Units) -> np.ndarray:
+    """Return a number for each role and projection."""
+    return units.role.astype(np.int64) * len(units.projections) + units.projection

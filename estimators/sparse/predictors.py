@@ -1,0 +1,347 @@
+"""Cheaper ways to fill a table from samples, which fuzzy rules have to beat.
+
+The log-linear model log c = layer × format + unit leaves 3 to 6 % on the published Mixtral table
+(methods.md 8.3), so it is the baseline. `Residual` puts any other predictor on top of it. The
+published inverse distance is `FuzzyRules(kind="idw")`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bitknap.allocation.problem.arrays import Bools, Floats, Longs, numbered
+from bitknap.allocation.problem.checks import number, whole
+from bitknap.allocation.problem.units import Units
+from bitknap.errors import InputError
+from bitknap.estimators.sparse.cell_features import Antecedents, Predictor, nats
+from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
+from bitknap.estimators.sparse.measured_cells import LossSamples
+
+_FOLDS = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogLinear:
+    """Ridge on log loss = layer × format + projection × format + unit.
+
+    Penalties are ratios of variances, noise over effect: 0.1 lets an effect of a deviation about
+    three times the noise's through. Layers walk: the step from each to the next is shrunk, so
+    one without samples lies between its neighbours. With fewer samples than effects the ridge
+    still has one answer: other effects without samples are 0, so a unit without any gets its
+    layer's and its projection's curve.
+
+    Attributes:
+        main: penalty of formats, layers and projections.
+        interaction: penalty of layer × format and of projection × format.
+        unit: penalty of a unit's own effect.
+    """
+
+    main: float = 0.01
+    interaction: float = 0.1
+    unit: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("main", "interaction", "unit"):
+            if not number(name, getattr(self, name)) > 0:
+                raise InputError(f"{name}: {getattr(self, name)} is not above 0; use 1e-6 for none")
+
+    def fit(
+        self, samples: LossSamples, antecedents: Antecedents, target: Floats | None = None
+    ) -> FittedLogLinear:
+        """Fit the effects; the antecedents are not read.
+
+        Args:
+            samples: measured losses.
+            antecedents: of the same units and formats.
+            target: float64[N], learned in place of log losses.
+        """
+        antecedents.of(samples)
+        values = samples.logs if target is None else target
+        blocks = _blocks(samples.units, samples.unit, samples.column, len(samples.formats))
+
+        def learn(kept: Bools) -> Floats:
+            mean, *parts = self._solve(blocks, values, kept)
+            terms = [part[block.code] for part, block in zip(parts, blocks, strict=True)]
+            found: Floats = mean + np.sum(terms, axis=0)
+            return found
+
+        groups = (np.arange(len(values)), samples.unit, samples.units.layer[samples.unit])
+        found = [_rms(left_out(values, numbered(group), learn)) for group in groups]
+        return FittedLogLinear(
+            samples=samples,
+            coefficients=self._solve(blocks, values, np.ones(len(values), dtype=np.bool_)),
+            deviations=np.maximum.accumulate(found),
+            note=_note(len(samples), sum(len(np.unique(block.code)) for block in blocks)),
+        )
+
+    def _solve(self, blocks: Sequence[_Block], values: Floats, kept: Bools) -> tuple[Floats, ...]:
+        """Return the mean [1] and the coefficients of every block.
+
+        Unit effects, the only ones that grow with the samples, are eliminated first: with one
+        column a unit, their part of the normal equations is diagonal.
+        """
+        from scipy.sparse import csr_array, hstack
+
+        penalty = {"main": self.main, "interaction": self.interaction}
+        scales = [1 / np.sqrt(penalty[block.kind]) for block in blocks[:-1]]
+        *columns, own = (_columns(block, kept) for block in blocks)
+        # A penalised effect is an effect of penalty 1 on a scaled column.
+        design = hstack([s * c for s, c in zip(scales, columns, strict=True)]).tocsr()
+        mean = values[kept].mean()
+        centred = values[kept] - mean
+        share = 1 / (self.unit + np.bincount(blocks[-1].code[kept], minlength=blocks[-1].size))
+        across = csr_array(own.T @ design)
+        gram = design.T @ design - across.T @ (across * share[:, None])
+        right = design.T @ centred - across.T @ (share * (own.T @ centred))
+        found = np.linalg.solve(gram.toarray() + np.eye(len(right)), right)
+        parts = [np.array([mean])]
+        cuts = np.cumsum([block.size for block in blocks[:-2]])
+        for block, scale, part in zip(blocks, scales, np.split(found, cuts), strict=False):
+            parts.append(scale * (np.cumsum(part) if block.walks else part))
+        return (*parts, share * (own.T @ (centred - design @ found)))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FittedLogLinear:
+    """Effects of a `LogLinear`.
+
+    Attributes:
+        samples: what it was fitted on.
+        coefficients: mean and the blocks of effects.
+        deviations: of the logarithm, left out: in cells of units with samples, of other units of
+            layers with samples, and of other layers.
+        note: says so when there are fewer samples than effects, else empty.
+    """
+
+    samples: LossSamples
+    coefficients: tuple[Floats, ...]
+    deviations: Floats
+    note: str
+
+    def shared(self) -> Floats:
+        """Return the logarithm of every cell without its unit's own effect, float64[U,F]."""
+        units, width = self.samples.units, len(self.samples.formats)
+        unit = np.repeat(np.arange(len(units)), width)
+        column = np.tile(np.arange(width), len(units))
+        mean, *parts = self.coefficients
+        found = np.full(len(unit), mean[0])
+        for block, part in zip(_blocks(units, unit, column, width), parts, strict=True):
+            if block.kind != "unit":
+                found += part[block.code]
+        return found.reshape(len(units), width)
+
+    def logs(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
+        """Return mean and deviation of the logarithm."""
+        mean = self.shared() + self.coefficients[-1][:, None]
+        return mean, np.broadcast_to(self.deviations[self.distance()][:, None], mean.shape)
+
+    def distance(self) -> Longs:
+        """Return 0 for units with samples, 1 for others of layers with samples, 2 for the rest."""
+        seen, layer = self.samples.seen, self.samples.units.layer
+        return np.where(seen, 0, np.where(np.isin(layer, layer[seen]), 1, 2))
+
+    def predict(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
+        """Return loss and spread."""
+        return nats(*self.logs(antecedents))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Residual:
+    """The log-linear curve of each layer and projection, and a predictor for what it leaves.
+
+    Units with samples take the effect that was fitted to them; the others take the inner
+    predictor's, which reads it off their antecedents.
+
+    Attributes:
+        inner: learns each sample's log loss less the curve.
+        base: gives the curves and the effects of measured units.
+    """
+
+    inner: Predictor = field(default_factory=FuzzyRules)
+    base: LogLinear = field(default_factory=LogLinear)
+
+    def fit(
+        self, samples: LossSamples, antecedents: Antecedents, target: Floats | None = None
+    ) -> FittedResidual:
+        """Fit the curves, then the inner predictor to what is left."""
+        values = samples.logs if target is None else target
+        base = self.base.fit(samples, antecedents, values)
+        left = values - base.shared()[samples.unit, samples.column]
+        return FittedResidual(base=base, inner=self.inner.fit(samples, antecedents, left))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FittedResidual:
+    """A fitted base and what was learned of its residuals."""
+
+    base: FittedLogLinear
+    inner: Any
+
+    @property
+    def note(self) -> str:
+        """The base's."""
+        return self.base.note
+
+    def logs(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
+        """Return mean and deviation of the logarithm."""
+        known, spread = self.base.logs(antecedents)
+        left, unsure = self.inner.logs(antecedents)
+        seen = self.base.samples.seen[:, None]
+        # The inner predictor does not know how far off a layer's curve is without any sample.
+        beyond = np.where(self.base.distance() == 2, self.base.deviations[2], 0.0)
+        unsure = np.hypot(unsure, beyond[:, None])
+        return np.where(seen, known, self.base.shared() + left), np.where(seen, spread, unsure)
+
+    def predict(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
+        """Return loss and spread."""
+        return nats(*self.logs(antecedents))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GradientBoosting:
+    """Boosted regression trees on the antecedents, by scikit-learn.
+
+    Attributes:
+        trees: how many.
+        depth: of each tree.
+        rate: share of each tree's answer that is added.
+        seed: of ties between splits.
+    """
+
+    trees: int = 200
+    depth: int = 3
+    rate: float = 0.1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        whole("trees", self.trees, 1)
+        whole("depth", self.depth, 1)
+        number("rate", self.rate, 0, 1)
+
+    def fit(
+        self, samples: LossSamples, antecedents: Antecedents, target: Floats | None = None
+    ) -> FittedTrees:
+        """Grow the trees.
+
+        Raises:
+            InputError: scikit-learn is not installed.
+        """
+        points = antecedents.of(samples)
+        values = samples.logs if target is None else target
+
+        def learn(kept: Bools) -> Floats:
+            found: Floats = self._grown(points[kept], values[kept]).predict(points)
+            return found
+
+        return FittedTrees(
+            trees=self._grown(points, values),
+            deviation=_rms(left_out(values, numbered(samples.unit), learn)),
+        )
+
+    def _grown(self, points: Floats, values: Floats) -> Any:
+        try:
+            ensemble = importlib.import_module("sklearn.ensemble")
+        except ImportError:
+            raise InputError(
+                "gradient boosting needs scikit-learn, which is not installed; "
+                "pip install scikit-learn, or use LogLinear or FuzzyRules"
+            ) from None
+        trees = ensemble.GradientBoostingRegressor(
+            n_estimators=self.trees,
+            max_depth=self.depth,
+            learning_rate=self.rate,
+            random_state=self.seed,
+        )
+        return trees.fit(points, values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class FittedTrees:
+    """Grown trees, and the deviation of units that were left out while growing."""
+
+    trees: Any
+    deviation: float
+
+    def logs(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
+        """Return mean and deviation of the logarithm."""
+        shape = antecedents.values.shape
+        mean = self.trees.predict(antecedents.values.reshape(-1, shape[2])).reshape(shape[:2])
+        return mean, np.full(mean.shape, self.deviation)
+
+    def predict(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
+        """Return loss and spread."""
+        return nats(*self.logs(antecedents))
+
+
+def left_out(
+    values: Floats, groups: npt.NDArray[np.integer[Any]], learn: Callable[[Bools], Floats]
+) -> Floats:
+    """Return what is predicted of each value without its fold, less the value; float64[N].
+
+    Args:
+        values: float64[N].
+        groups: 0, 1, 2, … for every value; a group is left out as a whole.
+        learn: from which values may be read to predictions of all.
+    """
+    count = int(groups.max()) + 1
+    if count < 2:
+        centred: Floats = values.mean() - values
+        return centred
+    folds = min(_FOLDS, count)
+    found = np.empty(len(values))
+    # The order of groups carries layers; a fixed shuffle spreads them over the folds.
+    fold = (np.random.default_rng(0).permutation(count) % folds)[groups]
+    for out in range(folds):
+        mine = fold == out
+        found[mine] = learn(~mine)[mine] - values[mine]
+    return found
+
+
+def _rms(values: Floats) -> float:
+    return float(np.sqrt(np.mean(values**2)))
+
+
+def _note(samples: int, effects: int) -> str:
+    if samples >= effects:
+        return ""
+    return f"{samples} samples for {effects} effects: the ridge shrinks those it cannot tell apart"
+
+
+class _Block(NamedTuple):
+    """A block of effects: which penalty, code of each cell, how many, and whether they walk."""
+
+    kind: str
+    code: Longs
+    size: int
+    walks: bool = False
+
+
+def _columns(block: _Block, kept: Bools) -> Any:
+    """Return the columns of a block for the kept cells, sparse [cells, size]."""
+    from scipy.sparse import csr_array
+
+    code = block.code[kept]
+    shape = (len(code), block.size)
+    one = csr_array((np.ones(len(code)), (np.arange(len(code)), code)), shape=shape)
+    return csr_array(one @ np.tri(block.size)) if block.walks else one
+
+
+def _blocks(units: Units, unit: Longs, column: Longs, width: int) -> list[_Block]:
+    """Return the effects of cells; the unit's own are last."""
+    layer = np.unique(units.layer, return_inverse=True)[1]
+    sort = numbered(units.role, units.projection).astype(np.int64)
+    layers, sorts = int(layer.max()) + 1, int(sort.max()) + 1
+    return [
+        _Block("main", column, width),
+        _Block("main", layer[unit], layers, walks=True),
+        _Block("main", sort[unit], sorts),
+        _Block("interaction", layer[unit] * width + column, layers * width),
+        _Block("interaction", sort[unit] * width + column, sorts * width),
+        _Block("unit", unit, len(units)),
+    ]

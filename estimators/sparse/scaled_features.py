@@ -1,0 +1,144 @@
+"""Antecedents as coordinates of fuzzy rules: oriented, scaled for distances, with slopes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitknap.allocation.problem.arrays import Floats, Longs
+from bitknap.estimators.sparse.cell_features import Antecedents
+
+# An antecedent counts in distances with at least this share of the most important one, so that
+# one that is learned to be useless still tells rules apart.
+_LEAST = 0.1
+# Of squared range, a sample: keeps slopes of antecedents that move together finite.
+_RIDGE = 1e-4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Frame:
+    """How antecedents become coordinates: C oriented numbers, and S that only count in distances.
+
+    Attributes:
+        numbers: which antecedents are numbers that vary, int64[C1].
+        classes: for every category: antecedent, its known values, and a table [values + 1, K] of
+            coordinates, the last row for values without a sample.
+        slopes: how far each of the C moves the learned value, [C].
+        distance: factor of every coordinate in distances, [C + S].
+        ranges: of the C over the samples, [C].
+        whole: all antecedents of a rule share its weight, by total distance; otherwise each has
+            its own, by its own distance.
+    """
+
+    numbers: Longs
+    classes: tuple[tuple[int, Floats, Floats], ...]
+    slopes: Floats
+    distance: Floats
+    ranges: Floats
+    whole: bool = False
+
+    def place(self, points: Floats) -> Floats:
+        """Return coordinates [Q,C+S] of points [Q,D]."""
+        parts = [points[:, self.numbers]]
+        for which, known, table in self.classes:
+            at = np.minimum(np.searchsorted(known, points[:, which]), len(known) - 1)
+            at = np.where(known[at] == points[:, which], at, len(known))
+            parts.append(table[at])
+        return np.concatenate(parts, axis=1)
+
+    @property
+    def inner(self) -> int:
+        """Coordinates that shift a consequent; the others only count in distances."""
+        return len(self.slopes)
+
+
+def _varying(points: Floats, antecedents: Antecedents) -> Longs:
+    numbers = ~antecedents.mask(antecedents.discrete) & (np.ptp(points, axis=0) > 0)
+    return np.flatnonzero(numbers).astype(np.int64)
+
+
+def _one_hot(points: Floats, antecedents: Antecedents) -> list[tuple[int, Floats, Floats]]:
+    """Return categories as corners that lie at distance 1 from each other and from unknown."""
+    found = []
+    for which in np.flatnonzero(antecedents.mask(antecedents.discrete)):
+        known = np.unique(points[:, which])
+        found.append((int(which), known, np.eye(len(known) + 1) / np.sqrt(2)))
+    return found
+
+
+def standardised(points: Floats, antecedents: Antecedents) -> Frame:
+    """Return the published distance: numbers over their standard deviation, categories 0 or 1."""
+    numbers, classes = _varying(points, antecedents), _one_hot(points, antecedents)
+    extra = sum(table.shape[1] for _, _, table in classes)
+    return Frame(
+        numbers=numbers,
+        classes=tuple(classes),
+        slopes=np.zeros(len(numbers)),
+        distance=np.concatenate([1 / points[:, numbers].std(axis=0), np.ones(extra)]),
+        ranges=np.ptp(points[:, numbers], axis=0),
+    )
+
+
+def equal(points: Floats, antecedents: Antecedents, values: Floats) -> Frame:
+    """Return Huang and Shen's frame: each antecedent moves the same share of its range.
+
+    A free antecedent takes the sign of its correlation with the values.
+    """
+    numbers, classes = _varying(points, antecedents), _one_hot(points, antecedents)
+    ranges = np.ptp(points[:, numbers], axis=0)
+    centred = points[:, numbers] - points[:, numbers].mean(axis=0)
+    sign = np.where(centred.T @ (values - values.mean()) < 0, -1.0, 1.0)
+    sign[~antecedents.mask(antecedents.free)[numbers]] = 1.0
+    extra = sum(table.shape[1] for _, _, table in classes)
+    return Frame(
+        numbers=numbers,
+        classes=tuple(classes),
+        slopes=sign * np.ptp(values) / (ranges * max(1, len(numbers))),
+        distance=np.concatenate([1 / ranges, np.ones(extra)]),
+        ranges=ranges,
+    )
+
+
+def learned(points: Floats, antecedents: Antecedents, values: Floats) -> Frame:
+    """Return the frame of weighted T-FRI: slopes of a regression, not negative unless free."""
+    from scipy.optimize import lsq_linear
+
+    numbers = _varying(points, antecedents)
+    ranges = np.ptp(points[:, numbers], axis=0)
+    classes = _one_hot(points, antecedents)
+    hot = [(points[:, which, None] == known).astype(float) for which, known, _ in classes]
+    design = np.concatenate([points[:, numbers] / ranges, *hot], axis=1)
+    design = design - design.mean(axis=0)
+    width = design.shape[1]
+    low = np.full(width, -np.inf)
+    low[: len(numbers)][~antecedents.mask(antecedents.free)[numbers]] = 0.0
+    ridge = np.sqrt(_RIDGE * len(values)) * np.eye(width)
+    found = loose = np.zeros(width)
+    if width:
+        left = np.concatenate([design, ridge])
+        right = np.concatenate([values - values.mean(), np.zeros(width)])
+        found = lsq_linear(left, right, bounds=(low, np.inf)).x
+        loose = np.linalg.lstsq(left, right)[0]
+    slopes, at = [found[: len(numbers)] / ranges], len(numbers)
+    spans, tables = [ranges], []
+    for which, known, _ in classes:
+        effect = found[at : at + len(known)]
+        at += len(known)
+        if np.ptp(effect) > 0:
+            tables.append((which, known, np.append(effect, effect.mean())[:, None]))
+            slopes.append(np.ones(1))
+            spans.append(np.array([np.ptp(effect)]))
+    slope, span = np.concatenate(slopes), np.concatenate(spans)
+    reach = np.abs(slope) * span
+    # One turned the wrong way may not shift anything, but still tells rules apart.
+    reach[: len(numbers)] = np.maximum(reach[: len(numbers)], np.abs(loose[: len(numbers)]))
+    least = _LEAST * reach.max() if reach.any() else 1.0
+    return Frame(
+        numbers=numbers,
+        classes=tuple(tables),
+        slopes=slope,
+        distance=np.maximum(reach, least) / span,
+        ranges=span,
+        whole=True,
+    )

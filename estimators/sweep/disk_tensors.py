@@ -1,0 +1,127 @@
+"""Tensors whose memory is a file: what does not fit beside a layer waits on the disk.
+
+A file without a name is gone when its tensor is, whatever ends the process; one with a name stays.
+Its room is taken when it is made, so that a full disk is told then and not by a signal later.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bitknap.disk.append_log import FULL
+from bitknap.errors import BitknapError, FileError, InputError
+
+
+def on_disk(
+    shape: Sequence[int],
+    dtype: torch.dtype,
+    folder: Path | None = None,
+    *,
+    path: Path | None = None,
+) -> Tensor:
+    """Return a tensor of zeros in a file of its own.
+
+    Args:
+        shape: of the tensor.
+        dtype: of the tensor.
+        folder: where a file without a name lies; the system's temporary folder when not given.
+        path: a file to write instead, for `read_back`.
+
+    Raises:
+        InputError: the folder cannot be written to.
+        BitknapError: the disk has no room for it.
+    """
+    if not math.prod(shape):
+        return torch.zeros(*shape, dtype=dtype)
+    nbytes = math.prod(shape) * dtype.itemsize
+    memory = _mapped(nbytes, folder) if path is None else _named(path, nbytes)
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+
+
+def read_back(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return the tensor that `on_disk` gave a file; what is written to it now stays in memory.
+
+    Raises:
+        FileError: the file is missing or is not as long as the tensor.
+    """
+    nbytes = math.prod(shape) * dtype.itemsize
+    try:
+        with path.open("rb") as file:
+            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (OSError, ValueError) as error:  # an empty file cannot be mapped
+        raise FileError(f"{path}: cannot be read ({error})") from None
+    if len(memory) != nbytes:
+        raise FileError(f"{path}: has {len(memory):,} bytes, expected {nbytes:,}")
+    return torch.frombuffer(memory, dtype=dtype).view(*shape)
+
+
+def moved(tensor: Tensor, dtype: torch.dtype | None = None, folder: Path | None = None) -> Tensor:
+    """Return a copy of a tensor that lies in a file, and is not in memory until it is read.
+
+    Args:
+        tensor: what to copy.
+        dtype: of the copy; the tensor's when not given.
+        folder: where the file lies; the system's temporary folder when not given.
+
+    Raises:
+        InputError: the folder cannot be written to.
+        BitknapError: the disk has no room for it.
+    """
+    kind = dtype or tensor.dtype
+    if not tensor.numel():
+        return torch.zeros(*tensor.shape, dtype=kind)
+    memory = _mapped(tensor.numel() * kind.itemsize, folder)
+    found = torch.frombuffer(memory, dtype=kind).view(*tensor.shape).copy_(tensor.detach())
+    if hasattr(mmap, "MADV_DONTNEED"):
+        memory.madvise(mmap.MADV_DONTNEED)
+    return found
+
+
+def _mapped(nbytes: int, folder: Path | None) -> mmap.mmap:
+    """Return the memory of a new file of zeros that has no name."""
+    where = folder or Path(tempfile.gettempdir())
+    with (
+        _told(where, nbytes, "set TMPDIR to a folder on another disk", "set TMPDIR"),
+        tempfile.TemporaryFile(dir=where) as file,
+    ):
+        _take_room(file.fileno(), nbytes)
+        return mmap.mmap(file.fileno(), nbytes)
+
+
+def _named(path: Path, nbytes: int) -> mmap.mmap:
+    """Return the memory of a file of zeros."""
+    other = "choose another output"
+    with _told(path.parent, nbytes, other, other):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w+b") as file:
+            _take_room(file.fileno(), nbytes)
+            return mmap.mmap(file.fileno(), nbytes)
+
+
+@contextlib.contextmanager
+def _told(where: Path, nbytes: int, full: str, closed: str) -> Iterator[None]:
+    """Say in the block's errors what to do where the disk is full or the folder closed."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in FULL:
+            raise BitknapError(
+                f"{where}: no room for {nbytes:,} bytes of activations; free some, or {full}"
+            ) from None
+        raise InputError(f"{where}: cannot be written to ({error.strerror}); {closed}") from None
+
+
+def _take_room(descriptor: int, nbytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, nbytes)
+    else:
+        os.truncate(descriptor, nbytes)

@@ -1,0 +1,316 @@
+"""Watch a model at work: routed experts by a function that computes what it records.
+
+Under transformers' `grouped_mm` no hook on a linear layer fires, so the recorder takes the place
+of the experts' forward and computes each hit expert in turn. Where curvature is asked for,
+gradients are caught on each projection's output; per-token squares are then a matrix product,
+(dL/dz)²ᵀ x², so nothing is squared after summing over tokens.
+
+Where traces are asked for, the experts' inputs and routing are kept token by token, and with
+gradients also dL/d(output). Gradients can be caught one layer a backward pass (`caught_alone`):
+then only that layer and those after it hold a graph.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitknap.errors import ModelError
+from bitknap.estimators.evidence.evidence import LayerTrace, zeros
+from bitknap.estimators.measuring.float_range import added, second_moments, squares_product
+from bitknap.estimators.sweep.expert_forward import Experts, experts_at
+from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
+
+# Of a layer's sums, what `finished` gives and `restore` takes under its own name.
+_SUMS = (
+    *("count", "gate_sum", "gate_square", "output_square", "output_max"),
+    *("input_square", "middle_square", "input_full", "middle_full"),
+)
+
+
+class LayerSums:
+    """Running sums over the tokens routed to each expert of one layer, and its trace.
+
+    Args:
+        layer: what is watched.
+        full: keep whole second-moment matrices.
+        curvature: keep squared gradients of every weight.
+        trace_tokens: the first tokens whose inputs are kept; 0 for none.
+        gradients: keep gradients at the output of those tokens too.
+        copies: rows that a call has of every token.
+    """
+
+    def __init__(
+        self,
+        layer: ExpertLayer,
+        *,
+        full: bool,
+        curvature: bool,
+        trace_tokens: int = 0,
+        gradients: bool = False,
+        copies: int = 1,
+    ) -> None:
+        e, h, i = layer.experts, layer.hidden, layer.intermediate
+        self.layer, self.curved, self.graded = layer, curvature, gradients
+        # What a call does: add to the sums; catch gradients; make its input a leaf.
+        self.summing, self.catching, self.rooted = True, True, False
+        self.root: Tensor | None = None
+        self.tracing, self.room = trace_tokens > 0, trace_tokens
+        self.copies = copies
+        self.rows: list[Tensor] = []
+        self.kept: list[tuple[Tensor, ...]] = []
+        self.gradients: dict[int, Tensor] = {}
+        self.backward_calls = 0
+        self.calls = self.tokens = 0
+        self.count = torch.zeros(e, dtype=torch.int64)
+        self.gate_sum, self.gate_square, self.output_square = zeros(e), zeros(e), zeros(1)
+        self.output_max = zeros(e)
+        self.input_square, self.middle_square = zeros(e, h), zeros(e, i)
+        names = ("gate", "up") if layer.gated else ("up",)
+        self.slopes = {name: zeros(e, i) for name in names}
+        self.input_full = torch.zeros(e, h, h) if full else None
+        self.middle_full = torch.zeros(e, i, i) if full else None
+        self.curvature: dict[str, Tensor] = {}
+        if curvature:
+            self.curvature = {name: torch.zeros(e, i, h) for name in names}
+            self.curvature["down"] = torch.zeros(e, h, i)
+
+    def first_projections(self, z: Tensor) -> dict[str, Tensor]:
+        """Split the output of a fused gate_up [tokens, 2I] (or of up) by projection."""
+        if not self.layer.gated:
+            return {"up": z}
+        if self.layer.interleaved:
+            return {"gate": z[:, ::2], "up": z[:, 1::2]}
+        return {"gate": z[:, : self.layer.intermediate], "up": z[:, self.layer.intermediate :]}
+
+    def add(self, expert: int, x: Tensor, a: Tensor, h: Tensor, slope: Tensor) -> None:
+        """Add one expert's tokens: input [n, H], routing weights [n], middle [n, I], dh/dz."""
+        square = a.double().square()
+        self.count[expert] += len(x)
+        self.gate_sum[expert] += a.double().sum()
+        self.gate_square[expert] += square.sum()
+        self.input_square[expert] += square @ x.double().square()
+        self.middle_square[expert] += square @ h.double().square()
+        for name, part in self.first_projections(slope).items():
+            self.slopes[name][expert] += square @ part.double().square()
+        if self.input_full is not None and self.middle_full is not None:
+            weighted = x.float() * a.float()[:, None]
+            self.input_full = added(self.input_full, expert, second_moments(weighted))
+            weighted = h.float() * a.float()[:, None]
+            self.middle_full = added(self.middle_full, expert, second_moments(weighted))
+
+    def keep(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
+        """Keep the inputs [T, H] and the routing [T, k] of one call, as far as there is room."""
+        rows = self._rows_of_tokens(index)[: self.room]
+        self.room -= len(rows)
+        self.rows.append(rows)
+        copied = hidden[rows].float(), index[rows].long(), weights[rows].float()
+        self.kept.append(tuple(part.detach() for part in copied))
+
+    def _rows_of_tokens(self, index: Tensor) -> Tensor:
+        """Return the one row of each token that goes to an expert, in the order of tokens."""
+        if self.copies == 1:
+            return torch.arange(len(index), device=index.device)
+        tokens = len(index) // self.copies
+        rows = index[:, 0].ge(0).nonzero()[:, 0]
+        if len(rows) > tokens:
+            raise ModelError(
+                f"layer {self.layer.layer}: each expert scales its own input, and a token has "
+                f"{len(rows) / tokens:g} of them, but a trace keeps one; use an estimator without "
+                "traces, such as moments"
+            )
+        return rows[(rows % tokens).argsort()]
+
+    def catch_output(self, output: Tensor) -> None:
+        """Keep the gradient at the output [T, H] of one call, for the tokens that were kept."""
+        call = self.backward_calls
+        self.backward_calls += 1
+        rows = self.rows[call]
+
+        def caught(gradient: Tensor) -> None:
+            self.gradients[call] = gradient[rows].detach().float()
+
+        if len(rows):
+            output.register_hook(caught)
+
+    def trace(self) -> LayerTrace | None:
+        """Return what was kept; None if nothing was asked for."""
+        calls = [call for call, kept in enumerate(self.kept) if len(kept[0])]
+        if not calls:
+            return None
+        hidden, index, weights = (_joined([self.kept[c][i] for c in calls]) for i in range(3))
+        gradient = _joined([self.gradients[c] for c in calls]) if self.graded else None
+        return LayerTrace(hidden=hidden, index=index, weights=weights, gradient=gradient)
+
+    def finished(self) -> dict[str, Tensor]:
+        """Return all but gradients, by name, for `restore`."""
+        found = {name: getattr(self, name) for name in _SUMS if getattr(self, name) is not None}
+        found |= {f"slopes.{name}": slope for name, slope in self.slopes.items()}
+        trace = self.trace()
+        if trace is not None:
+            kept = {"hidden": trace.hidden, "index": trace.index, "weights": trace.weights}
+            found |= {f"trace.{name}": tensor for name, tensor in kept.items()}
+        return found | {"seen": torch.tensor([self.calls, self.tokens])}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take what `finished` gave, in place of what is here."""
+        for name in _SUMS:
+            if name in tensors:
+                setattr(self, name, tensors[name])
+        self.kept.clear()
+        if "trace.hidden" in tensors:
+            self.kept.append(tuple(tensors[f"trace.{x}"] for x in ("hidden", "index", "weights")))
+        self.slopes = {name: tensors[f"slopes.{name}"] for name in self.slopes}
+        self.calls, self.tokens = tensors["seen"].tolist()
+
+    def catch(self, expert: int, name: str, z: Tensor, x: Tensor) -> None:
+        """Add squared gradients of a projection, once backward reaches its output z [n, out]."""
+        inputs = x.detach().float()
+
+        def caught(gradient: Tensor) -> None:
+            split = self.first_projections(gradient) if name == "first" else {name: gradient}
+            for part, g in split.items():
+                found = squares_product(g.float(), inputs)
+                self.curvature[part] = added(self.curvature[part], expert, found)
+
+        z.register_hook(caught)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Return the rows of all parts; one alone is not copied, for it may lie in a file."""
+    return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
+
+
+def _recorded(experts: Experts, sums: LayerSums, *args: Tensor) -> Tensor:
+    """Compute what the experts' own forward gives, one expert at a time, recording into `sums`."""
+    hidden, index, weights = experts.routed(*args)
+    if sums.rooted:
+        hidden = sums.root = hidden.detach().requires_grad_()
+    if sums.summing and sums.tracing:
+        sums.keep(hidden, index, weights)
+    output = torch.zeros_like(hidden)
+    for expert in range(sums.layer.experts):
+        token, place = torch.where(index == expert)
+        if len(token) == 0:
+            continue
+        added = _added(experts, sums, expert, hidden[token], weights[token, place])
+        output = output.index_add(0, token, added.to(output.dtype))
+    if experts.identity:
+        share = (weights * (index >= sums.layer.experts)).sum(1, keepdim=True)
+        output = output + hidden * share.to(hidden.dtype)
+    if sums.summing:
+        sums.calls += 1
+        sums.tokens += len(hidden) // experts.copies
+        sums.output_square += experts.summed(output.detach()).double().square().sum()
+    if sums.graded and sums.catching and output.requires_grad:
+        sums.catch_output(output)
+    return output.view(args[0].shape)
+
+
+def _added(experts: Experts, sums: LayerSums, expert: int, x: Tensor, a: Tensor) -> Tensor:
+    """Return what one expert adds to its tokens [n, H], from its input and routing weights."""
+    first, last = experts.weights(expert)
+    first_bias, last_bias = experts.biases(expert)
+    z = nn.functional.linear(x, first, first_bias)
+    h = experts.activate(z)
+    down = experts.finish(nn.functional.linear(h, last, last_bias))
+    if sums.curved and sums.catching and z.requires_grad:
+        sums.catch(expert, "first", z, x)
+        sums.catch(expert, "down", down, h)
+    added = down * a[:, None]
+    if sums.summing:
+        with torch.enable_grad():
+            leaf = z.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(experts.activate(leaf).sum(), leaf)
+        sums.add(expert, x.detach(), a.detach(), h.detach(), slope)
+        highest = added.detach().double().abs().max()
+        sums.output_max[expert] = torch.maximum(sums.output_max[expert], highest)
+    return added
+
+
+@contextlib.contextmanager
+def caught_alone(sums: dict[int, LayerSums], number: int) -> Iterator[LayerSums]:
+    """Catch one layer's gradients while the block runs, from its input on, and add to no sum.
+
+    Yields:
+        The layer; after a forward pass its `root` is what to differentiate by.
+    """
+    for layer in sums.values():
+        layer.summing = layer.catching = False
+    sums[number].catching = sums[number].rooted = True
+    try:
+        yield sums[number]
+    finally:
+        sums[number].rooted, sums[number].root = False, None
+        for layer in sums.values():
+            layer.summing = layer.catching = True
+
+
+@contextlib.contextmanager
+def recording(
+    model: Any,
+    layout: Layout,
+    *,
+    full: bool = False,
+    curvature: bool = False,
+    trace_tokens: int = 0,
+    gradients: bool = False,
+) -> Iterator[dict[int, LayerSums]]:
+    """Record every routed expert of `model` while the block runs; then put all back.
+
+    Args:
+        model: a live transformers model.
+        layout: its units and MoE layers.
+        full: keep whole second-moment matrices, not their diagonals only.
+        curvature: keep squared gradients; the block must then call backward.
+        trace_tokens: keep the experts' inputs and routing of the first so many tokens.
+        gradients: keep the gradients at the experts' output of those tokens; needs backward too.
+
+    Raises:
+        ModelError: an MoE layer has an experts class that cannot be watched.
+    """
+    sums, forwards = {}, []
+    for layer in layout.layers:
+        experts = experts_at(model, layer)
+        sums[layer.layer] = LayerSums(
+            layer,
+            full=full,
+            curvature=curvature,
+            trace_tokens=trace_tokens,
+            gradients=gradients and trace_tokens > 0,
+            copies=experts.copies,
+        )
+        forwards.append((experts.module, partial(_recorded, experts, sums[layer.layer])))
+    with contextlib.ExitStack() as stack:
+        for module, forward in forwards:
+            stack.enter_context(_calling(module, forward))
+        yield sums
+
+
+@contextlib.contextmanager
+def _calling(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Let `module` compute by another forward while the block runs."""
+    before = vars(module).get("forward")  # one of its own, where accelerate has put one
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward
+        else:
+            module.forward = before
+
+
+def check_seen(sums: dict[int, LayerSums]) -> None:
+    """Raise ModelError for a layer whose experts were never called."""
+    for number, layer in sums.items():
+        if layer.calls == 0 or int(layer.count.sum()) == 0:
+            raise ModelError(
+                f"layer {number} ({layer.layer.module}) saw no expert call during calibration; "
+                "its costs would be made up, so nothing was written"
+            )

@@ -1,0 +1,112 @@
+"""Finished steps of a pass over layers: files beside the journal, for what is too large for a line.
+
+A step is done when the journal says so, which it does once the step's files are on the disk. Files
+of a step that it does not speak of are of a killed run, and are written again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from bitknap.disk.atomic import synced
+from bitknap.errors import FileError
+from bitknap.estimators.measuring.readings import Readings, folder_of
+from bitknap.estimators.sweep.disk_tensors import moved
+
+# A tensor below this stays in memory where nothing is kept.
+_LARGE = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shelf:
+    """The steps of one pass, by name; without a journal none is ever done.
+
+    Attributes:
+        readings: the journal.
+        name: of the pass, which tells it from others of the same journal.
+    """
+
+    readings: Readings
+    name: str
+
+    @classmethod
+    def of(cls, readings: Readings, *about: object) -> Shelf:
+        """Return the shelf of a pass, named by what it is about."""
+        return cls(readings=readings, name=hashlib.sha256(repr(about).encode()).hexdigest()[:12])
+
+    def done(self, step: str) -> bool:
+        """Return whether a step is done."""
+        return self.readings.known(self._key(step), 0) is not None
+
+    def room(self, step: str) -> Path | None:
+        """Return the file that a step's stream goes to; None where nothing is kept."""
+        return self._file(step, "bin")
+
+    def put(self, step: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put a step away, with its stream, and return its tensors as they lie on the disk."""
+        file = self._file(step, "safetensors")
+        if file is None:
+            return {n: x if x.nbytes < _LARGE else moved(x) for n, x in tensors.items()}
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write(file, {name: tensor.contiguous() for name, tensor in tensors.items()})
+        for path in (file, self.room(step)):
+            if path is not None and path.exists():
+                synced(path)
+        self.readings.keep(self._key(step), ())
+        return self.get(step)
+
+    def get(self, step: str) -> dict[str, Tensor]:
+        """Return the tensors of a step that is done, read when they are used.
+
+        Raises:
+            FileError: the file is missing or damaged.
+        """
+        file = self._file(step, "safetensors")
+        assert file is not None
+        try:
+            found: dict[str, Tensor] = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise FileError(
+                f"{file}: cannot be read ({error}); delete {self.readings.path} to start anew"
+            ) from None
+        return found
+
+    def clear(self, step: str) -> None:
+        """Delete the stream of a step that nobody will go on from."""
+        path = self.room(step)
+        if path is not None:
+            path.unlink(missing_ok=True)
+
+    def _key(self, step: str) -> str:
+        return f"{self.name}/{step}"
+
+    def _file(self, step: str, suffix: str) -> Path | None:
+        if self.readings.path is None:
+            return None
+        return folder_of(self.readings.path) / f"{self.name}.{step}.{suffix}"
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors to a file.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written for another reason.
+    """
+    try:
+        save_file(dict(tensors), file)
+    except SafetensorError as error:
+        # safetensors tells the number of the system's error in its text alone.
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(file)) from None

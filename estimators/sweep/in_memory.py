@@ -1,0 +1,232 @@
+"""One pass with live routing over a calibration text: model and text in, evidence out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitknap.errors import InputError, ModelError
+from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
+from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay
+from bitknap.estimators.measuring.language_model import settle
+from bitknap.estimators.measuring.windows import Windows, logits_of
+from bitknap.estimators.sweep.expert_recording import LayerSums, caught_alone, check_seen, recording
+from bitknap.estimators.sweep.layer_gains import gain_of, noisy
+from bitknap.estimators.sweep.linear_recording import recording_linears
+from bitknap.progress import Progress
+from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.stacks.apply import read_units
+
+
+def calibrate(
+    model: Any,
+    layout: Layout,
+    windows: Tensor | Windows,
+    *,
+    full: bool = False,
+    curvature: bool = False,
+    traces: bool = False,
+    gradients: bool = False,
+    trace_tokens: int | None = None,
+    by_layer: bool = False,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Run `windows` through `model` and record what its experts see.
+
+    Traces take 4 H bytes a token and MoE layer, gradients as much again (see `LayerTrace`).
+
+    Args:
+        model: a language model in evaluation mode, decoder-only or encoder-decoder.
+        layout: its units, from `walk`.
+        windows: the text; a tensor int64 [windows, length] has no special tokens.
+        full: also record whole second-moment matrices.
+        curvature: also record squared gradients with labels drawn from the model.
+        traces: also keep the experts' inputs and routing, token by token.
+        gradients: also keep the loss's gradients at the experts' output, labels drawn from the
+            model; keeps traces too.
+        trace_tokens: keep only the first so many tokens; all when not given.
+        by_layer: catch the gradients of one layer a backward pass, so that only that layer and
+            those after it hold a graph; as many more passes as there are MoE layers, and the
+            same result up to rounding.
+        seed: of the drawn labels and of the noise that measures gains.
+        progress: called with (what, done, of).
+
+    Raises:
+        InputError: `trace_tokens` is below 1.
+        ModelError: an MoE layer saw no expert call, or cannot be watched.
+    """
+    if trace_tokens is not None and trace_tokens < 1:
+        raise InputError(f"trace_tokens: {trace_tokens} is below 1; leave it out to keep all")
+    windows = Windows.of(windows)
+    batches = windows.batches(BATCH_TOKENS)
+    generator = torch.Generator().manual_seed(seed)
+    settle(model, windows.ids)
+    traced = (trace_tokens or windows.ids.numel()) if traces or gradients else 0
+    with recording(
+        model, layout, full=full, curvature=curvature, trace_tokens=traced, gradients=gradients
+    ) as sums:
+        drawn = generator if curvature or gradients else None
+        # A model whose parameters are all frozen has no graph of its own.
+        alone = by_layer or not any(p.requires_grad for p in model.parameters())
+        with recording_linears(model, layout, full=full) as linears:
+            labels = _run(model, batches, drawn, backward=not alone, progress=progress)
+        if labels and alone:
+            _backward_by_layer(model, batches, labels, sums, progress)
+    check_seen(sums)
+    replay = Replay(model, layout, windows)
+    tensors = dict(model.named_parameters())
+
+    def weights(which: np.ndarray) -> Tensor:
+        return read_units(layout, which, tensors).detach()
+
+    return Evidence(
+        layout=layout,
+        layers=_layers(model, layout, sums, replay, generator, progress),
+        linears={unit: seen.evidence() for unit, seen in linears.items()},
+        weights=weights,
+        replay=replay,
+        provenance=provenance_of(windows.ids, seed),
+        traces={number: kept for number, layer in sums.items() if (kept := layer.trace())},
+    )
+
+
+def digest_of(windows: Tensor) -> str:
+    """Return 32 hex digits that name windows, token ids int64 [windows, length]."""
+    return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:32]
+
+
+def provenance_of(windows: Tensor, seed: int) -> dict[str, Any]:
+    """Return what a pass over windows, token ids int64 [windows, length], says of itself."""
+    return {"text": digest_of(windows), "tokens": windows.numel(), "seed": seed}
+
+
+def _run(
+    model: Any,
+    batches: Sequence[Windows],
+    generator: torch.Generator | None,
+    *,
+    backward: bool,
+    progress: Progress | None,
+) -> list[Tensor]:
+    """Run the text through the model once; return the labels drawn, none without a generator.
+
+    Args:
+        model: the model, watched by the caller.
+        batches: the text.
+        generator: draws labels, where gradients are wanted.
+        backward: backpropagate in the same pass.
+        progress: called with (what, done, of).
+    """
+    labels = []
+    backward = backward and generator is not None
+    for done, batch in enumerate(batches):
+        if progress:
+            progress("calibrate", done, len(batches))
+        with torch.enable_grad() if backward else torch.no_grad():
+            logits = logits_of(model, batch)
+            if generator is not None:
+                labels.append(_drawn_labels(logits, generator))
+            if backward:
+                # Only the path matters: one parameter upstream of every expert keeps the graph.
+                first = next(p for p in model.parameters() if p.requires_grad)
+                _backward(logits, labels[-1], first)
+    return labels
+
+
+@torch.no_grad()
+def _drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Draw labels from the model's own distribution, int64 [tokens].
+
+    Raises:
+        ModelError: the model's output is NaN or infinite.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise ModelError(
+            "calibration: the model's output is NaN or infinite on this text; repair its weights, "
+            "or use --estimator data-free"
+        )
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+
+
+def _backward(logits: Tensor, labels: Tensor, root: Tensor) -> None:
+    """Backpropagate the summed loss as far as `root`; hooks on the way see the gradients."""
+    loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
+    torch.autograd.grad(loss, [root], allow_unused=True)
+
+
+def _backward_by_layer(
+    model: Any,
+    batches: Sequence[Windows],
+    labels: Sequence[Tensor],
+    sums: dict[int, LayerSums],
+    progress: Progress | None,
+) -> None:
+    """Catch the gradients of one layer after the other, with a graph from its input on."""
+    with _no_parameter_gradients(model), torch.enable_grad():
+        for done, number in enumerate(sums):
+            if progress:
+                progress("gradients", done, len(sums))
+            with caught_alone(sums, number) as layer:
+                for batch, drawn in zip(batches, labels, strict=True):
+                    logits = logits_of(model, batch)
+                    if layer.root is not None:
+                        _backward(logits, drawn, layer.root)
+
+
+@contextlib.contextmanager
+def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
+    """Let no parameter start a graph while the block runs."""
+    started = [p for p in model.parameters() if p.requires_grad]
+    for parameter in started:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in started:
+            parameter.requires_grad_(True)
+
+
+def _layers(
+    model: Any,
+    layout: Layout,
+    sums: dict[int, LayerSums],
+    replay: Replay,
+    generator: torch.Generator,
+    progress: Progress | None,
+) -> dict[int, LayerEvidence]:
+    """Return what each layer saw, with its gain."""
+    found = {}
+    for done, layer in enumerate(layout.layers):
+        if progress:
+            progress("gains", done, len(layout.layers))
+        watched = sums[layer.layer]
+        with noisy(model, watched, generator):
+            gain = gain_of(replay.kl(layer.layer), watched)
+        found[layer.layer] = layer_evidence(watched, gain)
+    return found
+
+
+def layer_evidence(sums: LayerSums, gain: float) -> LayerEvidence:
+    """Return what was summed over one layer, with its gain."""
+    return LayerEvidence(
+        tokens=sums.tokens,
+        count=sums.count,
+        gate_sum=sums.gate_sum,
+        gate_square=sums.gate_square,
+        input_square=sums.input_square,
+        middle_square=sums.middle_square,
+        slopes=sums.slopes,
+        input_full=sums.input_full,
+        middle_full=sums.middle_full,
+        curvature=sums.curvature,
+        output_square=float(sums.output_square) / max(1, sums.tokens),
+        gain=gain,
+        output_max=sums.output_max,
+    )

@@ -1,0 +1,261 @@
+"""`calibrate` for a model larger than memory: one decoder layer resident at a time.
+
+Two sweeps over the layers. The first records, the second measures gains: the stream that noise in
+one MoE layer changes is carried on beside the unchanged one, so that each layer is loaded once for
+all of them. That is the arithmetic of `calibrate`, and the same noise. What it cannot give are
+gradients and a live model to measure plans or groups on.
+
+On disk lie, while it runs, a float32 number for each token and number of the residual stream, once
+for each MoE layer and twice more; embeddings and head; and, as long as the evidence lives, what it
+holds of whole moments and traces. With a journal they have names there, and every layer that a
+stream has passed is kept, so that a killed run goes on from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from bitknap.errors import InputError
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, kl_of
+from bitknap.estimators.measuring.readings import Readings
+from bitknap.estimators.measuring.windows import Windows
+from bitknap.estimators.sweep.expert_recording import LayerSums, check_seen, recording
+from bitknap.estimators.sweep.finished_layers import Shelf
+from bitknap.estimators.sweep.in_memory import digest_of, layer_evidence, provenance_of
+from bitknap.estimators.sweep.layer_gains import gain_of, noisy
+from bitknap.estimators.sweep.linear_recording import LinearSums, recording_linears
+from bitknap.estimators.sweep.text_stream import Stream, Streamed
+from bitknap.estimators.sweep.weightless_model import Skeleton
+from bitknap.progress import Progress
+from bitknap.quantization.source.checkpoint import Checkpoint
+
+# Streams that are not those of a noisy layer: the first sweep's, and the second's unchanged one.
+_FIRST, _PLAIN = "first", "plain"
+
+
+def calibrate_by_layer(
+    source: Checkpoint,
+    windows: Tensor | Windows,
+    *,
+    include: Collection[str] = (),
+    full: bool = False,
+    traces: bool = False,
+    trace_tokens: int | None = None,
+    spilled: torch.dtype = torch.float32,
+    seed: int = 0,
+    readings: Readings | None = None,
+    progress: Progress | None = None,
+) -> Evidence:
+    """Run `windows` through a checkpoint layer by layer and record what its experts see.
+
+    Args:
+        source: the checkpoint; its weights are read twice, and again by estimators.
+        windows: the text; a tensor int64 [windows, length] has no special tokens.
+        include: roles that are units beside the routed experts.
+        full: also record whole second-moment matrices.
+        traces: also keep the experts' inputs and routing, token by token.
+        trace_tokens: keep only the first so many tokens; all when not given.
+        spilled: what activations are kept in between layers; bfloat16 takes half the disk, and
+            its rounding is measured as noise too.
+        seed: of the noise that measures gains.
+        readings: journal of finished layers, whose files the evidence reads; none if not given.
+        progress: called with (what, done, of).
+
+    Returns:
+        What `calibrate` returns, up to rounding, but for `replay`, which is None.
+
+    Raises:
+        InputError: `trace_tokens` is below 1.
+        ModelError: the model cannot be run layer by layer, or an MoE layer saw no expert call.
+        FileError: a tensor, or a file beside the journal, is missing or damaged.
+        BitknapError: the disk has no room for the activations.
+    """
+    if trace_tokens is not None and trace_tokens < 1:
+        raise InputError(f"trace_tokens: {trace_tokens} is below 1; leave it out to keep all")
+    skeleton = Skeleton(source, include)
+    windows = Windows.of(windows)
+    text = Stream(windows.batches(BATCH_TOKENS), spilled)
+    about = (source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
+    shelf = Shelf.of(readings or Readings(), *about, spilled, full, traces, trace_tokens)
+    work = _Pass(Streamed(skeleton), shelf)
+    with (
+        recording(
+            skeleton.model,
+            skeleton.layout,
+            full=full,
+            trace_tokens=(trace_tokens or windows.ids.numel()) if traces else 0,
+        ) as sums,
+        recording_linears(skeleton.model, skeleton.layout, full=full) as linears,
+    ):
+        work.record(text, sums, linears, progress)
+    check_seen(sums)
+    losses = work.losses(text, sums, seed, progress)
+    skeleton.drop_rest()
+    return Evidence(
+        layout=skeleton.layout,
+        layers={n: layer_evidence(x, gain_of(losses[n], x)) for n, x in sums.items()},
+        linears={unit: seen.evidence() for unit, seen in linears.items()},
+        weights=skeleton.weights,
+        replay=None,
+        provenance=provenance_of(windows.ids, seed),
+        traces={number: kept for number, x in sums.items() if (kept := x.trace())},
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Pass:
+    """Streams through a model's layers; a step that is on the shelf is not done again."""
+
+    run: Streamed
+    shelf: Shelf
+
+    def record(
+        self,
+        text: Stream,
+        sums: Mapping[int, LayerSums],
+        linears: Mapping[int, LinearSums],
+        progress: Progress | None,
+    ) -> None:
+        """Run the text through all layers, which are watched by the caller."""
+        skeleton, stream = self.run.skeleton, text
+        for place in range(len(skeleton.layers)):
+            if progress:
+                progress("calibrate", place, len(skeleton.layers))
+            watched: dict[str, LayerSums | LinearSums] = {
+                f"layer {number}": sums[number] for number in skeleton.numbers.get(place, ())
+            }
+            for unit, seen in linears.items():
+                if skeleton.holds(place, skeleton.layout.views[unit].tensor):
+                    watched[f"linear {unit}"] = seen
+            with self._loaded(place, [_FIRST]):
+                kept = partial(_finished, watched)
+                stream, found = self._advanced(_FIRST, place, stream, kept)
+            for name, watcher in watched.items():
+                start = f"{name}/"
+                parts = {n.removeprefix(start): x for n, x in found.items() if n.startswith(start)}
+                watcher.restore(parts)
+        self._end([_FIRST])
+
+    def losses(
+        self, text: Stream, sums: Mapping[int, LayerSums], seed: int, progress: Progress | None
+    ) -> dict[int, float]:
+        """Return the KL, nats a token, that noise at each MoE layer's expert output makes."""
+        skeleton, plain = self.run.skeleton, text
+        changed: dict[int, Stream] = {}
+        generator = torch.Generator().manual_seed(seed)
+        for place in range(len(skeleton.layers)):
+            if progress:
+                progress("gains", place, len(skeleton.layers))
+            here = skeleton.numbers.get(place, ())
+            with self._loaded(place, [*map(_noise, (*changed, *here)), _PLAIN]):
+                for number, other in changed.items():
+                    changed[number], _ = self._advanced(_noise(number), place, other)
+                for number in here:
+                    with noisy(skeleton.model, sums[number], generator):
+                        changed[number], found = self._advanced(
+                            _noise(number), place, plain, lambda: {"drawn": generator.get_state()}
+                        )
+                    generator.set_state(found["drawn"])
+                plain, _ = self._advanced(_PLAIN, place, plain)
+        losses = self._divergences(plain, changed)
+        self._end([*map(_noise, changed), _PLAIN])
+        return losses
+
+    def _loaded(
+        self, place: int, labels: Collection[str]
+    ) -> contextlib.AbstractContextManager[None]:
+        """Hold the weights of a layer while the block runs, unless all its steps are done."""
+        if all(self.shelf.done(_step(label, place)) for label in labels):
+            return contextlib.nullcontext()
+        return self.run.skeleton.loaded(place)
+
+    def _advanced(
+        self,
+        label: str,
+        place: int,
+        start: Stream,
+        also: Callable[[], Mapping[str, Tensor]] = dict,
+    ) -> tuple[Stream, Mapping[str, Tensor]]:
+        """Return what a layer gives for a stream, and what is kept with it.
+
+        Args:
+            label: of the stream.
+            place: the layer, which is loaded unless the step is done.
+            start: what the layer before gave.
+            also: gives what else to keep, once the layer has run.
+        """
+        step, after = _step(label, place), self.run.after
+        if self.shelf.done(step):
+            found = self.shelf.get(step)
+            path, shape = self.shelf.room(step), found["shape"].tolist()
+            stream = Stream(start.batches, start.dtype, path=path, shape=shape)
+            # -1 stands for none: see `after`.
+            after[place] = None if int(found["after"]) < 0 else int(found["after"])
+        else:
+            stream = self.run.advance(place, start, self.shelf.room(step))
+            nones = after[place]
+            about = {
+                "shape": torch.tensor(stream.shape),
+                "after": torch.tensor(-1 if nones is None else nones),
+            }
+            found = self.shelf.put(step, about | dict(also()))
+        self.shelf.clear(_step(label, place - 1))
+        return stream, found
+
+    def _divergences(self, plain: Stream, changed: Mapping[int, Stream]) -> dict[int, float]:
+        """Return the mean KL of changed streams after the last layer."""
+        total, tokens = torch.zeros(len(changed), dtype=torch.float64), 0
+        for number in range(len(plain.batches)):
+            step = f"loss.{number}"
+            if self.shelf.done(step):
+                found = self.shelf.get(step)
+            else:
+                found = self.shelf.put(step, self._divergence(number, plain, changed))
+            total += found["loss"]
+            tokens += int(found["tokens"])
+        return dict(zip(changed, (total / tokens).tolist(), strict=True))
+
+    @torch.no_grad()
+    def _divergence(
+        self, number: int, plain: Stream, changed: Mapping[int, Stream]
+    ) -> dict[str, Tensor]:
+        """Return the summed KL of one batch, float64 [changed], and its tokens."""
+        total, tokens = torch.zeros(len(changed), dtype=torch.float64), 0
+        for row in range(len(plain.batches[number])):
+            here = slice(row, row + 1)
+            reference = self.run.log_probabilities(plain, number, here)
+            tokens += len(reference)
+            for place, other in enumerate(changed.values()):
+                log = self.run.log_probabilities(other, number, here)
+                total[place] += kl_of(log, reference).double().sum()
+        return {"loss": total, "tokens": torch.tensor(tokens)}
+
+    def _end(self, labels: Collection[str]) -> None:
+        """Delete streams that passed the last layer and were read."""
+        for label in labels:
+            self.shelf.clear(_step(label, len(self.run.skeleton.layers) - 1))
+
+
+def _finished(watched: Mapping[str, LayerSums | LinearSums]) -> dict[str, Tensor]:
+    """Return all that was summed, by owner and name."""
+    return {
+        f"{owner}/{name}": tensor
+        for owner, sums in watched.items()
+        for name, tensor in sums.finished().items()
+    }
+
+
+def _noise(number: int) -> str:
+    """Return the label of the stream that noise in a layer changed."""
+    return f"noise{number}"
+
+
+def _step(label: str, place: int) -> str:
+    return f"{label}.{place}"

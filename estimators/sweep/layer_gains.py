@@ -1,0 +1,56 @@
+"""How much a layer's output error matters: noise is added to it and the KL is read."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitknap.errors import ModelError
+from bitknap.estimators.sweep.expert_forward import experts_at
+from bitknap.estimators.sweep.expert_recording import LayerSums
+
+# Noise that measures a layer's gain, relative to its output's size: small enough for KL to be
+# quadratic in it, large enough to stand above float32 rounding.
+_NOISE = 0.05
+
+
+def noise_scale(sums: LayerSums) -> float:
+    """Return the standard deviation of the noise at each number of a layer's expert output."""
+    square = float(sums.output_square) / max(1, sums.tokens) / sums.layer.hidden
+    return math.sqrt(max(square * _NOISE**2, 1e-30))
+
+
+@contextlib.contextmanager
+def noisy(model: Any, sums: LayerSums, generator: torch.Generator) -> Iterator[None]:
+    """Add noise to what the experts of one layer add, while the block runs."""
+    scale, experts = noise_scale(sums), experts_at(model, sums.layer)
+
+    def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        shape = experts.summed(output).shape
+        return experts.moved(output, torch.randn(shape, generator=generator) * scale)
+
+    handle = experts.module.register_forward_hook(add_noise)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def gain_of(kl: float, sums: LayerSums) -> float:
+    """Return nats per unit of squared error at a layer's expert output, from the KL of `noisy`.
+
+    Raises:
+        ModelError: the KL is NaN or infinite.
+    """
+    if not math.isfinite(kl):
+        raise ModelError(
+            f"layer {sums.layer.layer}: the KL is {kl} when noise is added to its experts' output: "
+            "the model's own output leaves float32 on this text; repair its weights, or use "
+            "--estimator data-free"
+        )
+    return float(max(kl, 1e-12) / (noise_scale(sums) ** 2 * sums.layer.hidden))

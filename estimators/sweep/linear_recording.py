@@ -1,0 +1,80 @@
+"""Watch a model's ordinary linear projections (attention, shared, dense) by their inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bitknap.allocation.problem.units import ROLES
+from bitknap.estimators.evidence.evidence import LinearEvidence, zeros
+from bitknap.estimators.measuring.float_range import second_moments
+from bitknap.quantization.models.matrix_views import Layout
+
+
+class LinearSums:
+    """Running sums over the tokens that one projection sees.
+
+    Args:
+        cols: of its weight.
+        full: keep the whole second-moment matrix.
+    """
+
+    def __init__(self, cols: int, *, full: bool) -> None:
+        self.tokens, self.square = 0, zeros(cols)
+        self.full = torch.zeros(cols, cols) if full else None
+
+    def keep(self, module: nn.Module, args: Any) -> None:
+        """Add what a call gets; a forward pre-hook."""
+        x = args[0].detach().flatten(0, -2)
+        self.tokens += len(x)
+        self.square.add_(x.double().square().sum(0))
+        if self.full is not None:
+            moments = second_moments(x.float())
+            self.full = self.full.to(torch.promote_types(self.full.dtype, moments.dtype))
+            self.full += moments
+
+    def finished(self) -> dict[str, Tensor]:
+        """Return all sums by name, for `restore`."""
+        whole = {} if self.full is None else {"full": self.full}
+        return {"square": self.square, "tokens": torch.tensor(self.tokens)} | whole
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take sums that `finished` gave."""
+        self.tokens, self.square = int(tensors["tokens"]), tensors["square"]
+        self.full = tensors.get("full")
+
+    def evidence(self) -> LinearEvidence:
+        """Return what was seen."""
+        return LinearEvidence(tokens=self.tokens, input_square=self.square, input_full=self.full)
+
+
+@contextlib.contextmanager
+def recording_linears(
+    model: nn.Module, layout: Layout, *, full: bool = False
+) -> Iterator[dict[int, LinearSums]]:
+    """Record the inputs of units that are ordinary linear layers while the block runs.
+
+    Args:
+        model: a live transformers model.
+        layout: its units.
+        full: keep whole second-moment matrices, not their diagonals only.
+
+    Yields:
+        What each of them sees, by unit.
+    """
+    sums, handles = {}, []
+    for unit, view in enumerate(layout.views):
+        if ROLES[layout.units.role[unit]] == "routed":
+            continue
+        sums[unit] = LinearSums(int(layout.units.cols[unit]), full=full)
+        module = model.get_submodule(view.tensor.removesuffix(".weight"))
+        handles.append(module.register_forward_pre_hook(sums[unit].keep))
+    try:
+        yield sums
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,167 @@
+"""How much memory a calibration pass takes, from a configuration and headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Collection, Mapping
+from typing import Any, Literal
+
+import numpy as np
+
+from bitknap.allocation.problem.budget import human
+from bitknap.errors import InputError
+from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
+from bitknap.quantization.models.headers_only import count_of, text_config
+from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.source.checkpoint import Checkpoint
+
+# Numbers of 4 bytes that the graph of one decoder layer keeps for each token, in sizes of the
+# residual stream and of the routed middle; without gradients of parameters about half. Measured
+# on the bundled Mixtral, as are the copies of a batch's logits that live at once.
+_GRAPH, _INPUTS_ONLY = 16, 8
+_LOGITS = 5
+# Numbers of 4 bytes that one MoE layer keeps for each token while it runs alone: in sizes of the
+# residual stream, and for each expert the token goes to in sizes of the middle and the stream.
+_STREAM, _ROUTED = 8, 4
+
+# What recording needs that takes the whole model at once.
+WHOLE = frozenset({"curvature", "gradients", "replay"})
+
+# The whole model; its gradients layer by layer; or all of it layer by layer.
+Way = Literal["whole", "gradients", "layers"]
+
+
+def way_to_calibrate(
+    source: Checkpoint, layout: Layout, tokens: int, needs: Collection[str], limit: int | None
+) -> Way:
+    """Return the quickest way to calibrate within a limit.
+
+    Args:
+        source: the checkpoint.
+        layout: its units, from headers.
+        tokens: of the text.
+        needs: what must be recorded.
+        limit: bytes; None for any number.
+
+    Raises:
+        InputError: none is within the limit; names estimators that are.
+    """
+    if limit is None or peak_bytes(source, layout, tokens, needs, by_layer=False) <= limit:
+        return "whole"
+    least = peak_bytes(source, layout, tokens, needs, by_layer=True)
+    if least <= limit:
+        return "gradients"
+    alone, whole = layer_bytes(source, layout, tokens, needs), bool(WHOLE & set(needs))
+    if alone <= limit and not whole:
+        return "layers"
+    if alone <= limit:
+        raise InputError(
+            f"memory: gradients and measured KL take the whole model, about {human(least)}, limit "
+            f"is {human(limit)}; raise the limit, or use an estimator that goes layer by layer, "
+            "such as moments or weight-error, or reads weights alone, such as data-free"
+        )
+    least = least if whole else alone
+    raise InputError(
+        f"memory: calibrating takes about {human(least)}, limit is {human(limit)}; raise the "
+        "limit, take fewer tokens, or use an estimator of weights alone, such as data-free"
+    )
+
+
+def peak_bytes(
+    source: Checkpoint, layout: Layout, tokens: int, needs: Collection[str], *, by_layer: bool
+) -> int:
+    """Return about how many bytes loading, calibrating and estimating take at most.
+
+    Counted are the float32 model and the larger of two things: the file while it is loaded, or
+    what a pass keeps, which is the replay's memory of every layer and distribution, moments,
+    gradients and traces as asked for, the graph of one batch, and one layer's experts while they
+    are rounded. The interpreter and its libraries, some 0.5 GiB, are not.
+
+    Args:
+        source: the checkpoint.
+        layout: its units, from headers.
+        tokens: of the text.
+        needs: what the estimator needs.
+        by_layer: gradients of one layer a backward pass, without those of parameters.
+    """
+    config = text_config(source.config)
+    layers, units = layout.layers, layout.units
+    hidden, middle, routed = _widths(source, layout)
+    depth = _size(config, len(layers), "num_hidden_layers", "n_layers", "num_layers")
+    vocabulary = _size(config, 0, "vocab_size")
+    batch = min(tokens, BATCH_TOKENS)
+    backward = bool({"curvature", "gradients"} & set(needs))
+    numbers = {
+        "replay": tokens * (depth * hidden + vocabulary),
+        "logits": _LOGITS * batch * vocabulary,
+        "rounding": int(np.bincount(units.layer - units.layer.min(), units.numel).max()),
+        "graph": backward
+        * (_INPUTS_ONLY if by_layer else _GRAPH)
+        * (batch * depth * (hidden + routed * middle)),
+        "full": ("full" in needs)
+        * sum(x.experts * (x.hidden**2 + x.intermediate**2) for x in layers),
+        "curvature": ("curvature" in needs) * int(units.numel.sum()),
+        "traces": (("traces" in needs or "gradients" in needs) + ("gradients" in needs))
+        * (tokens * hidden * len(layers)),
+    }
+    model = 4 * sum(math.prod(shape) for _, shape in source.shapes.values())
+    return model + max(source.nbytes, 4 * sum(numbers.values()))
+
+
+def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collection[str]) -> int:
+    """Return about how many bytes `calibrate_by_layer` and estimating take at most.
+
+    The largest of three things: one decoder layer in float32 with what it records and what a batch
+    takes in it; the logits of one window; and one layer's experts while they are rounded. Beside
+    them one stored tensor as it is read and the sums of every layer. Files are not counted.
+
+    Args:
+        source: the checkpoint.
+        layout: its units, from headers.
+        tokens: of the text.
+        needs: what the estimator needs.
+    """
+    layers, units = layout.layers, layout.units
+    hidden, middle, routed = _widths(source, layout)
+    config = text_config(source.config)
+    vocabulary = _size(config, 0, "vocab_size")
+    batch = min(tokens, BATCH_TOKENS)
+    window = min(batch, _size(config, batch, "max_position_embeddings"))
+    recorded = ("full" in needs) * max(
+        (x.experts * (x.hidden**2 + x.intermediate**2) for x in layers), default=0
+    )
+    traced = 2 * ("traces" in needs) * tokens * hidden
+    running = batch * (_STREAM * hidden + _ROUTED * routed * (hidden + middle))
+    most = max(
+        _largest_layer(source) + recorded + traced + running,
+        _LOGITS * window * vocabulary,
+        int(np.bincount(units.layer - units.layer.min(), units.numel).max()),
+    )
+    sums = 2 * sum(x.experts * (x.hidden + 3 * x.intermediate) for x in layers)
+    largest = max((info.stop - info.start for info in source.headers.values()), default=0)
+    return largest + 4 * (most + sums)
+
+
+def _largest_layer(source: Checkpoint) -> int:
+    """Return the numbers in the largest decoder layer: tensors of one name up to its number."""
+    found: Counter[str] = Counter()
+    for name, (_, shape) in source.shapes.items():
+        parts = name.split(".")
+        number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
+        if number is not None:
+            found[".".join(parts[: number + 1])] += math.prod(shape)
+    return max(found.values(), default=0)
+
+
+def _widths(source: Checkpoint, layout: Layout) -> tuple[int, int, int]:
+    """Return the sizes of the residual stream and of an expert's middle, and experts a token."""
+    config = text_config(source.config)
+    hidden = max((x.hidden for x in layout.layers), default=0)
+    middle = max((x.intermediate for x in layout.layers), default=0)
+    return hidden, middle, _size(config, 1, "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k")
+
+
+def _size(config: Mapping[str, Any], default: int, *names: str) -> int:
+    """Return the first of some sizes that a configuration has."""
+    return count_of(config, *names) or default

@@ -1,0 +1,217 @@
+"""A transformers model without weights, which takes them from a checkpoint where it needs them.
+
+Routed experts are copied matrix by matrix, from where the walker finds a unit on disk to where it
+finds it in the model. All other tensors go the way that transformers itself loads them: by its
+renamings and conversions. What lies outside the decoder layers is read when it is first used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator, Mapping
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from bitknap.allocation.problem.units import ROLES
+from bitknap.errors import FileError, ModelError
+from bitknap.estimators.sweep.disk_tensors import moved
+from bitknap.quantization.models.headers_only import walk_headers
+from bitknap.quantization.models.live_model import walk
+from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.packed.buildable import stored_as
+from bitknap.quantization.source.architecture import align_experts, config_of, hollow
+from bitknap.quantization.source.checkpoint import Checkpoint
+
+
+class Skeleton:
+    """A model whose parameters are on the meta device, but for the decoder layer in use.
+
+    Args:
+        source: the checkpoint.
+        include: roles that are units beside the routed experts.
+
+    Attributes:
+        source: the checkpoint.
+        model: the model, float32, in evaluation mode; it may run with `loaded` layers only.
+        layout: its units.
+        on_disk: the same units in the checkpoint, in the same order.
+        layers: its decoder layers.
+        numbers: by place in that list, the MoE layers there.
+
+    Raises:
+        ModelError: the units do not lie in one list of decoder layers.
+    """
+
+    def __init__(self, source: Checkpoint, include: Collection[str] = ()) -> None:
+        self.source = source
+        self.model = _hollow(source)
+        self.layout = walk(self.model, include)
+        self.on_disk = walk_headers(source.config, source.shapes, include)
+        self._list = _list_of_layers(self.model, self.layout)
+        self.layers: Any = self.model.get_submodule(self._list)
+        self.numbers: dict[int, list[int]] = {}
+        for layer in self.layout.layers:
+            place = layer.module.removeprefix(f"{self._list}.").partition(".")[0]
+            self.numbers.setdefault(int(place), []).append(layer.layer)
+        self._state: dict[str, Tensor] = self.model.state_dict()
+        self._experts = _routed_tensors(self.layout)
+        routed = _routed_tensors(self.on_disk)
+        others = [name for name in source.headers if name not in routed]
+        self._sources = stored_as(self.model, self._state, others)
+        for name, module in self.model.named_modules():
+            if not f"{name}.".startswith(f"{self._list}."):
+                module.register_forward_pre_hook(partial(self._fill_on_use, name))
+
+    @contextlib.contextmanager
+    def loaded(self, place: int) -> Iterator[None]:
+        """Hold the weights of one decoder layer while the block runs.
+
+        Raises:
+            FileError: a tensor is missing or damaged.
+        """
+        prefix = f"{self._list}.{place}."
+        names = [name for name in self._state if name.startswith(prefix)]
+        try:
+            self._fill(names)
+            yield
+        finally:
+            self._drop(names)
+
+    def holds(self, place: int, tensor: str) -> bool:
+        """Return whether a tensor of the model is one of a decoder layer's."""
+        return tensor.startswith(f"{self._list}.{place}.")
+
+    def drop_rest(self) -> None:
+        """Drop what was read of the model outside its decoder layers."""
+        self._drop([name for name in self._state if not name.startswith(f"{self._list}.")])
+
+    def weights(self, which: np.ndarray) -> Tensor:
+        """Return the weights of equally shaped units, float32 [n, rows, cols], from the disk."""
+        from bitknap.quantization.stacks.apply import read_stored
+
+        return read_stored(self.on_disk, which, self.source)
+
+    def _fill_on_use(self, name: str, module: nn.Module, args: Any) -> None:
+        """Read a module's own tensors, into files: embeddings and heads are as large as layers."""
+        own = [f"{name}.{leaf}".lstrip(".") for leaf in (*module._parameters, *module._buffers)]
+        wanted = [x for x in own if x in self._state and _at(self.model, x).is_meta]
+        self._fill(wanted, spilled=True)
+
+    def _fill(self, names: Collection[str], *, spilled: bool = False) -> None:
+        """Give tensors of the model their values.
+
+        Raises:
+            FileError: one is missing or damaged.
+        """
+        self._fill_experts([name for name in names if name in self._experts])
+        for first in (name for name in names if name not in self._experts):
+            for name, value in self._converted(first).items():
+                dtype = self._state[name].dtype
+                _put(self.model, name, moved(value, dtype) if spilled else value.to(dtype))
+        for name in names:
+            if _at(self.model, name).is_meta:
+                self._tie(name)
+
+    def _fill_experts(self, names: Collection[str]) -> None:
+        tensors = {name: torch.zeros(self._state[name].shape) for name in names}
+        for name, tensor in tensors.items():
+            for unit in self._experts[name]:
+                matrix = self.source.read_matrix(self.on_disk.views[unit])
+                self.layout.views[unit].of(tensor).copy_(matrix)
+            _put(self.model, name, tensor)
+
+    def _converted(self, first: str) -> Mapping[str, Tensor]:
+        """Return the tensors made of those stored that belong to `first`; none if none do."""
+        transform: Any = None
+        for stored, pattern, kind in self._sources.get(first, ()):
+            transform = transform or deepcopy(kind)
+            value = self.source.read(stored)
+            if pattern != stored:  # what only has another name is cast where it comes to lie
+                value = value.to(self._state[first].dtype)
+            transform.add_tensor(first, stored, pattern, value)
+        if transform is None:
+            return {}
+        made = transform.convert(first, model=self.model, config=self.model.config)
+        return {n: v[0] if isinstance(v, list) else v for n, v in made.items() if n in self._state}
+
+    def _tie(self, name: str) -> None:
+        """Let a tensor that is not stored be the one that it is tied to."""
+        tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
+        others = [tied[name]] if name in tied else [a for a, b in tied.items() if b == name]
+        for other in others:
+            if _at(self.model, other).is_meta and other in self._sources:
+                self._fill([other], spilled=True)
+            if not _at(self.model, other).is_meta:
+                _put(self.model, name, _at(self.model, other))
+                return
+        raise FileError(f"{self.source.folder}: tensor {name} of the model is missing")
+
+    def _drop(self, names: Collection[str]) -> None:
+        for name in names:
+            _put(self.model, name, self._state[name])
+
+
+def _hollow(source: Checkpoint) -> Any:
+    """Return the model of a checkpoint in evaluation mode, its parameters on the meta device."""
+    config = config_of(source.folder)
+    if config.is_encoder_decoder:
+        raise ModelError(
+            f"{source.folder}: an encoder-decoder cannot be calibrated layer by layer; "
+            "raise --max-memory, or use --estimator data-free"
+        )
+    model = hollow(source.folder, config)
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    # Computed, not stored, such as the frequencies of rotary embeddings.
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        _put(model, name, torch.empty_like(buffer, device="cpu"))
+    model.initialize_weights()
+    align_experts(model)
+    return model.eval().requires_grad_(False)
+
+
+def _list_of_layers(model: nn.Module, layout: Layout) -> str:
+    """Return the name of the one list of decoder layers that holds all units."""
+    names = [x.module for x in layout.layers] or [view.tensor for view in layout.views]
+    lists = set()
+    for name in names:
+        parts = name.split(".")
+        cuts = [".".join(parts[:i]) for i, part in enumerate(parts) if part.isdigit()]
+        lists.add(next((x for x in cuts if isinstance(model.get_submodule(x), nn.ModuleList)), ""))
+    if len(lists) != 1 or "" in lists:
+        raise ModelError(
+            f"{type(model).__name__}: its units do not lie in one list of decoder layers, so it "
+            "cannot be calibrated layer by layer; raise --max-memory, or use --estimator data-free"
+        )
+    return lists.pop()
+
+
+def _routed_tensors(layout: Layout) -> dict[str, list[int]]:
+    """Return the routed units in each tensor that has any."""
+    found: dict[str, list[int]] = {}
+    for unit in np.flatnonzero(layout.units.role == ROLES.index("routed")).tolist():
+        found.setdefault(layout.views[unit].tensor, []).append(unit)
+    return found
+
+
+def _at(model: nn.Module, name: str) -> Tensor:
+    parent, _, leaf = name.rpartition(".")
+    found: Tensor = getattr(model.get_submodule(parent), leaf)
+    return found
+
+
+def _put(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    module = model.get_submodule(parent)
+    if leaf in module._parameters:
+        shared = isinstance(value, nn.Parameter)
+        module._parameters[leaf] = (
+            value if shared else nn.Parameter(value, requires_grad=False)  # type: ignore[assignment]
+        )
+    else:
+        module._buffers[leaf] = value

@@ -1,0 +1,1 @@
+"""Corrections of whole cost tables: monotone in bits, floors, several texts."""

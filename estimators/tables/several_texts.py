@@ -1,0 +1,132 @@
+"""Robust costs: tables of several calibration sets as one, with their spread.
+
+MoQa (arXiv 2503.21135) re-quantizes when the data change; a plan here is one for all data, so the
+dependence on data goes into the costs (OURS).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from bitknap.allocation.problem.checks import number
+from bitknap.allocation.problem.table import CostTable
+from bitknap.errors import InputError, MismatchError
+
+Rule = Literal["mean", "worst", "mean+sd"]
+# What must be equal in tables of several calibration sets.
+_SAME = ("model", "method", "unit")
+
+
+def robust(tables: Sequence[CostTable], rule: Rule = "mean", k: float = 1.0) -> CostTable:
+    """Return one table of the costs on several calibration sets.
+
+    Its spread is the standard deviation over the sets (n − 1); what the single tables say of
+    their own spread is not added. A format that any set forbids is forbidden. Frequencies are
+    averaged. The provenance keeps what all tables say alike and adds up what was measured; what
+    else each of them says is in a list under "each".
+
+    Args:
+        tables: one a calibration set, at least two, from one model and one estimator.
+        rule: what a cost becomes: the mean, the worst (largest), or mean + k × deviation.
+        k: of "mean+sd", from 0.
+
+    Raises:
+        InputError: fewer than two tables or calibration sets, an unknown rule, or k below 0.
+        MismatchError: tables of different models, units, formats, bytes, ties, quantizers or
+            cost units.
+    """
+    if rule not in get_args(Rule):
+        raise InputError(f"rule: {rule!r} is not one of {', '.join(get_args(Rule))}")
+    number("k", k)
+    check_sets([dict(table.provenance) for table in tables])
+    first = tables[0]
+    for index, table in enumerate(tables[1:], 1):
+        _check_alike(index, first, table)
+    costs = np.stack([table.cost for table in tables])
+    allowed = np.isfinite(costs).all(axis=0)
+    known = np.where(allowed, costs, 0.0)
+    mean, spread = known.mean(axis=0), known.std(axis=0, ddof=1)
+    chosen = {"mean": mean, "worst": known.max(axis=0), "mean+sd": mean + k * spread}[rule]
+    frequencies = [table.frequency for table in tables if table.frequency is not None]
+    every = len(frequencies) == len(tables)
+    own = {
+        "estimator": f"robust({first.provenance.get('estimator', 'table')})",
+        "rule": f"mean+{k:g}sd" if rule == "mean+sd" else rule,
+        "texts": [str(table.provenance.get("text", "")) for table in tables],
+    }
+    return replace(
+        first,
+        cost=np.where(allowed, chosen, np.inf),
+        spread=spread,
+        frequency=np.mean(frequencies, axis=0) if every else None,
+        provenance={**_together([table.provenance for table in tables]), **own},
+    )
+
+
+def _together(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return what all say alike, sums of measurements, and under "each" what else they say."""
+    first, *others = provenances
+    alike = {
+        key: value
+        for key, value in first.items()
+        if key != "text" and all(other.get(key) == value for other in others)
+    }
+    sums = {
+        key: sum(each[key] for each in provenances)
+        for key in ("measurements", "check_measurements")
+        if all(key in each for each in provenances)
+    }
+    said = {"text", *alike, *sums}
+    rest = [{key: each[key] for key in each if key not in said} for each in provenances]
+    return {**alike, **sums, **({"each": rest} if any(rest) else {})}
+
+
+def check_sets(provenances: Sequence[Mapping[str, object]]) -> None:
+    """Refuse what is one calibration set, whether given once or several times.
+
+    Args:
+        provenances: "text" says which set, "estimator" what was made of it.
+
+    Raises:
+        InputError: fewer than two sets, or all of one text and one estimator.
+    """
+    remedy = "calibrate on two or more texts (--text A --text B)"
+    if len(provenances) < 2:
+        raise InputError(f"calibration sets: {len(provenances)} is below 2; {remedy}")
+    origins = {(str(x.get("text", "")), str(x.get("estimator", ""))) for x in provenances}
+    if len(origins) == 1 and origins.pop()[0]:
+        raise InputError(
+            f"calibration sets: all {len(provenances)} are of one text, so they say nothing of "
+            f"others; {remedy}"
+        )
+
+
+def _check_alike(index: int, first: CostTable, table: CostTable) -> None:
+    for key in _SAME:
+        ours, theirs = first.provenance.get(key), table.provenance.get(key)
+        if ours != theirs:
+            raise MismatchError(
+                f"table {index}: {key} is {theirs}, the first has {ours}; estimate all tables "
+                "alike but for the text"
+            )
+    same = {
+        "units": first.units.same_as(table.units),
+        "formats": first.formats == table.formats,
+        "bytes": np.array_equal(first.nbytes, table.nbytes),
+        "ties": np.array_equal(_ties(first), _ties(table)),
+    }
+    for name, equal in same.items():
+        if not equal:
+            raise MismatchError(
+                f"table {index}: its {name} are not those of the first; estimate all tables "
+                "alike but for the text"
+            )
+
+
+def _ties(table: CostTable) -> npt.NDArray[np.integer]:
+    return np.arange(len(table.units)) if table.ties is None else table.ties

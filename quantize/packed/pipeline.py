@@ -1,0 +1,136 @@
+"""Pieces of work in a pipeline: one thread reads ahead, the caller's rounds, one thread writes.
+
+What is finished is told to a journal when it is on the disk, in batches, so that a run that was
+killed goes on from there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from bitknap.disk.append_log import append_lines
+from bitknap.quantization.packed.work_pieces import Piece, Span, Work
+
+# A kill loses at most what was written since the last batch.
+BATCH_BYTES, BATCH_SECONDS = 1 << 28, 5.0
+# Pieces that wait between reading and rounding, and between rounding and writing.
+_AHEAD = 2
+
+Item = TypeVar("Item")
+Given = TypeVar("Given")
+
+
+class Output:
+    """Files that are written in place, and the journal that says which pieces are in them.
+
+    Args:
+        folder: holds the files, which have their full size.
+        journal: to add finished pieces to.
+    """
+
+    def __init__(self, folder: Path, journal: Path) -> None:
+        self._folder, self._journal = folder, journal
+        self._handles: dict[str, int] = {}
+        self._waiting: list[Mapping[str, Any]] = []
+        self._touched: set[int] = set()
+        self._bytes, self._since = 0, time.monotonic()
+
+    def __enter__(self) -> Output:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        # A disk that is full already says so by the first error.
+        with contextlib.suppress(OSError) if error else contextlib.nullcontext():
+            self.sync()
+        for handle in self._handles.values():
+            os.close(handle)
+
+    def write(self, line: Mapping[str, Any], spans: Sequence[Span]) -> None:
+        """Write what a piece made, and note it in the journal with the next batch."""
+        for (file, start), data in spans:
+            if file not in self._handles:
+                self._handles[file] = os.open(self._folder / file, os.O_WRONLY)
+            _write_at(self._handles[file], data, start)
+            self._touched.add(self._handles[file])
+            self._bytes += len(data)
+        self._waiting.append(line)
+        if self._bytes >= BATCH_BYTES or time.monotonic() - self._since >= BATCH_SECONDS:
+            self.sync()
+
+    def sync(self) -> None:
+        """Bring what is written to the disk, then say so in the journal."""
+        for handle in self._touched:
+            os.fsync(handle)
+        if self._waiting:
+            append_lines(self._journal, self._waiting)
+        self._waiting, self._touched = [], set()
+        self._bytes, self._since = 0, time.monotonic()
+
+
+def _write_at(handle: int, data: Tensor, start: int) -> None:
+    left = data.contiguous().numpy().data
+    while left:
+        written = os.pwrite(handle, left, start)
+        left, start = left[written:], start + written
+
+
+def run(
+    work: Work,
+    todo: Mapping[int, Piece],
+    lines: Sequence[Mapping[str, Any]],
+    output: Output,
+    done: Callable[[int], None],
+) -> None:
+    """Do pieces of work; an error of any thread comes out here, when what was finished is written.
+
+    Args:
+        work: what to do.
+        todo: the pieces, by number.
+        lines: what the journal says of each piece when it is finished, by number.
+        output: where its bytes go.
+        done: called with the number of pieces that were handed to the writer.
+    """
+    written: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as writer, contextlib.closing(_ahead(work.read, todo)) as given:
+        for count, (number, weights) in enumerate(given, start=1):
+            spans = work.make(todo[number], weights)
+            written.append(writer.submit(output.write, lines[number], spans))
+            if len(written) > _AHEAD:
+                written.popleft().result()
+            done(count)
+        for future in written:
+            future.result()
+
+
+def _ahead(
+    read: Callable[[Item], Given], items: Mapping[int, Item]
+) -> Generator[tuple[int, Given]]:
+    """Yield the number of each item and what was read for it, while the next ones are read."""
+    reading: deque[tuple[int, Future[Given]]] = deque()
+    with ThreadPoolExecutor(1) as reader:
+        try:
+            for number, item in items.items():
+                reading.append((number, reader.submit(read, item)))
+                if len(reading) > _AHEAD:
+                    first, future = reading.popleft()
+                    yield first, future.result()
+            for first, future in reading:
+                yield first, future.result()
+        finally:
+            for _, future in reading:
+                future.cancel()

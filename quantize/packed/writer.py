@@ -1,0 +1,297 @@
+"""The packed checkpoint: a transformers folder whose expert weights are streams of bits.
+
+    config.json            the source's, with quantization_config.quant_method = "bitknap"
+    bitknap*.safetensors   kept tensors under their own names, decoded to bf16 where the source has
+                           them in fewer bits; one uint8 tensor a stack of units,
+                           named bitknap.<layer>.<role>.<projection>: their bytes, back to back
+    bitknap_plan.json      the plan; with it every offset follows from `Format.nbytes`
+    README.md              the model card, see `card`
+    bitknap_files.json     names of all other files, which `--overwrite` may replace
+    bitknap_source.json    name, dtype and shape of the tensors that the streams replace
+    everything else        the tokenizer and its like, copied; see `companions`
+
+`loading` reads what is written here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+from bitknap.allocation.plans.plan import BitPlan
+from bitknap.allocation.problem.budget import parse_size
+from bitknap.allocation.problem.units import ROLES, Units
+from bitknap.disk.atomic import check_space, folder_bytes, write_whole
+from bitknap.disk.manifest import sign
+from bitknap.disk.outputs import check_output, place
+from bitknap.errors import BitknapError, InputError, MismatchError
+from bitknap.progress import Progress
+from bitknap.quantization.models.headers_only import walk_headers
+from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.packed import model_card
+from bitknap.quantization.packed.config import LAYOUTS, STUB, lies, packed_config, stub
+from bitknap.quantization.packed.outline import (
+    PREFIX,
+    has_exponents,
+    identity,
+    kept_tensors,
+    outline,
+    stream_name,
+    streams,
+)
+from bitknap.quantization.packed.pipeline import Output, run
+from bitknap.quantization.packed.resume import Partial
+from bitknap.quantization.packed.shards import MAX_SHARD_SIZE
+from bitknap.quantization.packed.work_pieces import (
+    COPY,
+    Decoded,
+    Piece,
+    Work,
+    decode_finite,
+    read_finite,
+    slabs,
+)
+from bitknap.quantization.rounding.methods import RTN, Rounding
+from bitknap.quantization.source.checkpoint import PACKED, Checkpoint
+from bitknap.quantization.stacks.apply import Watched, aligned
+from bitknap.quantization.stacks.row_blocks import layout_for
+
+__all__ = [
+    "PLAN",
+    "PREFIX",
+    "SOURCE",
+    "VERSION",
+    "check_finite",
+    "digest",
+    "fixed_bytes",
+    "is_packed",
+    "roles_of",
+    "save",
+    "stream_name",
+    "streams",
+]
+
+PLAN = "bitknap_plan.json"
+SOURCE = "bitknap_source.json"
+VERSION = "1.0"
+
+
+def is_packed(folder: Path) -> bool:
+    """Return whether `folder` holds a packed checkpoint, be it damaged."""
+    return (folder / PLAN).is_file() or any(folder.glob(f"{PACKED}*.safetensors"))
+
+
+def fixed_bytes(source: Checkpoint, layout: Layout) -> int:
+    """Return what a packed checkpoint takes on disk beside its units' bytes, at most.
+
+    Kept tensors and copied files are exact; for headers, config and the plan's text it is a bound.
+    """
+    kept = sum(map(source.written_bytes, kept_tensors(source, layout)))
+    copied = source.companion_bytes
+    # A plan's row takes about 140 bytes; a tensor's name stands in a header and maybe an index.
+    text = 192 * len(layout.units) + sum(2 * len(name) + 160 for name in source.headers)
+    config = 2 * len(json.dumps(dict(source.config))) + 2048
+    return kept + copied + text + config + model_card.MOST_BYTES + 8192
+
+
+def save(
+    source: Checkpoint,
+    plan: BitPlan,
+    out: Path,
+    *,
+    rounding: Rounding = RTN,
+    inputs: Watched | None = None,
+    about: Mapping[str, Any] = MappingProxyType({}),
+    max_shard_size: int | str = MAX_SHARD_SIZE,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """Write `source` quantized as `plan` says, piece by piece; `out` appears when all is there.
+
+    Little more than the largest matrix is in memory. What is done grows in a hidden folder beside
+    `out` (see `resume`): after a kill or an error the same call goes on from there, and ends with
+    the same bytes.
+
+    Args:
+        source: the checkpoint.
+        plan: what becomes of its units.
+        out: the folder to write.
+        rounding: how to round.
+        inputs: what units' inputs were like, for ways of rounding that ask.
+        about: what `inputs` come from, such as text, tokens and seed; JSON values.
+        max_shard_size: most bytes of a file, such as "5GB"; a larger tensor has its own.
+        overwrite: replace `out`, and what a run with other inputs left.
+        progress: called with ("quantize", done, of) after each piece.
+
+    Returns:
+        "predicted" and "written" bytes of the units, and bytes of the whole "checkpoint"; how many
+        tensors that the plan leaves out were "decoded" from fewer bits, their "decoded_bytes" in
+        bfloat16, and the "stored_bytes" that they had.
+
+    Raises:
+        MismatchError: the plan was made for another model, or keeps a precision it does not have;
+            or a run with other inputs was left unfinished.
+        ModelError: a weight is NaN or infinite, or transformers could not load what was written.
+        InputError: `out` exists and `overwrite` is false, or the disk has no room for it.
+        BitknapError: the bytes on disk are not the plan's, or the disk is full.
+        KeyboardInterrupt: stopped by hand; says what is kept.
+    """
+    check_plan(source, plan)
+    check_output(
+        out, "folder", overwrite=overwrite, inputs=[source.folder], copied_from=source.folder
+    )
+    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    if limit < 1:
+        raise InputError(f"max_shard_size: {max_shard_size!r} is not above 0, such as 5GB")
+    layout = walk_headers(source.config, source.shapes, include=roles_of(plan.units))
+    layout = layout_for(plan.units, layout)
+    plan = aligned(plan, layout)
+    _check_kept(source, layout, plan)
+    planned = outline(source, layout, plan, limit)
+    work = Work(
+        source=source,
+        layout=layout,
+        plan=plan,
+        kept=planned.kept,
+        places=planned.shards.places,
+        unit_places=planned.unit_places,
+        rounding=rounding,
+        inputs=inputs,
+    )
+    pieces = work.pieces()
+    known = identity(work, planned.shards, pieces) | {"max_shard_size": limit, **about}
+    lines = [{"piece": n, "source": stamp} for n, stamp in enumerate(work.stamps(pieces))]
+    partial = Partial(out=out, lines=lines)
+    check_space(out, fixed_bytes(source, layout) + plan.total_bytes - partial.allocated())
+    with partial.locked():
+        done = partial.begin(known, planned.shards, overwrite=overwrite)
+        with partial.keeping():
+            _fill(work, pieces, done, partial, progress)
+            sizes = _finish(source, layout, plan, partial.files, out)
+        place(partial.files, out, overwrite=overwrite, copied_from=source.folder)
+        shutil.rmtree(partial.folder)
+    return sizes | _decoded(source, planned.kept)
+
+
+def check_plan(source: Checkpoint, plan: BitPlan) -> None:
+    """Raise MismatchError unless the plan was made for this model."""
+    if plan.model != source.fingerprint:
+        raise MismatchError(
+            f"the plan is for model {plan.model or 'unknown'}, this one is {source.fingerprint}; "
+            "make a plan from a table of this model"
+        )
+
+
+def _fill(
+    work: Work,
+    pieces: Sequence[Piece],
+    done: set[int],
+    partial: Partial,
+    progress: Progress | None,
+) -> None:
+    todo = {number: piece for number, piece in enumerate(pieces) if number not in done}
+
+    def tell(count: int) -> None:
+        if progress is not None:
+            progress("quantize", len(done) + count - 1, len(pieces))
+
+    with Output(partial.files, partial.journal) as output:
+        run(work, todo, partial.lines, output, tell)
+
+
+def _finish(
+    source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path, out: Path
+) -> dict[str, int]:
+    from bitknap.quantization.runtime.loading import check  # imports this module
+
+    _write_texts(source, layout, plan, folder)
+    sign(folder)
+    check(folder)
+    written = _stream_bytes(folder)
+    if written != plan.total_bytes:
+        raise BitknapError(f"{out}: {written} bytes of units, the plan says {plan.total_bytes}")
+    total = folder_bytes(folder)
+    return {"predicted": plan.total_bytes, "written": written, "checkpoint": total}
+
+
+def _decoded(source: Checkpoint, kept: Iterable[str]) -> dict[str, int]:
+    """Return what became of the kept tensors that are stored in fewer than 16 bits."""
+    names = [name for name in kept if name in source.low_bit]
+    return {
+        "decoded": len(names),
+        "decoded_bytes": sum(map(source.written_bytes, names)),
+        "stored_bytes": sum(source.low_bit[name].nbytes for name in names),
+    }
+
+
+def roles_of(units: Units) -> tuple[str, ...]:
+    """Return the roles beside routed experts that occur: what a walker must include."""
+    return tuple(ROLES[r] for r in np.unique(units.role) if ROLES[r] != "routed")
+
+
+def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
+    """Refuse a plan that keeps units in a precision other than the one they are stored in."""
+    for unit, view in enumerate(layout.views):
+        format, stored = plan.format_of(unit), source.precision(view.tensor)
+        if format.kind == "keep" and stored != format.source:
+            raise MismatchError(
+                f"{plan.units.label(unit)}: the plan says {format.name}, but {view.tensor} is "
+                f"stored as {source.stored_as(view.tensor)}; "
+                "keep that precision or quantize"
+            )
+
+
+def check_finite(source: Checkpoint) -> None:
+    """Raise ModelError for the first tensor with a NaN or infinite weight; reads them all."""
+    names = [name for name in source.headers if not name.startswith(PREFIX)]
+    for name in names:
+        if name in source.low_bit:
+            for first, last in slabs(source, name):
+                decode_finite(source, Decoded(name, first, last))
+            continue
+        info = source.headers[name]
+        size = info.stop - info.start
+        for start in range(0, size, COPY):
+            read_finite(name, info, start, min(size, start + COPY))
+
+
+def _write_texts(source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path) -> None:
+    source.copy_companions(folder)
+    single = f"{PACKED}.safetensors"
+    weights = single if (folder / single).is_file() else f"{single}.index.json"
+    exponents = has_exponents(folder, plan)
+    config = packed_config(source.config, weights, **lies(LAYOUTS[0], exponents))
+    write_whole(folder / "config.json", _json(config))
+    if text := stub(source.config):
+        write_whole(folder / STUB, text.encode())
+    plan.save(folder / PLAN)
+    sizes = {"quantized weights": plan.total_bytes, "source": source.nbytes}
+    model_card.write(folder, plan, source=source.folder, sizes=sizes)
+    checksum = digest(folder / PLAN)
+    replaced = sorted({view.tensor for view in layout.views})
+    info = {
+        name: [source.headers[name].dtype, list(source.headers[name].shape)] for name in replaced
+    }
+    header = {"format": "bitknap.source", "version": VERSION, "plan": checksum}
+    write_whole(folder / SOURCE, _json(header | {"tensors": info}))
+
+
+def digest(file: Path) -> str:
+    """Return the SHA-256 of a file, hexadecimal."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def _stream_bytes(folder: Path) -> int:
+    headers = Checkpoint.open(folder).headers
+    return sum(i.stop - i.start for name, i in headers.items() if name.startswith(PREFIX))

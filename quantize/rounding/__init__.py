@@ -1,0 +1,1 @@
+"""How a matrix is rounded to a grid: nearest, HQQ, GPTQ."""

@@ -1,0 +1,101 @@
+"""Rounding that is done once: the same matrix in the same format is looked up the next time.
+
+Estimators charge the round trips of a few matrices to many formats, and comparing plans stores the
+same matrices in the same formats again and again. What is kept are codes and grids, a byte a
+weight and what scales take, found by a digest of the weights.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+import numpy as np
+from torch import Tensor
+
+from bitknap.allocation.problem.format import Format
+from bitknap.quantization.rounding.grid import Quantized
+from bitknap.quantization.rounding.methods import Inputs, Rounding
+
+# Bytes of codes and grids that are kept at most.
+KEPT_BYTES = 4 << 30
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Remembered:
+    """Another way of rounding, with a memory.
+
+    When `limit` is reached, what is new is rounded each time it is asked for.
+
+    Attributes:
+        rounding: how a matrix that is not known yet is rounded.
+        limit: bytes that are kept at most.
+    """
+
+    rounding: Rounding
+    limit: int = KEPT_BYTES
+    _known: dict[bytes, Quantized] = field(default_factory=dict)
+    _sizes: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """The name of the method."""
+        return self.rounding.name
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it refuses to work without `Inputs`."""
+        return self.rounding.needs_inputs
+
+    def quantize(
+        self,
+        weights: Tensor,
+        format: Format,
+        inputs: Inputs | None = None,
+        exponents: Tensor | None = None,
+    ) -> Quantized:
+        """Return n matrices [n, rows, cols] as n × rows quantized rows.
+
+        Raises:
+            InputError: what the way of rounding that is remembered raises.
+        """
+        if exponents is not None:  # some rows of larger matrices
+            return self.rounding.quantize(weights, format, inputs, exponents)
+        rows = weights.shape[1]
+        keys = [_key(weights, format, inputs, at) for at in range(len(weights))]
+        new = [at for at, key in enumerate(keys) if key not in self._known]
+        found: dict[bytes, Quantized] = {}
+        if new:
+            some = None
+            if inputs is not None:
+                some = Inputs(moments=inputs.moments[new], tokens=inputs.tokens[new])
+            rounded = self.rounding.quantize(weights[new], format, some)
+            for place, at in enumerate(new):
+                found[keys[at]] = rounded.rows(place * rows, (place + 1) * rows)
+            if len(new) == len(keys) and not self._room(rounded):
+                return rounded
+            self._keep(found)
+        return Quantized.stack([found.get(key) or self._known[key] for key in keys])
+
+    def _room(self, rounded: Quantized) -> bool:
+        return sum(self._sizes) + _bytes(rounded) <= self.limit
+
+    def _keep(self, found: dict[bytes, Quantized]) -> None:
+        size = sum(map(_bytes, found.values()))
+        if sum(self._sizes) + size <= self.limit:
+            self._sizes.append(size)
+            self._known.update(found)
+
+
+def _bytes(rounded: Quantized) -> int:
+    grid = rounded.grid
+    parts = (rounded.codes, grid.scale, grid.share, grid.zero)
+    return sum(part.nbytes for part in parts if part is not None)
+
+
+def _key(weights: Tensor, format: Format, inputs: Inputs | None, at: int) -> bytes:
+    digest = hashlib.blake2b(format.name.encode(), digest_size=16)
+    for part in (weights, *(() if inputs is None else (inputs.moments, inputs.tokens))):
+        matrix = part[at].detach().contiguous().cpu().numpy()
+        digest.update(np.ascontiguousarray(matrix).data)
+    return digest.digest()

@@ -1,0 +1,1 @@
+"""Packed checkpoints as transformers models: loading, packed layers, saving."""

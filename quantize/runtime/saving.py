@@ -1,0 +1,131 @@
+"""`save_pretrained` of a packed model: the packed checkpoint again.
+
+transformers writes tensors and configuration as for any model, into a folder of its own; from
+there they move to where they belong, under the names of a packed checkpoint, with the files beside
+them that tensors do not say.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bitknap.disk.atomic import write_whole
+from bitknap.disk.manifest import listed, names_in, sign
+from bitknap.errors import FileError, InputError
+from bitknap.quantization.packed.config import STUB, packed_config, plain_config, stub
+from bitknap.quantization.packed.model_card import CARD, SOURCE_CARD
+from bitknap.quantization.packed.writer import PLAN, SOURCE
+from bitknap.quantization.source.safetensors_header import PACKED, PLAIN, STEMS
+
+_NEEDED = (PLAN, SOURCE)
+_OPTIONAL = (CARD, SOURCE_CARD)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Companions:
+    """The files of a packed checkpoint that belong to its streams, byte by byte.
+
+    Attributes:
+        files: name to content.
+    """
+
+    files: Mapping[str, bytes] = field(default_factory=dict)
+
+    @classmethod
+    def beside(cls, folder: Path, config: Any) -> Companions:
+        """Read them; from the hub if the weights came from there and they have not yet.
+
+        Raises:
+            FileError: one is missing.
+        """
+        found: dict[str, bytes] = {}
+        for name in (*_NEEDED, *_OPTIONAL):
+            path = folder / name
+            if not path.is_file() and name in _NEEDED:
+                _fetch(config, name)
+            if path.is_file():
+                found[name] = path.read_bytes()
+            elif name in _NEEDED:
+                raise FileError(f"{path}: missing; it belongs to the packed weights")
+        return cls(files=found)
+
+
+def _fetch(config: Any, name: str) -> None:
+    """Have one file of a model on the hub put where its weights are."""
+    origin = str(getattr(config, "_name_or_path", ""))
+    if not origin or Path(origin).is_dir():
+        return
+    from transformers.utils import cached_file
+
+    revision = getattr(config, "_commit_hash", None)
+    cached_file(origin, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+
+
+def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> None:
+    """Write a packed model as a packed checkpoint; its streams are the bytes that were loaded.
+
+    Args:
+        model: loaded by `from_pretrained` from a packed checkpoint.
+        save_directory: the folder to write to; what it holds of weights is replaced.
+        kwargs: as for any model of transformers, but for `push_to_hub`, `state_dict`, `variant`.
+
+    Raises:
+        InputError: an option that a packed checkpoint has no place for.
+    """
+    for option in ("push_to_hub", "state_dict", "variant"):
+        if kwargs.get(option):
+            raise InputError(
+                f"save_pretrained: {option} is not for packed models; save to a folder first"
+            )
+    out = Path(save_directory)
+    out.mkdir(parents=True, exist_ok=True)
+    quantizer = model.hf_quantizer
+    with tempfile.TemporaryDirectory(dir=out, prefix=".saving.") as name:
+        part = Path(name)
+        type(model).save_pretrained(model, part, **kwargs)
+        weights = _rename(part)
+        quantizer.quantization_config.weights = weights
+        _write_config(part, quantizer.quantization_config.to_dict())
+        for file, content in quantizer.companions.files.items():
+            (part / file).write_bytes(content)
+        for stem in STEMS:
+            for old in out.glob(f"{stem}*.safetensors*"):
+                old.unlink()
+        known = set(listed(out) or ())
+        for file in sorted(part.iterdir()):
+            known.add(file.name)
+            file.replace(out / file.name)
+    sign(out, known.intersection(names_in(out)))
+
+
+def _rename(folder: Path) -> str:
+    """Call weights what they are called in a packed checkpoint; return the file to load."""
+    for file in list(folder.glob(f"{PLAIN}*.safetensors")):
+        file.rename(folder / file.name.replace(PLAIN, PACKED, 1))
+    index = folder / f"{PLAIN}.safetensors.index.json"
+    if not index.is_file():
+        return f"{PACKED}.safetensors"
+    content = json.loads(index.read_text())
+    where = content["weight_map"]
+    content["weight_map"] = {name: file.replace(PLAIN, PACKED, 1) for name, file in where.items()}
+    index.unlink()
+    write_whole(folder / f"{PACKED}.safetensors.index.json", _json(content))
+    return f"{PACKED}.safetensors.index.json"
+
+
+def _write_config(folder: Path, known: Mapping[str, Any]) -> None:
+    path = folder / "config.json"
+    config = plain_config(json.loads(path.read_text()))
+    write_whole(path, _json(packed_config(config, **known)))
+    text = stub(config)
+    if text is not None:
+        write_whole(folder / STUB, text.encode())
+
+
+def _json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

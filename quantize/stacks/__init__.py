@@ -1,0 +1,1 @@
+"""A plan meets weights: runs of units that are worked on together."""

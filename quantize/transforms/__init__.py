@@ -1,0 +1,1 @@
+"""Models rewritten before they are quantized: sorted neurons, a rotated residual stream."""

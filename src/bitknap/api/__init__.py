@@ -1,0 +1,1 @@
+"""The public verbs that need torch, one module each."""

@@ -1,0 +1,193 @@
+"""A dry run from `config.json` and safetensors headers alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitknap.allocation import ROLES, formats
+from bitknap.allocation.problem.table import storage
+from bitknap.api.quantizing import CALIBRATION_TOKENS, default_formats
+from bitknap.api.runtime_targets import fits
+from bitknap.estimators.group_kl.calibrated import Calibrated
+from bitknap.estimators.sweep.peak_memory import peak_bytes
+from bitknap.quantization.models.headers_only import count_of, text_config, walk_headers
+from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.packed.buildable import check_source
+from bitknap.quantization.packed.config import architectures
+from bitknap.quantization.packed.writer import fixed_bytes
+from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.safetensors_header import DTYPES
+
+# What the table of uniform sizes shows: every width, in a usual and in the smallest form.
+_SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")
+# Bytes of bf16 weights a second that rounding to one format and packing take on one CPU core: the
+# middle of what benchmarks/results/quantize.md measured.
+_RATES = {"rtn": 4e7, "hqq": 2e6, "gptq": 4e6}
+# Bytes a second of reading weights and summing them up, as data-free estimators do.
+_READ_RATE = 2e8
+# Products and sums a second of float32 matrices on two cores.
+_FLOPS = 1e11
+# What calibration runs over a text, in forward passes: one and its gradients.
+_PASSES = 3
+_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k")
+# The interpreter with torch and transformers.
+_LIBRARIES = 1 << 29
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """What one command needs.
+
+    Attributes:
+        name: the command and how it is called.
+        memory_bytes: peak resident memory.
+        seconds: on two CPU cores, to a factor of two or so.
+    """
+
+    name: str
+    memory_bytes: int
+    seconds: int
+
+
+def inspect(model: str | Path, include: Collection[str] = ()) -> dict[str, Any]:
+    """Return what a plan for `model` could be, without reading weights.
+
+    Of a model on the hub only `config.json` and headers are fetched.
+
+    Args:
+        model: a folder, a hub id, or "reference:NAME".
+        include: roles beside routed experts.
+
+    Returns:
+        What `report` gives.
+
+    Raises:
+        ModelError: it is packed already, has no units, or transformers could not load it.
+    """
+    source = Checkpoint.look(model)
+    check_source(source, include)
+    return report(source, include)
+
+
+def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
+    """Return what a plan for an opened checkpoint could be.
+
+    Returns:
+        Counts, the feasible range in bits per weight and in bytes of the whole checkpoint, the
+        weights by which last groups of rows are short, "uniform_bytes" of all units in some
+        formats, the "steps" with their memory and time, and which "exports" shapes allow.
+    """
+    layout = walk_headers(source.config, source.shapes, include)
+    units = layout.units
+    every = formats(range(1, 9), (32, 64, 128, 256, "row"), (False, True), ("fp16", "compact"))
+    sizes = storage(units, every)
+    least, most = int(sizes.min(1).sum()), int(sizes.max(1).sum())
+    weights = int(units.numel.sum())
+    fixed = fixed_bytes(source, layout) + source.elsewhere
+    roles = {ROLES[r]: int((units.role == r).sum()) for r in np.unique(units.role)}
+    padded = {f"g{g}": _short(units.rows, units.cols, g) for g in (32, 64, 128, 256)}
+    stored = sorted({source.stored_as(view.tensor) for view in layout.views})
+    return {
+        "architecture": ", ".join(architectures(source.config) or ["unknown"]),
+        "moe_layers": len(layout.layers),
+        "experts_per_layer": max((x.experts for x in layout.layers), default=0),
+        "units": len(units),
+        "units_by_role": ", ".join(f"{n} {r}" for r, n in roles.items()),
+        "weights_in_units": weights,
+        "source_precision": ", ".join(stored),
+        "source_bytes": source.nbytes,
+        "kept_bytes_at_most": fixed,
+        "least_bpw": round(8 * least / weights, 4),
+        "most_bpw": round(8 * most / weights, 4),
+        "smallest_checkpoint_bytes": least + fixed,
+        "largest_checkpoint_bytes": most + fixed,
+        "short_of_a_whole_last_group": ", ".join(f"{k}: {v:,}" for k, v in padded.items()),
+        "uniform_bytes": {
+            f.name: int(size) for f, size in zip(_SHOWN, storage(units, _SHOWN).sum(0), strict=True)
+        },
+        "steps": [asdict(step) for step in steps(source, layout)],
+        "exports": {
+            fit.target.name: {
+                "possible": fit.possible,
+                "bits": list(fit.bits),
+                "groups": list(fit.groups),
+                "profile": fit.target.profile,
+                "reason": fit.reason,
+            }
+            for fit in fits(units)
+        },
+    }
+
+
+def steps(source: Checkpoint, layout: Layout) -> list[Step]:
+    """Return what estimating and quantizing need, by the way it is done.
+
+    The writer holds one tensor and half of it again beside what it rounds (measured); rounding to
+    all default formats is most of an estimate's time.
+    """
+    units = layout.units
+    weights = int(units.numel.sum())
+    streaming = 3 * _largest(source) // 2 + _LIBRARIES
+    passes = 2 * _active(source, layout) * CALIBRATION_TOKENS * _PASSES / _FLOPS
+    options = len(default_formats(units))
+
+    def calibrating(needs: Collection[str]) -> int:
+        tokens = CALIBRATION_TOKENS
+        return peak_bytes(source, layout, tokens, needs, by_layer=True) + _LIBRARIES
+
+    text = Calibrated().needs
+    found = [
+        Step(
+            name="estimate --estimator data-free",
+            memory_bytes=streaming,
+            seconds=_seconds(2 * weights / _READ_RATE),
+        ),
+        Step(
+            name="estimate, with a text",
+            memory_bytes=calibrating(text),
+            seconds=_seconds(passes + options * 2 * weights / _RATES["rtn"]),
+        ),
+    ]
+    for method, rate in _RATES.items():
+        asks = method == "gptq"
+        found.append(
+            Step(
+                name=f"quantize --method {method}",
+                memory_bytes=max(streaming, calibrating({"full"}) if asks else 0),
+                seconds=_seconds(2 * weights / rate + (passes if asks else 0)),
+            )
+        )
+    return found
+
+
+def _seconds(work: float) -> int:
+    return round(work) + 5  # loading libraries
+
+
+def _active(source: Checkpoint, layout: Layout) -> int:
+    """Return the weights that one token meets."""
+    config = text_config(source.config)
+    top_k = count_of(config, *_TOP_K) or 0
+    every = sum(math.prod(info.shape) for info in source.headers.values())
+    routed = [(3 if x.gated else 2) * x.hidden * x.intermediate for x in layout.layers]
+    idle = [x.experts - min(top_k or x.experts, x.experts) for x in layout.layers]
+    return every - sum(size * count for size, count in zip(routed, idle, strict=True))
+
+
+def _largest(source: Checkpoint) -> int:
+    """Return the bytes of the largest tensor once it is read."""
+    return max(
+        math.prod(info.shape) * (DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 1)
+        for info in source.headers.values()
+    )
+
+
+def _short(rows: np.ndarray, cols: np.ndarray, group: int) -> int:
+    """Return by how many weights the last groups of all rows fall short of `group`."""
+    return int((rows * (-cols % group)).sum())

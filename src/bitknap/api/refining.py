@@ -1,0 +1,382 @@
+"""The closed loop on a live model, and the gate that keeps its plan from being worse than none.
+
+Plans are measured on calibration text; at the end, the best of them and the best uniform recipe of
+its bytes are measured on calibration text that neither calibration nor the loop has read, and if
+the recipe loses no more there, it is what is written.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.allocation import ROLES, BitPlan, Budget, CostTable, Limit, Problem
+from bitknap.allocation.problem.arrays import Floats, Ints
+from bitknap.allocation.refinement.loop import EVALUATIONS, Measure, Refine, Refined
+from bitknap.allocation.solvers.solving import within
+from bitknap.allocation.tradeoffs.uniform_recipes import uniform_plans_within
+from bitknap.api.calibration import Calibration, encoded, gather
+from bitknap.api.evaluation import name_of
+from bitknap.api.quantizing import CALIBRATION_TOKENS
+from bitknap.errors import InputError, MismatchError
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.measuring.kl_replay import Losses, Replay, standard_error
+from bitknap.estimators.measuring.readings import Readings, beside, key_of
+from bitknap.estimators.measuring.text import BUILTIN, Encoded, read_text
+from bitknap.estimators.measuring.windows import Windows
+from bitknap.estimators.sweep.in_memory import digest_of
+from bitknap.progress import Progress
+from bitknap.quantization.packed.writer import roles_of
+from bitknap.quantization.rounding.memo import Remembered
+from bitknap.quantization.rounding.methods import method as method_of
+from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+from bitknap.quantization.stacks.apply import applied
+from bitknap.quantization.stacks.row_blocks import inputs_of_blocks, layout_for
+
+# Of the calibration text: what plans are measured on, and what the gate judges on.
+REFINE_TOKENS, GATE_TOKENS = 16_384, 8_192
+# A plan is measured on one part of the text after the other, as long as it may still be better.
+PARTS = 4
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loop:
+    """A live model and the texts that plans are measured on.
+
+    Attributes:
+        evidence: how plans are rounded.
+        parts: of the text that plans are measured on.
+        gate: text that nothing else has read.
+    """
+
+    evidence: Evidence
+    parts: tuple[Replay, ...]
+    gate: Replay
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Outcome:
+    """What is to be written, and why.
+
+    Attributes:
+        plan: the plan that the gate lets through.
+        refined: what the loop came to.
+        recipe: the best uniform recipe's formats; "" if none is within the limits.
+        ours: what the loop's plan loses on the gate's text.
+        uniform: what the recipe loses there; None without one.
+        passed: whether the loop's plan is the better one.
+    """
+
+    plan: BitPlan
+    refined: Refined
+    recipe: str
+    ours: Losses
+    uniform: Losses | None
+    passed: bool
+
+    def facts(self) -> dict[str, Any]:
+        """Return all that is worth telling, as JSON values."""
+        first, best = self.refined.steps[0], self.refined.best
+        row: dict[str, Any] = {
+            "evaluations": len(self.refined.steps),
+            "accepted": sum(step.accepted for step in self.refined.steps) - 1,
+            "kl_before": float(first.losses.mean()),
+            "kl_after": float(best.losses.mean()),
+            "gate_passed": self.passed,
+            "gate_kl": float(self.ours.kl.mean()),
+        }
+        if self.uniform is not None:
+            paired = self.uniform.kl - self.ours.kl
+            row |= {
+                "gate_uniform": self.recipe,
+                "gate_uniform_kl": float(self.uniform.kl.mean()),
+                "gate_gain": float(paired.mean()),
+                "gate_gain_se": standard_error(paired),
+            }
+        return row
+
+
+def loop_windows(document: Encoded, taken: Tensor, tokens: int) -> tuple[Windows, Windows]:
+    """Return the windows of a text that plans are measured on, and those of the gate.
+
+    All lie on the grid of `taken`; the gate's are neither in it nor among the loop's.
+
+    Args:
+        document: the calibration text.
+        taken: what calibration read, int64 [windows, length].
+        tokens: to measure plans on.
+
+    Raises:
+        InputError: the text is too short for both.
+    """
+    length = taken.shape[1]
+    loop, every = document.windows(max(tokens, length), length), document.every(length)
+    read = {bytes(window.numpy()) for window in (*taken, *loop.ids)}
+    rest = [window for window in every.ids if bytes(window.numpy()) not in read]
+    count = min(len(rest), max(1, GATE_TOKENS // length))
+    if count < 2:
+        raise InputError(
+            f"--refine: of the text's {len(every)} windows of {length} tokens, calibration and "
+            f"the loop read all but {len(rest)}, and the gate needs 2; lower --tokens or "
+            "--refine-tokens, or add text"
+        )
+    picked = np.arange(count) * len(rest) // count
+    return loop, replace(every, ids=torch.stack([rest[at] for at in picked.tolist()]))
+
+
+def open_loop(
+    model: Any, evidence: Evidence, words: str, taken: Tensor, tokens: int, folder: Path
+) -> Loop:
+    """Return a loop on a live model.
+
+    Args:
+        model: the model.
+        evidence: its calibration pass.
+        words: the calibration text.
+        taken: what calibration read of it.
+        tokens: to measure plans on.
+        folder: of the model, for its tokenizer.
+
+    Raises:
+        InputError: the text is too short.
+    """
+    windows, gate = loop_windows(encoded(folder, words, model.config), taken, tokens)
+    # Every part has windows from all over the text.
+    count = min(PARTS, len(windows))
+    parts = [windows[part::count] for part in range(count)]
+    layout = evidence.layout
+    return Loop(
+        evidence=evidence,
+        parts=tuple(Replay(model, layout, part) for part in parts),
+        gate=Replay(model, layout, gate, cache=False),
+    )
+
+
+def run_loop(
+    loop: Loop,
+    table: CostTable,
+    limits: Sequence[Limit | Budget],
+    *,
+    evaluations: int = EVALUATIONS,
+    others: tuple[CostTable, ...] = (),
+    driver: Literal["belief", "tpe", "cmaes"] = "belief",
+    seed: int = 0,
+    readings: Readings | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Refine a table's plan by measuring, and let the gate judge it.
+
+    Args:
+        loop: the model and the texts.
+        table: the costs, tied as plans must be.
+        limits: what plans keep to.
+        evaluations: plans to measure.
+        others: tables whose plans are measured as well.
+        driver: what proposes plans.
+        seed: of what is drawn.
+        readings: what was measured before, and where to keep what is measured.
+        progress: called with (what, done, of).
+
+    Raises:
+        InfeasibleError: no plan is within the limits.
+    """
+    problem = Problem(table, limits)
+    refine = Refine(
+        parts=measures(loop, table, readings or Readings()),
+        evaluations=evaluations,
+        others=others,
+        driver=driver,
+        seed=seed,
+        progress=progress,
+    )
+    found = refine.run(problem)
+    plan = found.solution.plan
+    ours = losses_of(loop, loop.gate, plan)
+    recipe, other, uniform = _best_uniform(loop, problem, plan, progress)
+    passed = uniform is None or float(ours.kl.mean()) < float(uniform.kl.mean())
+    return Outcome(
+        plan=plan if passed or other is None else other,
+        refined=found,
+        recipe=recipe,
+        ours=ours,
+        uniform=uniform,
+        passed=passed,
+    )
+
+
+def measures(loop: Loop, table: CostTable, readings: Readings) -> tuple[Measure, ...]:
+    """Return what measures plans on each part of the text: KL of its windows, nats a token.
+
+    Layers before the first one in which a plan differs from the first plan of all answer from
+    memory.
+    """
+    return tuple(
+        _Part(loop=loop, table=table, readings=readings, replay=replay, number=part)
+        for part, replay in enumerate(loop.parts)
+    )
+
+
+@dataclass(kw_only=True)
+class _Part:
+    """Measures plans on one part of the text.
+
+    Attributes:
+        loop: the model and the texts.
+        table: whose units and formats choices are of.
+        readings: what was measured before, and where to keep what is measured.
+        replay: of the part.
+        number: of the part.
+        base: the plan that layers in memory are of.
+        name: what the replay calls it.
+    """
+
+    loop: Loop
+    table: CostTable
+    readings: Readings
+    replay: Replay
+    number: int
+    base: Ints | None = None
+    name: str = "none"
+
+    def __call__(self, choice: Ints) -> Floats:
+        key = key_of([self.number, *choice.tolist()], ())
+        known = self.readings.known(key, len(self.replay.windows))
+        if known is None:
+            plan = BitPlan.from_choice(self.table.units, self.table.formats, choice)
+            with stored(self.replay, self.loop.evidence, plan):
+                if self.replay.base != self.name:
+                    # The first plan, or others have used the replay since.
+                    self.base, self.name = choice, f"{id(self)} {key}"
+                    self.replay.rebase(self.name)
+                known = self.replay.measure(self._first(choice)).kl
+            self.readings.keep(key, known)
+        return known
+
+    def _first(self, choice: Ints) -> int | None:
+        """Return the first MoE layer in which a plan differs from the base; None for any."""
+        units = self.table.units
+        other = (choice != self.base) & (units.role == ROLES.index("routed"))
+        elsewhere = (choice != self.base) & (units.role != ROLES.index("routed"))
+        if elsewhere.any():
+            return None
+        return int(units.layer[other].min()) if other.any() else int(units.layer.max())
+
+
+def losses_of(loop: Loop, replay: Replay, plan: BitPlan) -> Losses:
+    """Return what the model loses on a replayed text when it is stored as a plan says."""
+    with stored(replay, loop.evidence, plan):
+        return replay.measure()
+
+
+def stored(
+    replay: Replay, evidence: Evidence, plan: BitPlan
+) -> contextlib.AbstractContextManager[None]:
+    """Return the context in which a replayed model is stored as a plan says.
+
+    Args:
+        replay: of the model that the evidence is of.
+        evidence: how it is rounded.
+        plan: of its units, or of blocks of their rows.
+    """
+    layout = layout_for(plan.units, evidence.layout)
+    inputs = None
+    if evidence.rounding.needs_inputs:
+        inputs = inputs_of_blocks(layout.units, evidence.units, evidence.inputs)
+    return applied(replay.model, layout, plan, evidence.rounding, inputs)
+
+
+def _best_uniform(
+    loop: Loop, problem: Problem, plan: BitPlan, progress: Progress | None
+) -> tuple[str, BitPlan | None, Losses | None]:
+    """Return the recipe of the least KL on the gate's text, at the plan's bytes or less."""
+    units = plan.units
+    offered = uniform_plans_within(units, problem.table.formats, plan.total_bytes, plan.model)
+    allowed = [one for one in offered if within(problem, one)]
+    best: tuple[str, BitPlan | None, Losses | None] = ("", None, None)
+    for done, one in enumerate(allowed):
+        if progress:
+            progress("gate", done, len(allowed))
+        losses = losses_of(loop, loop.gate, one)
+        if best[2] is None or losses.kl.mean() < best[2].kl.mean():
+            best = name_of(one), one, losses
+    return best
+
+
+def refine(
+    model: str | Path,
+    table: CostTable,
+    limits: Sequence[Limit | Budget],
+    *,
+    evaluations: int = EVALUATIONS,
+    driver: Literal["belief", "tpe", "cmaes"] = "belief",
+    text: str = BUILTIN,
+    tokens: int = CALIBRATION_TOKENS,
+    refine_tokens: int = REFINE_TOKENS,
+    seed: int = 0,
+    journal: Path | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Measure plans of a model, and return the best one, or the best uniform recipe.
+
+    Args:
+        model: a folder, a hub id, or "reference:NAME".
+        table: its costs, tied as plans must be.
+        limits: what plans keep to.
+        evaluations: plans to measure.
+        driver: what proposes plans: "belief", or Optuna's "tpe" or "cmaes".
+        text: calibration text, a file or "builtin".
+        tokens: of it, as the table was calibrated on.
+        refine_tokens: of it, to measure plans on.
+        seed: of all that is drawn.
+        journal: where measurements are kept, so that a killed run goes on.
+        overwrite: start a journal of other inputs anew.
+        progress: called with (what, done, of).
+
+    Raises:
+        InfeasibleError: no plan is within the limits.
+        MismatchError: the table is of another model, or the journal of other inputs.
+        InputError: the text is too short.
+    """
+    source = Checkpoint.open(resolve(model))
+    known = table.provenance.get("model", source.fingerprint)
+    if known != source.fingerprint:
+        raise MismatchError(f"{model}: the table is of another model; estimate it on this one")
+    asked = Calibration(
+        text=text,
+        tokens=tokens,
+        include=roles_of(table.units),
+        seed=seed,
+        rounding=Remembered(rounding=method_of(str(table.provenance.get("method", "rtn")))),
+    )
+    evidence = gather(source, frozenset({"replay"}), asked, progress=progress)
+    if evidence.replay is None:
+        raise InputError("--refine: the model must fit in memory; leave out --max-memory")
+    live, taken = evidence.replay.model, evidence.replay.windows
+    words = read_text(text, "calibration")
+    loop = open_loop(live, evidence, words, taken, refine_tokens, source.folder)
+    about = {
+        "what": "refine, KL of windows in nats/token",
+        "model": source.fingerprint,
+        "method": evidence.rounding.name,
+        "formats": [item.name for item in table.formats],
+        "text": [digest_of(part.windows) for part in loop.parts],
+    }
+    with beside(journal, about, overwrite=overwrite) as readings:
+        return run_loop(
+            loop,
+            table,
+            limits,
+            evaluations=evaluations,
+            driver=driver,
+            seed=seed,
+            readings=readings,
+            progress=progress,
+        )

@@ -1,0 +1,141 @@
+"""Which other runtimes could hold a model, from the shapes of its units alone.
+
+What a runtime stores has rules of its own: rows that divide into its blocks, widths it has kernels
+for, matrices that must share a format. Facts are those of the runtimes' formats as of 2026; an
+exporter checks them again against names and the plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitknap.allocation.problem.units import Units
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What a runtime's format asks of every matrix.
+
+    Attributes:
+        name: what `export --to` calls it.
+        bits: widths it stores.
+        profile: units that must share a format.
+        groups: group sizes it has; one of them must divide all rows.
+        rows: output features must divide by this.
+        cols: input features must divide by this.
+        full_cols: input features must divide by this for all its types; 1 where there is no such.
+        fallback: what becomes of matrices that do not.
+        fallback_bits: widths that are left for them.
+    """
+
+    name: str
+    bits: tuple[int, ...]
+    profile: str
+    groups: tuple[int, ...]
+    rows: int = 1
+    cols: int = 1
+    full_cols: int = 1
+    fallback: str = ""
+    fallback_bits: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How a model's shapes fit a target.
+
+    Attributes:
+        target: the runtime.
+        possible: whether every matrix can be stored.
+        bits: widths that every matrix can have.
+        groups: its group sizes that divide every row.
+        reason: why not, or what is lost; empty if all is well.
+    """
+
+    target: Target
+    possible: bool
+    bits: tuple[int, ...]
+    groups: tuple[int, ...]
+    reason: str
+
+
+# GPTQ packs 32 codes along the input, and zeros along the output, in 32-bit words.
+_GPTQ = (2, 3, 4, 8)
+TARGETS = (
+    Target(
+        name="gptqmodel", bits=_GPTQ, profile="gate_eq_up", groups=(32, 64, 128), rows=32, cols=32
+    ),
+    Target(name="autoround", bits=_GPTQ, profile="layer", groups=(32, 64, 128), rows=32, cols=32),
+    Target(
+        name="compressed-tensors",
+        bits=tuple(range(1, 9)),
+        profile="layer",
+        groups=(32, 64, 128, 256),
+    ),
+    # Q8_0, Q4_0 and their like have blocks of 32; K-quants and IQ of 256.
+    Target(
+        name="llama.cpp",
+        bits=(1, 2, 3, 4, 5, 6, 8),
+        profile="layer_proj",
+        groups=(32,),
+        cols=32,
+        full_cols=256,
+        fallback="K-quants and IQ types, which are all below 4 bits, fall back to blocks of 32",
+        fallback_bits=(4, 5, 8),
+    ),
+    # W4A16 has groups of 128, NVFP4 blocks of 16; FP8 and INT8 a scale a row.
+    Target(
+        name="modelopt",
+        bits=(4, 8),
+        profile="layer",
+        groups=(128,),
+        cols=16,
+        full_cols=128,
+        fallback="no W4A16, whose groups are 128; NVFP4 and 8 bits remain",
+        fallback_bits=(4, 8),
+    ),
+    Target(
+        name="torchao",
+        bits=tuple(range(1, 9)),
+        profile="layer_gateup_down",
+        groups=(32, 64, 128, 256),
+    ),
+    Target(
+        name="mlx",
+        bits=(2, 3, 4, 5, 6, 8),
+        profile="layer_proj",
+        groups=(32, 64, 128),
+        cols=32,
+    ),
+)
+
+
+def fits(units: Units) -> tuple[Fit, ...]:
+    """Return how all units together fit each target, in the order of `TARGETS`."""
+    return tuple(_fit(target, units) for target in TARGETS)
+
+
+def _fit(target: Target, units: Units) -> Fit:
+    groups = tuple(g for g in target.groups if not (units.cols % g).any())
+    blocked = _not_multiple(units, "rows", target.rows) or _not_multiple(units, "cols", target.cols)
+    if blocked:
+        return Fit(target=target, possible=False, bits=(), groups=groups, reason=blocked)
+    if lost := _not_multiple(units, "cols", target.full_cols):
+        reason, bits = f"{lost}: {target.fallback}", target.fallback_bits
+    else:
+        reason = "" if groups else "no group size divides all rows; one scale a row only"
+        bits = target.bits
+    return Fit(target=target, possible=True, bits=bits, groups=groups, reason=reason)
+
+
+def _not_multiple(units: Units, side: str, step: int) -> str:
+    """Say which size is no multiple of `step`: the first unit's; "" if all are."""
+    sizes = units.rows if side == "rows" else units.cols
+    wrong = sizes % step != 0
+    if not wrong.any():
+        return ""
+    unit = units.row(int(np.argmax(wrong)))
+    what = "outputs" if side == "rows" else "inputs"
+    size = unit.rows if side == "rows" else unit.cols
+    return f"{unit.role} {unit.projection} has {size} {what}, not a multiple of {step}"

@@ -1,0 +1,222 @@
+"""`bitknap quantize`: a model packed, by a plan, or measured and solved for a budget in one go."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitknap.allocation.tradeoffs.profile_price import priced
+from bitknap.cli.estimate_options import (
+    estimating,
+    files_of,
+    forget,
+    journal_of,
+    resumable,
+    run_estimate,
+    size_of,
+)
+from bitknap.cli.interrupts import stoppable
+from bitknap.cli.option_rules import check_options
+from bitknap.cli.refine_options import check_refining, refine_journal, refining, run_refine
+from bitknap.cli.solve_options import (
+    as_json_option,
+    check_solving,
+    free_path,
+    given,
+    listed,
+    overwrite_option,
+    run_solve,
+    solved,
+    solving,
+)
+from bitknap.cli.terminal import present, progress_bars
+from bitknap.quiet import silence_transformers
+
+if TYPE_CHECKING:
+    from bitknap.allocation import BitPlan, CostTable
+    from bitknap.api.refining import Outcome
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Choice:
+    """A plan, and how it came about.
+
+    Attributes:
+        plan: what every unit gets.
+        facts: on the solution, JSON values.
+        notes: tables and lines to print below all else.
+        prices: of all profiles, if asked for.
+        table: the costs, if they were estimated.
+        outcome: of the closed loop, if it ran.
+    """
+
+    plan: BitPlan
+    facts: dict[str, Any] = field(default_factory=dict)
+    notes: Sequence[Any] = ()
+    prices: tuple[Any, ...] = ()
+    table: CostTable | None = None
+    outcome: Outcome | None = None
+
+
+@click.command()
+@click.argument("model")
+@click.option("--plan", type=click.Path(path_type=Path), default=None, help="PLAN to apply.")
+@click.option("--budget", default=None, help="Instead of a plan: 2.5bpw, 12GiB or 40%.")
+@estimating
+@solving
+@refining
+@click.option("--force", is_flag=True, help="Round in another way than the plan is made for.")
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Of a file of OUT.")
+@click.option("--report", default=None, help="PAGE to write as well, .html.")
+@click.option("-o", "out", required=True, help="OUT folder to write.")
+@overwrite_option
+@as_json_option
+def quantize(
+    model: str,
+    plan: Path | None,
+    budget: str | None,
+    force: bool,
+    max_shard_size: str,
+    report: str | None,
+    out: str,
+    overwrite: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write MODEL packed, by a plan or measured and solved for a budget in one go.
+
+    What is measured and written is kept beside OUT: a stopped or killed run goes on when the
+    command is repeated.
+
+    Example: bitknap quantize reference:mixtral --budget 2.5bpw -o out
+    """
+    from bitknap.allocation.problem.budget import parse_size
+    from bitknap.api import quantizing
+    from bitknap.cli.tables import bits_table, facts_table, widths_table
+    from bitknap.estimators.measuring import readings
+    from bitknap.report.table_facts import decoded_note, few_tokens_note, left_out_note
+
+    check_options("quantize")
+    others = [plan, *options["limits"], *files_of(options)]
+    path = free_path(out, overwrite, kind="folder", model=model, inputs=[*others, report])
+    page = None
+    if report is not None:
+        page = free_path(report, overwrite, model=model, inputs=[*others, out])
+    parse_size(max_shard_size)
+    check_refining(options)
+    if budget is not None:
+        check_solving(budget, options)
+    silence_transformers()
+    choice = _choose(model, plan, budget, options, path, overwrite)
+    with stoppable(), progress_bars() as progress:
+        sizes = quantizing.quantize(
+            model,
+            choice.plan,
+            out,
+            method=options["method"],
+            force=force,
+            text=options["text"][0],
+            tokens=given(options["tokens"], quantizing.CALIBRATION_TOKENS),
+            max_memory=size_of(options["max_memory"]),
+            seed=options["seed"],
+            max_shard_size=max_shard_size,
+            journal=journal_of(path),
+            overwrite=overwrite,
+            progress=progress,
+        )
+    forget(path)
+    readings.forget(refine_journal(path))
+    facts = choice.facts | {
+        "method": sizes["method"],
+        "bytes_predicted": sizes["predicted"],
+        "bytes_on_disk": sizes["written"],
+        "checkpoint_bytes": sizes["checkpoint"],
+    }
+    document = facts | priced(choice.prices, options["profile"]) | {"path": out}
+    notes = list(choice.notes)
+    if page is not None:
+        _write_page(page, model, budget, choice, sizes["method"], options)
+        document["report"] = report
+    if sizes["few_tokens"]:
+        document["few_tokens"] = sizes["few_tokens"]
+        notes.append(few_tokens_note(sizes["few_tokens"]))
+    if sizes["left_out"]:
+        document["left_out"] = sizes["left_out"]
+        notes.append(left_out_note(sizes["left_out"]))
+    if sizes["decoded"]:
+        document |= {name: sizes[name] for name in ("decoded", "decoded_bytes", "stored_bytes")}
+        notes.append(decoded_note(sizes))
+    tables = bits_table(choice.plan), widths_table(choice.plan), facts_table(out, facts)
+    present(as_json, document, *tables, *notes)
+
+
+def _choose(
+    model: str,
+    plan: Path | None,
+    budget: str | None,
+    options: dict[str, Any],
+    path: Path,
+    overwrite: bool,
+) -> _Choice:
+    """Return the plan of a file, or what estimating, solving and refining come to."""
+    from bitknap.allocation import BitPlan
+    from bitknap.cli.tables import facts_table, price_table
+    from bitknap.estimators.measuring.readings import telling
+    from bitknap.quantization.packed.buildable import check_source
+    from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+    from bitknap.report.table_facts import notes
+
+    if plan is not None:
+        return _Choice(plan=BitPlan.load(plan))
+    # A table can be estimated from names and shapes alone; what is written has to be loaded.
+    check_source(Checkpoint.open(resolve(model)), listed(options["include"]))
+    with resumable(path):
+        table = run_estimate(model, options, path, overwrite=overwrite)
+        with telling(journal_of(path)):
+            solution, prices = run_solve(table, str(budget), options)
+    said: list[Any] = [price_table(prices, options["profile"])] if prices else []
+    chosen, facts, outcome = solution.plan, solved(solution), None
+    if options["refine"]:
+        outcome = run_refine(model, table, str(budget), options, path)
+        chosen, loop = outcome.plan, outcome.facts()
+        said.append(facts_table("refined by measuring plans", loop))
+        facts |= {f"refine_{name}": value for name, value in loop.items()}
+    return _Choice(
+        plan=chosen,
+        facts=facts,
+        notes=(*said, notes(table)),
+        prices=prices,
+        table=table,
+        outcome=outcome,
+    )
+
+
+def _write_page(
+    page: Path,
+    model: str,
+    budget: str | None,
+    choice: _Choice,
+    method: str,
+    options: dict[str, Any],
+) -> None:
+    from bitknap.disk.atomic import write_whole
+    from bitknap.report.quantize_document import document_of
+    from bitknap.report.run_page import report
+
+    name = budget or f"{choice.plan.bpw:.4g}bpw"
+    about = {
+        "model": model,
+        "method": method,
+        "profile": choice.plan.header.get("profile"),
+        "seed": options["seed"],
+        "command": shlex.join(["bitknap", *sys.argv[1:]]),
+    }
+    steps = None if choice.outcome is None else choice.outcome.refined.steps
+    document = document_of(name, choice.plan, about, choice.table, choice.prices, steps)
+    write_whole(page, report(document, {name: choice.plan}).encode())

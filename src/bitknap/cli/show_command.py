@@ -1,0 +1,109 @@
+"""`bitknap show`: what is in a file, and what differs between two plans."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bitknap.cli.option_rules import check_options
+from bitknap.cli.solve_options import as_json_option, free_path, overwrite_option
+from bitknap.cli.terminal import present
+from bitknap.errors import InputError
+
+
+@click.command()
+@click.argument("path", type=click.Path(path_type=Path))
+@click.option(
+    "--diff",
+    "other",
+    metavar="PLAN",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Of a plan: what differs in this other plan or packed checkpoint.",
+)
+@click.option(
+    "--picture", type=click.Path(path_type=Path), default=None, help="Of a TABLE: .png or .svg."
+)
+@overwrite_option
+@as_json_option
+def show(
+    path: Path, other: Path | None, picture: Path | None, overwrite: bool, as_json: bool
+) -> None:
+    """Show what is in a plan, a table, a frontier or a packed checkpoint.
+
+    Example: bitknap show out
+
+    Example: bitknap show plan-a.json --diff plan-b.json
+    """
+    from bitknap.allocation import BitPlan, CostTable
+    from bitknap.allocation.tradeoffs.frontier_file import is_frontier
+    from bitknap.allocation.tradeoffs.frontier_path import Frontier
+    from bitknap.cli.tables import (
+        bits_table,
+        frontier_summary,
+        frontier_table,
+        plan_summary,
+        widths_table,
+    )
+
+    check_options("show")
+    if other is not None:
+        _show_diff(path, other, as_json)
+        return
+    if picture is not None:
+        free_path(picture, overwrite, inputs=[path])
+    if path.suffix == ".safetensors":
+        _show_table(CostTable.load(path), picture, as_json)
+        return
+    if picture is not None:
+        raise InputError(f"--picture: {path} is no table; frontiers are drawn by solve --frontier")
+    file = _file(path)
+    if is_frontier(file):
+        found = Frontier.load(file)
+        present(as_json, frontier_summary(found), frontier_table(found))
+        return
+    plan = BitPlan.load(file)
+    present(as_json, plan_summary(plan), bits_table(plan), widths_table(plan))
+
+
+def _file(path: Path) -> Path:
+    """Return the plan of a packed checkpoint, or the file itself."""
+    file = path / "bitknap_plan.json" if path.is_dir() else path
+    if path.is_dir() and not file.is_file():
+        raise InputError(
+            f"{path}: no bitknap_plan.json; pass a plan, a table or a packed checkpoint"
+        )
+    return file
+
+
+def _show_diff(path: Path, other: Path, as_json: bool) -> None:
+    from bitknap.allocation import BitPlan
+    from bitknap.allocation.plans.plan_diff import plan_diff
+    from bitknap.allocation.tradeoffs.frontier_file import is_frontier
+    from bitknap.cli.plan_diff_tables import diff_summary, diff_tables
+
+    plans = []
+    for one in (path, other):
+        if one.suffix == ".safetensors" or is_frontier(_file(one)):
+            raise InputError(f"--diff: {one} is no plan; pass two plans or packed checkpoints")
+        plans.append(BitPlan.load(_file(one)))
+    found = plan_diff(*plans)
+    present(as_json, diff_summary(found), *diff_tables(found, str(path), str(other)))
+
+
+def _show_table(table: Any, picture: Path | None, as_json: bool) -> None:
+    from bitknap.allocation import ROLES
+    from bitknap.cli.tables import cost_table
+    from bitknap.estimators.tables.super_expert_floor import comparable
+    from bitknap.report.figure_files import write_picture
+    from bitknap.report.sensitivity_map import heat, heat_figure, text_of
+    from bitknap.report.table_facts import notes, table_summary
+
+    routed = (table.units.role == ROLES.index("routed")).any()
+    maps = heat(comparable(table)) if routed or picture is not None else ()
+    if picture is not None:
+        write_picture(heat_figure(maps, table.provenance.get("unit", "nats/token")), picture)
+    shown = [text_of(maps)] if maps else []
+    present(as_json, table_summary(table), cost_table(table), *shown, notes(table))

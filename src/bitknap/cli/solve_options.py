@@ -1,0 +1,257 @@
+"""Options that commands share, and what their words mean."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bitknap.disk.outputs import Kind, check_output, writing
+from bitknap.errors import InfeasibleError, InputError
+
+as_json_option = click.option(
+    "--json", "as_json", is_flag=True, help="One JSON document on stdout."
+)
+seed_option = click.option(
+    "--seed", default=0, show_default=True, help="Seed of all that is drawn."
+)
+include_option = click.option(
+    "--include", default="", help="Roles beside routed experts: attention,shared,dense."
+)
+overwrite_option = click.option(
+    "--overwrite", is_flag=True, help="Replace an output that Bitknap wrote."
+)
+
+
+def text_option(purpose: str) -> Callable[[Any], Any]:
+    """Return the --text option of a purpose."""
+    return click.option(
+        "--text", default="builtin", show_default=True, help=f"{purpose} text: a file or builtin."
+    )
+
+
+def options_of(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Return some options as one decorator, in this order."""
+
+    def add(function: Any) -> Any:
+        for decorator in reversed(decorators):
+            function = decorator(function)
+        return function
+
+    return add
+
+
+# Names of solvers at the command line, and where their classes are; imported when asked for.
+SOLVERS = {
+    "knapsack": "bitknap.allocation.solvers.knapsack:Knapsack",
+    "ilp": "bitknap.allocation.solvers.ilp:Ilp",
+    "greedy": "bitknap.allocation.solvers.greedy:Greedy",
+    "search": "bitknap.allocation.search.solver:Search",
+}
+solving = options_of(
+    click.option(
+        "--solver", type=click.Choice(list(SOLVERS)), default=None, help="Default: knapsack."
+    ),
+    click.option(
+        "--gap", type=float, default=None, help="Stop at this proven share, such as 1e-4."
+    ),
+    click.option("--time-limit", type=float, default=None, help="Seconds for HiGHS or CBC."),
+    click.option("--profile", default="gate_eq_up", show_default=True, help="Which units share."),
+    click.option(
+        "--pin",
+        multiple=True,
+        metavar="PATTERN=BITS",
+        help="Such as layer=0,proj=down=8, or a format: proj=down=int4-g64-sym.",
+    ),
+    click.option(
+        "--limit",
+        "limits",
+        multiple=True,
+        type=click.Path(path_type=Path),
+        help="FILE of further limits, .json.",
+    ),
+    click.option(
+        "--price", is_flag=True, help="Also what every profile would cost at the same limits."
+    ),
+)
+
+
+def given(count: int | None, default: int) -> int:
+    """Return what was given, or the default: 0 is given."""
+    return default if count is None else count
+
+
+def listed(text: str) -> list[str]:
+    """Split at commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def check_solving(budget: str, options: dict[str, Any]) -> None:
+    """Refuse words that solving could not use, before minutes go into estimating."""
+    from bitknap.allocation import Budget, profile
+    from bitknap.disk.atomic import read_json
+
+    Budget.parse(budget)
+    profile(options["profile"])
+    _solver(options)
+    for pin in options["pin"]:
+        _pin(pin)
+    for file in options["limits"]:
+        read_json(file)
+
+
+def _solver(options: dict[str, Any]) -> Any:
+    """Return an instance of the solver that was named, with what it was given."""
+    from dataclasses import fields
+    from importlib import import_module
+
+    name = options["solver"] or "knapsack"
+    module, _, attribute = SOLVERS[name].partition(":")
+    kind = getattr(import_module(module), attribute)
+    known = {field.name for field in fields(kind)}
+    settings = {key: options[key] for key in ("gap", "time_limit") if options[key] is not None}
+    for key in settings:
+        if key not in known:
+            flag = key.replace("_", "-")
+            raise InputError(f"--{flag}: the solver {name} does not take it; knapsack and ilp do")
+    if "seed" in known:
+        settings["seed"] = options["seed"]
+    return kind(**settings)
+
+
+def _pin(text: str) -> tuple[str, dict[str, Any]]:
+    """Return the pattern, and the bits or the format it is pinned to."""
+    from bitknap.allocation import Format
+
+    pattern, _, value = text.rpartition("=")
+    if "=" in pattern and value.isdecimal():
+        return pattern, {"bits": int(value)}
+    try:
+        if "=" in pattern:
+            return pattern, {"format": Format.parse(value)}
+        reason = "no bits"
+    except InputError as error:
+        reason = str(error)
+    raise InputError(
+        f"--pin {text!r}: write PATTERN=BITS or PATTERN=FORMAT, "
+        f"such as layer=0,proj=down=8 ({reason})"
+    )
+
+
+def pinned(table: Any, options: dict[str, Any]) -> Any:
+    """Return the table with the pins of the options."""
+    for pin in options["pin"]:
+        pattern, wanted = _pin(pin)
+        table = table.pin(pattern, **wanted)
+    return table
+
+
+def run_solve(table: Any, budget: str, options: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    """Return the solution that the options ask for, and the prices of all profiles if asked.
+
+    Raises:
+        InfeasibleError: no plan is within the limits; says so if protection is what forbids it.
+    """
+    from bitknap.estimators.tables.super_expert_floor import unprotected
+
+    try:
+        return _solved(table, budget, options)
+    except InfeasibleError as error:
+        free = unprotected(table)
+        if free is table or not _feasible(free, budget, options):
+            raise
+        held = table.provenance["protected"]
+        raise InfeasibleError(
+            f"{error}, or estimate with --protect-bits 0: {held['units']} units of super experts "
+            f"are held to {held['bits']} bits"
+        ) from None
+
+
+def _feasible(table: Any, budget: str, options: dict[str, Any]) -> bool:
+    try:
+        _solved(table, budget, {**options, "price": False})
+    except InfeasibleError:
+        return False
+    return True
+
+
+def _solved(table: Any, budget: str, options: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
+    from bitknap.allocation import Budget
+    from bitknap.allocation.tradeoffs.profile_price import price
+    from bitknap.api.planning import plan_for
+
+    table, solver, wanted = pinned(table, options), _solver(options), Budget.parse(budget)
+    limits = [limit for file in options["limits"] for limit in limits_of(file, table)]
+    solution = plan_for(
+        table, wanted, profile_name=options["profile"], solver=solver, limits=limits
+    )
+    prices = price(table, [wanted, *limits], solver=solver) if options["price"] else ()
+    return solution, prices
+
+
+def limits_of(file: Path, table: Any) -> tuple[Any, ...]:
+    """Return the limits in a file, resolved for a table."""
+    from bitknap.allocation.limits.from_file import read_limits
+
+    return read_limits(file, table)
+
+
+def solved(solution: Any) -> dict[str, Any]:
+    """Return a solution as JSON values."""
+    return {
+        "status": solution.status.name,
+        "cost": solution.cost,
+        "bound": solution.bound,
+        "gap": solution.gap,
+        "seconds": round(solution.seconds, 6),
+        "solver": solution.solver,
+        **solution.plan.totals,
+    }
+
+
+def uses(solution: Any) -> dict[str, Any]:
+    """Return what a plan takes of each limit, as JSON values under "limits"."""
+    bounds = solution.plan.header["limits"]
+    return {
+        "limits": {
+            name: {"used": used, "bound": bounds.get(name)} for name, used in solution.used.items()
+        }
+    }
+
+
+def free_path(
+    path: str | Path,
+    overwrite: bool,
+    *,
+    kind: Kind = "file",
+    model: str | None = None,
+    inputs: Iterable[Path | str | None] = (),
+) -> Path:
+    """Return the path if it may be written, and keep other commands from it until this one ends.
+
+    Args:
+        path: the output.
+        overwrite: whether what is there may be replaced, if this tool wrote it.
+        kind: what it will be.
+        model: MODEL that is read.
+        inputs: other files that the command reads or writes; "builtin" and None are none.
+
+    Raises:
+        InputError: it may not be written, or another command is writing it.
+    """
+    out, read = Path(path), [Path(one) for one in inputs if one not in (None, "builtin")]
+    copied_from = None
+    if model is not None:
+        from bitknap.quantization.source.checkpoint import places
+
+        with contextlib.suppress(InputError):  # said where the model is opened
+            read += places(model)
+            copied_from = read[-1]
+    check_output(out, kind, overwrite=overwrite, inputs=read, copied_from=copied_from)
+    context = click.get_current_context(silent=True)
+    if context is not None:
+        context.with_resource(writing(out))
+    return out

@@ -1,0 +1,120 @@
+"""A study on the terminal: live while it runs, as tables and as JSON values afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from bitknap.allocation.search.optuna_trials import shown
+from bitknap.allocation.search.study import Record, Study, front, records
+from bitknap.cli.tables import facts_table
+from bitknap.cli.terminal import present, progress_bars
+
+
+@contextlib.contextmanager
+def watching(trials: int, as_json: bool) -> Iterator[Callable[[Record], None]]:
+    """Yield what is told each finished trial: a live table, plain lines, or a bar beside JSON."""
+    done: list[Record] = []
+    if as_json:
+        with progress_bars() as bar:
+            yield lambda record: bar("trials", record.number, trials) if bar else None
+        return
+    if not sys.stdout.isatty():
+        yield lambda record: print(_line(record), flush=True)
+        return
+    with Live(trials_table("trials", done), transient=True) as live:
+
+        def watch(record: Record) -> None:
+            done.append(record)
+            live.update(trials_table(f"trials: {len(done)} of {trials}", done[-10:], done))
+
+        yield watch
+
+
+def _line(record: Record) -> str:
+    if record.loss is None:
+        return f"trial {record.number}: {record.state}, {record.reason}"
+    return (
+        f"trial {record.number}: loss {record.loss:.6g}, predicted {record.predicted:.6g}, "
+        f"{record.nbytes:,} bytes"
+    )
+
+
+def trials_table(title: str, rows: list[Record], every: list[Record] | None = None) -> Table:
+    """Return trials as a table, the best of them all marked."""
+    losses = [record.loss for record in every or rows if record.loss is not None]
+    caption = f"best so far: {min(losses):.6g}" if every and losses else None
+    table = Table(title=title, caption=caption)
+    for head in ("trial", "measured", "predicted", "bpw", "bytes", ""):
+        table.add_column(head, justify="right" if head else "left")
+    for record in rows:
+        note = escape(record.reason or record.state) if record.loss is None else ""
+        if record.loss is not None and record.loss == min(losses):
+            note = "best"
+        cells = [_number(value) for value in (record.loss, record.predicted, record.bpw)]
+        size = "–" if record.nbytes is None else f"{record.nbytes:,}"
+        table.add_row(str(record.number), *cells, size, note)
+    return table
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.5g}"
+
+
+def row_of(record: Record) -> dict[str, Any]:
+    """Return a trial as JSON values."""
+    names = ("number", "state", "loss", "predicted", "nbytes", "bpw", "reason", "seconds")
+    row = {name: getattr(record, name) for name in names}
+    return row | {"params": dict(record.params)}
+
+
+def summary(found: Study) -> dict[str, Any]:
+    """Return how a study stands, as JSON values; passwords left out."""
+    every = records(found)
+    states = [record.state for record in every]
+    shortest = front(found)
+    document: dict[str, Any] = {
+        "study": found.name,
+        "storage": shown(found.storage),
+        "about": dict(found.about),
+        "measured": dict(found.measured),
+        "trials": {state: states.count(state) for state in sorted(set(states))},
+        "first": row_of(every[0]) if every else None,
+    }
+    if found.knobs.budget:
+        return document | {"front": [row_of(record) for record in shortest]}
+    losses = [r for r in every if r.loss is not None]
+    least = min(losses, key=lambda r: (r.loss, r.number), default=None)
+    return document | {"best": None if least is None else row_of(least)}
+
+
+def present_study(found: Study, as_json: bool, more: dict[str, Any] | None = None) -> None:
+    """Print how the study stands: facts, and the best trials or the front; or all as JSON."""
+    document = summary(found) | (more or {})
+    about = found.about
+    spoken = ", ".join(f"{count} {state}" for state, count in document["trials"].items())
+    low, high = found.knobs.budget or (0, 0)
+    facts = {
+        "storage": document["storage"],
+        "table": about["table"]["name"],
+        "budget": about["budget"] or f"{low:g} to {high:g} bpw",
+        "profile": about["profile"],
+        "sampler": about["sampler"],
+        "trials": spoken,
+    }
+    facts |= {"tokens": found.measured["tokens"]} if "tokens" in found.measured else {}
+    complete = [record for record in records(found) if record.loss is not None]
+    if complete and not found.knobs.budget:
+        facts["loss of trial 0"] = _number(document["first"]["loss"])
+        facts["smallest loss"] = _number(document["best"]["loss"])
+    title, rows = "smallest losses", sorted(complete, key=lambda r: (r.loss, r.number))[:5]
+    if found.knobs.budget:
+        title, rows = "front of size and loss", front(found)
+    tables = [facts_table(f"study {found.name}", facts | (more or {}))]
+    present(as_json, document, *tables, *([trials_table(title, rows)] if rows else []))

@@ -1,0 +1,311 @@
+"""What may be written where: asked before any work, and again when the old makes way for the new.
+
+An output is never an input, nor in one, nor around one. `--overwrite` replaces only what this tool
+wrote (`manifest`). What was there stays until the new one is whole on the disk; a kill at any point
+leaves the old one or the new one, and besides, under hidden names that the next run cleans up:
+
+    .OUT.new     a folder that is being written
+    .OUT.old     a folder that is about to take the place, or has lost it
+    .OUT.lock    who is writing OUT; that process holds the lock of the file
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import platform
+import re
+import shutil
+import stat
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Literal
+
+from bitknap.disk import manifest
+from bitknap.disk.atomic import beside, existing, folders_above, name_limit, synced, try_lock
+from bitknap.errors import InputError
+
+Kind = Literal["file", "folder"]
+
+
+def check_output(
+    path: Path,
+    kind: Kind,
+    *,
+    overwrite: bool,
+    inputs: Iterable[Path] = (),
+    copied_from: Path | None = None,
+) -> None:
+    """Raise InputError unless an output may be written; nothing is changed.
+
+    Args:
+        path: the output.
+        kind: what it will be.
+        overwrite: whether what is there may be replaced, if this tool wrote it.
+        inputs: files and folders that are read, or written by the same command.
+        copied_from: folder of the model, whose files an earlier version copied into the output.
+    """
+    _check_name(path)
+    check_apart(path, inputs)
+    _check_above(path, kind)
+    if not os.path.lexists(path):
+        return
+    mode = path.lstat().st_mode
+    if stat.S_ISLNK(mode):
+        raise InputError(f"{path} is a link to {path.readlink()}; name the {kind} itself")
+    fits = stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)
+    if not fits:
+        what = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "a device"
+        raise InputError(f"{path} is {what}, and a {kind} is to be written; choose another name")
+    if not overwrite:
+        raise InputError(f"{path} exists; choose another name or pass --overwrite")
+    if kind == "folder":
+        _check_replaceable(path)
+        manifest.check_ours(path, copied_from)
+    elif not manifest.is_ours(path):
+        raise InputError(
+            f"{path} was not written by Bitknap, and --overwrite replaces only what was; "
+            "move it away or choose another name"
+        )
+
+
+def check_apart(path: Path, inputs: Iterable[Path]) -> None:
+    """Raise InputError if an output is an input, lies in one or contains one.
+
+    Places are compared as the file system knows them: links, "..", and other spellings of a name
+    do not hide that two are one.
+    """
+    real = Path(os.path.realpath(path))
+    here, above = _identity(real), {_identity(folder) for folder in real.parents}
+    for given in inputs:
+        whole = Path(os.path.realpath(given))
+        relation = ""
+        if _identity(whole) == here:
+            relation = "is"
+        elif _identity(whole) in above:
+            relation = "lies in"
+        elif any(here in map(_identity, (at, *at.parents)) for at in _places(whole)):
+            relation = "contains"
+        if relation:
+            raise InputError(
+                f"{path} {relation} {given}, and an output must be apart from all else that the "
+                "command reads and writes; choose another place"
+            )
+
+
+def _places(whole: Path) -> Iterator[Path]:
+    """Yield an input, and where the files of a folder truly are."""
+    yield whole
+    if os.path.lexists(whole) and whole.is_dir():
+        for file in whole.iterdir():
+            if not file.is_dir():
+                yield Path(os.path.realpath(file))
+
+
+def _identity(path: Path) -> object:
+    """Return what tells a file or folder from others; of one that is not there, its name."""
+    try:
+        found = path.stat()
+    except OSError:
+        return str(path)
+    return found.st_dev, found.st_ino
+
+
+def _check_name(path: Path) -> None:
+    size, limit = len(os.fsencode(path.name)), name_limit(path)
+    if size > limit:
+        raise InputError(
+            f"{path}: the name has {size} bytes, the file system takes {limit}; "
+            "choose a shorter name"
+        )
+
+
+def _check_above(path: Path, kind: Kind) -> None:
+    """Raise InputError unless the folder of an output can be written to, or made."""
+    above = existing(path)
+    if not above.exists():
+        raise InputError(f"{path}: {above} is a link to nothing; choose another folder")
+    if not above.is_dir():
+        raise InputError(f"{path}: {above} is a file, not a folder; choose another folder")
+    if not os.access(above, os.W_OK | os.X_OK):
+        fixed = os.statvfs(above).f_flag & os.ST_RDONLY
+        why = "is on a read-only file system" if fixed else "may not be written to"
+        raise InputError(f"{path}: {above} {why}; choose another folder")
+
+
+def _check_replaceable(path: Path) -> None:
+    if path.is_mount():
+        raise InputError(f"{path} is a mount point, which cannot be replaced; name a folder in it")
+    current, real = Path.cwd(), path.resolve()
+    if real == current or real in current.parents:
+        raise InputError(
+            f"{path} holds the folder that the command runs in; choose another name or "
+            "start it elsewhere"
+        )
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Keep other processes from writing an output while the block runs.
+
+    The block may enter it again: a command holds it from its first check to its end, and what it
+    calls holds it while it writes.
+
+    Raises:
+        InputError: another process, or another thread of this one, is writing it.
+    """
+    with folders_above(path):
+        lock = beside(path, "lock")
+        handle = _lock(lock, path)
+        try:
+            yield
+        finally:
+            if handle is not None:
+                lock.unlink(missing_ok=True)
+                os.close(handle)
+
+
+def _lock(lock: Path, path: Path) -> int | None:
+    """Return the open lock file; None if this thread holds it already."""
+    holder = f"bitknap {platform.node()} {os.getpid()} {threading.get_ident()}\n".encode()
+    while True:
+        handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        is_free, found = try_lock(handle), os.pread(handle, 1 << 10, 0)
+        if not is_free or (found and not found.startswith(b"bitknap ")):
+            os.close(handle)
+            if found == holder:
+                return None
+            if is_free:
+                raise InputError(
+                    f"{lock} is in the way and was not written by Bitknap; move it away"
+                )
+            raise InputError(f"{path}: another process is writing it; wait for that one")
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), lock.stat()):
+                os.ftruncate(handle, 0)
+                os.pwrite(handle, holder, 0)
+                return handle
+        os.close(handle)  # who held it before has deleted it
+
+
+@contextlib.contextmanager
+def whole_folder(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) -> Iterator[Path]:
+    """Yield an empty temporary folder that becomes `path` if the block ends without an error.
+
+    Args:
+        path: the folder to write.
+        overwrite: whether what is there may be replaced, if this tool wrote it.
+        inputs: what is read.
+
+    Raises:
+        InputError: `path` may not be written, or another process is writing it.
+    """
+    check_output(path, "folder", overwrite=overwrite, inputs=inputs)
+    with writing(path):
+        part = beside(path, "new")
+        _discard(part)
+        part.mkdir()
+        try:
+            manifest.sign(part)
+            yield part
+            manifest.sign(part)
+            place(part, path, overwrite=overwrite)
+        except BaseException:
+            shutil.rmtree(part, ignore_errors=True)
+            raise
+
+
+def place(part: Path, path: Path, *, overwrite: bool, copied_from: Path | None = None) -> None:
+    """Make a finished folder become `path`, in the place of what is there; called in `writing`.
+
+    Args:
+        part: the finished folder, with the list of its files.
+        path: the output.
+        overwrite: whether what is there may be replaced, if this tool wrote it.
+        copied_from: as of `check_output`.
+
+    Raises:
+        InputError: what is there may not be replaced; `part` is left as it is.
+    """
+    for folder, _, files in os.walk(part, topdown=False):
+        for file in files:
+            synced(Path(folder, file))
+        synced(Path(folder))
+    part.chmod(0o755)
+    aside = beside(path, "old")
+    check_output(path, "folder", overwrite=overwrite, copied_from=copied_from)
+    if not path.exists() or not any(path.iterdir()):
+        part.rename(path)  # takes an empty folder's place, and no other's
+        synced(path.absolute().parent)
+        _discard_old(aside)
+        return
+    if manifest.listed(path) is None:  # of an earlier version: what is put aside must be known
+        manifest.sign(path)
+    _discard_old(aside)
+    part.rename(aside)
+    if not _exchange(aside, path):
+        aside.rename(part)
+        path.rename(aside)
+        part.rename(path)
+    synced(path.absolute().parent)
+    manifest.remove(aside)
+
+
+def _discard(part: Path) -> None:
+    """Delete what a killed run left of a folder that it was writing."""
+    if not os.path.lexists(part):
+        return
+    started = all(manifest.MANIFEST in file.name for file in part.iterdir())
+    if manifest.listed(part) is None and not started:
+        raise InputError(f"{part} is in the way and was not written by Bitknap; move it away")
+    shutil.rmtree(part)
+
+
+def _discard_old(aside: Path) -> None:
+    """Delete what a killed run left of a folder that it replaced."""
+    if not os.path.lexists(aside):
+        return
+    if manifest.listed(aside) is None and any(aside.iterdir()):
+        raise InputError(f"{aside} is in the way and was not written by Bitknap; move it away")
+    manifest.remove(aside)
+
+
+def holds_only(folder: Path, names: str) -> bool:
+    """Return whether a hidden working folder is ours: all in it has names that we give.
+
+    Args:
+        folder: a folder, or a name that is free.
+        names: pattern of the names; those of files that are being written are known.
+    """
+    if not os.path.lexists(folder):
+        return True
+    if folder.is_symlink() or not folder.is_dir():
+        return False
+    known = re.compile(rf"(?:{names})|\..+\.(tmp-\w{{8}}|new|old|lock)")
+    return all(known.fullmatch(item.name) for item in folder.iterdir())
+
+
+def check_only(folder: Path, names: str) -> None:
+    """Raise InputError if a hidden working folder is not ours; see `holds_only`."""
+    if not holds_only(folder, names):
+        raise InputError(f"{folder} is in the way and was not written by Bitknap; move it away")
+
+
+def drop(folder: Path, names: str) -> None:
+    """Delete a hidden working folder if it is ours; see `holds_only`."""
+    if holds_only(folder, names):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two names change places in one step; return False where the system cannot."""
+    if not sys.platform.startswith("linux"):
+        return False
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:
+        return False
+    here, swap = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(renameat2(here, os.fsencode(one), here, os.fsencode(other), swap) == 0)

@@ -1,0 +1,1 @@
+"""Reports: HTML pages, pictures and the facts on them."""

@@ -1,0 +1,164 @@
+"""What a comparison's rows say: their order, who is best of a group, and what is not significant.
+
+A document is what `bitknap compare` writes as compare.json: plain JSON values, any part may be
+missing.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bitknap.report.figure_files import DOTS, LINE
+
+Row = Mapping[str, Any]
+
+OURS, UNREFINED = "ours", "ours, unrefined"
+# Two values this many standard errors apart are told apart; fewer are not.
+ERRORS = 2.0
+# Colours of the groups (Okabe and Ito's palette, told apart by everyone), most important first.
+GROUPS = {
+    "ours": LINE,
+    "uniform": DOTS,
+    "published": "#CC79A7",
+    "estimator": "#56B4E9",
+    "search": "#E69F00",
+    "signal": "#009E73",
+    "random": "#8C959F",
+}
+# Of groups that are not known, and of what is no group.
+OTHER = "#8C959F"
+_COLUMNS = (
+    *("budget", "strategy", "group", "source", "status", "reason", "setting", "bytes", "bpw"),
+    *("kl", "kl_se", "perplexity", "top1", "difference", "difference_se", "ratio", "rank"),
+    *("measurements", "predicted"),
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """How one row stands to ours at its own bytes.
+
+    Attributes:
+        budget: as the document names it.
+        role: what the row is the best of, such as "best uniform".
+        row: the other strategy's.
+        ours: our row at that budget, or None.
+        word: of `standing`.
+    """
+
+    budget: str
+    role: str
+    row: Row
+    ours: Row | None
+    word: str
+
+
+def rows_of(document: Mapping[str, Any]) -> list[Row]:
+    """Return all rows, or none."""
+    return list(document.get("rows") or ())
+
+
+def budgets_of(document: Mapping[str, Any]) -> list[str]:
+    """Return the names of the budgets: those listed first, then those that only rows have."""
+    listed = [str(entry["budget"]) for entry in document.get("budgets") or ()]
+    return [*dict.fromkeys([*listed, *(str(row.get("budget")) for row in rows_of(document))])]
+
+
+def at(document: Mapping[str, Any], budget: str) -> list[Row]:
+    """Return the rows of a budget: ours, its variants, others by KL, those without one."""
+
+    def key(row: Row) -> tuple[bool, bool, bool, float, str]:
+        kl, name = number(row, "kl"), str(row.get("strategy"))
+        return (
+            name != OURS,
+            row.get("group") != OURS,
+            kl is None,
+            math.inf if kl is None else kl,
+            name,
+        )
+
+    return sorted((row for row in rows_of(document) if str(row.get("budget")) == budget), key=key)
+
+
+def number(row: Row, key: str) -> float | None:
+    """Return a finite number of a row that was measured, or None."""
+    value = row.get(key)
+    if row.get("status", "ok") != "ok" or isinstance(value, bool):
+        return None
+    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def standing(row: Row) -> str:
+    """Return where a row's KL is from ours: "higher", "lower", "alike" or, unknown, ""."""
+    difference, error = number(row, "difference"), number(row, "difference_se")
+    if difference is None or error is None:
+        return ""
+    if abs(difference) <= ERRORS * error:
+        return "alike"
+    return "higher" if difference > 0 else "lower"
+
+
+def verdicts(document: Mapping[str, Any]) -> list[Verdict]:
+    """Return at every budget how the best uniform, published and other strategy stand to ours."""
+    found = []
+    for budget in budgets_of(document):
+        rows = at(document, budget)
+        ours = next((row for row in rows if row.get("strategy") == OURS), None)
+        others = [row for row in rows if row.get("group") != OURS]
+        groups = {
+            "best uniform": [row for row in others if row.get("group") == "uniform"],
+            "best published": [row for row in others if row.get("group") == "published"],
+            "best of the others": [
+                row for row in others if row.get("group") not in ("uniform", "published")
+            ],
+        }
+        for role, candidates in groups.items():
+            row = _lowest(candidates)
+            if row is not None:
+                word = standing(row)
+                found.append(Verdict(budget=budget, role=role, row=row, ours=ours, word=word))
+    return found
+
+
+def geometric_mean(values: Iterable[float | None]) -> float | None:
+    """Return the geometric mean of the positive numbers among `values`, None of none."""
+    logs = [math.log(value) for value in values if value is not None and value > 0]
+    return math.exp(sum(logs) / len(logs)) if logs else None
+
+
+def rows_csv(document: Mapping[str, Any]) -> str:
+    """Return all rows as CSV with one head line; the KL of each domain is a column "kl_NAME".
+
+    Numbers are written in full, missing ones are empty. Equal documents give equal texts.
+    """
+    rows = rows_of(document)
+    listed = (document.get("about") or {}).get("domains") or ()
+    seen = (name for row in rows for name in row.get("domain_kl") or ())
+    domains = [*dict.fromkeys([*map(str, listed), *map(str, seen)])]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*_COLUMNS, *(f"kl_{name}" for name in domains)])
+    for budget in budgets_of(document):
+        for row in at(document, budget):
+            by_domain = row.get("domain_kl") or {}
+            cells: Sequence[Any] = [
+                *(row.get(name) for name in _COLUMNS),
+                *(by_domain.get(name) for name in domains),
+            ]
+            writer.writerow(["" if cell is None else cell for cell in cells])
+    return buffer.getvalue()
+
+
+def _lowest(rows: Sequence[Row]) -> Row | None:
+    """Return the row of the lowest KL, the first by name of equal ones; None where none has any."""
+    best: tuple[float, str, Row] | None = None
+    for row in rows:
+        kl = number(row, "kl")
+        if kl is not None and (best is None or (kl, str(row.get("strategy"))) < best[:2]):
+            best = kl, str(row.get("strategy")), row
+    return None if best is None else best[2]

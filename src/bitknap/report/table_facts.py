@@ -1,0 +1,157 @@
+"""What a cost table says of itself beside its costs: as JSON values, and as lines for people."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from bitknap.allocation import CostTable
+from bitknap.allocation.problem.budget import human
+
+# Experts that a line names before it only counts them.
+_NAMED = 12
+
+
+def table_summary(table: CostTable) -> dict[str, Any]:
+    """Return what a table is, as JSON values; a format's cost is of the units that may use it."""
+    allowed = np.isfinite(table.cost)
+    costs = np.where(allowed, table.cost, 0.0).sum(0).tolist()
+    forbidden = (~allowed).sum(0).tolist()
+    sizes = table.nbytes.sum(0).tolist()
+    return {
+        "kind": "table",
+        "units": len(table.units),
+        "weights": table.weights,
+        "formats": {
+            item.name: {"bytes": size, "cost": cost} | ({"forbidden": count} if count else {})
+            for item, size, cost, count in zip(table.formats, sizes, costs, forbidden, strict=True)
+        },
+        "provenance": told(table.provenance),
+    }
+
+
+def told(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a header or a provenance to be shown: without the megabytes of an order of neurons."""
+    twin = said.get("rewritten")
+    order = twin.get("order") if isinstance(twin, Mapping) else None
+    if not isinstance(twin, Mapping) or not isinstance(order, Mapping):
+        return dict(said)
+    return {**said, "rewritten": {**twin, "order": {"blocks": order.get("blocks")}}}
+
+
+def notes(table: CostTable) -> str:
+    """Return what to know before trusting a table, one fact a line."""
+    said = table.provenance
+    lines = [*_experts(said), *_repaired(said), *_rewritten(said)]
+    for one in (said, *said.get("each", ())):
+        lines += [*_check(one), *_proxies(one), *_samples(one)]
+    if said.get("initial_router") is False:
+        lines.append("no initial router: final norms alone rank experts; --initial-router adds it")
+    return "\n".join(lines)
+
+
+def few_tokens_note(few: Sequence[Sequence[Any]]) -> str:
+    """Return a line on matrices that a method could not round by their tokens."""
+    named = _some([f"{layer}/{expert} {name} ({seen})" for layer, expert, name, seen in few])
+    return f"few tokens for their width, rounded nearly to nearest: layer/expert (tokens) {named}"
+
+
+def left_out_note(left: Mapping[str, Sequence[str]]) -> str:
+    """Return a line a reason for which files of the source's folder were not copied."""
+    lines = [f"not copied, {why}: {_some(names)}" for why, names in sorted(left.items())]
+    # A name on disk need not be valid text.
+    return "\n".join(lines).encode(errors="backslashreplace").decode()
+
+
+def decoded_note(sizes: Mapping[str, Any]) -> str:
+    """Return a line on tensors that the source has in fewer bits than are written."""
+    return (
+        f"{sizes['decoded']:,} tensors that are not quantized are written as bf16, which is how "
+        f"every loader reads them: {human(sizes['decoded_bytes'])} instead of "
+        f"{human(sizes['stored_bytes'])} in the source"
+    )
+
+
+def _experts(said: Mapping[str, Any]) -> list[str]:
+    if "text" not in said and "texts" not in said:
+        return ["no calibration text was read"]
+    few, large = said.get("coverage", []), said.get("super_experts", [])
+    lines = ["every expert saw enough tokens"]
+    if few:
+        named = _some([f"{layer}/{expert} ({seen})" for layer, expert, seen in few])
+        lines = [f"few tokens, shrunk to the layer's mean: layer/expert (tokens) {named}"]
+    if large:
+        named = _some([f"{layer}/{expert} ({times:g} x)" for layer, expert, times in large])
+        lines.append(
+            f"super experts, output far above the layer's median: layer/expert (times) {named}"
+        )
+        held = said.get("protected", {})
+        lines.append(
+            f"the model cannot do without them: their {held['units']} units get no grid below "
+            f"{held['bits']} bits, or the widest there is (--protect-bits)"
+            if held.get("units")
+            else "the model cannot do without them, and they are not protected (--protect-bits)"
+        )
+    return lines
+
+
+def _repaired(said: Mapping[str, Any]) -> list[str]:
+    count = said.get("repaired")
+    return [f"{count:,} costs rose with the width and were pooled"] if count else []
+
+
+def _rewritten(said: Mapping[str, Any]) -> list[str]:
+    blocks, twin = said.get("row_blocks"), said.get("rewritten", {})
+    ways = [
+        f"each matrix cut into {blocks} runs of rows" if blocks else "",
+        "neurons sorted by sensitivity" if twin.get("order") else "",
+        f"residual stream rotated (seed {twin.get('rotation')})"
+        if twin.get("rotation") is not None
+        else "",
+    ]
+    return ["; ".join(filter(None, ways))] if any(ways) else []
+
+
+def _check(said: Mapping[str, Any]) -> list[str]:
+    found = said.get("check")
+    if not found:
+        return []
+    names = {"spearman": "rank correlation", "slope": "slope", "scale": "measured over predicted"}
+    numbers = [f"{name} {_short(found[key])}" for key, name in names.items()]
+    regret = f"regret {_short(found['regret'])}"
+    where = f"{found['plans']} held-out plans at {found['bits']:.4g} bpw"
+    return [f"{where}: {', '.join([*numbers, regret])}"]
+
+
+def _proxies(said: Mapping[str, Any]) -> list[str]:
+    found = said.get("proxies")
+    if not found:
+        return []
+    dropped = found.get("dropped", [])
+    fitted = {name: value for name, value in found["exponents"].items() if name not in dropped}
+    exponents = ", ".join(f"{name} {value:.3g}" for name, value in fitted.items())
+    lines = [f"exponents fitted on halves of groups: {exponents or 'none'}"]
+    if dropped:
+        lines.append(f"alike for all units, so left out: {', '.join(dropped)}")
+    return [*lines, *([str(found["note"])] if found.get("note") else [])]
+
+
+def _samples(said: Mapping[str, Any]) -> list[str]:
+    if "samples" not in said:
+        return []
+    lines = [f"rules from {said.get('measurements', 0):,} measured cells"]
+    scores = said["samples"].get("spearman")
+    if scores:
+        lines.append(f"rank correlation on held-out cells while measuring: {scores[-1]:.3f}")
+    return [*lines, *([str(said["note"])] if said.get("note") else [])]
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _some(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return ", ".join(names[:_NAMED]) + more

@@ -1,0 +1,518 @@
+"""Studies: shared, resumed, repeatable, and refused in one line."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import optuna
+import pytest
+
+from bitknap.allocation import BitPlan, CostTable, formats
+from bitknap.allocation.search.optuna_trials import attempts, make_sampler, open_storage, shown
+from bitknap.allocation.search.optuna_trials import worker as worker_name
+from bitknap.allocation.search.search_space import Knobs
+from bitknap.allocation.search.study import Record, best, create, front, load, plan_of, records, run
+from bitknap.errors import (
+    BitknapError,
+    FileError,
+    InfeasibleError,
+    InputError,
+    MismatchError,
+)
+from bitknap.testing import routed_units
+
+TILTS = Knobs(tilts=("layer", "proj"))
+WIDTHS = formats((2, 3, 4), (8, "row"))
+
+
+def save(path, seed=0, model="abc"):
+    draw = np.random.default_rng(seed)
+    units = routed_units(3, 4)
+    decay = np.array([4.0**-item.bits * (2 if item.group_size == 0 else 1) for item in WIDTHS])
+    cost = draw.lognormal(size=(len(units), 1)) * decay
+    table = CostTable.from_arrays(
+        cost, units=units, formats=WIDTHS, spread=0.2 * cost, provenance={"model": model}
+    )
+    table.save(path)
+    return path
+
+
+def loss(plan):
+    """Return a loss that no sum gives: the largest unit cost of a layer, layers weighed apart."""
+    bits = np.array([item.bits for item in plan.formats])[plan.choice]
+    each = 4.0**-bits
+    return float(sum((1 + 4 * i) * each[plan.units.layer == i].max() for i in range(3)))
+
+
+def losses(rows):
+    return np.array([row.loss for row in rows])
+
+
+def sizes(rows):
+    return np.array([row.nbytes for row in rows])
+
+
+@pytest.fixture
+def table(tmp_path):
+    return save(tmp_path / "table.safetensors")
+
+
+@pytest.fixture(params=["sqlite", "journal"])
+def url(request, tmp_path):
+    return f"sqlite:///{tmp_path}/s.db" if request.param == "sqlite" else f"{tmp_path}/s.log"
+
+
+@pytest.fixture
+def journal(tmp_path):
+    return f"journal:{tmp_path}/s.log"
+
+
+# What a study is, and that it comes back the same
+
+
+def test_a_study_is_made_run_and_read(table, journal):
+    made = create("s", journal, table, budget="4.5bpw", knobs=TILTS, seed=1)
+    assert [record.state for record in records(made)] == ["waiting"]
+    told: list[Record] = []
+    run(made, loss, 4, measured={"text": "a"}, watch=told.append)
+    study = load("s", journal)
+    assert [record.number for record in told] == [0, 1, 2, 3]
+    assert [r.state for r in records(study)] == ["complete"] * 4
+    first, winner = records(study)[0], best(study)
+    assert set(first.params.values()) == {0.0}
+    assert winner.loss == losses(records(study)).min() <= losses([first])[0]
+    assert study.measured == {"text": "a"}
+    assert study.about["model"] == "abc"
+    assert study.about["table"]["sha256"] == hashlib.sha256(table.read_bytes()).hexdigest()
+    # What the trial stored is what its parameters give again.
+    plan = plan_of(study, winner.params, winner)
+    assert loss(plan) == winner.loss
+    assert (plan.total_bytes, plan.bpw) == (winner.nbytes, winner.bpw)
+    assert plan.header["objective"] == winner.predicted
+    assert plan.bpw <= 4.5
+    assert plan.model == "abc"
+    kept = {key: plan.header[key] for key in ("study", "trial", "measured", "profile")}
+    assert kept == {
+        "study": "s",
+        "trial": winner.number,
+        "measured": {"loss": winner.loss, "text": "a"},
+        "profile": "gate_eq_up",
+    }
+
+
+def test_the_header_can_be_saved(table, journal, tmp_path):
+    made = create("s", journal, table, budget="4.5bpw")
+    run(made, loss, 1)
+    plan_of(made, best(made).params, best(made)).save(tmp_path / "plan.json")
+    assert BitPlan.load(tmp_path / "plan.json").header["trial"] == 0
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
+def test_one_worker_is_repeatable_and_may_stop_in_between(table, tmp_path, sampler):
+    params = []
+    for name, parts in (("a", (12,)), ("b", (5, 7))):
+        url = f"journal:{tmp_path}/{name}.log"
+        made = create("s", url, table, budget="4.5bpw", sampler=sampler, knobs=TILTS, seed=7)
+        run(made, loss, parts[0])
+        for part in parts[1:]:
+            run(load("s", url), loss, part)
+        params.append([dict(record.params) for record in records(made)])
+    assert params[0] == params[1]
+    assert len({json.dumps(p) for p in params[0]}) == 12
+
+
+def test_a_seed_matters(table, tmp_path):
+    found = []
+    for seed in (0, 1):
+        made = create("s", f"{tmp_path}/{seed}.log", table, budget="4.5bpw", knobs=TILTS, seed=seed)
+        run(made, loss, 2)
+        found.append(records(made)[1].params)
+    assert found[0] != found[1]
+
+
+def test_equal_plans_are_measured_once(table, journal):
+    seen = []
+
+    def count(plan):
+        seen.append(plan.choice.tobytes())
+        return loss(plan)
+
+    made = create("s", journal, table, budget="4.5bpw", knobs=Knobs(tilts=("layer",), width=0.01))
+    run(made, count, 8)
+    assert len(seen) == len(set(seen)) < 8
+    assert len({record.loss for record in records(made)}) == len(seen)
+
+
+def test_features_turn_costs(table, journal, tmp_path):
+    other = save(tmp_path / "other.safetensors", seed=5)
+    knobs = Knobs(exponents=("other",), risk=True, formats=True, floor=True, cap=True)
+    made = create("s", journal, table, features=[other], budget="4.5bpw", knobs=knobs)
+    run(made, loss, 6)
+    study = load("s", journal, table=table, features=[other])
+    assert set(records(study)[1].params) == {
+        "exponent:other", "risk", "allow:g8", "allow:row", "floor", "cap"
+    }  # fmt: skip
+    assert study.knobs == knobs
+    for record in records(study):
+        if record.state == "complete":
+            assert plan_of(study, record.params).total_bytes == record.nbytes
+
+
+def test_size_against_loss_gives_a_front(table, journal):
+    knobs = Knobs(tilts=("layer",), budget=(4.5, 8.0))
+    made = create("s", journal, table, sampler="nsga2", knobs=knobs)
+    run(made, loss, 23)
+    assert [record.params["bits"] for record in records(made)[:3]] == [6.25, 4.5, 8.0]
+    ends = front(made)
+    assert len(ends) > 1
+    assert (np.diff(sizes(ends)) > 0).all()
+    assert (np.diff(losses(ends)) < 0).all()
+    for size, lost in zip(sizes(records(made)), losses(records(made)), strict=True):
+        assert ((sizes(ends) <= size) & (losses(ends) <= lost)).any()
+    small = best(made, "5bpw")
+    assert small in ends
+    assert sizes([small])[0] <= 5 / 8 * made.table.weights
+    assert best(made) == ends[-1]
+    with pytest.raises(InfeasibleError, match="budget 1bpw: the smallest measured plan takes"):
+        best(made, "1bpw")
+
+
+# Trials that fail
+
+
+def test_failures_are_told_and_the_study_goes_on(table, journal):
+    values = iter([float("nan"), 1.0, float("inf"), 2.0])
+    made = create("s", journal, table, budget="4.5bpw", knobs=Knobs(tilts=("layer",), width=9))
+    run(made, lambda plan: next(values), 2)
+    assert [(r.state, r.reason, r.loss) for r in records(made)] == [
+        ("failed", "the objective is nan", None),
+        ("complete", "", 1.0),
+        ("failed", "the objective is inf", None),
+        ("complete", "", 2.0),
+    ]
+
+
+def test_parameters_without_a_plan_are_pruned(table, journal):
+    # 3 bits and a zero point a row of 16 do not fit 4.5 bpw: half of the floors have no plan.
+    made = create("s", journal, table, budget="4.5bpw", knobs=Knobs(floor=True, formats=True))
+    run(made, loss, 12)
+    pruned = [record for record in records(made) if record.state == "pruned"]
+    assert pruned
+    for record in pruned:
+        assert record.reason.startswith(("memory: smallest plan needs", "knobs: the allowed"))
+    assert sum(record.state == "complete" for record in records(made)) == 12
+
+
+def test_failing_without_end_is_an_error(table):
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(study_name="s")
+    with pytest.raises(BitknapError) as error:
+        list(attempts(study, lambda trial: [float("nan")], 1, patience=5))
+    assert str(error.value) == (
+        "study 's': 5 trials in a row failed, the last with 'the objective is nan'; "
+        "widen the budget or the knobs"
+    )
+    assert len(study.trials) == 5
+
+
+def test_an_error_of_the_measurement_comes_through(table, journal):
+    made = create("s", journal, table, budget="4.5bpw", knobs=TILTS)
+
+    def broken(plan):
+        raise ZeroDivisionError("by the user")
+
+    with pytest.raises(ZeroDivisionError):
+        run(made, broken, 1)
+
+    def stopped(plan):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(made, stopped, 1)
+    assert [record.reason for record in records(made)[:2]] == [
+        "ZeroDivisionError: by the user",
+        "KeyboardInterrupt",
+    ]
+
+
+# Workers
+
+WORKER = """
+import sys, time
+from bitknap.allocation.search.study import load, run
+name, url, trials, seconds = sys.argv[1:]
+def measure(plan):
+    print("measuring", flush=True)
+    time.sleep(float(seconds))
+    return float(plan.choice.sum())
+run(load(name, url), measure, int(trials))
+"""
+
+
+def worker(url, trials, seconds):
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, "s", url, str(trials), str(seconds)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def test_two_workers_share_a_study(table, url):
+    knobs = Knobs(tilts=("layer",), width=3)
+    made = create("s", url, table, budget="4.5bpw", knobs=knobs)
+    processes = [worker(url, 2, 0.1) for _ in range(2)]
+    for process in processes:
+        process.communicate(timeout=60)
+        assert process.returncode == 0
+    found = records(load("s", url))
+    assert [record.number for record in found] == list(range(4))
+    assert {record.state for record in found} == {"complete"}
+    assert len({json.dumps(dict(record.params)) for record in found}) == 4
+    assert len({t.user_attrs["worker"] for t in made.trials.trials}) == 2
+
+
+def test_a_trial_that_another_worker_told_first_is_made_up_for(table, journal):
+    study = create("s", journal, table, budget="4.5bpw", knobs=TILTS)
+
+    def told(plan):
+        if len(study.trials.trials) == 1:
+            study.trials.tell(0, 0.5)  # by the other worker, meanwhile
+        return loss(plan)
+
+    run(study, told, 1)
+    assert [record.state for record in records(study)] == ["complete", "complete"]
+    assert records(study)[0].loss == 0.5
+
+
+def test_a_killed_worker_loses_its_running_trial_alone(table, journal):
+    create("s", journal, table, budget="4.5bpw", knobs=TILTS)
+    process = worker(journal, 5, 60)
+    assert process.stdout.readline() == "measuring\n"
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    study = load("s", journal)
+    assert [record.state for record in records(study)] == ["running"]
+    run(study, loss, 2)
+    assert [(r.state, r.reason) for r in records(study)] == [
+        ("failed", "its worker was killed"),
+        ("complete", ""),
+        ("complete", ""),
+    ]
+    # It was the trial that turns nothing: it came back.
+    assert set(records(study)[1].params.values()) == {0.0}
+
+
+@pytest.mark.parametrize(
+    "name", [worker_name(), "elsewhere/0:1", ""], ids=["live", "foreign", "unsigned"]
+)
+def test_a_live_or_foreign_workers_trial_is_left_alone(table, journal, name):
+    study = create("s", journal, table, budget="4.5bpw", knobs=TILTS)
+    study.trials.ask().set_user_attr("worker", name)
+    run(study, loss, 1)
+    assert [record.state for record in records(study)] == ["running", "complete"]
+
+
+def test_a_torn_journal_is_mended(table, tmp_path):
+    path = tmp_path / "s.log"
+    made = create("s", str(path), table, budget="4.5bpw", knobs=TILTS)
+    run(made, loss, 2)
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"op_code":4,"wor')
+    study = load("s", str(path))
+    assert path.read_bytes() == whole
+    run(study, loss, 1)
+    assert [record.state for record in records(load("s", str(path)))] == ["complete"] * 3
+
+
+@pytest.mark.parametrize("content", [b"my thesis", b'{"my": 1}\n{"thesis"', b'{"opinion'])
+def test_a_file_of_somebody_else_is_left_as_it_is(content, table, tmp_path):
+    path = tmp_path / "notes.log"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="not a journal of Optuna"):
+        load("s", str(path))
+    with pytest.raises(InputError, match="not a journal of Optuna"):
+        create("s", str(path), table, budget="4.5bpw")
+    assert path.read_bytes() == content
+
+
+def edited(path, where, change):
+    """Apply `change` to a part of the first record of a journal that has it."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    change(next(line[where] for line in lines if where in line))
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.mark.parametrize(
+    ("where", "change"),
+    [
+        ("user_attr", lambda found: found["about"].update(seed="x")),
+        ("user_attr", lambda found: found["about"]["table"].update(path=7)),
+        ("user_attr", lambda found: found["about"]["knobs"].update(budget=[2, "a"])),
+        ("directions", lambda found: found.append(1)),
+    ],
+)
+def test_a_study_that_says_something_else_is_not_ours(where, change, table, tmp_path):
+    path = tmp_path / "s.log"
+    run(create("s", str(path), table, budget="4.5bpw", knobs=TILTS), loss, 1)
+    edited(path, where, change)
+    with pytest.raises(InputError, match="is not of Bitknap; choose another"):
+        load("s", str(path))
+
+
+@pytest.mark.parametrize("attribute", [{"bytes": "many"}, {"predicted": [1]}, {"bpw": None}])
+def test_trials_that_say_something_else_are_not_ours(attribute, table, tmp_path):
+    path = tmp_path / "s.log"
+    made = create("s", str(path), table, budget="4.5bpw", knobs=TILTS)
+    run(made, loss, 1)
+    made.trials._storage.set_trial_user_attr(made.trials.ask()._trial_id, *attribute.popitem())
+    with pytest.raises(InputError, match="is not of Bitknap; choose another"):
+        load("s", str(path))
+
+
+def test_a_dead_workers_lock_is_broken(table, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    made = create("s", "journal:s.log", table, budget="4.5bpw", knobs=TILTS)
+    (tmp_path / "s.log.lock").touch()
+    storage: Any = made.trials._storage
+    storage._backend._lock.grace_period = 1
+    run(made, loss, 1)
+    assert not (tmp_path / "s.log.lock").exists()
+
+
+def test_draws_depend_on_the_seed_and_the_number_alone():
+    def drawn(seed, count):
+        study = optuna.create_study(sampler=make_sampler("tpe", seed))
+        return [study.ask().suggest_float("x", 0, 1) for _ in range(count)]
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    assert drawn(0, 5) == drawn(0, 5)
+    assert len({*drawn(0, 5), *drawn(1, 5)}) == 10
+
+
+# What is refused
+
+
+def test_another_table_is_refused(table, journal, tmp_path):
+    create("s", journal, table, budget="4.5bpw")
+    other = save(tmp_path / "other.safetensors", seed=9)
+    with pytest.raises(MismatchError, match=r"other\.safetensors: not the table that study 's'"):
+        load("s", journal, table=other)
+    moved = table.rename(tmp_path / "moved.safetensors")
+    with pytest.raises(FileError, match=r"table\.safetensors: cannot be read"):
+        load("s", journal)
+    assert load("s", journal, table=moved).about["table"]["name"] == "table"
+
+
+def test_another_measurement_is_refused(table, journal):
+    made = create("s", journal, table, budget="4.5bpw")
+    run(made, loss, 1, measured={"model": "a", "tokens": 10})
+    with pytest.raises(MismatchError) as error:
+        run(made, loss, 1, measured={"model": "a", "tokens": 20})
+    assert str(error.value) == (
+        "study 's': tokens was 10, now 20; losses would not compare; create a new study"
+    )
+
+
+def test_existing_and_missing_studies(table, journal):
+    create("s", journal, table, budget="4.5bpw")
+    with pytest.raises(InputError, match=r"study 's' exists in .*; run it, or choose another name"):
+        create("s", journal, table, budget="4.5bpw")
+    with pytest.raises(InputError, match=r"study 't' is not in .*; there: s"):
+        load("t", journal)
+    with pytest.raises(InputError, match="study 's' has no complete trial; run it first"):
+        best(load("s", journal))
+
+
+def test_a_study_of_somebody_else_is_refused(table, journal):
+    storage = open_storage(journal, create=True)
+    optuna.create_study(study_name="foreign", storage=storage)
+    with pytest.raises(InputError, match=r"study 'foreign' in .* is not of Bitknap"):
+        load("foreign", journal)
+
+
+@pytest.mark.parametrize(
+    ("storage", "message"),
+    [
+        ("sqlite:////nowhere/at/all.db", r"cannot be reached \(unable to open database file\)"),
+        ("study.db", "Could not parse SQLAlchemy URL from given URL string; write one like sqlite"),
+        ("nosuch://host/x", "Can't load plugin: sqlalchemy.dialects:nosuch; write one like sqlite"),
+        ("mysql+nodriver://u:secret@h/x", r"write one like sqlite"),
+        ("postgresql://u:secret@h/x", "driver psycopg2? is not installed; pip install psycopg"),
+        ("journal:/nowhere/at/all.log", r"cannot be used \(No such file or directory\)"),
+    ],
+)
+def test_unreachable_storages_are_one_line(table, storage, message):
+    with pytest.raises(InputError, match=message) as error:
+        create("s", storage, table, budget="4.5bpw")
+    assert "\n" not in str(error.value)
+    assert "secret" not in str(error.value)
+
+
+def test_missing_and_foreign_files(table, tmp_path):
+    for name in ("sqlite:///x.db", "journal:x.log"):
+        scheme, path = name.split("x.")
+        url = f"{scheme}{tmp_path}/x.{path}"
+        with pytest.raises(InputError, match="no such file; create a study in it first"):
+            load("s", url)
+    assert list(tmp_path.iterdir()) == [table]
+    for suffix in ("log", "db"):
+        (tmp_path / f"f.{suffix}").write_text("no journal and no database at all\n" * 50)
+    with pytest.raises(InputError, match="not a journal of Optuna"):
+        load("s", f"{tmp_path}/f.log")
+    with pytest.raises(InputError, match="file is not a database"):
+        load("s", f"sqlite:///{tmp_path}/f.db")
+
+
+def test_passwords_are_not_shown():
+    assert shown("postgresql://u:secret@h/x") == "postgresql://u:***@h/x"
+    assert shown("journal:x.log") == "journal:x.log"
+    assert shown("a b://secret") == "a b://…"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give a budget or a range of budgets, one of them"),
+        ({"budget": "4.5bpw", "sampler": "grid"}, "sampler: 'grid' is not one of tpe, cmaes"),
+        ({"budget": "4.5bpw", "sampler": "nsga2"}, "nsga2 trades bytes against loss"),
+        ({"knobs": Knobs(budget=(3, 4))}, "nsga2 trades bytes against loss"),
+        ({"budget": "0.5bpw"}, "memory: smallest plan needs"),
+        ({"budget": "4.5bpw", "knobs": Knobs(exponents=("x",))}, "exponent:x: no such feature"),
+        ({"budget": "4.5bpw", "profile_name": "none"}, "profile 'none' is unknown"),
+    ],
+)
+def test_nothing_is_created_of_bad_values(table, tmp_path, options, message):
+    with pytest.raises(BitknapError, match=message):
+        create("s", f"{tmp_path}/s.log", table, **options)
+    assert list(tmp_path.iterdir()) == [table]
+
+
+def test_importing_is_light():
+    code = (
+        "import sys, bitknap.allocation.search.solver, bitknap.allocation.search.study;"
+        "print([m for m in ('optuna', 'sqlalchemy', 'torch') if m in sys.modules])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code],
+        check=True,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert out.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("content", [b"my notes\n", b"{}\n", b"[1]\n", b"\xff\xfe", b"[" * 10**5])
+def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path, content):
+    notes = tmp_path / "notes.txt"
+    notes.write_bytes(content)
+    with pytest.raises(InputError, match="not a journal of Optuna; choose another file"):
+        open_storage(f"journal:{notes}", create=True)
+    assert notes.read_bytes() == content
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,169 @@
+"""The closed loop on a live model: prefixes from memory, the gate, resuming, bad input."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import bitknap
+from bitknap.allocation import BitPlan, Budget, Problem, formats, profile
+from bitknap.allocation.solvers.solving import within
+from bitknap.allocation.tradeoffs.profile_price import under
+from bitknap.api.calibration import Calibration, gather
+from bitknap.api.refining import loop_windows, losses_of, measures, open_loop, refine, run_loop
+from bitknap.cli import main
+from bitknap.errors import InputError, MismatchError
+from bitknap.estimators.costs.moments import SecondMoments
+from bitknap.estimators.measuring.readings import Readings
+from bitknap.estimators.measuring.text import encode
+from bitknap.quantization.source.checkpoint import Checkpoint
+
+TEXT = Path(__file__).parent.parent.parent / "LICENSE"
+FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "256", "--text", str(TEXT))
+
+
+@pytest.fixture(scope="module")
+def model(saved, tmp_path_factory):
+    return saved(tmp_path_factory.mktemp("model") / "mixtral")
+
+
+@pytest.fixture(scope="module")
+def table(model):
+    return bitknap.estimate(
+        model, SecondMoments(), formats((2, 4), (8, "row")), text=str(TEXT), tokens=256
+    )
+
+
+@pytest.fixture(scope="module")
+def loop(model):
+    source = Checkpoint.open(model)
+    evidence = gather(source, frozenset({"replay"}), Calibration(text=str(TEXT), tokens=256))
+    replay = evidence.replay
+    assert replay is not None
+    return open_loop(replay.model, evidence, TEXT.read_text(), replay.windows, 512, model)
+
+
+def test_windows_of_the_gate_are_read_by_nothing_else(loop):
+    read = torch.cat([*(part.windows for part in loop.parts), loop.evidence.replay.windows])
+    known = {bytes(window.numpy()) for window in read}
+    assert len(loop.gate.windows) >= 2
+    assert not any(bytes(window.numpy()) in known for window in loop.gate.windows)
+
+
+def test_layers_answered_from_memory_change_nothing(loop, table):
+    ours = measures(loop, table, Readings())
+    draw = np.random.default_rng(0)
+    base = draw.integers(0, len(table.formats), len(table.units)).astype(np.int32)
+    plans = [base]
+    for layer in (1, 0, 1):
+        changed = base.copy()
+        here = np.flatnonzero(table.units.layer == layer)
+        changed[here[:3]] = (changed[here[:3]] + 1) % len(table.formats)
+        plans.append(changed)
+    for choice in plans:
+        plan = BitPlan.from_choice(table.units, table.formats, choice)
+        for part, replay in zip(ours, loop.parts, strict=True):
+            np.testing.assert_array_equal(part(choice), losses_of(loop, replay, plan).kl)
+    # Others that use the same replays in between are noticed.
+    other = measures(loop, table, Readings())
+    other[0](plans[2])
+    again = BitPlan.from_choice(table.units, table.formats, plans[3])
+    np.testing.assert_array_equal(
+        measures(loop, table, Readings())[0](plans[3]), losses_of(loop, loop.parts[0], again).kl
+    )
+    assert np.array_equal(ours[0](plans[1]), other[0](plans[1]))
+
+
+def test_the_loops_plan_is_within_limits_and_no_worse_where_it_was_measured(loop, table):
+    tied = under(table, profile("expert"))
+    outcome = run_loop(loop, tied, [Budget.bits(4)], evaluations=6)
+    problem = Problem(tied, [Budget.bits(4)])
+    assert within(problem, outcome.plan)
+    first, best = outcome.refined.steps[0], outcome.refined.best
+    assert best.losses.mean() <= first.losses.mean()
+    facts = outcome.facts()
+    assert facts["evaluations"] == len(outcome.refined.steps) <= 6
+    assert json.dumps(facts)
+
+
+def test_a_plan_that_loses_more_than_uniform_does_not_pass_the_gate(loop, table):
+    # Costs turned round: what is dear gets fewest bits.
+    wrong = replace(table, cost=table.cost.max() - table.cost + table.cost.min())
+    outcome = run_loop(loop, wrong, [Budget.bits(5)], evaluations=1)
+    assert not outcome.passed
+    assert outcome.recipe
+    assert within(Problem(wrong, [Budget.bits(5)]), outcome.plan)
+    assert outcome.uniform is not None
+    assert losses_of(loop, loop.gate, outcome.plan).kl.mean() == outcome.uniform.kl.mean()
+    assert outcome.uniform.kl.mean() <= outcome.ours.kl.mean()
+    assert not outcome.facts()["gate_passed"]
+
+
+def test_a_text_too_short_for_loop_and_gate_is_refused(loop, model):
+    from bitknap.api.calibration import tokenizer_of
+
+    taken = loop.evidence.replay.windows
+    words = TEXT.read_text()
+    with pytest.raises(InputError, match="the gate needs 2"):
+        loop_windows(encode(tokenizer_of(model), words[:2100]), taken, 512)
+
+
+def test_a_table_of_another_model_is_refused(model, table, saved, tmp_path):
+    other = saved(tmp_path / "other", num_hidden_layers=1)
+    with pytest.raises(MismatchError, match="the table is of another model"):
+        refine(other, table, [Budget.bits(4)], text=str(TEXT), tokens=256)
+
+
+@pytest.mark.parametrize(
+    ("words", "reason"),
+    [
+        (["--refine", "-1"], "a number of plans"),
+        (["--refine", "2", "--permute", "--row-blocks", "2"], "leave out --permute"),
+        (["--refine", "2", "--max-memory", "1GiB"], "leave out --max-memory"),
+        (["--refine", "2", "--text", str(TEXT)], "one text"),
+    ],
+)
+def test_words_that_do_not_go_together(model, refused, tmp_path, words, reason):
+    out = tmp_path / "out"
+    assert reason in refused("quantize", model, "--budget", "4bpw", *FAST, *words, "-o", out)
+
+
+def test_refine_needs_a_budget(made, refused, tmp_path):
+    said = refused(
+        "quantize", made.model, "--plan", made.plan, "--refine", "2", "-o", tmp_path / "out"
+    )
+    assert "give --budget" in said
+
+
+def test_the_command_says_what_refining_and_the_gate_came_to(model, document, tmp_path):
+    out = tmp_path / "out"
+    found = document(
+        "quantize", model, "--budget", "4bpw", *FAST, "--refine", "4", "--refine-tokens", "512",
+        "--price", "--report", tmp_path / "page.html", "-o", out,
+    )  # fmt: skip
+    assert found["refine_evaluations"] == 4
+    assert found["refine_gate_passed"] in (True, False)
+    assert found["bytes_predicted"] == found["bytes_on_disk"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "page.html"]
+    page = (tmp_path / "page.html").read_text()
+    for heading in ("Plan", "Expert coverage", "Price of runtime profiles", "Refinement"):
+        assert f"<h2>{heading}</h2>" in page
+
+
+def test_a_killed_loop_goes_on_and_ends_the_same(model, tmp_path, background):
+    words = ["quantize", str(model), "--budget", "4bpw", *FAST]
+    words += ["--refine", "8", "--refine-tokens", "512"]
+    one, two = tmp_path / "one", tmp_path / "two"
+    main([*words, "-o", str(one)])
+    journal = tmp_path / "two.refine.journal"
+    worker = background([*words, "-o", two], journal, 4)
+    worker.kill()
+    worker.wait()
+    assert journal.exists()
+    main([*words, "-o", str(two)])
+    for path in one.iterdir():
+        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+    assert not journal.exists()

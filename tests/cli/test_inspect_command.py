@@ -1,0 +1,159 @@
+"""`bitknap inspect`: what a plan could be and what it would take, from headers alone."""
+
+import math
+
+import numpy as np
+import pytest
+
+from bitknap.allocation import Units
+from bitknap.api.inspection import inspect, report
+from bitknap.api.runtime_targets import TARGETS, fits
+from bitknap.benchmarks.models.shapes import config, headers, shape_of
+from bitknap.cli import main
+from bitknap.errors import InputError
+from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.low_bit_codes import logical
+from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo
+
+
+def seen(name, folder, *, published=False, layers=None):
+    """Return the checkpoint of a real model's headers, without weights."""
+    shape = shape_of(name)
+    stored = {
+        tensor: TensorInfo(dtype, size, folder, 0, math.prod(size) * DTYPES[dtype].itemsize)
+        for tensor, (dtype, size) in headers(shape, layers, published=published).items()
+    }
+    text = config(shape, layers)
+    known, low = logical(text, stored)
+    return Checkpoint(folder=folder, config=text, headers=known, low_bit=low)
+
+
+def test_figures_of_a_real_model(tmp_path):
+    found = report(seen("OLMoE-1B-7B", tmp_path))
+    assert found["architecture"] == "OlmoeForCausalLM"
+    assert (found["moe_layers"], found["experts_per_layer"]) == (16, 64)
+    assert found["units"] == 3072
+    assert found["weights_in_units"] == 6_442_450_944
+    assert found["source_precision"] == "bf16"
+    assert found["source_bytes"] == pytest.approx(2 * 6.92e9, rel=0.001)
+    # 1 bit and an fp16 scale a row; 8 bits and an fp16 scale and zero every 32.
+    assert found["least_bpw"] == round(1 + (2 * 16 / 2048 + 16 / 1024) / 3, 4)
+    assert found["most_bpw"] == 9
+    rows = 16 * 64 * (2 * 1024 + 2048)
+    assert found["uniform_bytes"]["int4-row-sym"] == 6_442_450_944 // 2 + 2 * rows
+    fixed = found["kept_bytes_at_most"]
+    assert found["smallest_checkpoint_bytes"] - fixed == 6_442_450_944 // 8 + 2 * rows
+    assert found["largest_checkpoint_bytes"] - fixed == 6_442_450_944 * 9 // 8
+
+
+@pytest.mark.parametrize(
+    ("name", "precision", "total"),
+    [("gpt-oss-20b", "mxfp4", 13.76e9), ("DeepSeek-V3", "fp8-block", None)],
+)
+def test_a_model_in_few_bits(name, precision, total, tmp_path):
+    layers = None if total else 5
+    low = report(seen(name, tmp_path, published=True, layers=layers))
+    plain = report(seen(name, tmp_path, layers=layers))
+    assert low["source_precision"] == precision
+    assert low["weights_in_units"] == plain["weights_in_units"]
+    assert low["uniform_bytes"] == plain["uniform_bytes"]
+    assert low["source_bytes"] < plain["source_bytes"]
+    if total:  # bytes of the published checkpoint
+        assert low["source_bytes"] == pytest.approx(total, rel=0.002)
+
+
+def test_steps_take_more_the_more_they_do(tmp_path):
+    steps = {step["name"]: step for step in report(seen("OLMoE-1B-7B", tmp_path))["steps"]}
+    assert list(steps) == [
+        "estimate --estimator data-free",
+        "estimate, with a text",
+        "quantize --method rtn",
+        "quantize --method hqq",
+        "quantize --method gptq",
+    ]
+    largest = 2 * 50304 * 2048  # the embedding
+    assert steps["quantize --method rtn"]["memory_bytes"] == 3 * largest // 2 + (1 << 29)
+    # 4 bytes a weight, at the least.
+    assert steps["estimate, with a text"]["memory_bytes"] > 4 * 6.9e9
+    assert steps["quantize --method gptq"]["memory_bytes"] > 4 * 6.9e9
+    seconds = [step["seconds"] for step in steps.values()]
+    assert seconds[0] < seconds[2] < seconds[4] < seconds[3] < seconds[1]
+    assert seconds[2] == round(2 * 6_442_450_944 / 4e7) + 5
+
+
+def units(rows, cols):
+    return Units.build(
+        layer=[0, 0],
+        role=["routed", "routed"],
+        expert=[0, 0],
+        projection=["gate", "down"],
+        rows=[rows, cols],
+        cols=[cols, rows],
+    )
+
+
+def test_runtimes_that_could_hold_a_model():
+    found = {fit.target.name: fit for fit in fits(units(768, 2048))}
+    assert list(found) == [target.name for target in TARGETS]
+    assert all(fit.possible and not fit.reason for fit in found.values())
+    assert found["gptqmodel"].groups == (32, 64, 128)
+    assert found["torchao"].groups == (32, 64, 128, 256)
+    assert found["mlx"].bits == (2, 3, 4, 5, 6, 8)
+
+
+def test_rows_that_blocks_do_not_divide():
+    found = {fit.target.name: fit for fit in fits(units(2880, 2880))}  # gpt-oss
+    assert all(fit.possible for fit in found.values())
+    assert found["gptqmodel"].groups == found["mlx"].groups == (32, 64)
+    assert found["llama.cpp"].bits == (4, 5, 8)
+    assert found["llama.cpp"].reason == (
+        "routed gate has 2880 inputs, not a multiple of 256: K-quants and IQ types, which are "
+        "all below 4 bits, fall back to blocks of 32"
+    )
+    assert found["modelopt"].reason == (
+        "routed gate has 2880 inputs, not a multiple of 128: no W4A16, whose groups are 128; "
+        "NVFP4 and 8 bits remain"
+    )
+
+
+def test_runtimes_that_cannot_hold_a_model():
+    found = {fit.target.name: fit for fit in fits(units(24, 64))}
+    possible = [name for name, fit in found.items() if fit.possible]
+    assert possible == ["compressed-tensors", "torchao"]
+    assert found["gptqmodel"].reason == "routed gate has 24 outputs, not a multiple of 32"
+    assert found["llama.cpp"].reason == "routed down has 24 inputs, not a multiple of 32"
+    assert found["modelopt"].reason == "routed down has 24 inputs, not a multiple of 16"
+    alone = "no group size divides all rows; one scale a row only"
+    assert found["torchao"].reason == found["compressed-tensors"].reason == alone
+    assert all(fit.bits == () for fit in found.values() if not fit.possible)
+
+
+def test_tables_for_people(made, capsys):
+    main(["inspect", str(made.model)])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in ("quantize --method gptq", "llama.cpp", "no", "24 outputs", "source precision"):
+        assert part in text
+
+
+def test_a_hub_model_is_looked_at_and_not_downloaded(made, monkeypatch):
+    """Only the configuration is fetched, and the sizes of what stands beside it count."""
+    whole = inspect(made.model)
+    source = Checkpoint.open(made.model)
+    monkeypatch.setattr("bitknap.api.inspection.Checkpoint.look", lambda _: source)
+    assert inspect("some/model") == whole
+
+    def refuse(*_, **__):
+        raise OSError("offline")
+
+    monkeypatch.undo()
+    for name in ("model_info", "hf_hub_download", "snapshot_download"):
+        monkeypatch.setattr(f"huggingface_hub.{name}", refuse)
+    with pytest.raises(InputError, match=r"some/model: no such folder, and the hub cannot give it"):
+        inspect("some/model")
+
+
+def test_everything_is_plain_json(made, document):
+    found = document("inspect", made.model, "--include", "attention")
+    assert found["units"] > 24
+    assert {type(step["seconds"]) for step in found["steps"]} == {int}
+    assert np.isfinite(found["least_bpw"])

@@ -1,0 +1,79 @@
+import numpy as np
+import pytest
+
+from bitknap.allocation import CostTable, Units, formats
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.estimators.group_kl.proxies import with_proxies
+
+FORMATS = formats((2, 4), "row", True)
+
+
+class Told:
+    """A signal that is told its scores."""
+
+    needs: frozenset[str] = frozenset()
+
+    def __init__(self, name: str, scores: Floats) -> None:
+        self.name, self.scores = name, scores
+
+    def score(self, evidence: object) -> Floats:
+        return self.scores
+
+
+def case(groups: int = 6, experts: int = 16) -> tuple[CostTable, Floats, Floats, list[np.ndarray]]:
+    """Layers of experts that all cost alike, and the truth: cost × score^1.5."""
+    keys = [(layer, expert) for layer in range(groups) for expert in range(experts)]
+    units = Units.build(
+        layer=[layer for layer, _ in keys],
+        role=["routed"] * len(keys),
+        expert=[expert for _, expert in keys],
+        projection=["up"] * len(keys),
+        rows=[64] * len(keys),
+        cols=[64] * len(keys),
+    )
+    flat = np.tile([0.01, 0.001], (len(keys), 1))
+    table = CostTable.from_arrays(flat, units=units, formats=FORMATS)
+    score = np.exp(np.random.default_rng(0).normal(size=len(keys)))
+    runs = np.split(np.arange(len(keys)), groups)
+    return table, score, score**1.5, runs
+
+
+def test_a_signal_that_tells_is_used_and_totals_are_kept():
+    table, score, weight, runs = case()
+    truth = table.cost * weight[:, None]
+    readings = []
+
+    def measure(units, column):
+        readings.append(len(units))
+        return float(truth[units, column].sum() / weight.mean())
+
+    found = with_proxies(table, None, [Told("score", score)], runs, 0, measure)  # type: ignore[arg-type]
+    assert readings == [8, 8] * 6
+    proxies = found.provenance["proxies"]
+    assert proxies["exponents"]["score"] > 0.5
+    assert proxies["error"] < proxies["error_without"]
+    for run in runs:
+        assert found.cost[run].sum(0) == pytest.approx(table.cost[run].sum(0))
+        assert np.corrcoef(np.log(found.cost[run, 0]), np.log(truth[run, 0]))[0, 1] > 0.999
+
+
+def test_a_signal_that_does_not_tell_changes_nothing():
+    table, _, _, runs = case()
+    noise = np.exp(np.random.default_rng(1).normal(size=len(table.units)))
+
+    def measure(units, column):
+        return float(table.cost[units, column].sum())
+
+    found = with_proxies(table, None, [Told("noise", noise)], runs, 0, measure)  # type: ignore[arg-type]
+    assert np.abs(np.log(found.cost / table.cost)).max() < 0.05
+
+
+def test_halves_that_lose_nothing_are_no_evidence():
+    table, score, _, runs = case()
+    found = with_proxies(table, None, [Told("score", score)], runs, 0, lambda units, column: 0.0)  # type: ignore[arg-type]
+    assert np.array_equal(found.cost, table.cost)
+    assert found.provenance["proxies"] == {
+        "exponents": {"score": 0.0},
+        "halves": 0,
+        "note": "no half lost enough to be told from rounding; exponents stay 0",
+    }

@@ -1,0 +1,169 @@
+"""`save_pretrained` of a packed model: the packed checkpoint again, or a plain one."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+)
+
+from bitknap.errors import InputError
+from bitknap.quantization.packed.config import STUB
+from bitknap.quantization.packed.convert_layout import convert
+from bitknap.quantization.packed.writer import PLAN, SOURCE
+from bitknap.quantization.runtime import loading
+from bitknap.quantization.runtime.saving import Companions
+from bitknap.testing import packed_checkpoint
+from bitknap.transformers_hook import install
+
+IDS = torch.arange(3, 19).view(2, 8) % 64
+
+
+@pytest.fixture(scope="module", autouse=True)
+def registered():
+    install()
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    """A packed Mixtral, attention and all; read only."""
+    return packed_checkpoint(tmp_path_factory.mktemp("mixtral"), include=("attention",))
+
+
+@pytest.fixture(scope="module")
+def exact(packed):
+    """The same model dequantized."""
+    return loading.load(packed)
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+def tensors_of(folder):
+    found: dict[str, torch.Tensor] = {}
+    for file in folder.glob("bitknap*.safetensors"):
+        found |= load_file(file)
+    return found
+
+
+def same_tensors(one, other):
+    one, other = tensors_of(one), tensors_of(other)
+    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
+
+
+def contents(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_saving_writes_what_was_loaded(packed, tmp_path):
+    one, two = tmp_path / "one", tmp_path / "two"
+    AutoModelForCausalLM.from_pretrained(packed).save_pretrained(one)
+    assert same_tensors(packed, one)
+    for name in (PLAN, SOURCE, STUB):
+        assert (one / name).read_bytes() == (packed / name).read_bytes()
+    assert not list(one.glob("model*.safetensors*"))
+    AutoModelForCausalLM.from_pretrained(one).save_pretrained(two)
+    assert contents(one) == contents(two)
+    # Over itself, and over what is there.
+    model = AutoModelForCausalLM.from_pretrained(two)
+    (two / "model.safetensors").write_bytes(b"stale")
+    (two / "notes.txt").write_text("mine")
+    model.save_pretrained(two)
+    assert contents(two) == contents(one) | {"notes.txt": b"mine"}
+
+
+def test_in_shards(packed, exact, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    model.save_pretrained(tmp_path / "shards", max_shard_size="5KB")
+    assert len(list((tmp_path / "shards").glob("bitknap-*.safetensors"))) > 2
+    assert same_tensors(packed, tmp_path / "shards")
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "shards")), logits(exact)
+    )
+    assert torch.equal(logits(loading.load(tmp_path / "shards")), logits(exact))
+    # Fewer files than before: none is left over.
+    AutoModelForCausalLM.from_pretrained(tmp_path / "shards").save_pretrained(tmp_path / "shards")
+    assert [f.name for f in (tmp_path / "shards").glob("*.safetensors*")] == ["bitknap.safetensors"]
+
+
+def test_saving_a_dequantized_model_is_plain(packed, exact, tmp_path):
+    exact.save_pretrained(tmp_path / "plain")
+    config = json.loads((tmp_path / "plain" / "config.json").read_text())
+    assert not {"quantization_config", "transformers_weights", "auto_map"} & set(config)
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
+    assert torch.equal(logits(loading.load(tmp_path / "plain")), logits(exact))
+
+
+def test_dequantizing_later(packed, exact, tmp_path):
+    found = AutoModelForCausalLM.from_pretrained(packed).dequantize()
+    assert type(found.model.layers[0].mlp.experts) is type(exact.model.layers[0].mlp.experts)
+    ours, theirs = found.state_dict(), exact.state_dict()
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    found.save_pretrained(tmp_path / "plain")
+    assert (tmp_path / "plain" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "option", [{"push_to_hub": True}, {"variant": "x"}, {"state_dict": {1: 2}}]
+)
+def test_what_saving_has_no_place_for(option, packed, tmp_path):
+    model = AutoModelForCausalLM.from_pretrained(packed)
+    with pytest.raises(
+        InputError, match=f"save_pretrained: {next(iter(option))} is not for packed"
+    ):
+        model.save_pretrained(tmp_path / "out", **option)
+
+
+def test_streams_in_tiles(packed, exact, tmp_path):
+    folder = tmp_path / "tiles"
+    convert(packed, "tiles", folder)
+    found = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(found), logits(exact))
+    assert torch.equal(logits(loading.load(folder)), logits(exact))
+    found.save_pretrained(tmp_path / "again")
+    assert same_tensors(folder, tmp_path / "again")
+    assert torch.equal(logits(loading.load(tmp_path / "again")), logits(exact))
+    convert(tmp_path / "again", "plain", tmp_path / "back")
+    assert same_tensors(packed, tmp_path / "back")
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= changes
+    path.write_text(json.dumps(config))
+
+
+def test_a_newer_minor_version_is_read_with_a_warning_and_kept(packed, exact, tmp_path):
+    folder = shutil.copytree(packed, tmp_path / "packed")
+    edit(folder, version="1.7", novelty=3)
+    with pytest.warns(UserWarning, match=r"1\.7 is newer"):
+        model = AutoModelForCausalLM.from_pretrained(folder)
+    assert torch.equal(logits(model), logits(exact))
+    model.save_pretrained(tmp_path / "again")
+    said = [json.loads((f / "config.json").read_text()) for f in (folder, tmp_path / "again")]
+    assert said[0]["quantization_config"] == said[1]["quantization_config"]
+    assert said[1]["quantization_config"]["novelty"] == 3
+
+
+def test_the_plan_is_fetched_from_where_the_weights_came_from(packed, tmp_path, monkeypatch):
+    snapshot, fetched = tmp_path / "snapshot", []
+    shutil.copytree(packed, snapshot, ignore=shutil.ignore_patterns("*_plan.json", "*_source.json"))
+
+    def cached_file(model, name, **options):
+        fetched.append((model, name))
+        shutil.copy(packed / name, snapshot / name)
+
+    monkeypatch.setattr("transformers.utils.cached_file", cached_file)
+    config = AutoConfig.from_pretrained(packed)
+    config._name_or_path = "someone/model"
+    files = Companions.beside(snapshot, config).files
+    assert fetched == [("someone/model", PLAN), ("someone/model", SOURCE)]
+    assert files[PLAN] == (packed / PLAN).read_bytes()
