@@ -1,8 +1,10 @@
 """The public face: what importing loads, what is exported, and the contract's examples."""
 
+import inspect
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -108,17 +110,15 @@ def test_everything_exported_is_there():
     assert bitknap.__version__.count(".") == 2
 
 
-def test_quantize_is_a_function_and_a_room():
-    import bitknap.quantize
+def test_every_public_name_is_what_it_says():
+    import bitknap.quantization
 
-    from bitknap.quantization.models.live_model import walk
-
-    assert callable(bitknap.quantize)
-    room: object = bitknap.quantize
-    assert room is sys.modules["bitknap.quantize"]
-    assert sys.modules["bitknap.quantization.models.live_model"].walk is walk
-    assert run("import bitknap; print(callable(bitknap.quantize))") == "True"
-    assert run("from bitknap import quantize; print(callable(quantize))") == "True"
+    assert isinstance(bitknap.quantize, types.FunctionType)
+    assert list(inspect.signature(bitknap.quantize).parameters)[:3] == ["model", "plan", "out"]
+    assert isinstance(bitknap.quantization, types.ModuleType)
+    assert not callable(bitknap.quantization)
+    for name in bitknap.__all__:
+        assert not isinstance(getattr(bitknap, name), types.ModuleType), name
 
 
 def test_errors_have_one_root():

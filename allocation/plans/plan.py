@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from bitknap.allocation.plans.plan_file import read_plan, write_plan
 from bitknap.allocation.problem.arrays import Ints, Longs, frozen
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import storage
 from bitknap.allocation.problem.units import Units
-from bitknap.errors import InputError
+from bitknap.errors import FileError, InputError
 
 # What a plan keeps of its table's provenance.
 CARRIED = ("estimator", "method", "profile", "rewritten", "row_blocks", "seed", "text")
@@ -122,9 +123,8 @@ class BitPlan:
 
     def save(self, path: str | Path) -> None:
         """Write the plan as JSON, one line a unit, sorted by unit; whole or not at all."""
-        from bitknap.allocation.plans.plan_file import write_plan
-
-        write_plan(self, Path(path))
+        stored = {item.name: getattr(self, item.name) for item in fields(self)}
+        write_plan(stored, self.totals, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> BitPlan:
@@ -133,6 +133,14 @@ class BitPlan:
         Raises:
             FileError: the file is missing, corrupt, of an unknown version, or contradicts itself.
         """
-        from bitknap.allocation.plans.plan_file import read_plan
-
-        return read_plan(Path(path))
+        stored, totals = read_plan(Path(path))
+        try:
+            plan = cls.from_choice(**stored)
+        except InputError as error:
+            raise FileError(f"{path}: units: {error}") from None
+        for key, value in plan.totals.items():
+            if totals.get(key) != value:
+                raise FileError(
+                    f"{path}: totals.{key}: {totals.get(key)} is not the {value} of the units"
+                )
+        return plan

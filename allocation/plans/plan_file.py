@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,24 +14,22 @@ from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.disk.atomic import check_version, read_json, write_whole
 from bitknap.errors import FileError, InputError
 
-if TYPE_CHECKING:
-    from bitknap.allocation.plans.plan import BitPlan
-
 KIND, VERSION = "bitknap.plan", "1.0"
 _NUMBERS = ("layer", "expert", "block", "rows", "cols", "bytes")
 _TEXTS = ("role", "projection", "format")
 
 
-def write_plan(plan: BitPlan, path: Path) -> None:
-    """Write `plan`; equal plans give equal bytes, in whatever order their units are."""
-    units = plan.units
+def write_plan(fields: Mapping[str, Any], totals: Mapping[str, Any], path: Path) -> None:
+    """Write the fields of a `BitPlan`; equal plans give equal bytes, in any order of units."""
+    units: Units = fields["units"]
+    formats, choice = fields["formats"], fields["choice"]
     head = {
         "format": KIND,
         "version": VERSION,
-        "header": dict(plan.header),
-        "model": plan.model,
-        "totals": plan.totals,
-        "formats": [item.name for item in plan.formats],
+        "header": dict(fields["header"]),
+        "model": fields["model"],
+        "totals": dict(totals),
+        "formats": [item.name for item in formats],
         "projections": list(units.projections),
     }
     lines = [f" {_text(key)}: {_text(value)}," for key, value in head.items()]
@@ -39,12 +37,12 @@ def write_plan(plan: BitPlan, path: Path) -> None:
     order = np.lexsort(keys)
     names = [_text(name) for name in units.projections]
     columns = (units.layer, units.role, units.expert, units.projection, units.block)
-    columns += (units.rows, units.cols, plan.choice, plan.nbytes)  # type: ignore[assignment]
+    columns += (units.rows, units.cols, choice, fields["nbytes"])  # type: ignore[assignment]
     rows = [
         f'  {{"layer":{layer},"role":"{ROLES[role]}","expert":{expert},'
         f'"projection":{names[projection]},"block":{block},"rows":{height},"cols":{width},'
-        f'"format":"{plan.formats[choice].name}","bytes":{size}}}'
-        for layer, role, expert, projection, block, height, width, choice, size in zip(
+        f'"format":"{formats[index].name}","bytes":{size}}}'
+        for layer, role, expert, projection, block, height, width, index, size in zip(
             *(column[order].tolist() for column in columns), strict=True
         )
     ]
@@ -52,14 +50,12 @@ def write_plan(plan: BitPlan, path: Path) -> None:
     write_whole(path, text.encode())
 
 
-def read_plan(path: Path) -> BitPlan:
-    """Read what `write_plan` wrote.
+def read_plan(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the fields and totals that `write_plan` wrote, not yet checked against each other.
 
     Raises:
         FileError: one line with the path of the file and of the bad field.
     """
-    from bitknap.allocation.plans.plan import BitPlan
-
     content = read_json(path)
     if not isinstance(content, dict):
         raise FileError(f"{path}: not an object")
@@ -74,21 +70,17 @@ def read_plan(path: Path) -> BitPlan:
     try:
         nbytes = np.asarray(columns.pop("bytes"), dtype=np.int64)
         arrays = {name: np.asarray(column, dtype=np.int64) for name, column in columns.items()}
-        plan = BitPlan.from_choice(
-            Units.from_arrays(arrays, projections),
-            tuple(Format.parse(name) for name in names),
-            choice,
-            nbytes=nbytes,
-            model=_field(content, "model", str, path),
-            header=header,
-        )
+        fields = {
+            "units": Units.from_arrays(arrays, projections),
+            "formats": tuple(Format.parse(name) for name in names),
+            "choice": choice,
+            "nbytes": nbytes,
+            "model": _field(content, "model", str, path),
+            "header": header,
+        }
     except (InputError, OverflowError) as error:
         raise FileError(f"{path}: units: {error}") from None
-    for key, value in plan.totals.items():
-        found = _field(content, "totals", dict, path).get(key)
-        if found != value:
-            raise FileError(f"{path}: totals.{key}: {found} is not the {value} of the units")
-    return plan
+    return fields, _field(content, "totals", dict, path)
 
 
 def _columns(rows: list[Any], path: Path) -> dict[str, list[Any]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,8 +15,9 @@ import numpy.typing as npt
 from bitknap.allocation.problem.arrays import Bools, Floats, Ints, Longs, frozen, numbered
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.profiles import Profile
+from bitknap.allocation.problem.table_file import read_table, write_table
 from bitknap.allocation.problem.units import Units
-from bitknap.errors import InputError
+from bitknap.errors import FileError, InputError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -202,9 +203,7 @@ class CostTable:
 
     def save(self, path: str | Path) -> None:
         """Write the table as `.safetensors`, whole or not at all."""
-        from bitknap.allocation.problem.table_file import write_table
-
-        write_table(self, Path(path))
+        write_table({item.name: getattr(self, item.name) for item in fields(self)}, Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> CostTable:
@@ -213,9 +212,11 @@ class CostTable:
         Raises:
             FileError: the file is missing, truncated, corrupt, or of an unknown version.
         """
-        from bitknap.allocation.problem.table_file import read_table
-
-        return read_table(Path(path))
+        stored = read_table(Path(path))
+        try:
+            return cls(**stored)
+        except InputError as error:
+            raise FileError(f"{path}: {error}") from None
 
 
 def widths(formats: Sequence[Format]) -> Longs:

@@ -35,14 +35,12 @@ from bitknap.allocation.search.optuna_trials import (
 )
 from bitknap.allocation.search.search_space import Knobs, apply, neutral, signal, suggest
 from bitknap.allocation.search.study_checks import ABOUT, MEASURED, check_choices, is_ours
-from bitknap.allocation.search.trial_records import Record, best, front, record_of, records
+from bitknap.allocation.search.trial_record import Record, record_of
 from bitknap.allocation.solvers.solving import solve
 from bitknap.errors import FileError, InputError, MismatchError
 
 if TYPE_CHECKING:
     import optuna
-
-__all__ = ["Record", "Study", "best", "create", "front", "load", "plan_of", "records", "run"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -12,58 +13,57 @@ import numpy.typing as npt
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import storage
 from bitknap.allocation.problem.units import COLUMNS, Units
-from bitknap.allocation.solvers.lagrangian_path import taken
 from bitknap.disk.atomic import check_version, read_json, write_whole
 from bitknap.errors import FileError, InputError
 
-if TYPE_CHECKING:
-    from bitknap.allocation.tradeoffs.frontier_path import Frontier
-
 KIND, VERSION = "bitknap.frontier", "1.0"
-# What people plot: as many points as a screen tells apart.
-_POINTS = 200
 
 
-def write_frontier(frontier: Frontier, path: Path) -> None:
-    """Write `frontier`; equal frontiers give equal bytes.
+def write_frontier(
+    fields: Mapping[str, Any], points: Sequence[tuple[float | None, int, float]], path: Path
+) -> None:
+    """Write the fields of a `Frontier`; equal frontiers give equal bytes.
 
-    `points` are for people and plots; `start`, `row_of` and `steps` hold every plan. Bytes of
-    the units are written only where the formats do not tell them.
+    `start`, `row_of` and `steps` hold every plan. Bytes of the units are written only where the
+    formats do not tell them.
+
+    Args:
+        fields: by name.
+        points: bits per weight, bytes and cost of some plans, for people and plots.
+        path: the file.
     """
-    units, names = frontier.units, [item.name for item in frontier.formats]
-    points = [
-        {"bits_per_weight": point.bits_per_weight, "bytes": point.nbytes, "cost": point.cost}
-        for point in frontier.points(_POINTS)
+    units, formats = fields["units"], fields["formats"]
+    names = [item.name for item in formats]
+    plotted = [
+        {"bits_per_weight": bits, "bytes": nbytes, "cost": cost} for bits, nbytes, cost in points
     ]
-    known = np.array_equal(storage(units, frontier.formats), frontier.unit_bytes)
+    known = np.array_equal(storage(units, formats), fields["unit_bytes"])
     columns = {name: column.tolist() for name, column in units.to_arrays().items()}
-    steps: dict[str, npt.NDArray[Any]] = {"row": frontier.row, "format": frontier.format}
-    steps |= {"bytes": frontier.nbytes, "cost": frontier.cost}
+    steps: dict[str, npt.NDArray[Any]] = {"row": fields["row"], "format": fields["format"]}
+    steps |= {"bytes": fields["nbytes"], "cost": fields["cost"]}
     content = {
         "format": KIND,
         "version": VERSION,
-        "header": dict(frontier.header),
+        "header": dict(fields["header"]),
         "formats": names,
-        "points": points,
+        "points": plotted,
         "projections": list(units.projections),
         "units": columns,
-        "unit_bytes": None if known else frontier.unit_bytes.tolist(),
-        "row_of": frontier.row_of.tolist(),
-        "start": frontier.start.tolist(),
+        "unit_bytes": None if known else fields["unit_bytes"].tolist(),
+        "row_of": fields["row_of"].tolist(),
+        "start": fields["start"].tolist(),
         "steps": {name: column.tolist() for name, column in steps.items()},
     }
     lines = [f' "{key}": {_text(value)}' for key, value in content.items()]
     write_whole(path, "\n".join(["{", ",\n".join(lines), "}", ""]).encode())
 
 
-def read_frontier(path: Path) -> Frontier:
-    """Read what `write_frontier` wrote.
+def read_frontier(path: Path) -> dict[str, Any]:
+    """Return the fields that `write_frontier` wrote, not yet checked against each other.
 
     Raises:
         FileError: one line with the path of the file and of the bad field.
     """
-    from bitknap.allocation.tradeoffs.frontier_path import Frontier
-
     content = read_json(path)
     if not isinstance(content, dict):
         raise FileError(f"{path}: not an object")
@@ -81,22 +81,20 @@ def read_frontier(path: Path) -> Frontier:
         given = content.get("unit_bytes")
         if given is None and (stored < 0).any():
             raise FileError(f"{path}: unit_bytes: formats without sizes need them")
-        found = Frontier(
-            units=units,
-            formats=formats,
-            unit_bytes=stored if given is None else _numbers(content, "unit_bytes", path),
-            row_of=_numbers(content, "row_of", path),
-            start=_numbers(content, "start", path),
-            row=_numbers(steps, "row", path, "steps."),
-            format=_numbers(steps, "format", path, "steps."),
-            nbytes=_numbers(steps, "bytes", path, "steps."),
-            cost=_numbers(steps, "cost", path, "steps.", np.float64),
-            header=_field(content, "header", dict, path),
-        )
+        return {
+            "units": units,
+            "formats": formats,
+            "unit_bytes": stored if given is None else _numbers(content, "unit_bytes", path),
+            "row_of": _numbers(content, "row_of", path),
+            "start": _numbers(content, "start", path),
+            "row": _numbers(steps, "row", path, "steps."),
+            "format": _numbers(steps, "format", path, "steps."),
+            "nbytes": _numbers(steps, "bytes", path, "steps."),
+            "cost": _numbers(steps, "cost", path, "steps.", np.float64),
+            "header": _field(content, "header", dict, path),
+        }
     except InputError as error:
         raise FileError(f"{path}: {error}") from None
-    _check_bytes(found, path)
-    return found
 
 
 def is_frontier(path: Path) -> bool:
@@ -107,18 +105,6 @@ def is_frontier(path: Path) -> bool:
     """
     content = read_json(path)
     return isinstance(content, dict) and content.get("format") == KIND
-
-
-def _check_bytes(found: Frontier, path: Path) -> None:
-    """Compare the ends of the path with the bytes of their units."""
-    unit = np.arange(len(found.units))
-    for step in (0, len(found.row)):
-        rows = taken(found.start, found.row[:step], found.format[:step])
-        size = int(found.unit_bytes[unit, rows[found.row_of]].sum())
-        if size != found.nbytes[step]:
-            raise FileError(
-                f"{path}: steps.bytes[{step}]: {found.nbytes[step]} is not the {size} of the units"
-            )
 
 
 def _numbers(

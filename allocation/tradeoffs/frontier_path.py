@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,7 +19,8 @@ from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import Units
 from bitknap.allocation.solvers.lagrangian_path import lagrangian_path, taken
-from bitknap.errors import InfeasibleError, InputError
+from bitknap.allocation.tradeoffs.frontier_file import read_frontier, write_frontier
+from bitknap.errors import FileError, InfeasibleError, InputError
 
 # What plans keep of their table's provenance, and what budgets and pictures refer to besides.
 _KEPT = (*CARRIED, "model", "unit", "fixed_bytes", "source_bytes")
@@ -158,9 +159,8 @@ class Frontier:
 
     def save(self, path: str | Path) -> None:
         """Write the frontier as JSON, whole or not at all."""
-        from bitknap.allocation.tradeoffs.frontier_file import write_frontier
-
-        write_frontier(self, Path(path))
+        stored = {item.name: getattr(self, item.name) for item in fields(self)}
+        write_frontier(stored, self.points(), Path(path))
 
     @classmethod
     def load(cls, path: str | Path) -> Frontier:
@@ -169,9 +169,21 @@ class Frontier:
         Raises:
             FileError: the file is missing, corrupt, of an unknown version, or contradicts itself.
         """
-        from bitknap.allocation.tradeoffs.frontier_file import read_frontier
-
-        return read_frontier(Path(path))
+        stored = read_frontier(Path(path))
+        try:
+            made = cls(**stored)
+        except InputError as error:
+            raise FileError(f"{path}: {error}") from None
+        unit = np.arange(len(made.units))
+        for step in (0, len(made.row)):
+            rows = taken(made.start, made.row[:step], made.format[:step])
+            size = int(made.unit_bytes[unit, rows[made.row_of]].sum())
+            if size != made.nbytes[step]:
+                raise FileError(
+                    f"{path}: steps.bytes[{step}]: {made.nbytes[step]} is not the {size} of the "
+                    "units"
+                )
+        return made
 
     def _limit(self, budget: int | Budget) -> Limit:
         wanted = budget if isinstance(budget, Budget) else Budget.bytes(budget)

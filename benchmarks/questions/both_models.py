@@ -1,6 +1,6 @@
 """The comparison of both reference models that the README shows.
 
-    python -m bitknap.benchmarks.questions.both_models -o benchmarks/results [--models …] [--methods …]
+    python -m bitknap.benchmarks.questions.both_models -o benchmarks/results [--models …]
 
 For each model and method: strategies at every budget with free choice, and those that depend on it
 under three runtimes' profiles. Writes `compare.MODEL.METHOD.json`; one that is there already

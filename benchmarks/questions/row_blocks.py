@@ -18,11 +18,10 @@ from typing import Any
 
 import torch
 
-import bitknap
 from bitknap.allocation import Budget, formats
 from bitknap.api.calibration import evaluation_windows
 from bitknap.api.planning import plan_for
-from bitknap.api.quantizing import CALIBRATION_TOKENS
+from bitknap.api.quantizing import CALIBRATION_TOKENS, estimate, quantize
 from bitknap.estimators.measuring.kl_replay import Losses, compare, standard_error
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import resolve
@@ -47,13 +46,13 @@ def rows_for(name: str, tokens: int, calibration: int) -> list[dict[str, Any]]:
     rows = []
     for way, options in WAYS.items():
         start = time.monotonic()
-        table = bitknap.estimate(model, formats=FORMATS, tokens=calibration, **options)
+        table = estimate(model, formats=FORMATS, tokens=calibration, **options)
         seconds = time.monotonic() - start
         for bits in BUDGETS:
             solution = plan_for(table, Budget.bits(bits))
             with tempfile.TemporaryDirectory() as place:
                 out = Path(place) / "out"
-                bitknap.quantize(model, solution.plan, out)
+                quantize(model, solution.plan, out)
                 losses = compare(load(out, torch.float32), original, windows)
             base = plain.setdefault(bits, losses)
             paired = losses.kl - base.kl

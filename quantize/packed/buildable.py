@@ -22,15 +22,42 @@ from bitknap.errors import ModelError
 from bitknap.quantization.models.headers_only import count_of, text_config, walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.packed.config import METHOD
+from bitknap.quantization.packed.config import to_plain
+from bitknap.quantization.packed.folder import is_packed, roles_of
+from bitknap.quantization.packed.opened import open_packed
 from bitknap.quantization.packed.outline import PREFIX
 from bitknap.quantization.source.architecture import config_of, hollow
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.safetensors_header import DTYPES
+from bitknap.quantization.source.source_config import METHOD
 from bitknap.quantization.source.transformers_calls import calling_transformers
 
 # Name to (safetensors dtype, shape), as `Checkpoint.shapes` gives it.
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+
+
+def check(folder: Path, *, reads_text: bool = False) -> None:
+    """Refuse a checkpoint, packed or plain, that could not be loaded; reads headers alone.
+
+    Args:
+        folder: the checkpoint.
+        reads_text: the model has to predict text.
+
+    Raises:
+        FileError: a file is missing, truncated, corrupt or of an unknown version.
+        ModelError: transformers does not know the architecture, or the tensors are not those of
+            the model that config.json describes.
+    """
+    if not is_packed(folder):
+        check_loadable(Checkpoint.open(folder), reads_text=reads_text)
+        return
+    packed = open_packed(folder)
+    shapes = {n: x for n, x in packed.checkpoint.shapes.items() if not n.startswith(PREFIX)}
+    model = hollow(folder, to_plain(config_of(folder)))
+    roles = roles_of(packed.plan.units)
+    check_tensors(folder, model, {**shapes, **packed.shapes}, packed.whole, roles)
+    if reads_text:
+        check_head(folder, model)
 
 
 def check_source(

@@ -21,9 +21,9 @@ from typing import Any
 from bitknap.disk.atomic import check_version
 from bitknap.disk.json_shapes import fits
 from bitknap.errors import FileError
-from bitknap.quantization.source.source_config import unquantized
+from bitknap.quantization.source.source_config import METHOD, unquantized
 
-METHOD, VERSION = "bitknap", "1.0"
+VERSION = "1.0"
 # How streams lie, and the version of that: see `packed` and `tiled`. Version 2 is written where a
 # matrix has an exponent, and says so: `kernels.exponents`. Streams without any are those of 1.
 LAYOUTS, LAYOUT_VERSION, WITH_EXPONENTS = ("plain", "tiles"), 1, 2
@@ -148,3 +148,13 @@ def layout_of(config: Mapping[str, Any], folder: Path) -> str:
             f"({known})"
         )
     return str(layout)
+
+
+def to_plain(config: Any) -> Any:
+    """Take what a packed checkpoint says of itself out of its configuration, in place."""
+    plain = plain_config(vars(config))
+    for name in set(vars(config)) - set(plain):
+        delattr(config, name)
+    if "auto_map" in plain:
+        config.auto_map = plain["auto_map"]
+    return config

@@ -25,9 +25,9 @@ from bitknap.disk.manifest import MANIFEST, sign
 from bitknap.disk.outputs import check_output, whole_folder
 from bitknap.errors import FileError, InputError
 from bitknap.quantization.packed.config import LAYOUTS, layout_of, lies
+from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.packed.outline import PREFIX, streams
 from bitknap.quantization.packed.tiled_bytes import tiled_bytes, to_plain, to_tiles
-from bitknap.quantization.packed.writer import PLAN
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.safetensors_header import TensorInfo, read_header
 

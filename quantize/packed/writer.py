@@ -15,7 +15,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,11 +22,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-import numpy as np
-
 from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.budget import parse_size
-from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.disk.atomic import check_space, folder_bytes, write_whole
 from bitknap.disk.manifest import sign
 from bitknap.disk.outputs import check_output, place
@@ -36,7 +32,9 @@ from bitknap.progress import Progress
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed import model_card
+from bitknap.quantization.packed.buildable import check
 from bitknap.quantization.packed.config import LAYOUTS, STUB, lies, packed_config, stub
+from bitknap.quantization.packed.folder import PLAN, SOURCE, VERSION, digest, roles_of
 from bitknap.quantization.packed.outline import (
     PREFIX,
     has_exponents,
@@ -64,28 +62,13 @@ from bitknap.quantization.stacks.apply import Watched, aligned
 from bitknap.quantization.stacks.row_blocks import layout_for
 
 __all__ = [
-    "PLAN",
     "PREFIX",
-    "SOURCE",
-    "VERSION",
     "check_finite",
-    "digest",
     "fixed_bytes",
-    "is_packed",
-    "roles_of",
     "save",
     "stream_name",
     "streams",
 ]
-
-PLAN = "bitknap_plan.json"
-SOURCE = "bitknap_source.json"
-VERSION = "1.0"
-
-
-def is_packed(folder: Path) -> bool:
-    """Return whether `folder` holds a packed checkpoint, be it damaged."""
-    return (folder / PLAN).is_file() or any(folder.glob(f"{PACKED}*.safetensors"))
 
 
 def fixed_bytes(source: Checkpoint, layout: Layout) -> int:
@@ -209,8 +192,6 @@ def _fill(
 def _finish(
     source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path, out: Path
 ) -> dict[str, int]:
-    from bitknap.quantization.runtime.loading import check  # imports this module
-
     _write_texts(source, layout, plan, folder)
     sign(folder)
     check(folder)
@@ -229,11 +210,6 @@ def _decoded(source: Checkpoint, kept: Iterable[str]) -> dict[str, int]:
         "decoded_bytes": sum(map(source.written_bytes, names)),
         "stored_bytes": sum(source.low_bit[name].nbytes for name in names),
     }
-
-
-def roles_of(units: Units) -> tuple[str, ...]:
-    """Return the roles beside routed experts that occur: what a walker must include."""
-    return tuple(ROLES[r] for r in np.unique(units.role) if ROLES[r] != "routed")
 
 
 def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
@@ -281,11 +257,6 @@ def _write_texts(source: Checkpoint, layout: Layout, plan: BitPlan, folder: Path
     }
     header = {"format": "bitknap.source", "version": VERSION, "plan": checksum}
     write_whole(folder / SOURCE, _json(header | {"tensors": info}))
-
-
-def digest(file: Path) -> str:
-    """Return the SHA-256 of a file, hexadecimal."""
-    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _json(value: Any) -> bytes:

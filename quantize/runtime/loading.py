@@ -2,163 +2,32 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from bitknap.allocation.plans.plan import BitPlan
-from bitknap.allocation.problem.arrays import Longs
-from bitknap.disk.atomic import check_version, read_json
-from bitknap.disk.json_shapes import fits
-from bitknap.errors import FileError, ModelError
-from bitknap.quantization.models.headers_only import walk_headers
-from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.packed.buildable import check_head, check_loadable, check_tensors
-from bitknap.quantization.packed.config import check_config, layout_of, plain_config
-from bitknap.quantization.packed.convert_layout import unit_bytes
-from bitknap.quantization.packed.dequantize import MOST_HALF, dequantize_into
-from bitknap.quantization.packed.outline import PREFIX, streams
-from bitknap.quantization.packed.writer import (
-    PLAN,
-    SOURCE,
-    VERSION,
-    digest,
-    is_packed,
-    roles_of,
+from bitknap.errors import FileError
+from bitknap.quantization.packed.buildable import check
+from bitknap.quantization.packed.config import to_plain
+from bitknap.quantization.packed.folder import is_packed
+from bitknap.quantization.packed.opened import (
+    check_decoded,
+    open_packed,
+    read_packed,
+    source_shapes,
 )
 from bitknap.quantization.runtime.dequantized_cache import CACHE_BYTES
+from bitknap.quantization.runtime.transformers_plugin import register
 from bitknap.quantization.source.architecture import (
     align_experts,
     architecture_of,
     config_of,
-    hollow,
 )
 from bitknap.quantization.source.checkpoint import DTYPES, Checkpoint
 from bitknap.quantization.source.source_config import computes, forget_quantization
 from bitknap.quantization.source.transformers_calls import calling_transformers
 from bitknap.quantization.source.weight_files import has_metadata
-from bitknap.quantization.stacks.apply import aligned
-from bitknap.quantization.stacks.row_blocks import layout_for
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PackedFolder:
-    """A packed checkpoint whose headers, plan and source agree with each other.
-
-    Attributes:
-        checkpoint: its tensors.
-        shapes: dtype and shape of the tensors that streams replace.
-        whole: the matrices in those tensors.
-        layout: the units in those tensors; blocks of matrices where the plan cuts them.
-        plan: the plan, with its units in the layout's order.
-        kind: how streams lie, "plain" or "tiles".
-        nbytes: what each unit has in them, int64[U].
-    """
-
-    checkpoint: Checkpoint
-    shapes: dict[str, tuple[str, tuple[int, ...]]]
-    whole: Layout
-    layout: Layout
-    plan: BitPlan
-    kind: str
-    nbytes: Longs
-
-
-def open_packed(folder: Path) -> PackedFolder:
-    """Read all of a packed checkpoint but its tensors.
-
-    Raises:
-        FileError: a file is missing, truncated, corrupt or of an unknown version.
-    """
-    plan = BitPlan.load(folder / PLAN)
-    shapes = _source_shapes(folder)
-    packed = Checkpoint.open(folder)
-    check_config(packed.config, folder)
-    kind = layout_of(packed.config, folder)
-    whole = walk_headers(plain_config(packed.config), shapes, include=roles_of(plan.units))
-    layout = layout_for(plan.units, whole)
-    plan = aligned(plan, layout)
-    nbytes = unit_bytes(plan, kind)
-    for name, run in streams(plan.units).items():
-        if name not in packed.headers:
-            raise FileError(f"{folder}: tensor {name} is missing; write the checkpoint again")
-        info, total = packed.headers[name], int(nbytes[run].sum())
-        if (info.dtype, info.shape) != ("U8", (total,)):
-            raise FileError(
-                f"{folder}: tensor {name}: {info.dtype} {list(info.shape)}, the plan says U8 "
-                f"[{total}]; write the checkpoint again"
-            )
-    return PackedFolder(
-        checkpoint=packed,
-        shapes=shapes,
-        whole=whole,
-        layout=layout,
-        plan=plan,
-        kind=kind,
-        nbytes=nbytes,
-    )
-
-
-def check_decoded(packed: PackedFolder) -> None:
-    """Refuse to have transformers read kept tensors in fewer than 16 bits: it would not decode.
-
-    Raises:
-        ModelError: there are some, as Bitknap wrote them before it decoded them.
-    """
-    if low := list(packed.checkpoint.low_bit):
-        raise ModelError(
-            f"{packed.checkpoint.folder}: {len(low)} tensors such as {low[0]} are in fewer than 16 "
-            "bits outside of units, so they cannot stay packed; load with "
-            "bitknap.load(folder, packed=False), or quantize the source again"
-        )
-
-
-def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
-    """Return the plan of a packed checkpoint and its tensors under the source's names.
-
-    Quantized tensors come dequantized, float32 rounded to the source's dtype only by the caller.
-
-    Raises:
-        FileError: a file is missing, truncated, corrupt or of an unknown version.
-    """
-    packed = open_packed(folder)
-    plan, headers = packed.plan, packed.checkpoint.headers
-    tensors = {n: packed.checkpoint.read(n) for n in headers if not n.startswith(PREFIX)}
-    tensors |= {n: torch.empty(shape) for n, (_, shape) in packed.shapes.items()}
-    for name, run in streams(plan.units).items():
-        stream, at = packed.checkpoint.read(name), 0
-        for unit, size in zip(run.tolist(), packed.nbytes[run].tolist(), strict=True):
-            view, piece = packed.layout.views[unit], stream[at : at + size]
-            out = view.of(tensors[view.tensor])
-            dequantize_into(out, piece, plan.format_of(unit), packed.kind)
-            if packed.shapes[view.tensor][0] == "F16":  # rounding may pass the largest
-                out.clamp_(-MOST_HALF, MOST_HALF)
-            at += size
-    return plan, tensors
-
-
-def _source_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Return dtype and shape of the tensors that streams replace; the plan must be as written."""
-    path = folder / SOURCE
-    header = read_json(path)
-    if not isinstance(header, dict):
-        raise FileError(f"{path}: not an object")
-    check_version(header, "bitknap.source", VERSION, path)
-    if header.get("plan") != digest(folder / PLAN):
-        raise FileError(
-            f"{folder / PLAN}: changed since the checkpoint was written; a plan cannot be edited "
-            "there, quantize the source with the other plan"
-        )
-    tensors = header.get("tensors")
-    if not isinstance(tensors, dict) or not all(fits(x, [str, [int]]) for x in tensors.values()):
-        raise FileError(f"{path}: tensors: not names with dtype and shape")
-    shapes = {name: (dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()}
-    if unknown := {dtype for dtype, _ in shapes.values()} - set(DTYPES):
-        raise FileError(f"{path}: tensors: dtype {min(unknown)!r} is not known")
-    return shapes
 
 
 def load(
@@ -199,8 +68,6 @@ def load(
     if is_packed(folder) and dtype == "auto":
         dtype = _own_dtype(folder, config)
     if packed:
-        from bitknap.quantization.runtime.transformers_plugin import register
-
         register()
         check_decoded(open_packed(folder))
     elif is_packed(folder):
@@ -251,43 +118,9 @@ def _generation(folder: Path) -> Any:
         raise FileError(f"{path}: transformers cannot read it ({reason})") from None
 
 
-def check(folder: Path, *, reads_text: bool = False) -> None:
-    """Refuse a checkpoint, packed or plain, that could not be loaded; reads headers alone.
-
-    Args:
-        folder: the checkpoint.
-        reads_text: the model has to predict text.
-
-    Raises:
-        FileError: a file is missing, truncated, corrupt or of an unknown version.
-        ModelError: transformers does not know the architecture, or the tensors are not those of
-            the model that config.json describes.
-    """
-    if not is_packed(folder):
-        check_loadable(Checkpoint.open(folder), reads_text=reads_text)
-        return
-    packed = open_packed(folder)
-    shapes = {n: x for n, x in packed.checkpoint.shapes.items() if not n.startswith(PREFIX)}
-    model = hollow(folder, to_plain(config_of(folder)))
-    roles = roles_of(packed.plan.units)
-    check_tensors(folder, model, {**shapes, **packed.shapes}, packed.whole, roles)
-    if reads_text:
-        check_head(folder, model)
-
-
-def to_plain(config: Any) -> Any:
-    """Take what a packed checkpoint says of itself out of its configuration, in place."""
-    plain = plain_config(vars(config))
-    for name in set(vars(config)) - set(plain):
-        delattr(config, name)
-    if "auto_map" in plain:
-        config.auto_map = plain["auto_map"]
-    return config
-
-
 def _own_dtype(folder: Path, config: Any) -> torch.dtype:
     """Return the dtype that config.json names, or else the one of the replaced tensors."""
     if config.dtype is not None:
         found: torch.dtype = config.dtype
         return found
-    return DTYPES[next(iter(_source_shapes(folder).values()))[0]]
+    return DTYPES[next(iter(source_shapes(folder).values()))[0]]

@@ -18,8 +18,8 @@ from bitknap.disk.atomic import write_whole
 from bitknap.disk.manifest import listed, names_in, sign
 from bitknap.errors import FileError, InputError
 from bitknap.quantization.packed.config import STUB, packed_config, plain_config, stub
+from bitknap.quantization.packed.folder import PLAN, SOURCE
 from bitknap.quantization.packed.model_card import CARD, SOURCE_CARD
-from bitknap.quantization.packed.writer import PLAN, SOURCE
 from bitknap.quantization.source.safetensors_header import PACKED, PLAIN, STEMS
 
 _NEEDED = (PLAN, SOURCE)

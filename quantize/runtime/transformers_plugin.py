@@ -24,10 +24,11 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from bitknap.errors import ModelError
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.packed.config import METHOD, VERSION, WEIGHTS
+from bitknap.quantization.packed.config import VERSION, WEIGHTS, to_plain
 from bitknap.quantization.packed.convert_layout import unit_bytes
+from bitknap.quantization.packed.folder import roles_of
+from bitknap.quantization.packed.opened import PackedFolder, check_decoded, open_packed
 from bitknap.quantization.packed.outline import streams
-from bitknap.quantization.packed.writer import roles_of
 from bitknap.quantization.runtime.dequantized_cache import Cache
 from bitknap.quantization.runtime.layers import (
     Packed,
@@ -36,9 +37,9 @@ from bitknap.quantization.runtime.layers import (
     packed_weights,
     unpack,
 )
-from bitknap.quantization.runtime.loading import PackedFolder, check_decoded, open_packed, to_plain
 from bitknap.quantization.runtime.packed_weight import PackedWeight, Piece
 from bitknap.quantization.runtime.saving import Companions, save_pretrained
+from bitknap.quantization.source.source_config import METHOD
 from bitknap.quantization.stacks.apply import aligned
 from bitknap.quantization.stacks.row_blocks import layout_for
 

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.errors import ModelError
-from bitknap.quantization.packed.config import METHOD
 from bitknap.quantization.source.safetensors_header import TensorInfo
-from bitknap.quantization.source.source_config import quantization_of
+from bitknap.quantization.source.source_config import METHOD, quantization_of
 
 # How a tensor's name ends, and the format that is the only one to use this name.
 _ENDINGS = tuple(

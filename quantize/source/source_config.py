@@ -9,6 +9,8 @@ import torch
 
 from bitknap.errors import FileError
 
+# What our own packed checkpoints call themselves.
+METHOD = "bitknap"
 # The second is what compressed-tensors wrote at first.
 KEYS = ("quantization_config", "compression_config")
 _DTYPES = ("dtype", "torch_dtype")

@@ -23,6 +23,7 @@ from bitknap.progress import Progress
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.packed import writer
+from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.outline import settings
 from bitknap.quantization.rounding.methods import RTN, Gptq, Rounding
 from bitknap.quantization.runtime import loading
@@ -145,7 +146,7 @@ def readings_about(
         "model": origin.checksum(),
         "text": [provenance_of(_windows(origin, one).ids, one.seed)["text"] for one in asked],
         "tokens": first.tokens,
-        "include": sorted(writer.roles_of(units)),
+        "include": sorted(roles_of(units)),
         "seed": first.seed,
         "method": settings(first.rounding),
         "rotation": rotation,

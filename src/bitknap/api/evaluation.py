@@ -16,7 +16,7 @@ from bitknap.estimators.measuring.windows import Windows
 from bitknap.progress import Progress
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.packed.writer import PLAN, roles_of
+from bitknap.quantization.packed.folder import PLAN, roles_of
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import resolve
 from bitknap.quantization.stacks.apply import applied

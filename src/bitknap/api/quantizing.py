@@ -25,7 +25,8 @@ from bitknap.estimators.measuring.readings import beside
 from bitknap.estimators.measuring.text import BUILTIN
 from bitknap.progress import Progress
 from bitknap.quantization.packed import writer
-from bitknap.quantization.packed.buildable import check_source
+from bitknap.quantization.packed.buildable import check, check_source
+from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.resume import Partial
 from bitknap.quantization.packed.shards import MAX_SHARD_SIZE
 from bitknap.quantization.rounding.methods import Gptq, Rounding, planned
@@ -114,7 +115,7 @@ def quantize(
         copied_from=origin.folder,
     )
     left_out = {why: list(names) for why, names in origin.companions.left.items()}
-    roles = writer.roles_of(plan.units)
+    roles = roles_of(plan.units)
     check_source(origin, roles, reads_text=rounding.needs_inputs)
     with _planned(origin, plan, Path(out)) as source:
         if rounding.needs_inputs:
@@ -219,7 +220,7 @@ def evaluate(
     # What cannot be read is refused before the work.
     source, _ = Checkpoint.open(folder), Checkpoint.open(other)
     for one in dict.fromkeys((folder, other)):
-        loading.check(one, reads_text=True)
+        check(one, reads_text=True)
     windows = evaluation_windows(folder, text, tokens)
     writer.check_finite(source)
     measured = loading.load(folder, torch.float32)

@@ -33,7 +33,7 @@ from bitknap.estimators.measuring.text import BUILTIN, Encoded, read_text
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.in_memory import digest_of
 from bitknap.progress import Progress
-from bitknap.quantization.packed.writer import roles_of
+from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.rounding.memo import Remembered
 from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve

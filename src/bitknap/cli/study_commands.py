@@ -204,7 +204,7 @@ def best(
 
     Example: bitknap study best s --storage sqlite:///s.db -o plan.json
     """
-    from bitknap.allocation.search.study import best as least
+    from bitknap.allocation.search.best_trials import best as least
     from bitknap.allocation.search.study import load, plan_of
     from bitknap.cli.study_view import present_study, row_of, trials_table
     from bitknap.cli.tables import bits_table
@@ -279,6 +279,8 @@ def _measurement(
     from bitknap.estimators.sweep.in_memory import digest_of
     from bitknap.quantization.models.live_model import walk
     from bitknap.quantization.packed import writer
+    from bitknap.quantization.packed.buildable import check
+    from bitknap.quantization.packed.folder import roles_of
     from bitknap.quantization.runtime import loading
     from bitknap.quantization.source.checkpoint import Checkpoint, resolve
     from bitknap.quantization.stacks.apply import applied
@@ -294,10 +296,10 @@ def _measurement(
     if words == read_text(BUILTIN, "evaluation"):
         raise InputError(f"--text {text}: the evaluation text; a study must not see it")
     count = given(tokens, found.measured.get("tokens", quantizing.CALIBRATION_TOKENS))
-    loading.check(source.folder, reads_text=True)
+    check(source.folder, reads_text=True)
     writer.check_finite(source)
     live = loading.load(source.folder, torch.float32)
-    layout = walk(live, writer.roles_of(found.table.units))
+    layout = walk(live, roles_of(found.table.units))
     document = calibration.encoded(source.folder, words, live.config)
     windows = document.windows(count, calibration.longest_of(live.config))
     replay = Replay(live, layout, windows, cache=False)

@@ -11,8 +11,10 @@ from rich.live import Live
 from rich.markup import escape
 from rich.table import Table
 
+from bitknap.allocation.search.best_trials import front, records
 from bitknap.allocation.search.optuna_trials import shown
-from bitknap.allocation.search.study import Record, Study, front, records
+from bitknap.allocation.search.study import Study
+from bitknap.allocation.search.trial_record import Record
 from bitknap.cli.tables import facts_table
 from bitknap.cli.terminal import present, progress_bars
 

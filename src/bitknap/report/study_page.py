@@ -9,8 +9,10 @@ from html import escape
 from typing import TYPE_CHECKING, Any
 
 from bitknap.allocation.problem.budget import human
+from bitknap.allocation.search.best_trials import front, records
 from bitknap.allocation.search.optuna_trials import quietly, shown
-from bitknap.allocation.search.study import Record, Study, front, records
+from bitknap.allocation.search.study import Study
+from bitknap.allocation.search.trial_record import Record
 from bitknap.report.html import drawn, section, shell, table
 
 if TYPE_CHECKING:

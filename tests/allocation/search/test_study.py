@@ -13,10 +13,12 @@ import optuna
 import pytest
 
 from bitknap.allocation import BitPlan, CostTable, formats
+from bitknap.allocation.search.best_trials import best, front, records
 from bitknap.allocation.search.optuna_trials import attempts, make_sampler, open_storage, shown
 from bitknap.allocation.search.optuna_trials import worker as worker_name
 from bitknap.allocation.search.search_space import Knobs
-from bitknap.allocation.search.study import Record, best, create, front, load, plan_of, records, run
+from bitknap.allocation.search.study import create, load, plan_of, run
+from bitknap.allocation.search.trial_record import Record
 from bitknap.errors import (
     BitknapError,
     FileError,

@@ -21,6 +21,7 @@ from bitknap.errors import BitknapError, FileError, InputError, MismatchError, M
 from bitknap.estimators.costs.data_free import DataFree
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.packed import pipeline, work_pieces, writer
+from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.packed.plain_bytes import encode
 from bitknap.quantization.packed.shards import Entry, Shards, lay_out
 from bitknap.quantization.packed.work_pieces import sections
@@ -233,7 +234,7 @@ def test_other_inputs_are_refused(case, tmp_path, small):
         assert message.endswith(way_out)
     assert contents(tmp_path / PARTIAL / "files") == before
     bitknap.quantize(case.folder, other, out, overwrite=True)
-    assert BitPlan.load(out / writer.PLAN).format_of(0) == GRIDS[0]
+    assert BitPlan.load(out / PLAN).format_of(0) == GRIDS[0]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
 

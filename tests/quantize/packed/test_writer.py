@@ -16,6 +16,7 @@ from bitknap.errors import BitknapError, FileError, InputError, MismatchError, M
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.packed import writer
+from bitknap.quantization.packed.folder import PLAN, SOURCE, roles_of
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.apply import apply
@@ -92,7 +93,7 @@ def check(folder, plan, out, dtype=torch.float32):
     assert sizes["predicted"] == sizes["written"] == plan.total_bytes == stream_bytes(out)
     assert sizes["checkpoint"] == folder_bytes(out)
     source = Checkpoint.open(folder)
-    roles = writer.roles_of(plan.units)
+    roles = roles_of(plan.units)
     on_disk = walk_headers(source.config, source.shapes, roles)
     assert folder_bytes(out) <= writer.fixed_bytes(source, on_disk) + plan.total_bytes
 
@@ -132,7 +133,7 @@ def test_in_bf16_too(family, tmp_path):
 def test_with_every_role(family, tmp_path):
     folder = saved(tmp_path / "source", family)
     plan = plan_for(folder, ("attention", "shared", "dense"))
-    assert "attention" in writer.roles_of(plan.units)
+    assert "attention" in roles_of(plan.units)
     check(folder, plan, tmp_path / "out")
 
 
@@ -316,25 +317,23 @@ def remove_shard(folder):
 
 
 def truncate_plan(folder):
-    file = folder / writer.PLAN
+    file = folder / PLAN
     file.write_bytes(file.read_bytes()[:-40])
 
 
 def other_bytes_in_plan(folder):
-    edit_json(folder / writer.PLAN, lambda plan: plan["units"][0].update(bytes=1))
+    edit_json(folder / PLAN, lambda plan: plan["units"][0].update(bytes=1))
 
 
 def other_format_in_plan(folder):
-    plan = BitPlan.load(folder / writer.PLAN)
+    plan = BitPlan.load(folder / PLAN)
     choice = plan.choice.copy()
     choice[1] = (choice[1] + 1) % len(plan.formats)
-    BitPlan.from_choice(plan.units, plan.formats, choice, model=plan.model).save(
-        folder / writer.PLAN
-    )
+    BitPlan.from_choice(plan.units, plan.formats, choice, model=plan.model).save(folder / PLAN)
 
 
 def other_model_in_plan(folder):
-    edit_json(folder / writer.PLAN, lambda plan: plan.update(model="0" * 32))
+    edit_json(folder / PLAN, lambda plan: plan.update(model="0" * 32))
 
 
 def unit_less_in_plan(folder):
@@ -345,20 +344,20 @@ def unit_less_in_plan(folder):
         totals = plan["totals"]
         totals["bits_per_weight"] = 8 * totals["bytes"] / totals["weights"]
 
-    edit_json(folder / writer.PLAN, change)
+    edit_json(folder / PLAN, change)
 
 
 def newer_source(folder):
-    edit_json(folder / writer.SOURCE, lambda source: source.update(version="2.0"))
+    edit_json(folder / SOURCE, lambda source: source.update(version="2.0"))
 
 
 def source_without_tensors(folder):
-    edit_json(folder / writer.SOURCE, lambda source: source.pop("tensors"))
+    edit_json(folder / SOURCE, lambda source: source.pop("tensors"))
 
 
 def source_with_bad_shape(folder):
     edit_json(
-        folder / writer.SOURCE,
+        folder / SOURCE,
         lambda source: source["tensors"].update(dict.fromkeys(source["tensors"], 7)),
     )
 
@@ -367,19 +366,19 @@ def source_with_infinite_shape(folder):
     def change(source):
         source["tensors"] |= {name: ["F32", [float("inf")]] for name in source["tensors"]}
 
-    edit_json(folder / writer.SOURCE, change)
+    edit_json(folder / SOURCE, change)
 
 
 def source_as_list(folder):
-    (folder / writer.SOURCE).write_text("[]")
+    (folder / SOURCE).write_text("[]")
 
 
 def remove_source(folder):
-    (folder / writer.SOURCE).unlink()
+    (folder / SOURCE).unlink()
 
 
 def remove_plan(folder):
-    (folder / writer.PLAN).unlink()
+    (folder / PLAN).unlink()
 
 
 def empty_config(folder):

@@ -14,7 +14,7 @@ from transformers import (
 from bitknap.errors import InputError
 from bitknap.quantization.packed.config import STUB
 from bitknap.quantization.packed.convert_layout import convert
-from bitknap.quantization.packed.writer import PLAN, SOURCE
+from bitknap.quantization.packed.folder import PLAN, SOURCE
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.runtime.saving import Companions
 from bitknap.testing import packed_checkpoint

@@ -23,7 +23,7 @@ from bitknap.allocation import BitPlan, formats
 from bitknap.errors import FileError, ModelError
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
-from bitknap.quantization.packed.writer import PLAN, roles_of
+from bitknap.quantization.packed.folder import PLAN, roles_of
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.runtime.layers import packed_weights
 from bitknap.quantization.source.checkpoint import Checkpoint

@@ -1,0 +1,51 @@
+"""The trials of a study: all of them, the best, and the front of bytes and loss."""
+
+from __future__ import annotations
+
+from bitknap.allocation.problem.budget import Budget, human
+from bitknap.allocation.search.optuna_trials import quietly, reaching
+from bitknap.allocation.search.study import Study
+from bitknap.allocation.search.trial_record import Record, loss_of, record_of
+from bitknap.errors import InfeasibleError, InputError
+
+
+def records(study: Study) -> list[Record]:
+    """Return all trials by number."""
+    with quietly(), reaching(study.storage):
+        return [record_of(trial) for trial in study.trials.get_trials(deepcopy=False)]
+
+
+def best(study: Study, budget: str | None = None) -> Record:
+    """Return the trial of the least measured loss.
+
+    Args:
+        study: the study.
+        budget: with a range of budgets, what its plan must keep; the widest when not given.
+
+    Raises:
+        InputError: no trial is complete.
+        InfeasibleError: no measured plan keeps the budget.
+    """
+    complete = [record for record in records(study) if record.state == "complete"]
+    if not complete:
+        raise InputError(f"study {study.name!r} has no complete trial; run it first")
+    if budget is not None:
+        limit = Budget.parse(budget).limit(study.table)
+        least = min(record.nbytes or 0 for record in complete)
+        complete = [record for record in complete if (record.nbytes or 0) <= limit.bound]
+        if not complete:
+            raise InfeasibleError(
+                f"budget {budget}: the smallest measured plan takes {human(least)}, limit is "
+                f"{human(limit.bound)}{limit.note}; raise the budget or run more trials"
+            )
+    return min(complete, key=lambda record: (loss_of(record), record.nbytes or 0, record.number))
+
+
+def front(study: Study) -> list[Record]:
+    """Return the trials that no other one beats in bytes and in loss, by bytes; each plan once."""
+    complete = [record for record in records(study) if record.state == "complete"]
+    found: list[Record] = []
+    for record in sorted(complete, key=lambda r: (r.nbytes or 0, loss_of(r), r.number)):
+        if not found or loss_of(record) < loss_of(found[-1]):
+            found.append(record)
+    return found
