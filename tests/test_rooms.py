@@ -21,7 +21,7 @@ FOLDERS = {
 # From the ground up: a line may use the lines above it. A name stands for a package with all
 # in it, or for one module; the longest name that fits counts.
 ORDER = """
-bitknap.errors bitknap.progress bitknap.version bitknap.quiet
+bitknap.deprecation bitknap.errors bitknap.progress bitknap.version bitknap.quiet
 bitknap.disk
 
 bitknap.allocation.problem
