@@ -28,6 +28,11 @@ _LIBRARIES = (
     *("optuna", "highspy", "matplotlib.backends.backend_svg", "scipy.optimize", "rich.console"),
     *("tokenizers", "safetensors.torch", "sqlalchemy", "matplotlib.pyplot"),
 )
+# Bitknap's own, with all that lies in them.
+_PACKAGES = tuple(
+    f"bitknap.{name}"
+    for name in ("api", "allocation", "cli", "disk", "estimators", "quantization", "report")
+) + ("bitknap.benchmarks.compare",)
 # Output beyond this is of no use in a report.
 _MOST_OUTPUT = 1 << 16
 
@@ -78,11 +83,10 @@ def prepare() -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
     for name in _LIBRARIES:
         importlib.import_module(name)
-    for package in ("", "allocation.", "estimators.", "quantize.", "benchmarks.compare."):
-        paths = importlib.import_module(f"bitknap.{package}".rstrip(".")).__path__
-        for module in pkgutil.iter_modules(paths, f"bitknap.{package}"):
-            if not module.name.endswith("__main__"):
-                importlib.import_module(module.name)
+    for package in _PACKAGES:
+        paths = importlib.import_module(package).__path__
+        for module in pkgutil.walk_packages(paths, f"{package}."):
+            importlib.import_module(module.name)
 
 
 def command(*words: str | Path) -> Callable[[], None]:
