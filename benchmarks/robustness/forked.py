@@ -29,10 +29,10 @@ _LIBRARIES = (
     *("tokenizers", "safetensors.torch", "sqlalchemy", "matplotlib.pyplot"),
 )
 # Bitknap's own, with all that lies in them.
-_PACKAGES = tuple(
-    f"bitknap.{name}"
-    for name in ("api", "allocation", "cli", "disk", "estimators", "quantization", "report")
-) + ("bitknap.benchmarks.compare",)
+_PACKAGES = (
+    *("bitknap.api", "bitknap.allocation", "bitknap.cli", "bitknap.disk", "bitknap.estimators"),
+    *("bitknap.quantization", "bitknap.report", "bitknap.benchmarks.compare"),
+)
 # Output beyond this is of no use in a report.
 _MOST_OUTPUT = 1 << 16
 
