@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers.quantizers.auto  # noqa: F401 - whose import registers the plug-in, so it is first
 
 from bitknap.errors import FileError
 from bitknap.quantization.packed.buildable import check

@@ -287,3 +287,13 @@ def test_the_hook_is_there_once():
     assert sys.modules[TABLE].AUTO_QUANTIZER_MAPPING["bitknap"].__name__ == "BitknapQuantizer"
     # Whoever looks for the source of that module finds it, as without the hook.
     assert str(inspect.getsourcefile(sys.modules[TABLE])).endswith("auto.py")
+
+
+def test_loading_may_be_the_first_to_import_transformers():
+    # The plug-in's own import runs the hook, which must not meet it half made.
+    code = """
+import bitknap.quantization.runtime.loading
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print("bitknap" in AUTO_QUANTIZER_MAPPING)
+"""
+    assert run(code) == ["True"]
