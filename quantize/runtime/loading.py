@@ -19,7 +19,6 @@ from bitknap.quantization.packed.opened import (
     source_shapes,
 )
 from bitknap.quantization.runtime.dequantized_cache import CACHE_BYTES
-from bitknap.quantization.runtime.transformers_plugin import register
 from bitknap.quantization.source.architecture import (
     align_experts,
     architecture_of,
@@ -69,6 +68,9 @@ def load(
     if is_packed(folder) and dtype == "auto":
         dtype = _own_dtype(folder, config)
     if packed:
+        # The plug-in is imported when transformers is, by a hook, and must not be what imports it.
+        from bitknap.quantization.runtime.transformers_plugin import register
+
         register()
         check_decoded(open_packed(folder))
     elif is_packed(folder):
