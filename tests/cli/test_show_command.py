@@ -8,7 +8,7 @@ import pytest
 
 from bitknap.allocation import BitPlan, CostTable, formats
 from bitknap.cli import main
-from bitknap.cli.plan_diff_tables import diff_tables
+from bitknap.cli.views.plan_diff_tables import diff_tables
 from bitknap.testing import routed_units
 
 FORMATS = formats((2, 3, 4), 32, True)

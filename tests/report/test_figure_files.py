@@ -2,7 +2,7 @@ import numpy as np
 
 from bitknap.allocation import CostTable
 from bitknap.allocation.tradeoffs.frontier_path import frontier
-from bitknap.cli.tables import uniform_costs
+from bitknap.cli.views.tables import uniform_costs
 from bitknap.report.figure_files import frontier_figure, write_picture
 
 

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitknap.cli.option_rules import check_options
-from bitknap.cli.solve_options import (
+from bitknap.cli.options.rules import check_options
+from bitknap.cli.options.solving import (
     as_json_option,
     free_path,
     given,
@@ -101,7 +101,7 @@ def compare(
     from bitknap.benchmarks.compare.run import FAILED
     from bitknap.benchmarks.compare.run import compare as judge_all
     from bitknap.benchmarks.compare.strategies import names
-    from bitknap.cli.compare_view import strategies_tables
+    from bitknap.cli.views.compare_view import strategies_tables
 
     check_options("compare")
     wanted, sizes = names(listed(strategies)), _budgets(budgets)

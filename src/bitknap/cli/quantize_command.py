@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitknap.allocation.tradeoffs.profile_price import priced
-from bitknap.cli.estimate_options import (
+from bitknap.cli.interrupts import stoppable
+from bitknap.cli.options.estimating import (
     estimating,
     files_of,
     forget,
@@ -21,10 +22,9 @@ from bitknap.cli.estimate_options import (
     run_estimate,
     size_of,
 )
-from bitknap.cli.interrupts import stoppable
-from bitknap.cli.option_rules import check_options
-from bitknap.cli.refine_options import check_refining, refine_journal, refining, run_refine
-from bitknap.cli.solve_options import (
+from bitknap.cli.options.refining import check_refining, refine_journal, refining, run_refine
+from bitknap.cli.options.rules import check_options
+from bitknap.cli.options.solving import (
     as_json_option,
     check_solving,
     free_path,
@@ -98,7 +98,7 @@ def quantize(
     """
     from bitknap.allocation.problem.budget import parse_size
     from bitknap.api import quantizing
-    from bitknap.cli.tables import bits_table, facts_table, widths_table
+    from bitknap.cli.views.tables import bits_table, facts_table, widths_table
     from bitknap.estimators.measuring import readings
     from bitknap.report.table_facts import decoded_note, few_tokens_note, left_out_note
 
@@ -166,7 +166,7 @@ def _choose(
 ) -> _Choice:
     """Return the plan of a file, or what estimating, solving and refining come to."""
     from bitknap.allocation import BitPlan
-    from bitknap.cli.tables import facts_table, price_table
+    from bitknap.cli.views.tables import facts_table, price_table
     from bitknap.estimators.measuring.readings import telling
     from bitknap.quantization.packed.buildable import check_source
     from bitknap.quantization.source.checkpoint import Checkpoint, resolve

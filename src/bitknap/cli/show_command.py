@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from bitknap.cli.option_rules import check_options
-from bitknap.cli.solve_options import as_json_option, free_path, overwrite_option
+from bitknap.cli.options.rules import check_options
+from bitknap.cli.options.solving import as_json_option, free_path, overwrite_option
 from bitknap.cli.terminal import present
 from bitknap.errors import InputError
 
@@ -40,7 +40,7 @@ def show(
     from bitknap.allocation import BitPlan, CostTable
     from bitknap.allocation.tradeoffs.frontier_file import is_frontier
     from bitknap.allocation.tradeoffs.frontier_path import Frontier
-    from bitknap.cli.tables import (
+    from bitknap.cli.views.tables import (
         bits_table,
         frontier_summary,
         frontier_table,
@@ -82,7 +82,7 @@ def _show_diff(path: Path, other: Path, as_json: bool) -> None:
     from bitknap.allocation import BitPlan
     from bitknap.allocation.plans.plan_diff import plan_diff
     from bitknap.allocation.tradeoffs.frontier_file import is_frontier
-    from bitknap.cli.plan_diff_tables import diff_summary, diff_tables
+    from bitknap.cli.views.plan_diff_tables import diff_summary, diff_tables
 
     plans = []
     for one in (path, other):
@@ -95,7 +95,7 @@ def _show_diff(path: Path, other: Path, as_json: bool) -> None:
 
 def _show_table(table: Any, picture: Path | None, as_json: bool) -> None:
     from bitknap.allocation import ROLES
-    from bitknap.cli.tables import cost_table
+    from bitknap.cli.views.tables import cost_table
     from bitknap.estimators.tables.super_expert_floor import comparable
     from bitknap.report.figure_files import write_picture
     from bitknap.report.sensitivity_map import heat, heat_figure, text_of

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitknap.cli.option_rules import check_options
-from bitknap.cli.solve_options import (
+from bitknap.cli.options.rules import check_options
+from bitknap.cli.options.solving import (
     as_json_option,
     free_path,
     given,
@@ -94,7 +94,7 @@ def create(
     --budget 2.5bpw
     """
     from bitknap.allocation.search.study import create as make
-    from bitknap.cli.study_view import present_study
+    from bitknap.cli.views.study_view import present_study
 
     check_options("study create")
     made = make(
@@ -138,7 +138,7 @@ def run(
     """
     from bitknap.allocation.search.study import load
     from bitknap.allocation.search.study import run as go
-    from bitknap.cli.study_view import present_study, watching
+    from bitknap.cli.views.study_view import present_study, watching
 
     found = load(name, storage, table=table, features=features)
     measure, measured = _measurement(found, model, text, tokens)
@@ -169,7 +169,7 @@ def show(
     Example: bitknap study show s --storage sqlite:///s.db -o study.html
     """
     from bitknap.allocation.search.study import load
-    from bitknap.cli.study_view import present_study
+    from bitknap.cli.views.study_view import present_study
 
     path = None if out is None else _free(out, overwrite, storage, table, features)
     found = load(name, storage, table=table, features=features)
@@ -206,8 +206,8 @@ def best(
     """
     from bitknap.allocation.search.best_trials import best as least
     from bitknap.allocation.search.study import load, plan_of
-    from bitknap.cli.study_view import present_study, row_of, trials_table
-    from bitknap.cli.tables import bits_table
+    from bitknap.cli.views.study_view import present_study, row_of, trials_table
+    from bitknap.cli.views.tables import bits_table
 
     path = None if out is None else _free(out, overwrite, storage, table, features)
     found = load(name, storage, table=table, features=features)

@@ -16,7 +16,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from bitknap.cli.solve_options import listed
+from bitknap.cli.options.solving import listed
 from bitknap.errors import InputError
 
 _WRAPPERS = ("calibrated", "fuzzy")

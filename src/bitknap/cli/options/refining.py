@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bitknap.cli.solve_options import given, limits_of, options_of, pinned
+from bitknap.cli.options.solving import given, limits_of, options_of, pinned
 from bitknap.disk.atomic import beside
 from bitknap.errors import InputError
 

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import click
 
 from bitknap.cli.interrupts import stoppable
-from bitknap.cli.solve_options import given, include_option, listed, options_of, seed_option
+from bitknap.cli.options.solving import given, include_option, listed, options_of, seed_option
 from bitknap.cli.terminal import progress_bars
 from bitknap.disk.atomic import beside
 from bitknap.errors import InputError

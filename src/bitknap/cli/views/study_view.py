@@ -15,8 +15,8 @@ from bitknap.allocation.search.best_trials import front, records
 from bitknap.allocation.search.optuna_trials import shown
 from bitknap.allocation.search.study import Study
 from bitknap.allocation.search.trial_record import Record
-from bitknap.cli.tables import facts_table
 from bitknap.cli.terminal import present, progress_bars
+from bitknap.cli.views.tables import facts_table
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from bitknap.cli.option_rules import RULES, Asked, check
+from bitknap.cli.options.rules import RULES, Asked, check
 from bitknap.errors import InputError
 
 # Nothing of these names exists: it is not even looked for.

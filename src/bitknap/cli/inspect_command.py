@@ -1,0 +1,35 @@
+"""`bitknap inspect`: what a plan for a model could be, from headers alone."""
+
+from __future__ import annotations
+
+import click
+
+from bitknap.cli.options.solving import as_json_option, include_option, listed
+from bitknap.cli.terminal import present
+from bitknap.quiet import silence_transformers
+
+
+@click.command()
+@click.argument("model")
+@include_option
+@as_json_option
+def inspect(model: str, include: str, as_json: bool) -> None:
+    """Show units, formats and the feasible budgets of MODEL from its headers alone.
+
+    Example: bitknap inspect reference:mixtral
+    """
+    from bitknap.api.inspection import inspect as look
+    from bitknap.cli.views.tables import exports_table, facts_table, steps_table
+
+    silence_transformers()
+    report = look(model, listed(include))
+    apart = ("uniform_bytes", "steps", "exports")
+    facts = {name: value for name, value in report.items() if name not in apart}
+    present(
+        as_json,
+        report,
+        facts_table(model, facts),
+        facts_table("all units in one format", report["uniform_bytes"]),
+        steps_table(report["steps"]),
+        exports_table(report["exports"]),
+    )

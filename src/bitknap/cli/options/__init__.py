@@ -1,0 +1,1 @@
+"""Options that commands share, what their words mean, and which go together."""

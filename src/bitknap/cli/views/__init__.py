@@ -1,0 +1,1 @@
+"""What commands print for people: tables of rich, and the same as JSON values."""
