@@ -17,7 +17,8 @@ from bitknap.allocation.search.solver import Search
 from bitknap.allocation.solvers.greedy import Greedy
 from bitknap.allocation.solvers.ilp import Ilp
 from bitknap.allocation.solvers.knapsack import Knapsack
-from bitknap.allocation.solvers.solving import Solver, solve
+from bitknap.allocation.solvers.solver import Solver
+from bitknap.allocation.solvers.solving import solve
 from bitknap.allocation.tradeoffs.frontier_path import Frontier, FrontierPoint, frontier
 from bitknap.allocation.tradeoffs.profile_price import Price, price
 from bitknap.allocation.tradeoffs.uniform_recipes import round_robin, uniform_plans

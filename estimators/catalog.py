@@ -11,15 +11,17 @@ from typing import Any
 from bitknap.errors import InputError
 from bitknap.estimators.costs.data_free import DataFree
 from bitknap.estimators.costs.dense_profiling import Measured
+from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weight_error import WeightError
-from bitknap.estimators.group_kl.calibrated import Calibrated, Estimator
+from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.signals import baselines
 from bitknap.estimators.signals.channel import ChannelScore
 from bitknap.estimators.signals.neuron_variance import MaxVar, RowVariance
 from bitknap.estimators.signals.router_norm import RouterNorm
-from bitknap.estimators.signals.signal import Scored, Signal
+from bitknap.estimators.signals.scored import Scored
+from bitknap.estimators.signals.signal import Signal
 from bitknap.estimators.sparse.on_demand import Sampled
 from bitknap.progress import Progress
 

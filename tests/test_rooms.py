@@ -41,7 +41,7 @@ bitknap.quantization.models bitknap.quantization.rounding
 bitknap.quantization.source
 bitknap.quantization.transforms bitknap.quantization.stacks
 bitknap.quantization.packed
-bitknap.quantization.runtime
+bitknap.quantization.runtime bitknap.quantization.targets
 bitknap.quantization
 
 bitknap.estimators.measuring bitknap.estimators.tables

@@ -21,7 +21,7 @@ from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import Units
 from bitknap.allocation.published.one_limit_rules import bounded
 from bitknap.allocation.solvers.knapsack import Knapsack
-from bitknap.allocation.solvers.solving import Solver
+from bitknap.allocation.solvers.solver import Solver
 from bitknap.errors import InfeasibleError, InputError
 
 # Of a segment's own value: what a knapsack's rounding may pretend to gain.

@@ -4,32 +4,19 @@ from __future__ import annotations
 
 import time
 from types import MappingProxyType
-from typing import Protocol
 
 import numpy as np
 
 from bitknap.allocation.plans.plan import CARRIED, BitPlan
-from bitknap.allocation.plans.solution import Answer, Solution, Status
+from bitknap.allocation.plans.solution import Solution, Status
 from bitknap.allocation.problem.arrays import ROUNDING, Ints, slack
 from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.solvers.infeasibility import check_each_reachable, clash
 from bitknap.allocation.solvers.knapsack import Knapsack
+from bitknap.allocation.solvers.solver import Solver
 from bitknap.errors import BitknapError
 
-__all__ = ["Answer", "Solver", "solve", "within"]
-
-
-class Solver(Protocol):
-    """Anything with a name that answers problems."""
-
-    @property
-    def name(self) -> str:
-        """Shown in solutions and messages."""
-        ...
-
-    def answer(self, problem: Problem) -> Answer:
-        """Return the best choice found and a bound on all choices."""
-        ...
+__all__ = ["solve", "within"]
 
 
 def solve(problem: Problem, solver: Solver | None = None) -> Solution:

@@ -12,7 +12,8 @@ from bitknap.allocation.problem.limit import Limit
 from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.problem.profiles import PROFILES, Profile
 from bitknap.allocation.problem.table import CostTable
-from bitknap.allocation.solvers.solving import Solver, solve
+from bitknap.allocation.solvers.solver import Solver
+from bitknap.allocation.solvers.solving import solve
 from bitknap.errors import InfeasibleError, InputError
 
 _FREE = PROFILES["free"]

@@ -33,7 +33,7 @@ from bitknap.benchmarks.published.rules import Material, Offer, rules
 from bitknap.errors import InputError
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.signals.baselines import RandomScore
-from bitknap.estimators.signals.signal import Scored
+from bitknap.estimators.signals.scored import Scored
 
 OURS, UNREFINED, ROWS = "ours", "ours-unrefined", "ours-rows"
 EVOLUTION = "evolution"

@@ -11,10 +11,11 @@ from typing import Any
 from bitknap.allocation import CostTable, Format
 from bitknap.benchmarks.compare.models import Setting
 from bitknap.estimators.catalog import COSTS, ROUTER, SIGNALS
+from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.group_kl.calibrated import Calibrated, Estimator
+from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.signals.router_norm import RouterNorm
-from bitknap.estimators.signals.signal import Scored
+from bitknap.estimators.signals.scored import Scored
 from bitknap.estimators.sparse.on_demand import Sampled
 from bitknap.estimators.tables.monotone import isotonic
 

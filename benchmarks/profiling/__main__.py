@@ -33,17 +33,19 @@ from bitknap.benchmarks.profiling.report import markdown
 from bitknap.benchmarks.setting import BUDGETS, FORMATS, MODELS, Judge, reference
 from bitknap.estimators.costs.data_free import DataFree
 from bitknap.estimators.costs.dense_profiling import Measured
+from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weight_error import WeightError
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.group_kl.calibrated import Calibrated, Estimator
+from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.group_kl.regression import rank_correlation
 from bitknap.estimators.measuring.kl_replay import Losses, standard_error
 from bitknap.estimators.signals import baselines, neuron_variance
 from bitknap.estimators.signals.channel import ChannelScore
 from bitknap.estimators.signals.router_norm import RouterNorm, router_norms
-from bitknap.estimators.signals.signal import Scored, Signal
+from bitknap.estimators.signals.scored import Scored
+from bitknap.estimators.signals.signal import Signal
 from bitknap.estimators.sparse.cell_choice import AtRandom
 from bitknap.estimators.sparse.fuzzy import Fuzzy, unit_losses
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules

@@ -38,8 +38,8 @@ from bitknap.estimators.group_kl.exponents import (
 from bitknap.estimators.group_kl.rank_check import PlanCheck, check_plans, plans_for_check
 
 if TYPE_CHECKING:
+    from bitknap.estimators.costs.estimator import Estimator
     from bitknap.estimators.evidence.evidence import Evidence
-    from bitknap.estimators.group_kl.calibrated import Estimator
     from bitknap.estimators.signals.signal import Signal
 
 __all__ = [
@@ -128,7 +128,7 @@ class Combined:
         theta = np.array([self.exponents[x.name] for x in self.used])
         z = np.zeros((len(theta), len(table.units)))
         if self.used:
-            from bitknap.estimators.signals.signal import standardised
+            from bitknap.estimators.signals.scored import standardised
 
             z = np.stack([standardised(x.score(evidence), table.units).values for x in self.used])
         changed = modified(table, z, theta, self._gains(formats))

@@ -23,7 +23,7 @@ from bitknap.estimators.measuring.kl_replay import Losses, standard_error
 from bitknap.estimators.signals.baselines import Frequency
 from bitknap.estimators.signals.channel import down_needs_more
 from bitknap.estimators.signals.router_norm import norm_changes
-from bitknap.estimators.signals.signal import Scored
+from bitknap.estimators.signals.scored import Scored
 
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "not decidable"
 # Width at which costs of experts are compared, and the bits per weight of the plan for down.

@@ -20,7 +20,7 @@ from bitknap.estimators.costs.weighed_errors import token_share, weighed_table
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.signals import baselines
 from bitknap.estimators.signals.channel import channel_table
-from bitknap.estimators.signals.signal import by_matrix
+from bitknap.estimators.signals.unit_statistics import by_matrix
 from bitknap.estimators.sparse.cell_choice import ByDepth
 from bitknap.estimators.sparse.fuzzy import Fuzzy, unit_losses
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules

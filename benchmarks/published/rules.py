@@ -41,7 +41,7 @@ from bitknap.estimators.signals.baselines import Exl2Score, RandomScore
 from bitknap.estimators.signals.moqa import moqa_plan
 from bitknap.estimators.signals.neuron_variance import max_variances
 from bitknap.estimators.signals.router_norm import chowdhury_plan, norm_changes
-from bitknap.estimators.signals.signal import Scored
+from bitknap.estimators.signals.scored import Scored
 from bitknap.progress import Progress
 
 # Widths of MC-MoE, GEMQ and Chowdhury et al.; the others choose among all formats.

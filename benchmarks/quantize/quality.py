@@ -24,7 +24,8 @@ from bitknap.estimators.measuring.kl_replay import Losses, Replay, standard_erro
 from bitknap.estimators.measuring.text import BUILTIN, read_text, token_windows
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.models.live_model import walk
-from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq, Inputs, Rounding, round_trip
+from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq, round_trip
+from bitknap.quantization.rounding.rounding import Inputs, Rounding
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import resolve
 from bitknap.quantization.stacks.apply import replaced, stacks

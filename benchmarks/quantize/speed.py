@@ -23,7 +23,8 @@ from bitknap.allocation.problem.format import Format
 from bitknap.benchmarks.quantize import peers
 from bitknap.quantization.packed.plain_bytes import encode
 from bitknap.quantization.rounding import rtn
-from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq, Inputs, Rounding
+from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq
+from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
 # Name to matrices, rows, columns.
 SHAPES: Mapping[str, tuple[int, int, int]] = {

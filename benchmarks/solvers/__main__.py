@@ -30,7 +30,8 @@ from typing import Any
 
 from bitknap.allocation.plans.solution import Answer
 from bitknap.allocation.problem.problem import Problem
-from bitknap.allocation.solvers.solving import Solver, solve
+from bitknap.allocation.solvers.solver import Solver
+from bitknap.allocation.solvers.solving import solve
 from bitknap.benchmarks.solvers.instances import INSTANCES, QUICK, Instance, instance
 from bitknap.benchmarks.solvers.peers import BASELINES, GAP, Baseline
 from bitknap.benchmarks.solvers.report import markdown, picture

@@ -21,7 +21,8 @@ from bitknap.errors import InputError
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.rounding.methods import RTN, Inputs, Rounding, round_trip
+from bitknap.quantization.rounding.methods import RTN, round_trip
+from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
 # Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens they count alike.
 PRIOR_TOKENS = 16

@@ -13,7 +13,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
@@ -21,41 +20,17 @@ from bitknap.allocation.problem.checks import whole
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError, ModelError
+from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weighed_errors import token_share
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.readings import key_of
+from bitknap.estimators.signals.signal import Signal
 from bitknap.progress import Progress
 from bitknap.quantization.stacks.apply import replaced, stacks
 
-if TYPE_CHECKING:
-    from bitknap.estimators.signals.signal import Signal
-
 # KL below this, in nats a token, is rounding noise of float32 logits.
 _FLOOR = 1e-9
-
-
-class Estimator(Protocol):
-    """Anything that fills a cost table from evidence.
-
-    Attributes:
-        name: what the CLI calls it.
-        needs: which evidence it uses: "moments", "full", "curvature"; empty for weights alone.
-    """
-
-    @property
-    def name(self) -> str:
-        """What the CLI calls it."""
-        ...
-
-    @property
-    def needs(self) -> frozenset[str]:
-        """What must be recorded."""
-        ...
-
-    def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
-        """Return the costs of every unit in every format."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)

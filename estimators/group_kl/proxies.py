@@ -18,7 +18,8 @@ from bitknap.allocation.problem.arrays import Floats
 from bitknap.allocation.problem.table import CostTable
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.group_kl.exponents import Fitted, MeasuredGroup, fit_exponents
-from bitknap.estimators.signals.signal import Signal, standardised
+from bitknap.estimators.signals.scored import standardised
+from bitknap.estimators.signals.signal import Signal
 
 # Halves that lose less, in nats a token, hold experts without tokens: their logarithm is noise.
 _LEAST = 1e-7

@@ -45,7 +45,7 @@ from bitknap.estimators.costs.weighed_errors import (
     token_share,
 )
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.signals.signal import by_matrix, curvature, routed
+from bitknap.estimators.signals.unit_statistics import by_matrix, curvature, routed
 from bitknap.quantization.stacks.apply import stacks
 from bitknap.quantization.stacks.row_blocks import block_units
 

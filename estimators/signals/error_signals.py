@@ -19,7 +19,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.errors import InputError
 from bitknap.estimators.costs.weighed_errors import projection_of, role_of
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.signals.signal import (
+from bitknap.estimators.signals.unit_statistics import (
     curvature,
     input_square,
     positive,

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.signals.signal import by_matrix, positive, routed
+from bitknap.estimators.signals.unit_statistics import by_matrix, positive, routed
 
 _Statistic = Literal["mean", "spread", "peak"]
 

@@ -27,16 +27,17 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.published import chowdhury_bits
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.signals.signal import centred, routed
+from bitknap.estimators.signals.scored import centred
+from bitknap.estimators.signals.unit_statistics import routed
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
-from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.source import Source
 
 # A bounded distribution varies at most 3 times as much as a uniform one on the same support, so
 # more than that means a wider range (the paper's argument for its ζ).
 ZETA = 3.0
 
 
-def router_norms(source: Checkpoint | Mapping[str, Tensor], layout: Layout) -> dict[int, Floats]:
+def router_norms(source: Source | Mapping[str, Tensor], layout: Layout) -> dict[int, Floats]:
     """Return the L2 norm of every expert's router row by layer, float64[E] each.
 
     Rows of a router past the layer's experts score experts that compute nothing; they are left
@@ -53,15 +54,15 @@ def router_norms(source: Checkpoint | Mapping[str, Tensor], layout: Layout) -> d
     return {layer.layer: _norms(source, layer) for layer in layout.layers}
 
 
-def _norms(source: Checkpoint | Mapping[str, Tensor], layer: ExpertLayer) -> Floats:
+def _norms(source: Source | Mapping[str, Tensor], layer: ExpertLayer) -> Floats:
     if layer.router is None:
         raise InputError(
             f"layer {layer.layer} ({layer.module}): no router was found; use another signal"
         )
-    if isinstance(source, Checkpoint):
-        found = source.read(layer.router) if layer.router in source.headers else None
-    else:
+    if isinstance(source, Mapping):
         found = source.get(layer.router)
+    else:
+        found = source.read(layer.router) if layer.router in source.shapes else None
     if found is None:
         raise InputError(
             f"layer {layer.layer}: the source has no tensor {layer.router!r}; "

@@ -14,7 +14,7 @@ from torch import Tensor
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
-from bitknap.estimators.signals.signal import by_expert
+from bitknap.estimators.signals.unit_statistics import by_expert
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from torch import Tensor
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.signals.signal import by_matrix, positive
+from bitknap.estimators.signals.unit_statistics import by_matrix, positive
 
 
 @dataclass(frozen=True, slots=True)

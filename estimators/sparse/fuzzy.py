@@ -16,6 +16,7 @@ from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import Units
 from bitknap.errors import InputError
 from bitknap.estimators.costs.data_free import distortion
+from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.costs.weighed_errors import (
     experts_of,
@@ -26,7 +27,7 @@ from bitknap.estimators.costs.weighed_errors import (
     token_share,
 )
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.group_kl.calibrated import Estimator, group_kl
+from bitknap.estimators.group_kl.calibrated import group_kl
 from bitknap.estimators.sparse.cell_features import Antecedents, Predictor
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples

@@ -10,10 +10,10 @@ from bitknap.allocation.problem.checks import whole
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError, MismatchError
+from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.costs.weighed_errors import token_share
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.group_kl.calibrated import Estimator
 from bitknap.estimators.sparse.cell_choice import LeastSure, grow
 from bitknap.estimators.sparse.fuzzy import Fuzzy, features, unit_losses
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules

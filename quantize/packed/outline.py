@@ -21,7 +21,7 @@ from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.config import WITH_EXPONENTS
 from bitknap.quantization.packed.shards import Entry, Place, Shards, lay_out
 from bitknap.quantization.packed.work_pieces import Piece, Work
-from bitknap.quantization.rounding.methods import Rounding
+from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import DTYPES, PACKED, Checkpoint, TensorInfo
 from bitknap.quantization.source.safetensors_header import read_header
 

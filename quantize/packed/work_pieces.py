@@ -29,7 +29,7 @@ from bitknap.quantization.packed.plain_bytes import encode
 from bitknap.quantization.packed.shards import Place
 from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.magnitude import exponents_of, peaks
-from bitknap.quantization.rounding.methods import Rounding
+from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.partial_reads import read_bytes
 from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo

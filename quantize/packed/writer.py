@@ -56,7 +56,8 @@ from bitknap.quantization.packed.work_pieces import (
     read_finite,
     slabs,
 )
-from bitknap.quantization.rounding.methods import RTN, Rounding
+from bitknap.quantization.rounding.methods import RTN
+from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import PACKED, Checkpoint
 from bitknap.quantization.stacks.apply import Watched, aligned
 from bitknap.quantization.stacks.row_blocks import layout_for

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bitknap.allocation.problem.format import Format
 from bitknap.quantization.rounding.grid import Quantized
-from bitknap.quantization.rounding.methods import Inputs, Rounding
+from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
 # Bytes of codes and grids that are kept at most.
 KEPT_BYTES = 4 << 30

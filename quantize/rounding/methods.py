@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 from torch import Tensor
 
@@ -19,56 +18,7 @@ from bitknap.errors import InputError, MismatchError
 from bitknap.quantization.rounding import gptq, hqq, rtn
 from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.magnitude import in_range
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Inputs:
-    """What the inputs of n equally shaped matrices were like.
-
-    Attributes:
-        moments: mean of x xᵀ over the tokens that each matrix saw, float32 [n, cols, cols].
-        tokens: how many those were, int64 [n].
-    """
-
-    moments: Tensor
-    tokens: Tensor
-
-
-class Rounding(Protocol):
-    """A way to round.
-
-    Attributes:
-        name: what `--method` calls it.
-        needs_inputs: whether it refuses to work without `Inputs`.
-    """
-
-    @property
-    def name(self) -> str:
-        """What `--method` calls it."""
-        ...
-
-    @property
-    def needs_inputs(self) -> bool:
-        """Whether it refuses to work without `Inputs`."""
-        ...
-
-    def quantize(
-        self,
-        weights: Tensor,
-        format: Format,
-        inputs: Inputs | None = None,
-        exponents: Tensor | None = None,
-    ) -> Quantized:
-        """Return n matrices [n, rows, cols] as n × rows quantized rows.
-
-        Args:
-            weights: what to round, of any magnitude.
-            format: a grid.
-            inputs: what is known of their inputs.
-            exponents: of the powers of two that the matrices have (`magnitude`), int32 [n], where
-                `weights` are only some rows of them.
-        """
-        ...
+from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
 
 @dataclass(frozen=True, slots=True)

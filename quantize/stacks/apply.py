@@ -15,8 +15,9 @@ from bitknap.allocation.problem.units import Units
 from bitknap.errors import MismatchError, ModelError
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.rounding.grid import Quantized
-from bitknap.quantization.rounding.methods import RTN, Inputs, Rounding
-from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.rounding.methods import RTN
+from bitknap.quantization.rounding.rounding import Inputs, Rounding
+from bitknap.quantization.source.source import Source
 
 # Weights worked on at a time, as float32: much beside the cost of a call, little beside a model.
 PIECE = 1 << 25
@@ -67,14 +68,14 @@ def read_units(layout: Layout, which: np.ndarray, tensors: Mapping[str, Tensor])
 
 
 def read_stored(
-    layout: Layout, which: np.ndarray, source: Checkpoint, rows: slice | None = None
+    layout: Layout, which: np.ndarray, source: Source, rows: slice | None = None
 ) -> Tensor:
-    """Return `read_units` of a checkpoint on disk, reading one matrix at a time and little else.
+    """Return `read_units` of a source, reading one matrix at a time and little else.
 
     Args:
-        layout: walked on the checkpoint's headers.
+        layout: walked on the source's shapes.
         which: equally shaped units.
-        source: the checkpoint.
+        source: a checkpoint, or anything else that reads matrices.
         rows: which output rows of each unit, by start and stop; all when not given.
 
     Raises:

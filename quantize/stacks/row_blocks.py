@@ -17,7 +17,7 @@ from bitknap.allocation.problem.arrays import Longs, numbered
 from bitknap.allocation.problem.units import Units
 from bitknap.errors import InputError, MismatchError
 from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.rounding.methods import Inputs
+from bitknap.quantization.rounding.rounding import Inputs
 from bitknap.quantization.stacks.apply import Watched
 
 

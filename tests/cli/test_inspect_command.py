@@ -7,13 +7,13 @@ import pytest
 
 from bitknap.allocation import Units
 from bitknap.api.inspection import inspect, report
-from bitknap.api.runtime_targets import TARGETS, fits
 from bitknap.benchmarks.models.shapes import config, headers, shape_of
 from bitknap.cli import main
 from bitknap.errors import InputError
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.low_bit_codes import logical
 from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo
+from bitknap.quantization.targets.shape_rules import TARGETS, fits
 
 
 def seen(name, folder, *, published=False, layers=None):

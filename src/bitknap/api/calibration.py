@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from bitknap.errors import InputError, ModelError
 from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.evidence.of_weights import of_weights
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.text import Encoded, encode, read_text
 from bitknap.estimators.measuring.windows import Windows
@@ -25,12 +24,13 @@ from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.outline import settings
-from bitknap.quantization.rounding.methods import RTN, Gptq, Rounding
+from bitknap.quantization.rounding.methods import RTN, Gptq
+from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.architecture import config_of, text_config_of
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.transformers_calls import calling_transformers
-from bitknap.quantization.stacks.apply import read_stored, stacks
+from bitknap.quantization.stacks.apply import stacks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,23 +74,11 @@ def gather(
     Raises:
         InputError: a pass over the text would take more than `max_memory` bytes.
     """
-    on_disk = walk_headers(source.config, source.shapes, asked.include)
     if asked.rounding.needs_inputs:
         needs = needs | {"full"}
     if not needs:
-
-        def weights(which: np.ndarray) -> Tensor:
-            return read_stored(on_disk, which, source)
-
-        return Evidence(
-            layout=on_disk,
-            layers={},
-            linears={},
-            weights=weights,
-            replay=None,
-            provenance={"model": source.fingerprint, "seed": asked.seed},
-            rounding=asked.rounding,
-        )
+        return of_weights(source, asked.include, rounding=asked.rounding, seed=asked.seed)
+    on_disk = walk_headers(source.config, source.shapes, asked.include)
     way = way_to_calibrate(source, on_disk, asked.tokens, needs, asked.max_memory)
     windows = _windows(source, asked)
     writer.check_finite(source)

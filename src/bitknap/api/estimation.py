@@ -18,10 +18,11 @@ from bitknap.allocation import formats as make_formats
 from bitknap.allocation.problem.checks import number, whole
 from bitknap.api.calibration import Calibration, gather, readings_about
 from bitknap.errors import InputError
+from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.weighed_errors import plainest
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.evidence.super_experts import super_experts
-from bitknap.estimators.group_kl.calibrated import Calibrated, Estimator
+from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.measuring.readings import Readings, beside
 from bitknap.estimators.measuring.text import BUILTIN, read_text
 from bitknap.estimators.signals import rows_of_matrices as blocks_of_rows
@@ -33,8 +34,9 @@ from bitknap.progress import Progress
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check_source
-from bitknap.quantization.rounding.methods import RTN, Rounding
+from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.methods import method as method_of
+from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 from bitknap.quantization.stacks.row_blocks import split_rows
 from bitknap.quantization.transforms import transformed_model

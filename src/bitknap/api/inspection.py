@@ -13,7 +13,6 @@ import numpy as np
 from bitknap.allocation import ROLES, formats
 from bitknap.allocation.problem.table import storage
 from bitknap.api.quantizing import CALIBRATION_TOKENS, default_formats
-from bitknap.api.runtime_targets import fits
 from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.sweep.peak_memory import peak_bytes
 from bitknap.quantization.models.headers_only import count_of, text_config, walk_headers
@@ -23,6 +22,7 @@ from bitknap.quantization.packed.config import architectures
 from bitknap.quantization.packed.writer import fixed_bytes
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.safetensors_header import DTYPES
+from bitknap.quantization.targets.shape_rules import fits
 
 # What the table of uniform sizes shows: every width, in a usual and in the smallest form.
 _SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")

@@ -29,7 +29,8 @@ from bitknap.quantization.packed.buildable import check, check_source
 from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.resume import Partial
 from bitknap.quantization.packed.shards import MAX_SHARD_SIZE
-from bitknap.quantization.rounding.methods import Gptq, Rounding, planned
+from bitknap.quantization.rounding.methods import Gptq, planned
+from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.runtime.dequantized_cache import CACHE_BYTES
 from bitknap.quantization.source.checkpoint import Checkpoint, places, resolve

@@ -23,7 +23,8 @@ from bitknap.estimators.signals.baselines import (
     RoutingWeight,
     Uniform,
 )
-from bitknap.estimators.signals.signal import Scored, checked, routed
+from bitknap.estimators.signals.scored import Scored, checked
+from bitknap.estimators.signals.unit_statistics import routed
 from bitknap.estimators.signals.weight_signals import hill
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.models.live_model import walk

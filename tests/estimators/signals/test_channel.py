@@ -18,7 +18,7 @@ from bitknap.estimators.signals.channel import (
     down_needs_more,
     neuron_scores,
 )
-from bitknap.estimators.signals.signal import checked
+from bitknap.estimators.signals.scored import checked
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.stacks.apply import read_units

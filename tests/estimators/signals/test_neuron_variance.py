@@ -14,7 +14,8 @@ from bitknap.estimators.signals.neuron_variance import (
     max_variance,
     max_variances,
 )
-from bitknap.estimators.signals.signal import checked, routed
+from bitknap.estimators.signals.scored import checked
+from bitknap.estimators.signals.unit_statistics import routed
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.stacks.apply import read_units
 from bitknap.testing import tiny_model

@@ -17,7 +17,8 @@ from bitknap.estimators.signals.router_norm import (
     order,
     router_norms,
 )
-from bitknap.estimators.signals.signal import Scored, checked, routed
+from bitknap.estimators.signals.scored import Scored, checked
+from bitknap.estimators.signals.unit_statistics import routed
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.source.checkpoint import Checkpoint

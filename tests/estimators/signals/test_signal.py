@@ -11,19 +11,16 @@ from bitknap.allocation import Budget, Format, Problem, Units, formats, solve
 from bitknap.errors import InputError
 from bitknap.estimators.costs.data_free import DataFree
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.signals.signal import (
+from bitknap.estimators.signals.scored import Scored, centred, checked, standardised
+from bitknap.estimators.signals.unit_statistics import (
     LEAST,
-    Scored,
     by_expert,
     by_matrix,
-    centred,
-    checked,
     curvature,
     input_square,
     positive,
     rounding_error,
     routed,
-    standardised,
 )
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.models.live_model import walk

@@ -25,7 +25,8 @@ from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.packed.plain_bytes import encode
 from bitknap.quantization.packed.shards import Entry, Shards, lay_out
 from bitknap.quantization.packed.work_pieces import sections
-from bitknap.quantization.rounding.methods import RTN, Inputs
+from bitknap.quantization.rounding.methods import RTN
+from bitknap.quantization.rounding.rounding import Inputs
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks import apply
 from bitknap.testing import tiny_model

@@ -10,7 +10,8 @@ from bitknap.quantization.packed.dequantize import dequantize_into, unpacked
 from bitknap.quantization.packed.plain_bytes import decode, encode
 from bitknap.quantization.packed.tiled_bytes import encode_tiles, experts_table, to_plain, to_tiles
 from bitknap.quantization.rounding.magnitude import exponents_of, in_range, peaks
-from bitknap.quantization.rounding.methods import Gptq, Hqq, Inputs, Rtn, round_trip
+from bitknap.quantization.rounding.methods import Gptq, Hqq, Rtn, round_trip
+from bitknap.quantization.rounding.rounding import Inputs
 
 GRIDS = [
     "int1-row-sym",

@@ -5,7 +5,8 @@ import torch
 
 from bitknap.allocation import Format
 from bitknap.quantization.rounding.memo import Remembered
-from bitknap.quantization.rounding.methods import RTN, Gptq, Inputs
+from bitknap.quantization.rounding.methods import RTN, Gptq
+from bitknap.quantization.rounding.rounding import Inputs
 
 
 class Counting:

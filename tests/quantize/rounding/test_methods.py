@@ -6,7 +6,8 @@ import torch
 from bitknap.allocation import Format, formats
 from bitknap.errors import InputError
 from bitknap.quantization.rounding import rtn
-from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq, Inputs, Rtn, method, round_trip
+from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq, Rtn, method, round_trip
+from bitknap.quantization.rounding.rounding import Inputs
 
 WAYS = (Rtn(), Hqq(), Gptq())
 EVERY = formats(range(1, 9), (8, "row"), (False, True), ("fp16", "compact"))

@@ -18,7 +18,8 @@ from bitknap.quantization.packed.plain_bytes import decode, encode
 from bitknap.quantization.packed.tiled_bytes import decode_tiles, encode_tiles, to_plain, to_tiles
 from bitknap.quantization.rounding import gptq, rtn
 from bitknap.quantization.rounding.grid import Quantized
-from bitknap.quantization.rounding.methods import Gptq, Hqq, Inputs, Rtn
+from bitknap.quantization.rounding.methods import Gptq, Hqq, Rtn
+from bitknap.quantization.rounding.rounding import Inputs
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.apply import apply, quantize_plan, read_units
 from bitknap.testing import tiny_model

@@ -10,7 +10,8 @@ from bitknap.errors import InputError, MismatchError
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import matrix, walk
 from bitknap.quantization.packed.writer import save
-from bitknap.quantization.rounding.methods import RTN, Inputs, round_trip
+from bitknap.quantization.rounding.methods import RTN, round_trip
+from bitknap.quantization.rounding.rounding import Inputs
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.apply import aligned, applied, apply, quantize_plan, read_units

@@ -1,4 +1,4 @@
-"""Which other runtimes could hold a model, from the shapes of its units alone.
+"""The table of targets: which other runtimes could hold a model, from its units' shapes alone.
 
 What a runtime stores has rules of its own: rows that divide into its blocks, widths it has kernels
 for, matrices that must share a format. Facts are those of the runtimes' formats as of 2026; an
@@ -7,19 +7,22 @@ exporter checks them again against names and the plan.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from bitknap.allocation.problem.units import Units
+from bitknap.quantization.targets.target import Fit, Target
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Target:
-    """What a runtime's format asks of every matrix.
+class ShapeRule:
+    """A target whose format asks that sizes of every matrix divide by its blocks.
 
     Attributes:
-        name: what `export --to` calls it.
+        name: what the runtime is called at the command line.
+        about: one sentence for lists.
         bits: widths it stores.
         profile: units that must share a format.
         groups: group sizes it has; one of them must divide all rows.
@@ -31,6 +34,7 @@ class Target:
     """
 
     name: str
+    about: str
     bits: tuple[int, ...]
     profile: str
     groups: tuple[int, ...]
@@ -40,42 +44,52 @@ class Target:
     fallback: str = ""
     fallback_bits: tuple[int, ...] = ()
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Fit:
-    """How a model's shapes fit a target.
-
-    Attributes:
-        target: the runtime.
-        possible: whether every matrix can be stored.
-        bits: widths that every matrix can have.
-        groups: its group sizes that divide every row.
-        reason: why not, or what is lost; empty if all is well.
-    """
-
-    target: Target
-    possible: bool
-    bits: tuple[int, ...]
-    groups: tuple[int, ...]
-    reason: str
+    def fit(self, units: Units) -> Fit:
+        """Return how the shapes of all units together fit."""
+        groups = tuple(g for g in self.groups if not (units.cols % g).any())
+        blocked = _not_multiple(units, "rows", self.rows) or _not_multiple(units, "cols", self.cols)
+        if blocked:
+            return Fit(target=self, possible=False, bits=(), groups=groups, reason=blocked)
+        if lost := _not_multiple(units, "cols", self.full_cols):
+            reason, bits = f"{lost}: {self.fallback}", self.fallback_bits
+        else:
+            reason = "" if groups else "no group size divides all rows; one scale a row only"
+            bits = self.bits
+        return Fit(target=self, possible=True, bits=bits, groups=groups, reason=reason)
 
 
 # GPTQ packs 32 codes along the input, and zeros along the output, in 32-bit words.
 _GPTQ = (2, 3, 4, 8)
-TARGETS = (
-    Target(
-        name="gptqmodel", bits=_GPTQ, profile="gate_eq_up", groups=(32, 64, 128), rows=32, cols=32
+TARGETS: tuple[Target, ...] = (
+    ShapeRule(
+        name="gptqmodel",
+        about="GPTQModel: GPTQ codes in 32-bit words.",
+        bits=_GPTQ,
+        profile="gate_eq_up",
+        groups=(32, 64, 128),
+        rows=32,
+        cols=32,
     ),
-    Target(name="autoround", bits=_GPTQ, profile="layer", groups=(32, 64, 128), rows=32, cols=32),
-    Target(
+    ShapeRule(
+        name="autoround",
+        about="AutoRound: GPTQ codes in 32-bit words, one format a layer.",
+        bits=_GPTQ,
+        profile="layer",
+        groups=(32, 64, 128),
+        rows=32,
+        cols=32,
+    ),
+    ShapeRule(
         name="compressed-tensors",
+        about="compressed-tensors: what vLLM and llm-compressor read.",
         bits=tuple(range(1, 9)),
         profile="layer",
         groups=(32, 64, 128, 256),
     ),
     # Q8_0, Q4_0 and their like have blocks of 32; K-quants and IQ of 256.
-    Target(
+    ShapeRule(
         name="llama.cpp",
+        about="llama.cpp: GGUF with K-quants and blocks of 32.",
         bits=(1, 2, 3, 4, 5, 6, 8),
         profile="layer_proj",
         groups=(32,),
@@ -85,8 +99,9 @@ TARGETS = (
         fallback_bits=(4, 5, 8),
     ),
     # W4A16 has groups of 128, NVFP4 blocks of 16; FP8 and INT8 a scale a row.
-    Target(
+    ShapeRule(
         name="modelopt",
+        about="NVIDIA ModelOpt: W4A16, NVFP4, FP8 and INT8.",
         bits=(4, 8),
         profile="layer",
         groups=(128,),
@@ -95,14 +110,16 @@ TARGETS = (
         fallback="no W4A16, whose groups are 128; NVFP4 and 8 bits remain",
         fallback_bits=(4, 8),
     ),
-    Target(
+    ShapeRule(
         name="torchao",
+        about="torchao: integer grids of PyTorch's own quantization.",
         bits=tuple(range(1, 9)),
         profile="layer_gateup_down",
         groups=(32, 64, 128, 256),
     ),
-    Target(
+    ShapeRule(
         name="mlx",
+        about="MLX: Apple's array framework, groups of 32 to 128.",
         bits=(2, 3, 4, 5, 6, 8),
         profile="layer_proj",
         groups=(32, 64, 128),
@@ -111,22 +128,9 @@ TARGETS = (
 )
 
 
-def fits(units: Units) -> tuple[Fit, ...]:
-    """Return how all units together fit each target, in the order of `TARGETS`."""
-    return tuple(_fit(target, units) for target in TARGETS)
-
-
-def _fit(target: Target, units: Units) -> Fit:
-    groups = tuple(g for g in target.groups if not (units.cols % g).any())
-    blocked = _not_multiple(units, "rows", target.rows) or _not_multiple(units, "cols", target.cols)
-    if blocked:
-        return Fit(target=target, possible=False, bits=(), groups=groups, reason=blocked)
-    if lost := _not_multiple(units, "cols", target.full_cols):
-        reason, bits = f"{lost}: {target.fallback}", target.fallback_bits
-    else:
-        reason = "" if groups else "no group size divides all rows; one scale a row only"
-        bits = target.bits
-    return Fit(target=target, possible=True, bits=bits, groups=groups, reason=reason)
+def fits(units: Units, targets: Sequence[Target] = TARGETS) -> tuple[Fit, ...]:
+    """Return how all units together fit each target, in the order of `targets`."""
+    return tuple(target.fit(units) for target in targets)
 
 
 def _not_multiple(units: Units, side: str, step: int) -> str:

@@ -1,0 +1,133 @@
+"""Statistics of units that signals are made of, one number a unit.
+
+Every score is above 0: an expert without tokens is shrunk to its layer's mean as everywhere
+(`LayerEvidence.shrunk`), and a statistic that is 0, such as the variance of a matrix of zeros, is
+raised to `LEAST` of the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.units import ROLES, Units
+from bitknap.errors import InputError
+from bitknap.estimators.costs.weighed_errors import experts_of, plainest, projection_of, role_of
+from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
+from bitknap.quantization.rounding.methods import round_trip
+from bitknap.quantization.stacks.apply import stacks
+
+# Share of the mean that a score of 0 becomes.
+LEAST = 1e-6
+# Weights that a statistic takes up at a time, in float64: 32 MiB.
+_CHUNK = 1 << 22
+
+
+def positive(values: Floats) -> Floats:
+    """Return scores from 0 as scores above 0: at least LEAST of their mean; all 1 if all are 0."""
+    mean = float(np.mean(values))
+    return np.maximum(values, LEAST * mean) if mean > 0 else np.ones_like(values)
+
+
+def by_matrix(evidence: Evidence, statistic: Callable[[Tensor], Tensor]) -> Floats:
+    """Return a statistic of each unit's weights, float64[U].
+
+    Args:
+        evidence: gives the units and their weights.
+        statistic: from weights [n, rows, cols], float64, to numbers [n].
+    """
+    score = np.zeros(len(evidence.units))
+    for run in stacks(evidence.units):
+        weights = evidence.weights(run)
+        chunks = weights.split(max(1, _CHUNK // weights[0].numel()))
+        score[run] = torch.cat([statistic(chunk.double()) for chunk in chunks]).numpy()
+    return score
+
+
+def by_expert(
+    evidence: Evidence, statistic: Callable[[LayerEvidence], Tensor], other: float = 1.0
+) -> Floats:
+    """Return a statistic of each unit's expert, float64[U].
+
+    Args:
+        evidence: with a calibration pass.
+        statistic: from what a layer saw to numbers [E].
+        other: the score of units that are no routed experts.
+
+    Raises:
+        InputError: the evidence is of weights alone.
+    """
+    score = np.full(len(evidence.units), other, dtype=np.float64)
+    for run in stacks(evidence.units):
+        if role_of(evidence.units, run) == "routed":
+            layer, experts = seen(evidence, run)
+            score[run] = statistic(layer)[experts].double().numpy()
+    return score
+
+
+def seen(evidence: Evidence, run: np.ndarray) -> tuple[LayerEvidence, Tensor]:
+    """Return what the layer of a stack of routed units saw, and their experts, int64 [n].
+
+    Raises:
+        InputError: the evidence is of weights alone.
+    """
+    layer = int(evidence.units.layer[run[0]])
+    if layer not in evidence.layers:
+        raise InputError(f"layer {layer}: no calibration pass saw it; calibrate the model first")
+    return experts_of(evidence, run)
+
+
+def input_square(evidence: Evidence, run: np.ndarray) -> Tensor:
+    """Return the mean square of each input of a stack's units a token, float64 [n, cols].
+
+    Routed experts: Σ a² x² (down: Σ a² h²) over their tokens, per token of the text, shrunk.
+
+    Raises:
+        InputError: the evidence is of weights alone.
+    """
+    if role_of(evidence.units, run) != "routed":
+        if any(int(unit) not in evidence.linears for unit in run):
+            label = evidence.units.label(int(run[0]))
+            raise InputError(f"{label}: no calibration pass saw it; calibrate the model first")
+        found = [evidence.linears[int(unit)] for unit in run]
+        return torch.stack([x.input_square / max(1, x.tokens) for x in found])
+    layer, experts = seen(evidence, run)
+    down = projection_of(evidence.units, run) == "down"
+    return layer.shrunk(layer.middle_square if down else layer.input_square)[experts]
+
+
+def curvature(evidence: Evidence, run: np.ndarray) -> Tensor:
+    """Return the mean squared gradient of each weight of a stack, shrunk, float64 [n, rows, cols].
+
+    Raises:
+        InputError: it was not recorded, or a unit is not a routed expert's.
+    """
+    if role_of(evidence.units, run) != "routed":
+        label = evidence.units.label(int(run[0]))
+        raise InputError(f"{label}: gradients are those of routed experts only; include no others")
+    layer, experts = seen(evidence, run)
+    if not layer.curvature:
+        raise InputError("gradients were not recorded; calibrate with curvature=True")
+    return layer.shrunk(layer.curvature[projection_of(evidence.units, run)])[experts]
+
+
+def rounding_error(weights: Tensor, format: Format) -> Tensor:
+    """Return what storing `weights` [n, rows, cols] in a format adds to them, float64.
+
+    Raises:
+        InputError: the format is no grid, so it adds nothing.
+    """
+    if format.kind != "grid":
+        raise InputError(f"format: {format} rounds nothing; give a grid, such as int3-g128-asym")
+    return (round_trip(weights, plainest(format, weights.shape[2])) - weights).double()
+
+
+def routed(units: Units) -> np.ndarray:
+    """Return which units are routed experts', bool[U]."""
+    found: np.ndarray = units.role == ROLES.index("routed")
+    return found

@@ -1,0 +1,83 @@
+"""The protocol `Rounding`, and how to write your own.
+
+A way of rounding turns equally shaped matrices into codes and a grid (a scale, and a zero point
+where the format has one, for each group of weights).
+
+    class Plain:
+        name = "plain"
+        needs_inputs = False                    # True: refuses to work without `Inputs`
+
+        def quantize(self, weights, format, inputs=None, exponents=None):
+            return in_range(weights, lambda w: _plain(w.flatten(0, 1), format), exponents)
+
+* `weights` is [n, rows, cols] of any magnitude. `in_range` (`quantize/rounding/magnitude.py`)
+  scales each matrix by a power of two so that fp16 can hold its scales, and calls you with that.
+* `format` is a grid: 1 to 8 bits, a group size (0 is the whole row), with or without a zero point.
+* `Grid.stored(format, cols, scale, zero)` rounds scales and zeros as they are stored; choose the
+  codes on that grid, so that costs are charged for the error that the checkpoint will have.
+* `inputs` holds second moments of the matrices' inputs, if the calibration pass recorded them.
+
+Pass an instance as `method=` to `bitknap.estimate` and `bitknap.quantize`; its `name` becomes the
+"method" of the table and of the plan, so that a plan made for one method is not written with
+another by mistake. `examples/own_rounding.py` is a whole method that runs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from bitknap.allocation.problem.format import Format
+from bitknap.quantization.rounding.grid import Quantized
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What the inputs of n equally shaped matrices were like.
+
+    Attributes:
+        moments: mean of x xᵀ over the tokens that each matrix saw, float32 [n, cols, cols].
+        tokens: how many those were, int64 [n].
+    """
+
+    moments: Tensor
+    tokens: Tensor
+
+
+class Rounding(Protocol):
+    """A way to round.
+
+    Attributes:
+        name: what `--method` calls it.
+        needs_inputs: whether it refuses to work without `Inputs`.
+    """
+
+    @property
+    def name(self) -> str:
+        """What `--method` calls it."""
+        ...
+
+    @property
+    def needs_inputs(self) -> bool:
+        """Whether it refuses to work without `Inputs`."""
+        ...
+
+    def quantize(
+        self,
+        weights: Tensor,
+        format: Format,
+        inputs: Inputs | None = None,
+        exponents: Tensor | None = None,
+    ) -> Quantized:
+        """Return n matrices [n, rows, cols] as n × rows quantized rows.
+
+        Args:
+            weights: what to round, of any magnitude.
+            format: a grid.
+            inputs: what is known of their inputs.
+            exponents: of the powers of two that the matrices have (`magnitude`), int32 [n], where
+                `weights` are only some rows of them.
+        """
+        ...

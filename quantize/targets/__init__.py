@@ -1,0 +1,1 @@
+"""Other runtimes: what their formats can hold, and which plans fit them."""
