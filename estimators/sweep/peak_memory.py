@@ -12,7 +12,11 @@ import numpy as np
 from bitknap.allocation.problem.budget import human
 from bitknap.errors import InputError
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
-from bitknap.quantization.models.headers_only import count_of, text_config
+from bitknap.quantization.models.headers_only import (
+    count_of,
+    experts_per_token,
+    text_config,
+)
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.source.checkpoint import Checkpoint
 
@@ -159,7 +163,7 @@ def _widths(source: Checkpoint, layout: Layout) -> tuple[int, int, int]:
     config = text_config(source.config)
     hidden = max((x.hidden for x in layout.layers), default=0)
     middle = max((x.intermediate for x in layout.layers), default=0)
-    return hidden, middle, _size(config, 1, "num_experts_per_tok", "moe_topk", "moe_top_k", "top_k")
+    return hidden, middle, max(experts_per_token(config) or [0]) or 1
 
 
 def _size(config: Mapping[str, Any], default: int, *names: str) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from bitknap.errors import ModelError
@@ -31,6 +31,8 @@ from bitknap.quantization.models.tensor_names import (
 _INTERLEAVED = ("gpt_oss",)
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _NESTED = ("thinker_config", "text_config", "llm_config", "language_config")
+# Under which names configurations say how many experts a token meets.
+_EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k")
 
 _Shape = tuple[int, ...]
 
@@ -92,16 +94,47 @@ def count_of(text: Mapping[str, Any], *names: str) -> int | None:
     Raises:
         ModelError: it is not a whole number of at least 0.
     """
+    for name, value in _values(text, names):
+        if not _is_count(value):
+            raise ModelError(f"config.json: {name}: {value!r} is not a whole number of at least 0")
+        return int(value)
+    return None
+
+
+def experts_per_token(text: Mapping[str, Any]) -> list[int] | None:
+    """Return how many experts a token meets: one number for every layer, or one for each.
+
+    Args:
+        text: the part of a configuration that describes the language model.
+
+    Returns:
+        A list of one number, or of one a layer as HunYuan has it; None if nothing says it.
+
+    Raises:
+        ModelError: it is neither a whole number of at least 0 nor a list of them.
+    """
+    for name, value in _values(text, _EXPERTS_PER_TOKEN):
+        found = value if isinstance(value, list) and value else [value]
+        if not all(map(_is_count, found)):
+            raise ModelError(
+                f"config.json: {name}: {str(value)[:80]} is neither a whole number of at least 0 "
+                "nor a list with one for each layer"
+            )
+        return found
+    return None
+
+
+def _values(text: Mapping[str, Any], names: Collection[str]) -> Iterator[tuple[str, Any]]:
     for name in names:
         value: Any = text
         for key in name.split("."):
             value = value.get(key) if isinstance(value, Mapping) else None
-        if value is None:
-            continue
-        if type(value) is not int or value < 0:
-            raise ModelError(f"config.json: {name}: {value!r} is not a whole number of at least 0")
-        return value
-    return None
+        if value is not None:
+            yield name, value
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 0
 
 
 def _computes_nothing(text: Mapping[str, Any], row: Found) -> bool:

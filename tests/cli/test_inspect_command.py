@@ -1,19 +1,24 @@
 """`bitknap inspect`: what a plan could be and what it would take, from headers alone."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
 from bitknap.allocation import Units
-from bitknap.api.inspection import inspect, report
+from bitknap.api.inspection import _active, inspect, report
 from bitknap.benchmarks.models.shapes import config, headers, shape_of
 from bitknap.cli import main
 from bitknap.errors import InputError
+from bitknap.estimators.sweep.peak_memory import peak_bytes
+from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.low_bit_codes import logical
 from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo
 from bitknap.quantization.targets.shape_rules import TARGETS, fits
+from bitknap.testing import SIZES
 
 
 def seen(name, folder, *, published=False, layers=None):
@@ -150,6 +155,23 @@ def test_a_hub_model_is_looked_at_and_not_downloaded(made, monkeypatch):
         monkeypatch.setattr(f"huggingface_hub.{name}", refuse)
     with pytest.raises(InputError, match=r"some/model: no such folder, and the hub cannot give it"):
         inspect("some/model")
+
+
+def test_experts_per_token_may_be_a_list_by_layer(tmp_path):
+    """As HunYuan has it: the time counts each layer's own number, the memory the largest."""
+    sizes = {name: value for name, value in SIZES.items() if name != "num_experts_per_tok"}
+    model = HunYuanMoEV1ForCausalLM(HunYuanMoEV1Config(**sizes, moe_topk=[1, 4]))
+    model.save_pretrained(tmp_path)
+    source = Checkpoint.open(tmp_path)
+    layout = walk_headers(source.config, source.shapes)
+    idle = 3 * (3 * SIZES["hidden_size"] * SIZES["intermediate_size"])  # of layer 0
+    every = sum(math.prod(info.shape) for info in source.headers.values())
+    assert _active(source, layout) == every - idle
+    assert len(inspect(tmp_path)["steps"]) == len(report(source)["steps"])
+    same = replace(source, config={**source.config, "moe_topk": 4})
+    for by_layer in (False, True):
+        peaks = [peak_bytes(x, layout, 64, {"moments"}, by_layer=by_layer) for x in (source, same)]
+        assert peaks[0] == peaks[1]
 
 
 def test_everything_is_plain_json(made, document):

@@ -15,7 +15,7 @@ from bitknap.allocation.problem.table import storage
 from bitknap.api.quantizing import CALIBRATION_TOKENS, default_formats
 from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.sweep.peak_memory import peak_bytes
-from bitknap.quantization.models.headers_only import count_of, text_config, walk_headers
+from bitknap.quantization.models.headers_only import experts_per_token, text_config, walk_headers
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.buildable import check_source
 from bitknap.quantization.packed.config import architectures
@@ -35,7 +35,6 @@ _READ_RATE = 2e8
 _FLOPS = 1e11
 # What calibration runs over a text, in forward passes: one and its gradients.
 _PASSES = 3
-_TOP_K = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k")
 # The interpreter with torch and transformers.
 _LIBRARIES = 1 << 29
 
@@ -173,10 +172,11 @@ def _seconds(work: float) -> int:
 def _active(source: Checkpoint, layout: Layout) -> int:
     """Return the weights that one token meets."""
     config = text_config(source.config)
-    top_k = count_of(config, *_TOP_K) or 0
+    top_k = experts_per_token(config) or [0]
     every = sum(math.prod(info.shape) for info in source.headers.values())
     routed = [(3 if x.gated else 2) * x.hidden * x.intermediate for x in layout.layers]
-    idle = [x.experts - min(top_k or x.experts, x.experts) for x in layout.layers]
+    met = [top_k[x.layer if x.layer < len(top_k) else -1] or x.experts for x in layout.layers]
+    idle = [x.experts - min(n, x.experts) for n, x in zip(met, layout.layers, strict=True)]
     return every - sum(size * count for size, count in zip(routed, idle, strict=True))
 
 

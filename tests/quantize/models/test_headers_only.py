@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bitknap.errors import InputError, ModelError
-from bitknap.quantization.models.headers_only import walk_headers
+from bitknap.quantization.models.headers_only import count_of, experts_per_token, walk_headers
 from bitknap.quantization.models.live_model import matrix, walk
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.testing import FAMILIES, tiny_model
@@ -189,3 +189,24 @@ def test_config_is_plain_json(tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     shapes = Checkpoint.open(tmp_path).shapes
     assert len(walk_headers(config, shapes).units) == len(walk(model).units)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        ({"num_experts_per_tok": 2}, [2]),
+        ({"moe_topk": [8, 4]}, [8, 4]),
+        ({"top_k": None, "moe_top_k": 1}, [1]),
+        ({"num_experts": [4, 4]}, None),
+    ],
+)
+def test_experts_per_token_are_a_number_or_a_list_by_layer(config, expected):
+    assert experts_per_token(config) == expected
+
+
+@pytest.mark.parametrize("value", ["2", 2.0, True, -1, [], [2, None], [[2]], {"a": 1}])
+def test_refuses_other_experts_per_token(value):
+    with pytest.raises(ModelError, match=r"config.json: moe_topk: .* nor a list with one for each"):
+        experts_per_token({"moe_topk": value})
+    with pytest.raises(ModelError, match=r"config.json: depth: .* not a whole number"):
+        count_of({"depth": value}, "depth")

@@ -280,6 +280,17 @@ def test_importing_bitknap_is_enough(packed):
     assert run(WITH.replace("FOLDER", repr(str(packed)))) == ["[]", "PackedMixtralExperts"]
 
 
+DIRECT = """
+import bitknap.quantization.runtime.transformers_plugin as plugin
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+print(AUTO_QUANTIZER_MAPPING["bitknap"] is plugin.BitknapQuantizer)
+"""
+
+
+def test_the_plug_in_can_be_imported_before_transformers():
+    assert run(DIRECT) == ["True"]
+
+
 def test_the_hook_is_there_once():
     before = list(sys.meta_path)
     install()
