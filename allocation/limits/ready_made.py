@@ -2,7 +2,8 @@
 
 Every function returns limits for a `Problem`, beside its budget:
 `Problem(table, [Budget.bits(2.5), *device_bytes(table, 8, at_most=2**30)])`. Names are unique
-unless the same demand is made twice. A floor ("at least") is stored negated. One limit holds U x F
+unless the same demand is made twice. A floor ("at least") is stored negated and marked as one. One
+limit holds U x F
 numbers, and a layer or a rank is one limit.
 """
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -102,6 +104,7 @@ def share_at_most(
         np.outer(numel, narrow),
         min(total, math.floor(part * total * _WHOLE)),
         note=f" of {total:.6g} weights",
+        per=max(1, total),
     )
 
 
@@ -136,14 +139,15 @@ def bits_per_layer(
         weights = int(_numel(table, rows, "bits_per_layer").sum())
         nbytes = np.where(rows[:, None], table.nbytes, 0)
         called = f"{name}{_of(pattern)}, layer {layer}"
+        limit = partial(Limit, unit="bytes", per=weights / 8)
         if low is not None:
             bound = -math.ceil(low * weights / 8 / _WHOLE)
             said = f" ({low:g} bits per weight)"
-            found.append(Limit(f"{called}, at least", -nbytes, bound, unit="bytes", note=said))
+            found.append(limit(f"{called}, at least", -nbytes, bound, note=said, floor=True))
         if high is not None:
             bound = math.floor(high * weights / 8 * _WHOLE)
             said = f" ({high:g} bits per weight)"
-            found.append(Limit(f"{called}, at most", nbytes, bound, unit="bytes", note=said))
+            found.append(limit(f"{called}, at most", nbytes, bound, note=said))
     return tuple(found)
 
 
@@ -190,7 +194,7 @@ def count_at_least(
                 f"count: {wanted} is more than the {there} units of {pattern}{where}; lower it"
             )
         called = name or f"{pattern} at {bits} bits{_or_more(wider)}, at least {wanted}"
-        found.append(Limit(f"{called}{where}", np.outer(rows, -counted), -wanted))
+        found.append(Limit(f"{called}{where}", np.outer(rows, -counted), -wanted, floor=True))
     return tuple(found)
 
 
@@ -254,7 +258,8 @@ def custom(
             "expected a number (+inf forbids under at_most)"
         )
     if at_least is not None:
-        return Limit(name, -values, -number("at_least", at_least, low=-math.inf), unit=unit)
+        bound = -number("at_least", at_least, low=-math.inf)
+        return Limit(name, -values, bound, unit=unit, floor=True)
     return Limit(name, values, number("at_most", at_most, low=-math.inf), unit=unit)
 
 

@@ -45,7 +45,8 @@ class Solution:
         bound: no plan within the limits costs less.
         seconds: wall time of the solver.
         solver: its name.
-        used: what the plan takes of each limit, by the limit's name, in the limit's unit.
+        used: what the plan takes of each limit, or reaches of a floor ("at least"), by the limit's
+            name, as it was asked for: bytes, a count, a share from 0 to 1, bits per weight.
     """
 
     status: Status

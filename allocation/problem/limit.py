@@ -23,6 +23,10 @@ class Limit:
         bound: in the unit of `weight`; +inf means no limit.
         unit: "bytes" to have messages speak of GiB and bits per weight.
         note: said after the bound in messages, such as what else the memory holds.
+        floor: the sum of the unsigned weights must reach the unsigned bound ("at least"): both are
+            stored negated here, and shown without the sign wherever people read them.
+        per: amounts are shown divided by it: the weights that a share is a share of, or an eighth
+            of the weights that bits per weight are counted for.
     """
 
     name: str
@@ -30,6 +34,8 @@ class Limit:
     bound: float
     unit: str = field(default="", kw_only=True)
     note: str = field(default="", kw_only=True)
+    floor: bool = field(default=False, kw_only=True)
+    per: float = field(default=1.0, kw_only=True)
 
     def __post_init__(self) -> None:
         weight = frozen(f"limit {self.name}: weight", self.weight, np.float64)
@@ -42,5 +48,11 @@ class Limit:
         bound = float(self.bound)
         if not bound > -np.inf:
             raise InputError(f"limit {self.name}: bound is {bound}, expected a number")
+        if not 0 < self.per < np.inf:
+            raise InputError(f"limit {self.name}: per is {self.per}, expected a number above 0")
         object.__setattr__(self, "weight", weight)
         object.__setattr__(self, "bound", bound)
+
+    def shown(self, value: float) -> float:
+        """Return an amount of this limit as people write it, such as a share or a floor's count."""
+        return (0.0 - value if self.floor else value) / self.per

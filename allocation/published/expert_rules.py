@@ -277,5 +277,5 @@ def gemq_problem(table: CostTable, average: float, *, floors: bool = True) -> Pr
             here = routed & (table.units.layer == layer)
             for width in widths:
                 weight = np.where(here[:, None] & (bits == width), -1.0, 0.0)
-                limits.append(Limit(f"layer {layer} at {width} bits", weight, -1))
+                limits.append(Limit(f"layer {layer} at {width} bits", weight, -1, floor=True))
     return Problem(table, limits)

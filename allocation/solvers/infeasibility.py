@@ -133,21 +133,21 @@ def _shares(values: Floats) -> Floats:
 
 
 def _is_floor(limit: Limit) -> bool:
-    """Whether the limit is an "at least", stored negated."""
-    return bool(limit.bound < 0 and (limit.weight <= 0).all())
+    """Whether the limit is an "at least", stored negated: marked so, or plain to see."""
+    return limit.floor or bool(limit.bound < 0 and (limit.weight <= 0).all())
 
 
 def _exactly(limit: Limit, value: float) -> str:
     """Say an amount that can be asked for as it is: with all digits that decide."""
+    amount = -value if _is_floor(limit) else value
     if limit.unit == "bytes":
-        return f"{human(value)} ({math.ceil(value):,} bytes)"
-    return f"{abs(value) if _is_floor(limit) else value:.12g}"
+        return f"{human(amount)} ({math.ceil(amount):,} bytes)"
+    return f"{amount:.12g}"
 
 
 def _amount(limit: Limit, value: float) -> str:
-    if limit.unit == "bytes":
-        return human(value)
-    return f"{abs(value) if _is_floor(limit) else value:.6g}"
+    amount = -value if _is_floor(limit) else value
+    return human(amount) if limit.unit == "bytes" else f"{amount:.6g}"
 
 
 def _rate(problem: Problem, limit: Limit, value: float) -> str:

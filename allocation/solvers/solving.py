@@ -76,14 +76,19 @@ def within(problem: Problem, plan: BitPlan) -> bool:
 def _plan(problem: Problem, choice: Ints, **result: object) -> BitPlan:
     table = problem.table
     kept = {key: table.provenance[key] for key in CARRIED if key in table.provenance}
-    limits = {limit.name: limit.bound for limit in problem.limits if np.isfinite(limit.bound)}
+    bounded = [limit for limit in problem.limits if np.isfinite(limit.bound)]
+    limits: dict[str, object] = {
+        "limits": {limit.name: limit.shown(limit.bound) for limit in bounded}
+    }
+    if floors := [limit.name for limit in bounded if limit.floor]:
+        limits["floors"] = floors
     return BitPlan.from_choice(
         table.units,
         table.formats,
         choice,
         nbytes=table.nbytes[np.arange(len(choice)), choice],
         model=str(table.provenance.get("model", "")),
-        header={**kept, **result, "limits": limits},
+        header={**kept, **result, **limits},
     )
 
 
@@ -108,9 +113,10 @@ def _checked_use(problem: Problem, choice: Ints, solver: str) -> dict[str, float
         total = float(used.sum())
         if total > limit.bound + slack(used):
             raise BitknapError(
-                f"{solver}: broke the limit {limit.name}: {total:.17g} of {limit.bound:.17g}"
+                f"{solver}: broke the limit {limit.name}: {limit.shown(total):.17g} of "
+                f"{limit.shown(limit.bound):.17g}"
             )
-        found[limit.name] = total
+        found[limit.name] = limit.shown(total)
     return found
 
 

@@ -214,10 +214,16 @@ def solved(solution: Any) -> dict[str, Any]:
 
 def uses(solution: Any) -> dict[str, Any]:
     """Return what a plan takes of each limit, as JSON values under "limits"."""
-    bounds = solution.plan.header["limits"]
+    header = solution.plan.header
+    bounds, floors = header["limits"], header.get("floors", ())
     return {
         "limits": {
-            name: {"used": used, "bound": bounds.get(name)} for name, used in solution.used.items()
+            name: {
+                "used": used,
+                "bound": bounds.get(name),
+                "rule": "at least" if name in floors else "at most",
+            }
+            for name, used in solution.used.items()
         }
     }
 

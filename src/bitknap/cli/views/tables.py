@@ -76,20 +76,20 @@ def cost_table(table: CostTable) -> Table:
 
 
 def limits_table(limits: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return what a plan takes of each limit; a floor is stored negated and shown as it was asked.
+    """Return what a plan takes of each limit.
 
     Args:
-        limits: by name, "used" and "bound", which is None where there is none.
+        limits: by name, "used", "bound", which is None where there is none, and "rule", "at least"
+            or "at most".
     """
     view = Table(title="limits")
     for head in ("limit", "used", "bound", "share"):
         view.add_column(head, justify="left" if head == "limit" else "right")
     for name, row in limits.items():
         used, bound = row["used"], row["bound"]
-        floor = bound is not None and bound < 0
         share = f"{100 * used / bound:.1f} %" if bound else "–"
-        shown = "–" if bound is None else f"{'≥ ' if floor else '≤ '}{abs(bound):,.6g}"
-        view.add_row(name, f"{abs(used) if floor else used:,.6g}", shown, share)
+        shown = "–" if bound is None else f"{row['rule']} {bound:,.6g}"
+        view.add_row(name, f"{used:,.6g}", shown, share)
     return view
 
 
