@@ -25,7 +25,7 @@ from bitknap.estimators.signals.signal import Signal
 from bitknap.estimators.sparse.on_demand import Sampled
 from bitknap.progress import Progress
 
-# Rungs of one ladder (methods.md 9.1): costs of every format, most of them in nats per token.
+# Rungs of one ladder (methods.md#ladder): costs of every format, most of them in nats per token.
 COSTS: Mapping[str, Callable[[], Estimator]] = MappingProxyType(
     {
         "moments": SecondMoments,

@@ -142,8 +142,9 @@ def heuristic(case: Case, device: Device) -> Launch:
     pairs = case.tokens * case.topk
     if case.tokens <= DECODE_TOKENS:
         return _few(case, device)
-    # Above this many, weights cost more than reading them once in 16 bits: kernels.md §5 computes
-    # 1.2 to 5 thousand tokens for three models; pairs an expert are what they have in common.
+    # Above this many, weights cost more than reading them once in 16 bits: kernels.md#crossover
+    # computes 1.2 to 5 thousand tokens for three models; pairs an expert are what they have in
+    # common.
     if pairs >= 320 * case.experts:
         return Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
     for tokens in (16, 32):

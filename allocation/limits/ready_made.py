@@ -50,7 +50,7 @@ def bytes_per_token(
 ) -> Limit:
     """Limit the bytes of weights that one token is expected to read, which decoding waits for.
 
-    The sum over units of frequency × bytes (methods.md 9.4, the time term of a memory-bound
+    The sum over units of frequency × bytes (methods.md#decode-time, the time term of a memory-bound
     decoder that serves one request). With 1 - (1 - table.frequency)**n as the frequency it
     limits what a batch of n unrelated tokens reads, an expert once for all of them.
 

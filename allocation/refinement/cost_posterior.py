@@ -23,7 +23,8 @@ from bitknap.allocation.problem.arrays import Floats, Ints, numbered
 from bitknap.allocation.problem.table import CostTable
 
 # Prior deviation of each kind of effect where the scale is 1: group gains measured one by one miss
-# what groups do to each other (up to half the loss below 2 bits, methods.md 11) and little else.
+# what groups do to each other (up to half the loss below 2 bits, methods.md#small-models) and
+# little else.
 _DEVIATIONS = {
     "all": 1.0,
     "layer": 0.3,

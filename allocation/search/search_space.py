@@ -1,7 +1,7 @@
 """Outer knobs: what a study may turn, and what turning them does to a cost table.
 
 Every knob has a neutral value that leaves the table as it is, so an unfitted knob changes nothing
-(methods.md 9.3.2).
+(methods.md#modifiers).
 """
 
 from __future__ import annotations

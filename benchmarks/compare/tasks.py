@@ -1,7 +1,7 @@
 """Tasks of the lm-evaluation-harness on each strategy's plan: an extra, and never what decides.
 
-Short answers hide damage that KL shows (methods.md 9.5, pitfall 20), and their errors are large;
-they are here since people ask for them.
+Short answers hide damage that KL shows (methods.md#pitfalls, pitfall 15), and their errors are
+large; they are here since people ask for them.
 """
 
 from __future__ import annotations

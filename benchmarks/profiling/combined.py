@@ -1,9 +1,9 @@
 """Proxies on top of a base: cost = base × exp(Σ θ z), with θ from measured groups or 0.
 
 z is a signal's standardised log score, so θ is the exponent of a score whose spread is one e-fold.
-An exponent that nobody fitted is 0, so an unfitted proxy changes nothing (methods.md 9.3.2). Two
-more parts of the same work are offered from here: groups measured several at once
-(`design`, `readings`, `decode`) and plans that check a table (`plans_for_check`, `check_plans`).
+An exponent that nobody fitted is 0, so an unfitted proxy changes nothing (methods.md#modifiers).
+Two more parts of the same work are offered from here: groups measured several at once (`design`,
+`readings`, `decode`) and plans that check a table (`plans_for_check`, `check_plans`).
 """
 
 from __future__ import annotations

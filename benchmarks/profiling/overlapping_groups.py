@@ -3,8 +3,8 @@
 A group is some units in one format. Reading each alone takes one measurement a group; here each
 reading changes a random part of the groups of one format, and the KLs of single groups are solved
 for from the sums. That takes KL as additive, which is an approximation: on a small trained model
-the singles add up to 0.7 of the truth at 2 bits and 0.4 at 1 bit (methods.md 11), and single
-digits of per cent below about 0.05 nats a token. Readings above that are listed.
+the singles add up to 0.7 of the truth at 2 bits and 0.4 at 1 bit (methods.md#small-models), and
+single digits of per cent below about 0.05 nats a token. Readings above that are listed.
 
 Fewer readings than groups do not determine them. What makes up for it is the prediction: the gain
 of a group (true over predicted) is a product of a few factors, such as one for its format, its

@@ -2,7 +2,7 @@
 
 Both are real trained Mixture-of-Experts language models built from transformers' own classes,
 small enough to ship (about 6 M parameters, 12 MB in bf16) and to train on two CPU cores.
-The balancing loss is deliberately weak (0.003, methods.md section 11), so that experts differ.
+The balancing loss is deliberately weak (0.003, methods.md#small-models), so that experts differ.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Rung E: variance of the weights × the grid's distortion; no data and no rounding at all.
 
-The distortion is what a grid does to Gaussian weights of variance 1 (methods.md 8.4), found once
-a format by running the quantizer on such weights with a fixed seed. It ranks; only measured group
-gains make nats of it.
+The distortion is what a grid does to Gaussian weights of variance 1 (methods.md#distortion), found
+once a format by running the quantizer on such weights with a fixed seed. It ranks; only measured
+group gains make nats of it.
 """
 
 from __future__ import annotations

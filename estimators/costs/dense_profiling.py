@@ -4,7 +4,7 @@ Three published quantities. "kl" is the model's KL itself. "layer" is MxMoE's (a
 the Frobenius norm of the change of the decoder layer's output over the whole text. "block" is
 MC-MoE's (arXiv 2410.06270): a whole expert at a time, norms of the change of the experts' output,
 one a window, summed. The norms are not squared, as published; `squared` makes nats of them with
-the layer's measured gain (methods.md 9.2). The quantizer is the one that is deployed.
+the layer's measured gain (methods.md#conversions). The quantizer is the one that is deployed.
 """
 
 from __future__ import annotations

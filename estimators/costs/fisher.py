@@ -1,10 +1,10 @@
 """Rung A: half the diagonal empirical Fisher times a squared error, labels from the model.
 
 With labels drawn from the model, the expected squared gradient is the curvature of the KL to the
-unchanged model, so ½ Σ F Δ² is its second-order expansion (methods.md 9.1 A; HAWQ's trace is a
+unchanged model, so ½ Σ F Δ² is its second-order expansion (methods.md#ladder, A; HAWQ's trace is a
 coarser form). Δ is the rounding error of each weight, or the change Δz of the experts' output
 when one matrix is rounded (GEMQ, arXiv 2605.23078: Σ g² Δz²; the ½ and the division by tokens
-make nats of it, methods.md 9.2). Squares are taken per token, before summing.
+make nats of it, methods.md#conversions). Squares are taken per token, before summing.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def row_costs(
 ) -> Floats:
     """Return what each output row of a stack costs; over rows they sum to the unit's cost.
 
-    The error is additive over output rows for any diagonal curvature (methods.md 9.1).
+    The error is additive over output rows for any diagonal curvature (methods.md#ladder).
 
     Args:
         evidence: with squared gradients; in output space with traces and gradients.

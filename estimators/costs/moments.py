@@ -2,7 +2,7 @@
 
 For the down projection the squared output error a token is tr(ΔW S ΔWᵀ) with S = Σ a² h hᵀ / T.
 For gate and up an error dz_k moves the output by (dh_k/dz_k) dz_k W_down[:, k]; so row k weighs
-its mean squared slope times ‖W_down[:, k]‖² (methods.md 9.1, GEMQ's expansion carried one matrix
+its mean squared slope times ‖W_down[:, k]‖² (methods.md#ladder, GEMQ's expansion carried one matrix
 further; slopes and inputs are taken as independent). The gain was read as KL over squared
 error, so the product is nats a token.
 """

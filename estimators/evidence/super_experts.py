@@ -1,7 +1,7 @@
 """Super experts: a few that the model cannot do without, whatever their frequency says.
 
 Only their output shows them: in Mixtral, expert 3 of layer 1 moves its layer's output 122 times
-as far as the median expert, at an ordinary share of tokens (methods.md 6).
+as far as the median expert, at an ordinary share of tokens (methods.md#mc-moe).
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bitknap.allocation.problem.units import ROLES
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
 
-# Times the layer's median from which an expert counts as one (methods.md 9.5, pitfall 9).
+# Times the layer's median from which an expert counts as one (methods.md#pitfalls, pitfall 9).
 TIMES_MEDIAN = 10.0
 
 

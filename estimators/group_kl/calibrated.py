@@ -1,10 +1,11 @@
 """Measured group gains: costs of any estimator brought to the KL that is really there.
 
 All experts of one layer's one projection go to one format at a time, and the KL is read. An
-estimator ranks experts well but its scale over bits is wrong by 2 to 4 times (methods.md 11), and
-that curve is what a few group measurements repair. A group's true KL is taken as a function of
-its predicted sum: read at a few anchor formats, interpolated in logarithms between them, with a
-constant gain beyond. So the measurements do not grow with the number of formats or of experts.
+estimator ranks experts well but its scale over bits is wrong by 2 to 4 times
+(methods.md#small-models), and that curve is what a few group measurements repair. A group's true KL
+is taken as a function of its predicted sum: read at a few anchor formats, interpolated in
+logarithms between them, with a constant gain beyond. So the measurements do not grow with the
+number of formats or of experts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Exponents of signals and gains of formats, fitted to the measured KL of groups of units.
 
 The KL of a group in format f is taken as gain_f × Σ base cost × exp(Σ θ z) over its units: a
-log-linear mixture (methods.md 9.3). Errors are those of groups that were left out of the fit.
+log-linear mixture (methods.md#modifiers). Errors are those of groups that were left out of the fit.
 """
 
 from __future__ import annotations
@@ -92,9 +92,10 @@ def fit_exponents(
 
     The KL of a group in format f is taken as gain_f × Σ base cost × exp(Σ θ z) over its units; the
     squared error of its logarithm, plus penalty × θ², is minimised by Gauss-Newton (a log-linear
-    mixture; methods.md 9.3). Gains carry no penalty. They are logarithms, so above 0, and they
-    keep KL non-decreasing in the base's mean cost over formats (isotonic). A column that was not
-    measured takes a gain interpolated in logarithms between those that were, the nearest beyond.
+    mixture; methods.md#modifiers). Gains carry no penalty. They are logarithms, so above 0, and
+    they keep KL non-decreasing in the base's mean cost over formats (isotonic). A column that was
+    not measured takes a gain interpolated in logarithms between those that were, the nearest
+    beyond.
 
     Args:
         base_table: the costs before.

@@ -2,8 +2,8 @@
 
 A group's gain says how much its units lose together; which of them loses more is left to the
 base. So each group (a layer's one projection) is cut in two by a signal, the KL of both halves is
-read, and the exponents that explain the split are fitted (methods.md 9.3). Unless they predict
-halves that were left out better than no exponents do, they stay 0. Group totals are kept.
+read, and the exponents that explain the split are fitted (methods.md#modifiers). Unless they
+predict halves that were left out better than no exponents do, they stay 0. Group totals are kept.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Does a table order plans as the model does? Plans of equal bytes, and the measured against it.
 
 An estimator may rank units well and still mislead a solver, which picks what is underestimated.
-What counts is measured on plans: those the solver would choose, and random ones (methods.md
-9.3.4). Measure them on text that calibrated nothing.
+What counts is measured on plans: those the solver would choose, and random ones
+(methods.md#checking). Measure them on text that calibrated nothing.
 """
 
 from __future__ import annotations

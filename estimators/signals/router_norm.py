@@ -3,7 +3,7 @@
 Λ = ‖w_T‖ − ‖w_0‖ of an expert's router row, a difference of norms and not the norm of the
 difference. The paper's claim: experts with a small Λ learned rare but decisive features, their
 activations are weak, and rounding noise drowns them first. That gives rare experts more bits where
-most others give frequent ones more (methods.md 9.5, pitfall 1), so the sign is to be tested:
+most others give frequent ones more (methods.md#pitfalls, pitfall 1), so the sign is to be tested:
 `Scored(RouterNorm(...), exponent=-1)` is the opposite claim.
 
 Where no initial checkpoint is known the final norm stands alone, as in the paper for Mixtral.

@@ -1,7 +1,7 @@
 """Signals that know nothing of weights: constants, chance, and what the router does.
 
 Frequency and routing weight give frequent experts more bits. They are already inside any measured
-output error, so they belong on the data-free base only (methods.md 9.5, pitfalls 1 and 2).
+output error, so they belong on the data-free base only (methods.md#pitfalls, pitfalls 1 and 2).
 """
 
 from __future__ import annotations

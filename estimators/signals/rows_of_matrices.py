@@ -1,7 +1,7 @@
 """Row blocks: any estimator's costs of matrices shared out over runs of their output rows.
 
-Errors of different rows add up for any diagonal curvature (methods.md 9.1), so a matrix's cost in
-a format is the sum of its blocks'. How much of it each block has is read off the second moments,
+Errors of different rows add up for any diagonal curvature (methods.md#ladder), so a matrix's cost
+in a format is the sum of its blocks'. How much of it each block has is read off the second moments,
 as `SecondMoments` charges rows, or off plain squared errors where no text was read. Totals are the
 estimator's own, measured gains included.
 

@@ -1,8 +1,8 @@
 """Which cells to measure, and when to stop measuring.
 
-Three ways to pick anchors: by depth, middle layers densest, as published (FRI-MxMoE; methods.md
-4); at random; and where the predictor is least sure. `grow` adds them until the ranking of cells
-that it never learns from stops getting better.
+Three ways to pick anchors: by depth, middle layers densest, as published (FRI-MxMoE;
+methods.md#fri-mxmoe); at random; and where the predictor is least sure. `grow` adds them until the
+ranking of cells that it never learns from stops getting better.
 """
 
 from __future__ import annotations

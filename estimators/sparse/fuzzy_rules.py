@@ -1,10 +1,10 @@
 """Fuzzy rules from sparse samples: each measured cell is one rule, the rest is interpolated.
 
 Two inferences. "idw" is the published one of FRI-MxMoE (ACL 2026, 2026.acl-long.982): the nearest
-rules by inverse distance, crisp consequents, never beyond the measured range (methods.md 4).
-"tfri" is the scale-and-move interpolation of Huang and Shen on log losses (methods.md 8.2), which
-extrapolates and whose support is an uncertainty. Neighbours, eps, widths and the scale of an
-antecedent are not given in the paper and are ours.
+rules by inverse distance, crisp consequents, never beyond the measured range
+(methods.md#fri-mxmoe). "tfri" is the scale-and-move interpolation of Huang and Shen on log losses
+(methods.md#fuzzy-rules), which extrapolates and whose support is an uncertainty. Neighbours, eps,
+widths and the scale of an antecedent are not given in the paper and are ours.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Triangular fuzzy sets, and the scale-and-move transformation between them.
 
 A set is its three corners (a0, a1, a2), the last axis of an array. The transformation is that of
-Huang and Shen (T-FRI; methods.md 8.2). Scaling and moving leave the representative value of a set
-where it is, so they never change a prediction: they shape its support, which is read as
+Huang and Shen (T-FRI; methods.md#fuzzy-rules). Scaling and moving leave the representative value of
+a set where it is, so they never change a prediction: they shape its support, which is read as
 uncertainty.
 """
 
@@ -75,7 +75,7 @@ def scale_and_move(
     """Interpolate Q observations from n rules each; returns sets of the consequent, [Q,3].
 
     The rules are averaged into one intermediate rule, which is shifted onto the observation, then
-    scaled and moved; the consequent undergoes the same (methods.md 8.2, steps 2 to 5).
+    scaled and moved; the consequent undergoes the same (methods.md#fuzzy-rules).
 
     Args:
         antecedents: of each observation's rules, [Q,n,D,3].

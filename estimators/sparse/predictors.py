@@ -1,8 +1,8 @@
 """Cheaper ways to fill a table from samples, which fuzzy rules have to beat.
 
 The log-linear model log c = layer × format + unit leaves 3 to 6 % on the published Mixtral table
-(methods.md 8.3), so it is the baseline. `Residual` puts any other predictor on top of it. The
-published inverse distance is `FuzzyRules(kind="idw")`.
+(methods.md#log-linear), so it is the baseline. `Residual` puts any other predictor on top of it.
+The published inverse distance is `FuzzyRules(kind="idw")`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Super experts are protected: no narrow grid for those that the model cannot do without.
 
 Their cost in a narrow format is measured or estimated like any other, but an error there is
-multiplied by an output far above their layer's, so a wrong cost does the most harm (methods.md
-9.5, pitfall 9). A floor of width is what frequency and Hessians cannot give them.
+multiplied by an output far above their layer's, so a wrong cost does the most harm
+(methods.md#pitfalls, pitfall 9). A floor of width is what frequency and Hessians cannot give them.
 """
 
 from __future__ import annotations

@@ -113,7 +113,7 @@ def test_layer_is_the_norm_of_the_decoder_layers_change(case):
         with replaced(case.model, case.layout, [unit], rounding(FORMATS[0])):
             change = (run()[layer] - before[layer]).double()
         assert table.cost[unit, 0] == pytest.approx(float(change.norm()), rel=1e-3)
-        # methods.md 9.2: the norm squared / (2T) × c_l, where the gain is c_l / 2.
+        # methods.md#conversions: the norm squared / (2T) × c_l, where the gain is c_l / 2.
         nats = case.evidence.layers[layer].gain * float(change.square().sum()) / (6 * 15)
         assert squared.cost[unit, 0] == pytest.approx(nats, rel=1e-3)
     for layer in case.model.model.layers:

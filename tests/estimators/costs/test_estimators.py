@@ -266,7 +266,8 @@ def test_data_free_needs_weights_only(case):
 
 
 def test_distortion_is_that_of_the_table():
-    # methods.md 8.4, groups of 32: 0.112 of the variance at 2 bits without polish, 0.353 at 1.
+    # methods.md#distortion, groups of 32: 0.112 of the variance at 2 bits without polish, 0.353 at
+    # 1.
     assert 0.08 < distortion(Format(2, 32), 4096) <= 0.112 * 1.03
     assert distortion(Format(1, 32, symmetric=True), 4096) == pytest.approx(0.353, rel=0.02)
     assert distortion(Format.keep("bf16"), 64) == 0

@@ -135,7 +135,7 @@ def test_weighted_rules_are_exact_on_any_plane():
 
 
 def toy(predictor, sign=-1.0):
-    """Return the mean absolute error of y = -2b + v from 60 rules (methods.md 8.2)."""
+    """Return the mean absolute error of y = -2b + v from 60 rules (methods.md#fuzzy-rules)."""
     errors = []
     for seed in range(5):
         generator = np.random.default_rng(seed)

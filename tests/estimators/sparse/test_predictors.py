@@ -22,7 +22,7 @@ NAMES = ("distortion", "activation", "depth", "projection")
 
 
 class Table:
-    """A table such as Mixtral's (methods.md 6): layer × bit + unit, 3 % noise.
+    """A table such as Mixtral's (methods.md#mc-moe): layer × bit + unit, 3 % noise.
 
     Units differ by `spread`; a share `known` of it can be read off their activation.
     """

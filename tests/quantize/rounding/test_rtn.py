@@ -20,7 +20,8 @@ def round_trip(x, format):
     return quantize(x, format).dequantize()
 
 
-# methods.md 8.4, unit-variance distortion with the best clipping, asymmetric; Gaussian weights.
+# methods.md#distortion, unit-variance distortion with the best clipping, asymmetric; Gaussian
+# weights.
 TABLE = {
     32: {1: 0.353, 2: 0.112, 3: 0.0260, 4: 0.00610, 8: 2.3e-5},
     128: {1: 0.360, 2: 0.136, 3: 0.0348, 4: 0.0090, 8: 3.5e-5},
