@@ -5,8 +5,8 @@ import pytest
 
 from bitknap.allocation import Budget, CostTable, Problem, Units, formats, solve
 from bitknap.allocation.limits import bits_per_layer, count_at_least, custom, share_at_most
-from bitknap.cli.solve_options import uses
-from bitknap.cli.tables import limits_table
+from bitknap.cli.options.solving import uses
+from bitknap.cli.views.tables import limits_table
 from bitknap.errors import InfeasibleError
 
 BITS = np.array([1, 2, 3])
