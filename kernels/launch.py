@@ -191,7 +191,9 @@ def write_table(gpu: str, rows: Sequence[tuple[Case, Launch]], note: str) -> str
         note: date and versions that it was measured with.
     """
     launches = [{"case": _key(case), "launch": asdict(launch)} for case, launch in rows]
-    return json.dumps({"gpu": gpu, "measured": note, "launches": launches}, indent=1) + "\n"
+    header = {"format": "bitknap.launches", "version": "1.0"}
+    table = {**header, "gpu": gpu, "measured": note, "launches": launches}
+    return json.dumps(table, indent=1) + "\n"
 
 
 def file_name(gpu: str) -> str:

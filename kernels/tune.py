@@ -30,6 +30,7 @@ import torch
 from torch import Tensor
 
 from bitknap.disk.atomic import write_whole
+from bitknap.disk.outputs import check_output
 from bitknap.errors import InputError
 from bitknap.kernels.experts import Experts
 from bitknap.kernels.launch import (
@@ -228,13 +229,19 @@ def main(arguments: list[str] | None = None) -> None:
     given = vars(parser.parse_args(arguments))
     out = given.pop("out")
     try:
+        if out is not None:
+            check_output(out, "file", overwrite=True)
+        if not torch.cuda.is_available():
+            raise InputError("tune: no GPU is at hand, and launches are measured on one")
+        gpu = torch.cuda.get_device_name()
+        out = out or Path(file_name(gpu))
+        check_output(out, "file", overwrite=True)
         found = tune(**given)
     except InputError as error:
         parser.exit(2, f"{error}\n")
-    gpu = torch.cuda.get_device_name()
     note = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}"
     text = write_table(gpu, [(case, launch) for case, launch, _ in found], note)
-    write_whole(out or Path(file_name(gpu)), text.encode())
+    write_whole(out, text.encode())
     for case, launch, seconds in found:
         sys.stderr.write(f"{case.tokens} tokens: {seconds * 1e6:.1f} us, {launch.path}\n")
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import tempfile
@@ -25,6 +24,7 @@ from typing import Any
 
 import torch
 
+from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.errors import InputError
 
 _PACKAGES = ("torch", "triton", "transformers", "numpy", "vllm")
@@ -135,12 +135,10 @@ def write(out: Path, parts: dict[str, Any]) -> None:
     """Write results over those of the same parts, and the report on all of them."""
     from bitknap.benchmarks.kernels.report import markdown, picture
 
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "kernels.json"
-    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    document |= parts
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    (out / "kernels.md").write_text(markdown(document))
+    document = read_results(path) | parts
+    write_results(path, document)
+    write_report(out / "kernels.md", markdown(document))
     if document.get("rows"):
         picture(document, out / "kernels.svg")
 
@@ -162,6 +160,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     def say(text: str) -> None:
         print(text, flush=True)
 
+    claim(parser, given.out, "kernels.json", "kernels.md", "kernels.svg")
     try:
         if given.toy or not given.cpu:
             runs = 1 if given.toy else given.runs

@@ -250,6 +250,8 @@ def picture(document: Mapping[str, Any], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
+    from bitknap.report.figure_files import write_picture
+
     ceilings = document["ceilings"]
     rows = [
         row
@@ -281,4 +283,4 @@ def picture(document: Mapping[str, Any], path: Path) -> None:
         axes.grid(True, which="major", color="#dddddd", linewidth=0.8, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", frameon=False, fontsize=7)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        write_picture(figure, path)

@@ -10,7 +10,6 @@ idle core; what Triton has in its cache takes none.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -32,7 +31,7 @@ from bitknap.benchmarks.kernels.ahead_of_time import (
     problems,
     variants,
 )
-from bitknap.disk.atomic import write_whole
+from bitknap.benchmarks.result_files import claim, write_report, write_results
 from bitknap.kernels.layout.scale_words import Recipe
 
 WIDE = (4096, 14336, 8, 2)  # Mixtral
@@ -154,7 +153,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     given = parser.parse_args(arguments)
     out, rows, planned = given.out, [], list(jobs(given.targets))
-    out.mkdir(parents=True, exist_ok=True)
+    claim(parser, out, "kernel_variants.json", "kernel_variants.md")
     for variant, dtype, target in planned:
         begun = time.perf_counter()
         rows.append(row(variant, dtype, build(variant, target)))
@@ -169,9 +168,8 @@ def main(arguments: list[str] | None = None) -> None:
             "rows": rows,
         }
         # After every one: a run that is cut short has been worth something.
-        text = json.dumps(document, indent=1) + "\n"
-        write_whole(out / "kernel_variants.json", text.encode())
-        write_whole(out / "kernel_variants.md", report(document).encode())
+        write_results(out / "kernel_variants.json", document)
+        write_report(out / "kernel_variants.md", report(document))
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.api.planning import DEFAULT_PROFILE
 from bitknap.benchmarks.profiling.combined import check_plans, plans_for_check
 from bitknap.benchmarks.profiling.report import markdown
+from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.benchmarks.setting import BUDGETS, FORMATS, MODELS, Judge, reference
 from bitknap.estimators.costs.data_free import DataFree
 from bitknap.estimators.costs.dense_profiling import Measured
@@ -339,9 +340,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="measured and calibrated on")
     parser.add_argument("--judged-on", type=int, default=8192, help="held-out tokens")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    journals = [f"profiling.{name}.journal" for name in args.models.split(",")]
+    claim(parser, args.out, "profiling.json", "profiling.md", *journals)
     path = args.out / "profiling.json"
-    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    document: dict[str, Any] = {"models": {}} | read_results(path)
     for name in args.models.split(","):
         found = document["models"].get(name, {})
         if "rows" not in found or "checks" not in found:
@@ -352,8 +354,8 @@ def main() -> None:
         versions = {package: version(package) for package in packages}
         threads = torch.get_num_threads()
         document["about"] = {"versions": versions, "cpu": platform.machine(), "threads": threads}
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        (args.out / "profiling.md").write_text(markdown(document))
+        write_results(path, document)
+        write_report(args.out / "profiling.md", markdown(document))
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from bitknap.api.planning import DEFAULT_PROFILE
 from bitknap.benchmarks.published.claims import claims
 from bitknap.benchmarks.published.report import markdown
 from bitknap.benchmarks.published.rules import Material, Rule, rules
+from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.benchmarks.setting import BUDGETS, FORMATS, MODELS, Judge, Reference, reference
 from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.evidence.evidence import Evidence
@@ -159,9 +160,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096, help="calibrated on")
     parser.add_argument("--judged-on", type=int, default=8192, help="held-out tokens")
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(parser, args.out, "published.json", "published.md")
     path = args.out / "published.json"
-    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {"models": {}}
+    document: dict[str, Any] = {"models": {}} | read_results(path)
     for name in args.models.split(","):
         if name not in document["models"]:
             found = reference(name, args.tokens, args.judged_on)
@@ -170,8 +171,8 @@ def main() -> None:
         versions = {package: version(package) for package in packages}
         threads = torch.get_num_threads()
         document["about"] = {"versions": versions, "cpu": platform.machine(), "threads": threads}
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        (args.out / "published.md").write_text(markdown(document))
+        write_results(path, document)
+        write_report(args.out / "published.md", markdown(document))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ model that is there already is kept.
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from bitknap.allocation.problem.units import ROLES
 from bitknap.benchmarks.published.__main__ import material, ours_on
 from bitknap.benchmarks.published.claims import CONFIRMED, REFUTED, UNDECIDED, claims, decided
 from bitknap.benchmarks.published.report import claims_table
+from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.benchmarks.setting import FORMATS, MODELS, Judge, Reference, reference
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.group_kl.regression import rank_correlation
@@ -241,19 +241,20 @@ def main() -> None:
     parser.add_argument("--judged-on", type=int, default=8192)
     args = parser.parse_args()
     silence_transformers()
+    claim(parser, args.out, "founding_claims.json", "founding_claims.md")
     path = args.out / "founding_claims.json"
-    document: dict[str, Any] = {"models": {}}
-    if path.exists():
-        document = json.loads(path.read_text())
+    document: dict[str, Any] = {"models": {}} | read_results(path)
     document |= {"tokens": args.tokens, "judged": args.judged_on}
-    profiling = json.loads((args.out / "profiling.json").read_text())
+    profiling = read_results(args.out / "profiling.json")
+    if not profiling:
+        parser.exit(2, f"{args.out / 'profiling.json'}: missing; run the profiling benchmark\n")
     for name in MODELS:
         if name not in document["models"]:
             found = reference(name, args.tokens, args.judged_on)
             rows = list(checked(found, profiling))
             document["models"][name] = {"model": name, "claims": rows}
-            path.write_text(json.dumps(document, indent=1) + "\n")
-    (args.out / "founding_claims.md").write_text(markdown(document))
+            write_results(path, document)
+    write_report(args.out / "founding_claims.md", markdown(document))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import torch
 from bitknap.benchmarks.models.shapes import ModelShape, shape_of
 from bitknap.benchmarks.quantize import large_checkpoint, quality, speed
 from bitknap.benchmarks.quantize.report import markdown
+from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.benchmarks.setting import MODELS
 from bitknap.errors import InputError
 
@@ -95,14 +96,13 @@ def run(
         folder: for files that are large and removed again.
         say: told of progress.
     """
-    out.mkdir(parents=True, exist_ok=True)
     path = out / "quantize.json"
-    document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    document = read_results(path)
     document["about"] = about()
     for part in parts:
         document |= _PARTS[part](sizes, folder, say)
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        (out / "quantize.md").write_text(markdown(document))
+        write_results(path, document)
+        write_report(out / "quantize.md", markdown(document))
 
 
 def _speed(sizes: Sizes, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
@@ -180,6 +180,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for part in parts:
         if part not in PARTS:
             parser.error(str(InputError(f"part {part!r} is unknown; one of {', '.join(PARTS)}")))
+    claim(parser, given.out, "quantize.json", "quantize.md")
     sizes = toy() if given.toy else _sizes(given)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:
         run(given.out, parts, sizes, Path(folder), lambda text: print(text, flush=True))

@@ -10,7 +10,6 @@ is kept, and a killed run goes on. `compare_report` makes the table and the pict
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +20,7 @@ from bitknap.benchmarks.compare.output import document, times
 from bitknap.benchmarks.compare.run import Comparison, compare
 from bitknap.benchmarks.compare.strategies import names
 from bitknap.benchmarks.compare.tables import SCORES, UNMEASURED
+from bitknap.benchmarks.result_files import claim, write_results
 from bitknap.quiet import silence_transformers
 
 MODELS, METHODS = ("mixtral", "qwen3moe"), ("rtn", "gptq")
@@ -49,14 +49,15 @@ def main() -> None:
     parser.add_argument("--strategies", nargs="+", help="instead of the usual ones")
     args = parser.parse_args()
     silence_transformers()
+    names = [f"compare.{name}.{method}.json" for name in args.models for method in args.methods]
+    claim(parser, args.out, *names)
     for name in args.models:
         for method in args.methods:
             path = args.out / f"compare.{name}.{method}.json"
             if not path.exists():
                 work = args.work / f"{name}.{method}"
                 found = measured(name, method, work, args.evaluations, args.strategies)
-                args.out.mkdir(parents=True, exist_ok=True)
-                path.write_text(json.dumps(found, indent=1) + "\n")
+                write_results(path, found)
 
 
 def measured(

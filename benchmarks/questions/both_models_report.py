@@ -8,7 +8,6 @@ reads the `compare.MODEL.METHOD.json` there and writes `compare.md` and `compare
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from bitknap.benchmarks.questions.both_models_picture import picture
+from bitknap.benchmarks.result_files import claim, read_results, write_report
 from bitknap.report.figure_files import write_picture
 
 Row = Mapping[str, Any]
@@ -40,11 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path)
     args = parser.parse_args()
+    paths = sorted(args.results.glob("compare.*.*.json"))
+    claim(parser, args.results, "compare.md", "compare.svg", *(path.name for path in paths))
     found = {
-        path.name.removeprefix("compare.").removesuffix(".json"): json.loads(path.read_text())
-        for path in sorted(args.results.glob("compare.*.*.json"))
+        path.name.removeprefix("compare.").removesuffix(".json"): read_results(path)
+        for path in paths
     }
-    (args.results / "compare.md").write_text(markdown(found))
+    if not found:
+        parser.exit(2, f"{args.results}: no compare.MODEL.METHOD.json there; run both_models\n")
+    write_report(args.results / "compare.md", markdown(found))
     write_picture(picture(found), args.results / "compare.svg")
 
 

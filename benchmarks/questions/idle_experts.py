@@ -8,7 +8,6 @@ Writes `idle_experts.md` beside the input.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from bitknap.allocation import BitPlan, Format, Units, uniform_plans
 from bitknap.api.calibration import evaluation_windows, tokenizer_of
 from bitknap.api.quantizing import CALIBRATION_TOKENS, default_formats
+from bitknap.benchmarks.result_files import claim, read_results, write_report
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.text import BUILTIN, read_text, token_windows
 from bitknap.estimators.sweep.expert_recording import recording
@@ -96,7 +96,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("results", type=Path, help="uniform.json")
     args = parser.parse_args()
-    document = json.loads(args.results.read_text())
+    claim(parser, args.results.parent, args.results.name, "idle_experts.md")
+    document = read_results(args.results)
+    if not document:
+        parser.exit(2, f"{args.results}: missing; run bitknap.benchmarks.questions.uniform\n")
     rows, tokens = document["rows"], document["about"]["tokens"]
     names = dict.fromkeys(row["model"] for row in rows)
     lines = [
@@ -111,7 +114,7 @@ def main() -> None:
     ]
     for name in names:
         lines += rows_for(name, [row for row in rows if row["model"] == name], tokens)
-    (args.results.parent / "idle_experts.md").write_text("\n".join(lines) + "\n")
+    write_report(args.results.parent / "idle_experts.md", "\n".join(lines) + "\n")
 
 
 if __name__ == "__main__":

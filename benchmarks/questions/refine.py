@@ -11,7 +11,6 @@ there already is kept.
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from bitknap.benchmarks.compare.judge import bootstrap_error
 from bitknap.benchmarks.compare.models import Options, Setting, prepare
 from bitknap.benchmarks.compare.strategies import in_rows
 from bitknap.benchmarks.compare.tables import CALIBRATED, Tables
+from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.quiet import silence_transformers
 
@@ -124,12 +124,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-o", "--out", type=Path, required=True)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
+    claim(parser, args.out, "refine.json", "refine.md")
     silence_transformers()
     path = args.out / "refine.json"
-    document: dict[str, Any] = {"rows": []}
-    if path.exists():
-        document = json.loads(path.read_text())
+    document: dict[str, Any] = {"rows": []} | read_results(path)
     settings: dict[str, tuple[Setting, CostTable]] = {}
     for name, bits, both in CASES:
         model = f"reference:{name}"
@@ -141,8 +139,8 @@ def main() -> None:
         setting, table = settings[name]
         document["judged"] = setting.judge.replay.windows.numel()
         document["rows"] += rows(setting, table, bits, both)
-        path.write_text(json.dumps(document, indent=1) + "\n")
-        (args.out / "refine.md").write_text(markdown(document))
+        write_results(path, document)
+        write_report(args.out / "refine.md", markdown(document))
 
 
 def _say(what: str, done: int, of: int) -> None:

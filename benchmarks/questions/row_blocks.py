@@ -22,6 +22,7 @@ from bitknap.allocation import Budget, formats
 from bitknap.api.calibration import evaluation_windows
 from bitknap.api.planning import plan_for
 from bitknap.api.quantizing import CALIBRATION_TOKENS, estimate, quantize
+from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.estimators.measuring.kl_replay import Losses, compare, standard_error
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import resolve
@@ -114,8 +115,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
     args = parser.parse_args()
+    claim(parser, args.out, "row_blocks.json", "row_blocks.md")
     rows = [r for m in args.models for r in rows_for(m, args.tokens, args.calibration_tokens)]
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {
         "tokens": args.tokens,
         "calibration_tokens": args.calibration_tokens,
@@ -125,11 +126,11 @@ def main() -> None:
         "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
     }
     path = args.out / "row_blocks.json"
-    before = json.loads(path.read_text())["rows"] if path.exists() else []
+    before = read_results(path).get("rows", [])
     rows = [r for r in before if r["model"] not in args.models] + rows
     document = {"about": about, "rows": rows}
-    path.write_text(json.dumps(document, indent=1) + "\n")
-    (args.out / "row_blocks.md").write_text(markdown(rows, about))
+    write_results(path, document)
+    write_report(args.out / "row_blocks.md", markdown(rows, about))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from bitknap.api.calibration import evaluation_windows
 from bitknap.api.evaluation import best_uniform
 from bitknap.api.planning import plan_for
 from bitknap.api.quantizing import CALIBRATION_TOKENS, estimate
+from bitknap.benchmarks.result_files import claim, write_report, write_results
 from bitknap.estimators.measuring.kl_replay import Replay, standard_error
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.runtime.loading import load
@@ -120,8 +121,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)
     args = parser.parse_args()
+    claim(parser, args.out, "uniform.json", "uniform.md")
     rows = [r for m in args.models for r in compare_model(m, args.tokens, args.calibration_tokens)]
-    args.out.mkdir(parents=True, exist_ok=True)
     about = {
         "tokens": args.tokens,
         "calibration_tokens": args.calibration_tokens,
@@ -129,10 +130,8 @@ def main() -> None:
         "torch": torch.__version__,
         "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
     }
-    (args.out / "uniform.json").write_text(
-        json.dumps({"about": about, "rows": rows}, indent=1) + "\n"
-    )
-    (args.out / "uniform.md").write_text(markdown(rows, about))
+    write_results(args.out / "uniform.json", {"about": about, "rows": rows})
+    write_report(args.out / "uniform.md", markdown(rows, about))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ A part that was stopped goes on where it was when the command is repeated.
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.benchmarks.robustness.disks import run_full
 from bitknap.benchmarks.robustness.forked import prepare
 from bitknap.benchmarks.robustness.kills import COMMANDS, Long, run_kills
 from bitknap.benchmarks.robustness.malformed import cases, run_case
 from bitknap.benchmarks.robustness.materials import materials
 from bitknap.benchmarks.robustness.report import about, markdown, summary
-from bitknap.disk.atomic import write_whole
 
 Rows = Iterator[dict[str, Any]]
 
@@ -106,7 +105,6 @@ def run(
         say: called with a line for each finished block.
         only: names of the commands that are killed or meet a full disk; all when empty.
     """
-    out.mkdir(parents=True, exist_ok=True)
     prepare()
     with tempfile.TemporaryDirectory(prefix="robustness") as folder:
         root = Path(folder)
@@ -119,14 +117,14 @@ def run(
                     continue
                 rows = list(PARTS[name].run(block, made, root / "work" / "here"))
                 document = {"part": name, "group": block.group, "seed": seed, "rows": rows}
-                write_whole(file, (json.dumps(document, indent=1) + "\n").encode())
+                write_results(file, document)
                 faults = sum(bool(row["faults"]) for row in rows)
                 say(f"{name}: {label}: {len(rows)} cases, {faults} with faults")
                 shutil.rmtree(root / "work", ignore_errors=True)
-    found = [json.loads(file.read_text()) for file in sorted(out.glob("robustness.*.*.json"))]
+    found = [read_results(file) for file in sorted(out.glob("robustness.*.*.json"))]
     document = {"about": about(seed), **summary(found)}
-    write_whole(out / "robustness.json", (json.dumps(document, indent=1) + "\n").encode())
-    write_whole(out / "robustness.md", markdown(document).encode())
+    write_results(out / "robustness.json", document)
+    write_report(out / "robustness.md", markdown(document))
     return document
 
 
@@ -149,6 +147,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", choices=_NAMES, action="append", help="commands to kill or fill")
     args = parser.parse_args()
+    kept = [file.name for file in args.out.glob("robustness.*.*.json")]
+    claim(parser, args.out, "robustness.json", "robustness.md", *kept)
     parts = args.part or list(PARTS)
     run(args.out, parts, args.count, args.seed, lambda x: print(x, flush=True), args.only or ())
 

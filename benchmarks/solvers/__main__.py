@@ -32,6 +32,7 @@ from bitknap.allocation.plans.solution import Answer
 from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.solvers.solver import Solver
 from bitknap.allocation.solvers.solving import solve
+from bitknap.benchmarks.result_files import HEADER, claim, write_report, write_results
 from bitknap.benchmarks.solvers.instances import INSTANCES, QUICK, Instance, instance
 from bitknap.benchmarks.solvers.peers import BASELINES, GAP, Baseline
 from bitknap.benchmarks.solvers.report import markdown, picture
@@ -52,6 +53,7 @@ _SHORT, _REPEATS = 2.0, 3
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _PACKAGES = ("bitknap", "numpy", "scipy", "highspy", "pulp", "ortools")
 _QUICK_SECONDS = 2.0
+_PARTIAL = "solvers.partial.jsonl"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +225,8 @@ def _done(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
         except json.JSONDecodeError:
             # The last line of a run that was stopped while writing it.
             continue
-        rows[row["solver"], row["instance"]] = row
+        if "solver" in row:
+            rows[row["solver"], row["instance"]] = row
     return rows
 
 
@@ -242,22 +245,25 @@ def run(
         say: told of every new row.
     """
     out.mkdir(parents=True, exist_ok=True)
-    partial = out / "solvers.partial.jsonl"
+    partial = out / _PARTIAL
     rows = _done(partial)
     for name, where in pairs:
         if (name, where) not in rows:
             rows[name, where] = apart(name, where, seconds)
             # A torn line before stays on a line of its own.
             torn = partial.exists() and not partial.read_text().endswith("\n")
+            begun = partial.exists() and partial.stat().st_size
             with partial.open("a") as file:
+                if not begun:
+                    file.write(json.dumps(HEADER) + "\n")
                 file.write("\n" * torn + json.dumps(rows[name, where]) + "\n")
             say(json.dumps(rows[name, where]))
     order = [(name, where) for where in INSTANCES for name in (*OURS, *BASELINES)]
     ordered = [rows[key] for key in order if key in rows]
     facts = about()
     document = {"about": facts, "rows": ordered}
-    (out / "solvers.json").write_text(json.dumps(document, indent=1) + "\n")
-    (out / "solvers.md").write_text(markdown(ordered, facts))
+    write_results(out / "solvers.json", document)
+    write_report(out / "solvers.md", markdown(ordered, facts))
     picture(ordered, out / "solvers.svg")
 
 
@@ -323,6 +329,7 @@ def main() -> None:
     except InputError as error:
         parser.error(str(error))
     pairs = [(name, where) for where in (wanted if args.instances else full) for name in solvers]
+    claim(parser, args.out, "solvers.json", "solvers.md", "solvers.svg", _PARTIAL)
     seconds = args.time_limit
     if args.quick:
         pairs, seconds = [pair for pair in quick() if pair[0] in solvers], _QUICK_SECONDS

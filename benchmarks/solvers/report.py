@@ -175,6 +175,8 @@ def picture(rows: Sequence[Row], path: Path) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
+    from bitknap.report.figure_files import write_picture
+
     shown = [row for row in rows if row["instance"] in _GROWING and "seconds" in row]
     if not shown:
         shown = [row for row in rows if "seconds" in row and row["limits"] == 1]
@@ -201,4 +203,4 @@ def picture(rows: Sequence[Row], path: Path) -> None:
         axes.grid(True, which="major", color="#dddddd", linewidth=0.8, zorder=0)
         axes.spines[["top", "right"]].set_visible(False)
         figure.legend(loc="outside right upper", frameon=False)
-        figure.savefig(path, format="svg", metadata={"Date": None})
+        write_picture(figure, path)

@@ -8,14 +8,15 @@ them that tensors do not say.
 from __future__ import annotations
 
 import json
+import os
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from bitknap.disk.atomic import write_whole
-from bitknap.disk.manifest import listed, names_in, sign
+from bitknap.disk.manifest import MANIFEST, names_in, sign, written_in
 from bitknap.errors import FileError, InputError
 from bitknap.quantization.packed.config import STUB, packed_config, plain_config, stub
 from bitknap.quantization.packed.folder import PLAN, SOURCE
@@ -71,11 +72,13 @@ def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> No
 
     Args:
         model: loaded by `from_pretrained` from a packed checkpoint.
-        save_directory: the folder to write to; what it holds of weights is replaced.
+        save_directory: the folder to write to; of what it holds, the files that this tool wrote
+            are replaced, and packed weights of another shape go.
         kwargs: as for any model of transformers, but for `push_to_hub`, `state_dict`, `variant`.
 
     Raises:
-        InputError: an option that a packed checkpoint has no place for.
+        InputError: an option that a packed checkpoint has no place for, or a folder that holds
+            the weights or other files of somebody else's model.
     """
     for option in ("push_to_hub", "state_dict", "variant"):
         if kwargs.get(option):
@@ -83,6 +86,10 @@ def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> No
                 f"save_pretrained: {option} is not for packed models; save to a folder first"
             )
     out = Path(save_directory)
+    if out.exists() and not out.is_dir():
+        raise InputError(f"save_pretrained: {out} is a file; name a folder")
+    ours = written_in(out) if out.is_dir() else frozenset()
+    _check_weights(out, ours)
     out.mkdir(parents=True, exist_ok=True)
     quantizer = model.hf_quantizer
     with tempfile.TemporaryDirectory(dir=out, prefix=".saving.") as name:
@@ -93,14 +100,44 @@ def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> No
         _write_config(part, quantizer.quantization_config.to_dict())
         for file, content in quantizer.companions.files.items():
             (part / file).write_bytes(content)
-        for stem in STEMS:
-            for old in out.glob(f"{stem}*.safetensors*"):
-                old.unlink()
-        known = set(listed(out) or ())
-        for file in sorted(part.iterdir()):
-            known.add(file.name)
+        made = sorted(part.iterdir())
+        for file in made:
+            _check_replaceable(out, file, ours)
+        names = {file.name for file in made}
+        sign(out, ours | names)
+        for file in made:
             file.replace(out / file.name)
-    sign(out, known.intersection(names_in(out)))
+        for old in _weights(out):
+            if old.name not in names:
+                old.unlink()
+    sign(out, (ours | names).intersection(names_in(out)))
+
+
+def _weights(folder: Path) -> list[Path]:
+    """Return the files of weights in a folder, and their indexes."""
+    return sorted(file for stem in STEMS for file in folder.glob(f"{stem}*.safetensors*"))
+
+
+def _check_weights(out: Path, ours: Collection[str]) -> None:
+    """Raise InputError if a folder holds weights that this tool did not write."""
+    for file in _weights(out):
+        if file.name not in ours:
+            raise InputError(
+                f"save_pretrained: {file} was not written by Bitknap, and loading would find it "
+                "beside the packed weights; move it away or name another folder"
+            )
+
+
+def _check_replaceable(out: Path, file: Path, ours: Collection[str]) -> None:
+    """Raise InputError if a file would replace another one that this tool did not write."""
+    there = out / file.name
+    if file.name in ours or file.name == MANIFEST or not os.path.lexists(there):
+        return
+    if there.is_symlink() or not there.is_file() or there.read_bytes() != file.read_bytes():
+        raise InputError(
+            f"save_pretrained: {there} was not written by Bitknap and would be replaced; move it "
+            "away or name another folder"
+        )
 
 
 def _rename(folder: Path) -> str:

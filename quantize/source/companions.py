@@ -37,7 +37,7 @@ _STAY: Mapping[str, tuple[str, ...]] = {
         *("*.onnx", "*.onnx_data*", "*.onnx.data", "*.ort", "*.engine", "*.plan", "*.mar"),
         *("*.gguf", "*.ggml", "*.llamafile", "*.mlmodel", "*.mlpackage", "*.mlmodelc", "*.pte"),
     ),
-    "a packed checkpoint's own": ("bitknap*", "modeling_bitknap.py"),
+    "a packed checkpoint's own": ("bitknap*", "modeling_bitknap.py", "source_readme.md"),
     "hidden, temporary or a copy": (
         *(".*", "*.tmp", "*.temp", "*.lock", "*.incomplete", "*.part", "*.partial", "*.aria2"),
         *("*~", "*.bak", "*.orig", "*.swp", "*.pyc"),

@@ -7,6 +7,7 @@ from typing import Any
 import click
 
 from bitknap.cli.options.estimating import (
+    check_kept,
     estimating,
     files_of,
     forget,
@@ -39,6 +40,7 @@ def estimate(model: str, out: str, overwrite: bool, as_json: bool, **options: An
 
     check_options("estimate")
     path = free_path(out, overwrite, model=model, inputs=files_of(options))
+    check_kept(options)
     with resumable(path):
         table = run_estimate(model, options, path, overwrite=overwrite)
         with telling(journal_of(path)):

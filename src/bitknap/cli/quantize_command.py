@@ -14,6 +14,7 @@ import click
 from bitknap.allocation.tradeoffs.profile_price import priced
 from bitknap.cli.interrupts import stoppable
 from bitknap.cli.options.estimating import (
+    check_kept,
     estimating,
     files_of,
     forget,
@@ -105,6 +106,7 @@ def quantize(
     check_options("quantize")
     others = [plan, *options["limits"], *files_of(options)]
     path = free_path(out, overwrite, kind="folder", model=model, inputs=[*others, report])
+    check_kept(options)
     page = None
     if report is not None:
         page = free_path(report, overwrite, model=model, inputs=[*others, out])

@@ -25,7 +25,10 @@ MANIFEST = "bitknap_files.json"
 KIND, VERSION = "bitknap.files", "1.0"
 # The generator that pages name in their head, and pictures in their metadata.
 GENERATOR = "Bitknap"
+# The comment that reports in Markdown begin with.
+REPORT_MARK = f"<!-- generator: {GENERATOR} -->"
 _MARKS = (
+    REPORT_MARK.encode(),
     f'<meta name="generator" content="{GENERATOR}'.encode(),
     f"<dc:title>{GENERATOR}</dc:title>".encode(),
     b"--ink: #1b1f24; --soft: #57606a",  # pages of versions that named no generator
@@ -81,6 +84,14 @@ def listed(folder: Path) -> frozenset[str] | None:
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         return None
     return frozenset(names) | {MANIFEST}
+
+
+def written_in(folder: Path) -> frozenset[str]:
+    """Return the names of the files in a folder that this tool wrote, by its list or their form."""
+    known = listed(folder)
+    if known is not None:
+        return known
+    return frozenset(name for name in names_in(folder) if _was_written(folder, name, None))
 
 
 def check_ours(folder: Path, copied_from: Path | None = None) -> None:
@@ -214,7 +225,7 @@ def _is_packed(folder: Path) -> bool:
 
 
 def _is_compared(folder: Path) -> bool:
-    return is_ours(folder / "compare.json") or (folder / ".work").is_dir()
+    return is_ours(folder / "compare.json") or is_ours(folder / ".work" / "journal")
 
 
 def _was_written(folder: Path, name: str, copied_from: Path | None) -> bool:

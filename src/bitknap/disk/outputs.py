@@ -67,8 +67,8 @@ def check_output(
         manifest.check_ours(path, copied_from)
     elif not manifest.is_ours(path):
         raise InputError(
-            f"{path} was not written by Bitknap, and --overwrite replaces only what was; "
-            "move it away or choose another name"
+            f"{path} was not written by Bitknap, and only what was is replaced; move it away or "
+            "choose another name"
         )
 
 

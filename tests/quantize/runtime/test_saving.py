@@ -72,7 +72,6 @@ def test_saving_writes_what_was_loaded(packed, tmp_path):
     assert contents(one) == contents(two)
     # Over itself, and over what is there.
     model = AutoModelForCausalLM.from_pretrained(two)
-    (two / "model.safetensors").write_bytes(b"stale")
     (two / "notes.txt").write_text("mine")
     model.save_pretrained(two)
     assert contents(two) == contents(one) | {"notes.txt": b"mine"}
@@ -167,3 +166,29 @@ def test_the_plan_is_fetched_from_where_the_weights_came_from(packed, tmp_path, 
     files = Companions.beside(snapshot, config).files
     assert fetched == [("someone/model", PLAN), ("someone/model", SOURCE)]
     assert files[PLAN] == (packed / PLAN).read_bytes()
+
+
+@pytest.fixture(scope="module")
+def kept_packed(packed):
+    return AutoModelForCausalLM.from_pretrained(packed)
+
+
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "model-00001-of-00002.safetensors", "README.md", "config.json"]
+)
+def test_files_of_another_model_are_never_replaced(kept_packed, tmp_path, name):
+    (tmp_path / name).write_text("years of work")
+    with pytest.raises(InputError, match="was not written by Bitknap") as raised:
+        kept_packed.save_pretrained(tmp_path)
+    assert name in str(raised.value)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: "years of work"}
+
+
+def test_files_of_ones_own_stay_beside_what_is_saved_again(kept_packed, tmp_path):
+    (tmp_path / "notes.txt").write_text("years of work")
+    kept_packed.save_pretrained(tmp_path, max_shard_size="20KB")
+    kept_packed.save_pretrained(tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "years of work"
+    assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["bitknap.safetensors"]
+    (tmp_path / "bitknap_files.json").unlink()  # as of an earlier version
+    kept_packed.save_pretrained(tmp_path)

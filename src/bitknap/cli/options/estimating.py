@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,8 @@ from bitknap.cli.interrupts import stoppable
 from bitknap.cli.options.solving import given, include_option, listed, options_of, seed_option
 from bitknap.cli.terminal import progress_bars
 from bitknap.disk.atomic import beside
+from bitknap.disk.manifest import is_ours
+from bitknap.disk.outputs import check_output
 from bitknap.errors import InputError
 from bitknap.estimators.tables.several_texts import Rule
 from bitknap.estimators.tables.super_expert_floor import FLOOR
@@ -148,6 +151,31 @@ def files_of(options: dict[str, Any]) -> list[str | Path]:
 
         named += places(initial)
     return [one for one in (*named, *options["text"]) if one is not None]
+
+
+def check_kept(options: dict[str, Any]) -> None:
+    """Refuse files of measurements that could not be read or written, before anything is measured.
+
+    Raises:
+        InputError: --journal or --samples names a place that cannot be written, or a file of
+            somebody else's.
+        FileError: the samples that are there cannot be read.
+    """
+    journal, samples = options["journal"], options["samples"]
+    for path in (journal, samples):
+        if path is not None and not path.is_file():
+            check_output(path, "file", overwrite=False)
+    if journal is not None and journal.is_file():
+        if not is_ours(journal):
+            raise InputError(
+                f"--journal {journal}: not a journal of Bitknap's; choose another file"
+            )
+        if not os.access(journal, os.R_OK | os.W_OK):
+            raise InputError(f"--journal {journal}: may not be written; choose another file")
+    if samples is not None and samples.is_file():
+        from bitknap.estimators.sparse.measured_cells import LossSamples
+
+        LossSamples.load(samples)
 
 
 def journal_of(out: Path) -> Path:
