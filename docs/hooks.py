@@ -41,28 +41,35 @@ def _mathml(tex: str, display: str) -> str:
 
 def _commands(group: click.Group, name: str) -> Iterator[str]:
     """Yield the lines of a group's commands, one after the other."""
-    for word, command in sorted(group.commands.items()):
+    context = click.Context(group, info_name=name)
+    for word in group.list_commands(context):
+        command = group.get_command(context, word)
         if isinstance(command, click.Group):
             yield from _commands(command, f"{name} {word}")
-            continue
-        yield from _command(command, f"{name} {word}")
+        elif command is not None:
+            yield from _command(command, f"{name} {word}")
 
 
 def _command(command: click.Command, name: str) -> Iterator[str]:
+    from bitknap.cli.options.declare import EVERYTHING, GROUPS
+
     context = click.Context(command, info_name=name)
+    context.meta[EVERYTHING] = True
     arguments = [p.make_metavar(context) for p in command.params if isinstance(p, click.Argument)]
-    text, *examples = re.split(r"\s*\bExample: ", inspect.cleandoc(command.help or ""))
     yield f"\n## {name}\n"
-    yield _escaped(text.strip()) + "\n"
+    yield _escaped(inspect.cleandoc(command.help or "")) + "\n"
     yield f"    {' '.join([name, '[OPTIONS]', *arguments])}\n"
-    for example in examples:
-        yield f"Example: `{' '.join(example.split())}`\n"
-    yield "| option | meaning |"
-    yield "|---|---|"
-    for parameter in command.params:
-        if isinstance(parameter, click.Option) and (record := parameter.get_help_record(context)):
-            option, meaning = record
-            yield f"| <code>{_escaped(option)}</code> | {_escaped(meaning)} |"
+    for example in getattr(command, "examples", ()):
+        line = " ".join(example.replace("\\\n", " ").split())
+        yield f"Example: `{line}`\n"
+    for group in GROUPS:
+        within = [one for one in command.params if getattr(one, "group", "help") == group]
+        rows = [record for one in within if (record := one.get_help_record(context))]
+        if rows and group != "help":
+            yield f"| {group} | |"
+            yield "|---|---|"
+            yield from (f"| <code>{_escaped(a)}</code> | {_escaped(b)} |" for a, b in rows)
+            yield ""
 
 
 def _escaped(text: str) -> str:

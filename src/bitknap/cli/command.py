@@ -8,15 +8,7 @@ from collections.abc import Sequence
 
 import click
 
-from bitknap.cli.compare_command import compare
-from bitknap.cli.convert_command import convert
-from bitknap.cli.estimate_command import estimate
-from bitknap.cli.evaluate_command import evaluate
-from bitknap.cli.inspect_command import inspect
-from bitknap.cli.quantize_command import quantize
-from bitknap.cli.show_command import show
-from bitknap.cli.solve_command import solve
-from bitknap.cli.study.commands import study
+from bitknap.cli.options.commands import Group, missing
 from bitknap.cli.terminal import fail, print_any_name, quiet
 from bitknap.disk.append_log import no_room
 from bitknap.errors import BitknapError
@@ -29,9 +21,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_any_name()
     try:
         with quiet():
-            bitknap.main(args=None if argv is None else list(argv), standalone_mode=False)
+            words = None if argv is None else list(argv)
+            bitknap.main(args=words, prog_name="bitknap", standalone_mode=False)
     except click.exceptions.Abort:
         sys.exit(130)
+    except click.MissingParameter as error:
+        fail(missing(error))
     except click.ClickException as error:
         fail(error.format_message())
     except BitknapError as error:
@@ -40,24 +35,42 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"{error.filename or 'output'}: {no_room(error) or error.strerror or error}")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(__version__)
-def bitknap() -> None:
-    """Choose bits for every expert of a Mixture-of-Experts model, prove it, pack it.
+# Where each command is, and what it does, in the order of the help.
+_COMMANDS = {
+    "inspect": ("bitknap.cli.inspect_command:inspect", "Show the size and the budgets of a model."),
+    "estimate": (
+        "bitknap.cli.estimate_command:estimate",
+        "Measure what each format costs each matrix.",
+    ),
+    "solve": ("bitknap.cli.solve_command:solve", "Choose formats that fit a budget."),
+    "quantize": (
+        "bitknap.cli.quantize_command:quantize",
+        "Estimate, solve and write a packed model in one go.",
+    ),
+    "evaluate": (
+        "bitknap.cli.evaluate_command:evaluate",
+        "Measure perplexity, and KL to another model.",
+    ),
+    "compare": (
+        "bitknap.cli.compare_command:compare",
+        "Compare ways to allocate bits at equal sizes.",
+    ),
+    "study": ("bitknap.cli.study.group:study", "Search plans by measured KL, with Optuna."),
+    "convert": ("bitknap.cli.convert_command:convert", "Change the byte layout of a packed model."),
+    "show": ("bitknap.cli.show_command:show", "Show what a plan, table or packed model contains."),
+    "completion": (
+        "bitknap.cli.completion_command:completion",
+        "Print the script that makes a shell complete commands.",
+    ),
+}
 
-    Example: bitknap quantize reference:mixtral --budget 2.5bpw -o out
-    """
-
-
-for _command in (
-    inspect,
-    estimate,
-    solve,
-    quantize,
-    evaluate,
-    compare,
-    study,
-    convert,
-    show,
-):
-    bitknap.add_command(_command)
+bitknap = click.version_option(__version__)(
+    Group(
+        "bitknap",
+        homes=_COMMANDS,
+        examples=("bitknap quantize reference:mixtral --budget 2.5bpw -o out",),
+        help="Choose how many bits each expert of a Mixture-of-Experts model gets, prove the "
+        "choice, and write the packed model.",
+        context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    )
+)

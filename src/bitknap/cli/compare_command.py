@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from bitknap.cli.options import common, completing
+from bitknap.cli.options.commands import Command
+from bitknap.cli.options.declare import option
 from bitknap.cli.options.rules import check_options
-from bitknap.cli.options.solving import (
-    as_json_option,
-    free_path,
-    given,
-    listed,
-    overwrite_option,
-    seed_option,
-)
+from bitknap.cli.options.solving import free_path, given, listed
 from bitknap.cli.terminal import present, progress_bars
 from bitknap.errors import InputError
 from bitknap.quiet import silence_transformers
@@ -31,70 +29,119 @@ if TYPE_CHECKING:
 _PARTLY = 1
 
 
-@click.command()
-@click.argument("model")
-@click.option("--budgets", default="2,2.5,3", show_default=True, help="Bits per weight.")
-@click.option(
+@click.command(
+    cls=Command,
+    examples=("bitknap compare reference:mixtral --budget 2bpw,2.5bpw -o out",),
+    usual=(
+        "model",
+        "budgets",
+        "strategies",
+        "profile",
+        "bits",
+        "text",
+        "out",
+        "overwrite",
+        "as_json",
+    ),
+)
+@common.model
+@option(
+    "--budget",
+    "budgets",
+    group="limits",
+    also=("--budgets",),
+    multiple=True,
+    default=("2bpw,2.5bpw,3bpw",),
+    metavar="SIZES",
+    help="Sizes to compare at.",
+    more="In bits per weight, such as 2bpw,2.5bpw. Can be repeated.",
+)
+@option(
     "--strategies",
+    group="solving",
     default="quick",
-    show_default=True,
-    help="all, quick, published, or names; ESTIMATOR:SOLVER too. A wrong name lists them.",
+    metavar="NAMES",
+    help="quick, all, published, or names.",
+    more="A name is a strategy or ESTIMATOR:SOLVER, such as fisher:greedy; an unknown name lists "
+    "all.",
+    shell_complete=completing.strategies,
 )
-@click.option("--profile", default="free", show_default=True, help="Which units share a format.")
-@click.option(
-    "--method",
-    type=click.Choice(["rtn", "hqq", "gptq"]),
-    default="rtn",
-    show_default=True,
-    help="How weights are rounded.",
-)
-@click.option("--formats", "bits", default="", help="Widths. Default: 1,2,3,4,5,6,8.")
-@click.option("--group-size", default="", help="Group sizes. Default: 32,64,row.")
-@click.option("--metadata", default="", help="fp16, compact, compact6. Default: compact.")
-@click.option("--text", default="builtin", show_default=True, help="Calibration text.")
-@click.option("--tokens", type=int, default=None, help="Of it, to calibrate on. Default: 8192.")
-@click.option(
-    "--refine",
-    type=int,
+@common.profile
+@common.method
+@common.formats
+@common.group_size.but(usual="32,64,row")
+@common.metadata.but(usual="compact")
+@common.text
+@common.tokens
+@common.refine.but(
     default=None,
-    metavar="N",
-    help="Plans that our closed loop measures at each budget. Default: 64, and 4 for quick.",
+    usual="64, or 4 with --strategies quick",
+    help="Measure N plans for the strategy ours at each budget.",
 )
-@click.option(
-    "--refine-tokens", type=int, default=None, help="Of the text, to measure on. Default: 16384."
-)
-@click.option(
+@common.refine_tokens
+@option(
     "--evaluation-text",
+    group="evaluation",
     multiple=True,
     default=("builtin",),
-    help="Text to judge on, several times for several domains.  [default: builtin, four]",
+    usual="builtin",
+    metavar="FILE",
+    help="Text to judge plans on.",
+    more="A file, or builtin, which is four texts. Repeat the option for several domains.",
+    shell_complete=completing.texts,
 )
-@click.option("--evaluation-tokens", type=int, default=None, help="Of all. Default: 8192.")
-@click.option("--tasks", default="", help="Also tasks of lm-eval, such as piqa,arc_easy.")
-@click.option(
-    "--task-path", type=click.Path(path_type=Path), default=None, help="Folder of your own tasks."
+@option(
+    "--evaluation-tokens",
+    group="evaluation",
+    type=int,
+    default=None,
+    usual="8192",
+    metavar="N",
+    help="Number of evaluation tokens, all texts together.",
 )
-@click.option("--task-limit", type=int, default=None, help="Documents of each task. Default: all.")
-@click.option("-o", "out", required=True, help="DIR to write.")
-@overwrite_option
-@seed_option
-@as_json_option
+@option(
+    "--tasks",
+    group="evaluation",
+    default="",
+    usual="none",
+    metavar="NAMES",
+    help="Run these tasks of lm-eval as well, such as piqa,arc_easy.",
+)
+@option(
+    "--task-path",
+    group="evaluation",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="DIR",
+    help="Folder with tasks of your own.",
+)
+@option(
+    "--task-limit",
+    group="evaluation",
+    type=int,
+    default=None,
+    usual="all",
+    metavar="N",
+    help="Number of documents of each task.",
+)
+@common.output("DIR", "Folder to write.")
+@common.overwrite
+@common.seed
+@common.as_json
 def compare(
     model: str,
-    budgets: str,
+    budgets: tuple[str, ...],
     strategies: str,
     out: str,
     overwrite: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Compare ways to allocate bits on MODEL at equal bytes: a table, a picture and a page.
+    """Compare ways to allocate bits on MODEL at equal sizes.
 
-    Each strategy's plan is judged on text that none has seen, beside ours at its bytes. What is
-    done is kept in DIR: a stopped or killed run goes on when the command is repeated. If a
-    strategy fails, the others are there all the same, and the exit status is 1.
-
-    Example: bitknap compare reference:mixtral --budgets 2,2.5,3 --strategies quick -o DIR
+    Plans are judged on text that no strategy has seen. A run that was stopped or killed continues
+    when the command is repeated. If a strategy fails, the others are still reported, and the exit
+    status is 1.
     """
     from bitknap.benchmarks.compare.models import prepare
     from bitknap.benchmarks.compare.output import write, writing_into
@@ -120,18 +167,21 @@ def compare(
         sys.exit(_PARTLY)
 
 
-def _budgets(text: str) -> tuple[float, ...]:
-    found = []
-    for word in listed(text):
+def _budgets(texts: Sequence[str]) -> tuple[float, ...]:
+    """Return bits per weight, in rising order."""
+    sizes = []
+    for word in [word for text in texts for word in listed(text)]:
         try:
-            found.append(float(word.removesuffix("bpw")))
+            sizes.append(float(word.lower().removesuffix("bpw")))
         except ValueError:
             raise InputError(
-                f"--budgets {text!r}: {word!r} is no number; write bits per weight, such as 2,2.5,3"
+                f"--budget {word!r}: compare takes bits per weight; write 2.5bpw, or several: "
+                "2bpw,2.5bpw"
             ) from None
-    if not found or min(found) <= 0 or len(set(found)) < len(found):
-        raise InputError(f"--budgets {text!r}: write bits per weight above 0, each once")
-    return tuple(sorted(found))
+    if not sizes or not all(0 < size < math.inf for size in sizes) or len(set(sizes)) < len(sizes):
+        given = ",".join(texts)
+        raise InputError(f"--budget {given!r}: write bits per weight above 0, each once: 2bpw,3bpw")
+    return tuple(sorted(sizes))
 
 
 def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
@@ -146,7 +196,7 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
         raise InputError(f"--refine {evaluations}: at least 1, which measures the first plan alone")
     return Options(
         model=model,
-        method=options["method"],
+        method=options["method"] or "rtn",
         profile=options["profile"],
         text=options["text"],
         tokens=given(options["tokens"], 8192),
@@ -172,11 +222,11 @@ def _tasks(options: dict[str, Any]) -> Tasks | None:
 
 def _formats(options: dict[str, Any]) -> tuple[Format, ...]:
     from bitknap.allocation import formats
-    from bitknap.benchmarks.compare.models import SIZES, WIDTHS
+    from bitknap.benchmarks.compare.models import SIZES
 
     bits, size, metadata = (listed(options[x]) for x in ("bits", "group_size", "metadata"))
     try:
-        widths = [int(b) for b in bits] or list(WIDTHS)
+        widths = [int(b) for b in bits] or list(range(1, 9))
     except ValueError:
         raise InputError(
             f"--formats {options['bits']!r}: widths are numbers, such as 2,3,4"

@@ -6,23 +6,28 @@ from pathlib import Path
 
 import click
 
-from bitknap.cli.options.solving import as_json_option, free_path, overwrite_option
+from bitknap.cli.options import common
+from bitknap.cli.options.commands import Command
+from bitknap.cli.options.declare import OneOf, argument, option
+from bitknap.cli.options.solving import free_path
 from bitknap.cli.terminal import present
 
 
-@click.command()
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--layout", type=click.Choice(["plain", "tiles"]), required=True, help="Of streams.")
-@click.option("-o", "out", required=True, help="OUT folder to write.")
-@overwrite_option
-@as_json_option
+@click.command(cls=Command, examples=("bitknap convert out --layout tiles -o out-tiles",))
+@argument("folder", "Packed checkpoint.", type=click.Path(path_type=Path))
+@option(
+    "--layout",
+    group="output",
+    type=OneOf(("plain", "tiles")),
+    required=True,
+    metavar="NAME",
+    help="Byte layout: plain (smallest) or tiles (for GPUs).",
+)
+@common.output("OUT", "Packed checkpoint to write, a folder.")
+@common.overwrite
+@common.as_json
 def convert(folder: Path, layout: str, out: str, overwrite: bool, as_json: bool) -> None:
-    """Write the packed checkpoint FOLDER in another layout, without rounding anything again.
-
-    Tiles are what kernels read; plain streams are as small as can be.
-
-    Example: bitknap convert out --layout tiles -o out-tiles
-    """
+    """Change the byte layout of the packed checkpoint FOLDER; its weights stay the same."""
     from bitknap.cli.views.tables import facts_table
     from bitknap.quantization.packed.convert_layout import convert as rewrite
 

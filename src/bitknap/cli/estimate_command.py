@@ -6,6 +6,8 @@ from typing import Any
 
 import click
 
+from bitknap.cli.options import common
+from bitknap.cli.options.commands import Command
 from bitknap.cli.options.estimating import (
     check_kept,
     estimating,
@@ -16,23 +18,36 @@ from bitknap.cli.options.estimating import (
     run_estimate,
 )
 from bitknap.cli.options.rules import check_options
-from bitknap.cli.options.solving import as_json_option, free_path, overwrite_option
+from bitknap.cli.options.solving import free_path
 from bitknap.cli.terminal import present
 
 
-@click.command()
-@click.argument("model")
+@click.command(
+    cls=Command,
+    examples=("bitknap estimate reference:mixtral --formats 2,3,4 -o table.safetensors",),
+    usual=(
+        "model",
+        "estimator",
+        "text",
+        "tokens",
+        "max_memory",
+        "bits",
+        "out",
+        "overwrite",
+        "as_json",
+    ),
+)
+@common.model
 @estimating
-@click.option("-o", "out", required=True, help="TABLE to write, .safetensors.")
-@overwrite_option
-@as_json_option
+@common.method
+@common.output("TABLE", "Cost table to write, .safetensors.")
+@common.overwrite
+@common.as_json
 def estimate(model: str, out: str, overwrite: bool, as_json: bool, **options: Any) -> None:
-    """Fill a cost table: what every format would cost every unit of MODEL.
+    """Measure what each format would cost each matrix of MODEL.
 
-    What is measured is kept in TABLE.journal, and layers that are finished within --max-memory in
-    TABLE.journal.files: a stopped or killed run goes on when the command is repeated.
-
-    Example: bitknap estimate reference:mixtral --formats 2,3,4 -o table.safetensors
+    Measurements are kept in TABLE.journal until the table is written, so a run that was stopped
+    or killed continues when the command is repeated.
     """
     from bitknap.cli.views.tables import cost_table
     from bitknap.estimators.measuring.readings import telling

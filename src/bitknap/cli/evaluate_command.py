@@ -4,20 +4,38 @@ from __future__ import annotations
 
 import click
 
+from bitknap.cli.options import common, completing
+from bitknap.cli.options.commands import Command
+from bitknap.cli.options.declare import option
 from bitknap.cli.options.rules import check_options
-from bitknap.cli.options.solving import as_json_option, given, seed_option, text_option
+from bitknap.cli.options.solving import given
 from bitknap.cli.terminal import present, progress_bars
 from bitknap.quiet import silence_transformers
 
 
-@click.command()
-@click.argument("model")
-@click.option("--reference", default=None, help="What KL and agreement refer to.")
-@click.option("--uniform", is_flag=True, help="Also the best uniform recipe at the same bytes.")
-@text_option("Evaluation")
-@click.option("--tokens", type=int, default=None, help="Evaluation tokens. Default: 32768.")
-@seed_option
-@as_json_option
+@click.command(
+    cls=Command, examples=("bitknap evaluate out --reference reference:mixtral --uniform",)
+)
+@common.model.but(about="Packed or plain model: folder or Hugging Face id.")
+@option(
+    "--reference",
+    group="evaluation",
+    default=None,
+    metavar="MODEL",
+    help="Model to compare with.",
+    more="KL and the agreement of top tokens refer to it.",
+    shell_complete=completing.models,
+)
+@option(
+    "--uniform",
+    group="evaluation",
+    is_flag=True,
+    help="Evaluate the best uniform recipe of that size too.",
+)
+@common.text.but(group="evaluation", help="Evaluation text: file or builtin.")
+@common.tokens.but(group="evaluation", usual="32768", help="Number of evaluation tokens.")
+@common.seed.but(group="evaluation")
+@common.as_json
 def evaluate(
     model: str,
     reference: str | None,
@@ -27,10 +45,7 @@ def evaluate(
     seed: int,
     as_json: bool,
 ) -> None:
-    """Measure MODEL's perplexity; with a reference also KL, its standard error and agreement.
-
-    Example: bitknap evaluate out --reference reference:mixtral
-    """
+    """Measure the perplexity of MODEL and, with --reference, its KL to that model."""
     from bitknap.api import quantizing
     from bitknap.api.evaluation import rows_for
     from bitknap.cli.views.tables import losses_table

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import click
 
-from bitknap.cli.options.solving import as_json_option, include_option, listed
+from bitknap.cli.options import common
+from bitknap.cli.options.commands import Command
+from bitknap.cli.options.solving import listed
 from bitknap.cli.terminal import present
 from bitknap.quiet import silence_transformers
 
 
-@click.command()
-@click.argument("model")
-@include_option
-@as_json_option
+@click.command(cls=Command, examples=("bitknap inspect reference:mixtral",))
+@common.model
+@common.include
+@common.as_json
 def inspect(model: str, include: str, as_json: bool) -> None:
-    """Show units, formats and the feasible budgets of MODEL from its headers alone.
+    """Show the size, the feasible budgets and the possible exports of MODEL.
 
-    Example: bitknap inspect reference:mixtral
+    Only config.json and the headers of its files are read.
     """
     from bitknap.api.inspection import inspect as look
     from bitknap.cli.views.tables import exports_table, facts_table, steps_table

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitknap.allocation.tradeoffs.profile_price import priced
 from bitknap.cli.interrupts import stoppable
+from bitknap.cli.options import common
+from bitknap.cli.options.commands import Command
+from bitknap.cli.options.declare import option
 from bitknap.cli.options.estimating import (
     check_kept,
     estimating,
@@ -26,12 +28,10 @@ from bitknap.cli.options.estimating import (
 from bitknap.cli.options.refining import check_refining, refine_journal, refining, run_refine
 from bitknap.cli.options.rules import check_options
 from bitknap.cli.options.solving import (
-    as_json_option,
     check_solving,
     free_path,
     given,
     listed,
-    overwrite_option,
     run_solve,
     solved,
     solving,
@@ -65,19 +65,44 @@ class _Choice:
     outcome: Outcome | None = None
 
 
-@click.command()
-@click.argument("model")
-@click.option("--plan", type=click.Path(path_type=Path), default=None, help="PLAN to apply.")
-@click.option("--budget", default=None, help="Instead of a plan: 2.5bpw, 12GiB or 40%.")
+@click.command(
+    cls=Command,
+    examples=("bitknap quantize reference:mixtral --budget 2.5bpw -o out",),
+    usual=(
+        "model",
+        "budget",
+        "plan",
+        "profile",
+        "estimator",
+        "text",
+        "max_memory",
+        "bits",
+        "method",
+        "out",
+        "overwrite",
+        "as_json",
+    ),
+)
+@common.model
+@common.budget
+@option(
+    "--plan",
+    group="limits",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="PLAN",
+    help="Plan to apply instead of a budget.",
+)
 @estimating
 @solving
 @refining
-@click.option("--force", is_flag=True, help="Round in another way than the plan is made for.")
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Of a file of OUT.")
-@click.option("--report", default=None, help="PAGE to write as well, .html.")
-@click.option("-o", "out", required=True, help="OUT folder to write.")
-@overwrite_option
-@as_json_option
+@common.method.but(usual="rtn, or the plan's")
+@common.force
+@common.output("OUT", "Packed checkpoint to write, a folder.")
+@common.max_shard_size
+@common.report
+@common.overwrite
+@common.as_json
 def quantize(
     model: str,
     plan: Path | None,
@@ -90,14 +115,12 @@ def quantize(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Write MODEL packed, by a plan or measured and solved for a budget in one go.
+    """Quantize MODEL to a budget, or as a plan says.
 
-    What is measured and written is kept beside OUT: a stopped or killed run goes on when the
-    command is repeated.
-
-    Example: bitknap quantize reference:mixtral --budget 2.5bpw -o out
+    A run that was stopped or killed continues when the command is repeated.
     """
     from bitknap.allocation.problem.budget import parse_size
+    from bitknap.allocation.tradeoffs.profile_price import priced
     from bitknap.api import quantizing
     from bitknap.cli.views.tables import bits_table, facts_table, widths_table
     from bitknap.estimators.measuring import readings

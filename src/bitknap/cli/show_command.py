@@ -7,36 +7,47 @@ from typing import Any
 
 import click
 
+from bitknap.cli.options import common
+from bitknap.cli.options.commands import Command
+from bitknap.cli.options.declare import argument, option
 from bitknap.cli.options.rules import check_options
-from bitknap.cli.options.solving import as_json_option, free_path, overwrite_option
+from bitknap.cli.options.solving import free_path
 from bitknap.cli.terminal import present
 from bitknap.errors import InputError
 
 
-@click.command()
-@click.argument("path", type=click.Path(path_type=Path))
-@click.option(
+@click.command(
+    cls=Command,
+    examples=("bitknap show out", "bitknap show plan-a.json --diff plan-b.json"),
+)
+@argument(
+    "path",
+    "Plan, cost table, frontier or packed checkpoint.",
+    type=click.Path(path_type=Path),
+)
+@option(
     "--diff",
     "other",
+    group="output",
     metavar="PLAN",
     type=click.Path(path_type=Path),
     default=None,
-    help="Of a plan: what differs in this other plan or packed checkpoint.",
+    help="Show what differs in this other plan or packed checkpoint.",
 )
-@click.option(
-    "--picture", type=click.Path(path_type=Path), default=None, help="Of a TABLE: .png or .svg."
+@option(
+    "--picture",
+    group="output",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    default=None,
+    help="Draw the map of a cost table into FILE, .png or .svg.",
 )
-@overwrite_option
-@as_json_option
+@common.overwrite
+@common.as_json
 def show(
     path: Path, other: Path | None, picture: Path | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Show what is in a plan, a table, a frontier or a packed checkpoint.
-
-    Example: bitknap show out
-
-    Example: bitknap show plan-a.json --diff plan-b.json
-    """
+    """Show what a plan, a cost table, a frontier or a packed checkpoint contains."""
     from bitknap.allocation import BitPlan, CostTable
     from bitknap.allocation.tradeoffs.frontier_file import is_frontier
     from bitknap.allocation.tradeoffs.frontier_path import Frontier

@@ -7,16 +7,15 @@ from typing import Any
 
 import click
 
-from bitknap.allocation.tradeoffs.profile_price import priced
+from bitknap.cli.options import common
+from bitknap.cli.options.commands import Command
+from bitknap.cli.options.declare import argument, option
 from bitknap.cli.options.rules import check_options
 from bitknap.cli.options.solving import (
-    as_json_option,
     check_solving,
     free_path,
-    overwrite_option,
     pinned,
     run_solve,
-    seed_option,
     solved,
     solving,
     uses,
@@ -25,15 +24,35 @@ from bitknap.cli.terminal import present
 from bitknap.errors import InputError
 
 
-@click.command()
-@click.argument("table", type=click.Path(path_type=Path))
-@click.option("--budget", default=None, help="2.5bpw, 12GiB (whole checkpoint) or 40%.")
-@click.option("--frontier", is_flag=True, help="Instead of a budget: every budget's plan.")
+@click.command(
+    cls=Command,
+    examples=("bitknap solve table.safetensors --budget 2.5bpw -o plan.json",),
+    usual=(
+        "table",
+        "budget",
+        "frontier",
+        "profile",
+        "pin",
+        "limits",
+        "solver",
+        "out",
+        "overwrite",
+        "as_json",
+    ),
+)
+@argument("table", "Cost table that bitknap estimate wrote.", type=click.Path(path_type=Path))
+@common.budget
+@option(
+    "--frontier",
+    group="limits",
+    is_flag=True,
+    help="Write the plans of all budgets, and a picture.",
+)
 @solving
-@click.option("-o", "out", required=True, help="PLAN or frontier to write, .json.")
-@overwrite_option
-@seed_option
-@as_json_option
+@common.seed.but(group="solving")
+@common.output("PLAN", "Plan or frontier to write, .json.")
+@common.overwrite
+@common.as_json
 def solve(
     table: Path,
     budget: str | None,
@@ -43,11 +62,9 @@ def solve(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Choose a format for every unit of TABLE under a budget, or for all budgets at once.
-
-    Example: bitknap solve table.safetensors --budget 2.5bpw -o plan.json
-    """
+    """Choose the format of each matrix in TABLE so that the plan fits a budget."""
     from bitknap.allocation import CostTable
+    from bitknap.allocation.tradeoffs.profile_price import priced
     from bitknap.cli.views.tables import bits_table, facts_table, limits_table, price_table
 
     check_options("solve")

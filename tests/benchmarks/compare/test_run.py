@@ -35,7 +35,8 @@ def words(model, tmp_path_factory):
         (folder / f"{name}.txt").write_text(text[at : at + 20_000])
         found += ["--evaluation-text", folder / f"{name}.txt"]
     found += ["--tokens", "256", "--evaluation-tokens", "512", "--refine-tokens", "256"]
-    found += ["--formats", "1,2,3,4", "--group-size", "8,row", "--refine", "3"]
+    found += ["--formats", "1,2,3,4", "--group-size", "8,row", "--profile", "free"]
+    found += ["--refine", "3"]
     return [str(word) for word in ("compare", model, *found)]
 
 

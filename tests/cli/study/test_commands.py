@@ -18,7 +18,7 @@ from bitknap.report.study_page import page
 from bitknap.testing import routed_units
 
 WIDTHS = formats((2, 3, 4, 8), "row")
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[3]
 TEXT = ("--text", str(ROOT / "LICENSE"))  # short: quick to tokenize
 
 

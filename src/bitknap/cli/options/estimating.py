@@ -7,138 +7,43 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
-
-import click
+from typing import Any
 
 from bitknap.cli.interrupts import stoppable
-from bitknap.cli.options.solving import given, include_option, listed, options_of, seed_option
+from bitknap.cli.options import common
+from bitknap.cli.options.declare import options_of
+from bitknap.cli.options.solving import given, listed
 from bitknap.cli.terminal import progress_bars
 from bitknap.disk.atomic import beside
 from bitknap.disk.manifest import is_ours
 from bitknap.disk.outputs import check_output
 from bitknap.errors import InputError
-from bitknap.estimators.tables.several_texts import Rule
-from bitknap.estimators.tables.super_expert_floor import FLOOR
 from bitknap.progress import Progress
 from bitknap.quiet import silence_transformers
 
 estimating = options_of(
-    click.option(
-        "--estimator",
-        default="calibrated",
-        show_default=True,
-        help="calibrated[,BASE[,SIGNAL…]], fuzzy[,BASE] or BASE alone: moments, fisher, "
-        "fisher-output, weight-error, data-free, measured-kl, …; a wrong name lists them all.",
-    ),
-    click.option(
-        "--calibrate",
-        type=int,
-        default=None,
-        metavar="N",
-        help="Calibrate with at most N group measurements. Default: a few widths of each.",
-    ),
-    click.option(
-        "--check",
-        type=int,
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Of calibrated: measure N held-out plans too, and say how well they are predicted.",
-    ),
-    click.option(
-        "--journal",
-        type=click.Path(path_type=Path),
-        default=None,
-        help="Of measured-…: where it keeps what is measured, also when the table is done.",
-    ),
-    click.option(
-        "--samples",
-        type=click.Path(path_type=Path),
-        default=None,
-        help="Of fuzzy: FILE of measured cells, .safetensors; measured and kept if not there.",
-    ),
-    click.option(
-        "--measurements",
-        type=int,
-        default=None,
-        metavar="N",
-        help="Of fuzzy: measure at most N cells. Default: one in fifteen.",
-    ),
-    click.option(
-        "--initial-router",
-        default=None,
-        metavar="MODEL",
-        help="Of router-norm: the model before training. Default: final norms alone.",
-    ),
-    click.option(
-        "--protect-bits",
-        type=int,
-        default=FLOOR,
-        show_default=True,
-        help="Least bits of experts whose output is far above their layer's; 0 protects none.",
-    ),
-    click.option(
-        "--method",
-        type=click.Choice(["rtn", "hqq", "gptq"]),
-        default=None,
-        help="How weights are rounded, which is what costs are of. Default: rtn, or the plan's.",
-    ),
-    click.option(
-        "--row-blocks",
-        type=int,
-        default=1,
-        show_default=True,
-        metavar="N",
-        help="Cut each matrix into N runs of rows with a format each.",
-    ),
-    click.option(
-        "--permute",
-        is_flag=True,
-        help="Of --row-blocks: sort the experts' neurons by sensitivity first, so that blocks "
-        "differ. A copy of the model is written beside OUT while that lasts.",
-    ),
-    click.option(
-        "--rotate",
-        is_flag=True,
-        help="Turn the residual stream by random Hadamard transforms first (--seed), by way of a "
-        "copy as well.",
-    ),
-    click.option(
-        "--keep", is_flag=True, help="Offer the precision that weights are stored in as well."
-    ),
-    click.option("--formats", "bits", default="", help="Widths, such as 2,3,4,8. Default: 1-8."),
-    click.option("--group-size", default="", help="Group sizes, such as 64,128,row. Default: all."),
-    click.option(
-        "--metadata",
-        default="",
-        help="fp16, compact, compact6 or several. Default: the first two, with and without zero.",
-    ),
-    click.option("--tokens", type=int, default=None, help="Calibration tokens. Default: 8192."),
-    click.option(
-        "--text",
-        multiple=True,
-        default=("builtin",),
-        help="Calibration text: a file or builtin; several times for several sets.  "
-        "[default: builtin]",
-    ),
-    click.option(
-        "--robust",
-        type=click.Choice(get_args(Rule)),
-        default=None,
-        help="What a cost becomes over several texts. Default: mean.",
-    ),
-    click.option(
-        "--risk", type=float, default=None, metavar="K", help="Of mean+sd: K deviations. Default: 1"
-    ),
-    click.option(
-        "--max-memory",
-        default=None,
-        metavar="SIZE",
-        help="Such as 12GiB: what would take more, gradients or all, goes layer by layer.",
-    ),
-    include_option,
-    seed_option,
+    common.estimator,
+    common.texts,
+    common.tokens,
+    common.max_memory,
+    common.seed,
+    common.calibrate,
+    common.check,
+    common.journal,
+    common.samples,
+    common.measurements,
+    common.initial_router,
+    common.protect_bits,
+    common.robust,
+    common.risk,
+    common.include,
+    common.formats,
+    common.group_size,
+    common.metadata,
+    common.keep,
+    common.row_blocks,
+    common.permute,
+    common.rotate,
 )
 
 

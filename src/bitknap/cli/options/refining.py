@@ -5,35 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import click
-
-from bitknap.cli.options.solving import given, limits_of, options_of, pinned
+from bitknap.cli.options import common
+from bitknap.cli.options.declare import options_of
+from bitknap.cli.options.solving import given, limits_of, pinned
 from bitknap.disk.atomic import beside
 from bitknap.errors import InputError
 
-refining = options_of(
-    click.option(
-        "--refine",
-        type=int,
-        default=0,
-        show_default=True,
-        metavar="N",
-        help="Measure N plans around the solved one, keep the best; never worse than uniform.",
-    ),
-    click.option(
-        "--refine-driver",
-        type=click.Choice(["belief", "tpe", "cmaes"]),
-        default="belief",
-        show_default=True,
-        help="What proposes them: what is believed of the costs, or a sampler of Optuna's.",
-    ),
-    click.option(
-        "--refine-tokens",
-        type=int,
-        default=None,
-        help="Of the calibration text, to measure them on. Default: 16384.",
-    ),
-)
+refining = options_of(common.refine, common.refine_driver, common.refine_tokens)
+# Words of --refine-driver that the library calls by another name.
+_DRIVERS = {"posterior": "belief"}
 
 
 def check_refining(options: dict[str, Any]) -> None:
@@ -58,7 +38,7 @@ def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out
             under(table, profile(options["profile"])),
             [Budget.parse(budget), *limits],
             evaluations=options["refine"],
-            driver=options["refine_driver"],
+            driver=_DRIVERS.get(options["refine_driver"], options["refine_driver"]),
             text=options["text"][0],
             tokens=given(options["tokens"], CALIBRATION_TOKENS),
             refine_tokens=given(options["refine_tokens"], REFINE_TOKENS),

@@ -1,81 +1,28 @@
-"""Options that commands share, and what their words mean."""
+"""Options of commands that solve, and what their words mean."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import click
 
+from bitknap.cli.options import common
+from bitknap.cli.options.common import SOLVERS
+from bitknap.cli.options.declare import options_of
 from bitknap.disk.outputs import Kind, check_output, writing
 from bitknap.errors import InfeasibleError, InputError
 
-as_json_option = click.option(
-    "--json", "as_json", is_flag=True, help="One JSON document on stdout."
-)
-seed_option = click.option(
-    "--seed", default=0, show_default=True, help="Seed of all that is drawn."
-)
-include_option = click.option(
-    "--include", default="", help="Roles beside routed experts: attention,shared,dense."
-)
-overwrite_option = click.option(
-    "--overwrite", is_flag=True, help="Replace an output that Bitknap wrote."
-)
-
-
-def text_option(purpose: str) -> Callable[[Any], Any]:
-    """Return the --text option of a purpose."""
-    return click.option(
-        "--text", default="builtin", show_default=True, help=f"{purpose} text: a file or builtin."
-    )
-
-
-def options_of(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return some options as one decorator, in this order."""
-
-    def add(function: Any) -> Any:
-        for decorator in reversed(decorators):
-            function = decorator(function)
-        return function
-
-    return add
-
-
-# Names of solvers at the command line, and where their classes are; imported when asked for.
-SOLVERS = {
-    "knapsack": "bitknap.allocation.solvers.knapsack:Knapsack",
-    "ilp": "bitknap.allocation.solvers.ilp:Ilp",
-    "greedy": "bitknap.allocation.solvers.greedy:Greedy",
-    "search": "bitknap.allocation.search.solver:Search",
-}
 solving = options_of(
-    click.option(
-        "--solver", type=click.Choice(list(SOLVERS)), default=None, help="Default: knapsack."
-    ),
-    click.option(
-        "--gap", type=float, default=None, help="Stop at this proven share, such as 1e-4."
-    ),
-    click.option("--time-limit", type=float, default=None, help="Seconds for HiGHS or CBC."),
-    click.option("--profile", default="gate_eq_up", show_default=True, help="Which units share."),
-    click.option(
-        "--pin",
-        multiple=True,
-        metavar="PATTERN=BITS",
-        help="Such as layer=0,proj=down=8, or a format: proj=down=int4-g64-sym.",
-    ),
-    click.option(
-        "--limit",
-        "limits",
-        multiple=True,
-        type=click.Path(path_type=Path),
-        help="FILE of further limits, .json.",
-    ),
-    click.option(
-        "--price", is_flag=True, help="Also what every profile would cost at the same limits."
-    ),
+    common.solver,
+    common.gap,
+    common.time_limit,
+    common.profile,
+    common.pin,
+    common.limit,
+    common.price,
 )
 
 

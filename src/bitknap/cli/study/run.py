@@ -1,0 +1,128 @@
+"""`bitknap study run`: measured plans; as many processes as there are workers may run it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitknap.cli.options import common, completing
+from bitknap.cli.options.commands import Command
+from bitknap.cli.options.declare import option
+from bitknap.cli.options.solving import given
+from bitknap.cli.study import stored
+from bitknap.errors import InputError, MismatchError
+from bitknap.quiet import silence_transformers
+
+if TYPE_CHECKING:
+    from bitknap.allocation.search.study import Study
+
+# What `run` measures, as the study and its plans say.
+_WHAT = "KL, nats/token"
+
+
+@click.command(
+    cls=Command,
+    examples=(
+        "bitknap study run s --storage sqlite:///s.db \\\n"
+        "             --model reference:mixtral --trials 20",
+    ),
+)
+@stored.name
+@stored.storage
+@option(
+    "--model",
+    group="model",
+    required=True,
+    metavar="MODEL",
+    help="Model that the table was made on.",
+    shell_complete=completing.models,
+)
+@option(
+    "--trials",
+    group="study",
+    type=int,
+    default=20,
+    metavar="N",
+    help="Number of trials to complete.",
+)
+@common.text.but(default=None, usual="builtin")
+@common.tokens.but(usual="8192, or as before")
+@stored.moved
+@stored.features
+@common.as_json
+def run(
+    name: str,
+    storage: str,
+    model: str,
+    trials: int,
+    text: str | None,
+    tokens: int | None,
+    table: Path | None,
+    features: tuple[Path, ...],
+    as_json: bool,
+) -> None:
+    """Measure the KL of plans to the unquantized model, until trials are complete.
+
+    Start it once for each worker; workers share the study through its storage.
+    """
+    from bitknap.allocation.search.study import load
+    from bitknap.allocation.search.study import run as go
+    from bitknap.cli.views.study_view import present_study, watching
+
+    found = load(name, storage, table=table, features=features)
+    measure, measured = _measurement(found, model, text, tokens)
+    with watching(trials, as_json) as watch:
+        go(found, measure, trials, measured=measured, watch=watch)
+    present_study(found, as_json)
+
+
+def _measurement(
+    found: Study, model: str, text: str | None, tokens: int | None
+) -> tuple[Callable[[Any], float], dict[str, Any]]:
+    """Return how a plan is measured on the model, and what identifies the measurement."""
+    import torch
+
+    from bitknap.api import calibration, quantizing
+    from bitknap.estimators.measuring.kl_replay import Replay
+    from bitknap.estimators.measuring.text import BUILTIN, read_text
+    from bitknap.estimators.sweep.in_memory import digest_of
+    from bitknap.quantization.models.live_model import walk
+    from bitknap.quantization.packed import writer
+    from bitknap.quantization.packed.buildable import check
+    from bitknap.quantization.packed.folder import roles_of
+    from bitknap.quantization.runtime import loading
+    from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+    from bitknap.quantization.stacks.apply import applied
+
+    silence_transformers()
+    source = Checkpoint.open(resolve(model))
+    if source.fingerprint != found.about["model"]:
+        raise MismatchError(
+            f"{model}: not the model that the table of study {found.name!r} was made on; "
+            "pass that model, or make a table of this one"
+        )
+    words = read_text(text or BUILTIN, "calibration")
+    if words == read_text(BUILTIN, "evaluation"):
+        raise InputError(f"--text {text}: the evaluation text; a study must not see it")
+    count = given(tokens, found.measured.get("tokens", quantizing.CALIBRATION_TOKENS))
+    check(source.folder, reads_text=True)
+    writer.check_finite(source)
+    live = loading.load(source.folder, torch.float32)
+    layout = walk(live, roles_of(found.table.units))
+    document = calibration.encoded(source.folder, words, live.config)
+    windows = document.windows(count, calibration.longest_of(live.config))
+    replay = Replay(live, layout, windows, cache=False)
+
+    def measure(plan: Any) -> float:
+        with applied(live, layout, plan):
+            return replay.kl()
+
+    return measure, {
+        "what": _WHAT,
+        "model": source.fingerprint,
+        "tokens": windows.ids.numel(),
+        "text": digest_of(windows.ids),
+    }
