@@ -29,6 +29,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from bitknap.arguments import add_output
 from bitknap.disk.atomic import write_whole
 from bitknap.disk.outputs import check_output
 from bitknap.errors import InputError
@@ -224,8 +225,12 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("experts", "topk", "hidden", "intermediate"):
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--tokens", type=int, nargs="+", default=TOKENS)
-    parser.add_argument("--processes", type=int, default=1, help="that compile first")
-    parser.add_argument("-o", "--out", type=Path, help="default: the GPU's name")
+    parser.add_argument(
+        "--processes", type=int, default=1, help="number of processes that compile first"
+    )
+    add_output(
+        parser, "File to write, .json; named after the GPU if it is not given.", required=False
+    )
     given = vars(parser.parse_args(arguments))
     out = given.pop("out")
     try:

@@ -22,7 +22,7 @@ FOLDERS = {
 # in it, or for one module; the longest name that fits counts.
 ORDER = """
 bitknap.deprecation bitknap.errors bitknap.progress bitknap.version bitknap.quiet
-bitknap.disk
+bitknap.arguments bitknap.disk
 
 bitknap.allocation.problem
 bitknap.allocation.plans

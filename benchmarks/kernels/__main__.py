@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 
+from bitknap.arguments import add_output
 from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.errors import InputError
 
@@ -146,15 +147,19 @@ def write(out: Path, parts: dict[str, Any]) -> None:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="the cases of the targets alone")
-    parser.add_argument("--cases", default="", help="those whose name holds this text")
-    parser.add_argument("--batches", default="", help="some of them, such as 1,16,512")
-    parser.add_argument("--compile", type=int, default=0, help="first, in so many processes")
-    parser.add_argument("--runs", type=int, default=100, help="measurements of each on a GPU")
-    parser.add_argument("--cpu", action="store_true", help="the path without a GPU")
-    parser.add_argument("--rounds", type=int, default=8, help="measurements of each on a CPU")
-    parser.add_argument("--toy", action="store_true", help="everything, small, on any machine")
+    add_output(parser, "Folder to write.")
+    parser.add_argument("--quick", action="store_true", help="only the cases that have targets")
+    parser.add_argument("--cases", default="", help="only cases with this text in their name")
+    parser.add_argument("--batches", default="", help="batch sizes, such as 1,16,512")
+    parser.add_argument(
+        "--compile", type=int, default=0, help="number of processes that compile first"
+    )
+    parser.add_argument("--runs", type=int, default=100, help="measurements of each case on a GPU")
+    parser.add_argument("--cpu", action="store_true", help="measure the path without a GPU")
+    parser.add_argument("--rounds", type=int, default=8, help="measurements of each case on a CPU")
+    parser.add_argument(
+        "--toy", action="store_true", help="run everything with tiny sizes, on any machine"
+    )
     given = parser.parse_args(argv)
 
     def say(text: str) -> None:

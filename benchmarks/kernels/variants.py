@@ -15,12 +15,12 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 
+from bitknap.arguments import add_output
 from bitknap.benchmarks.kernels.ahead_of_time import (
     TARGETS,
     Built,
@@ -149,7 +149,7 @@ def report(document: dict[str, Any]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    add_output(parser, "Folder to write.")
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
     given = parser.parse_args(arguments)
     out, rows, planned = given.out, [], list(jobs(given.targets))

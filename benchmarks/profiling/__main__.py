@@ -28,6 +28,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.profiles import profile
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.api.planning import DEFAULT_PROFILE
+from bitknap.arguments import add_output
 from bitknap.benchmarks.profiling.combined import check_plans, plans_for_check
 from bitknap.benchmarks.profiling.report import markdown
 from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
@@ -335,9 +336,11 @@ def _say(what: str, done: int, of: int) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
-    parser.add_argument("--tokens", type=int, default=4096, help="measured and calibrated on")
+    add_output(parser, "Folder to write.")
+    parser.add_argument("--models", default=",".join(MODELS), help="models, with commas")
+    parser.add_argument(
+        "--tokens", type=int, default=4096, help="tokens to measure and calibrate on"
+    )
     parser.add_argument("--judged-on", type=int, default=8192, help="held-out tokens")
     args = parser.parse_args()
     journals = [f"profiling.{name}.journal" for name in args.models.split(",")]

@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,7 @@ from bitknap.allocation import BitPlan, Budget, CostTable, Problem, profile, sol
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.api.calibration import longest_of, tokenizer_of
 from bitknap.api.planning import DEFAULT_PROFILE
+from bitknap.arguments import add_output
 from bitknap.benchmarks.published.claims import claims
 from bitknap.benchmarks.published.report import markdown
 from bitknap.benchmarks.published.rules import Material, Rule, rules
@@ -155,9 +155,9 @@ def _say(what: str, done: int, of: int) -> None:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
-    parser.add_argument("--tokens", type=int, default=4096, help="calibrated on")
+    add_output(parser, "Folder to write.")
+    parser.add_argument("--models", default=",".join(MODELS), help="models, with commas")
+    parser.add_argument("--tokens", type=int, default=4096, help="calibration tokens")
     parser.add_argument("--judged-on", type=int, default=8192, help="held-out tokens")
     args = parser.parse_args()
     claim(parser, args.out, "published.json", "published.md")

@@ -12,13 +12,13 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.allocation.problem.units import ROLES
+from bitknap.arguments import add_output
 from bitknap.benchmarks.published.__main__ import material, ours_on
 from bitknap.benchmarks.published.claims import CONFIRMED, REFUTED, UNDECIDED, claims, decided
 from bitknap.benchmarks.published.report import claims_table
@@ -236,7 +236,7 @@ def markdown(document: Mapping[str, Any]) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    add_output(parser, "Folder to write.")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--judged-on", type=int, default=8192)
     args = parser.parse_args()

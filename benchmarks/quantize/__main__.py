@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+from bitknap.arguments import add_output
 from bitknap.benchmarks.models.shapes import ModelShape, shape_of
 from bitknap.benchmarks.quantize import large_checkpoint, quality, speed
 from bitknap.benchmarks.quantize.report import markdown
@@ -162,19 +163,23 @@ def about() -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
-    parser.add_argument("--parts", default=",".join(PARTS), help="separated by commas")
-    parser.add_argument("--models", default=",".join(MODELS), help="separated by commas")
-    parser.add_argument("--formats", default=",".join(quality.FORMATS), help="of losses")
-    parser.add_argument("--tokens", type=int, default=8192, help="calibrated on")
+    add_output(parser, "Folder to write.")
+    parser.add_argument("--parts", default=",".join(PARTS), help="parts to run, with commas")
+    parser.add_argument("--models", default=",".join(MODELS), help="models, with commas")
+    parser.add_argument(
+        "--formats", default=",".join(quality.FORMATS), help="formats to compare losses in"
+    )
+    parser.add_argument("--tokens", type=int, default=8192, help="calibration tokens")
     parser.add_argument("--judged-on", type=int, default=8192, help="held-out tokens")
-    parser.add_argument("--seconds", type=float, default=3.0, help="of one timing")
-    parser.add_argument("--rounds", type=int, default=3, help="timings of each way")
-    parser.add_argument("--gptq-formats", type=int, default=1, help="in which GPTQ is timed")
-    parser.add_argument("--layers", type=int, default=None, help="of the large checkpoint")
-    parser.add_argument("--estimator", default="data-free", help="that plans it, without text")
-    parser.add_argument("--folder", type=Path, default=None, help="for large files")
-    parser.add_argument("--toy", action="store_true", help="done in seconds")
+    parser.add_argument("--seconds", type=float, default=3.0, help="duration of each timing")
+    parser.add_argument("--rounds", type=int, default=3, help="timings of each method")
+    parser.add_argument(
+        "--gptq-formats", type=int, default=1, help="number of formats to time GPTQ in"
+    )
+    parser.add_argument("--layers", type=int, default=None, help="layers of the large model")
+    parser.add_argument("--estimator", default="data-free", help="estimator for its plan")
+    parser.add_argument("--folder", type=Path, default=None, help="folder for large files")
+    parser.add_argument("--toy", action="store_true", help="tiny sizes, for a run of seconds")
     given = parser.parse_args(argv)
     parts = given.parts.split(",")
     for part in parts:

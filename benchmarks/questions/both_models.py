@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from bitknap.arguments import add_output
 from bitknap.benchmarks.compare.models import Options, Setting, prepare
 from bitknap.benchmarks.compare.output import document, times
 from bitknap.benchmarks.compare.run import Comparison, compare
@@ -41,12 +42,14 @@ _EVALUATIONS = 32
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    add_output(parser, "Folder to write.")
     parser.add_argument("--work", type=Path, default=Path("build/compare"))
     parser.add_argument("--models", nargs="+", default=MODELS)
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--evaluations", type=int, default=_EVALUATIONS)
-    parser.add_argument("--strategies", nargs="+", help="instead of the usual ones")
+    parser.add_argument(
+        "--strategies", nargs="+", help="strategies to run instead of the usual ones"
+    )
     args = parser.parse_args()
     silence_transformers()
     names = [f"compare.{name}.{method}.json" for name in args.models for method in args.methods]

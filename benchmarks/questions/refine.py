@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,6 +22,7 @@ from bitknap.allocation.published.evopress import Evolution
 from bitknap.allocation.refinement.loop import Refine
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.api.refining import measures
+from bitknap.arguments import add_output
 from bitknap.benchmarks.compare.judge import bootstrap_error
 from bitknap.benchmarks.compare.models import Options, Setting, prepare
 from bitknap.benchmarks.compare.strategies import in_rows
@@ -122,7 +122,7 @@ def markdown(document: Mapping[str, Any]) -> str:
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    add_output(parser, "Folder to write.")
     args = parser.parse_args()
     claim(parser, args.out, "refine.json", "refine.md")
     silence_transformers()

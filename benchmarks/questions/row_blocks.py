@@ -22,6 +22,7 @@ from bitknap.allocation import Budget, formats
 from bitknap.api.calibration import evaluation_windows
 from bitknap.api.planning import plan_for
 from bitknap.api.quantizing import CALIBRATION_TOKENS, estimate, quantize
+from bitknap.arguments import add_output
 from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.estimators.measuring.kl_replay import Losses, compare, standard_error
 from bitknap.quantization.runtime.loading import load
@@ -110,7 +111,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 def main() -> None:
     """Measure and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    add_output(parser, "Folder to write.")
     parser.add_argument("--models", nargs="+", default=["mixtral", "qwen3moe"])
     parser.add_argument("--tokens", type=int, default=16_384)
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)

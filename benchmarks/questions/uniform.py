@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from bitknap.api.calibration import evaluation_windows
 from bitknap.api.evaluation import best_uniform
 from bitknap.api.planning import plan_for
 from bitknap.api.quantizing import CALIBRATION_TOKENS, estimate
+from bitknap.arguments import add_output
 from bitknap.benchmarks.result_files import claim, write_report, write_results
 from bitknap.estimators.measuring.kl_replay import Replay, standard_error
 from bitknap.quantization.models.live_model import walk
@@ -116,7 +116,7 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    add_output(parser, "Folder to write.")
     parser.add_argument("--models", nargs="+", default=["mixtral", "qwen3moe"])
     parser.add_argument("--tokens", type=int, default=32_768)
     parser.add_argument("--calibration-tokens", type=int, default=CALIBRATION_TOKENS)

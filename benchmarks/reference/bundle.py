@@ -82,7 +82,7 @@ def card(name: str, folder: Path, corpus: Path) -> str:
         "`NOTICE.md` one folder up. Weights: Apache-2.0. Own byte-level BPE of 4,096 tokens. "
         "`initial_routers.safetensors` holds the routers before the first step. To repeat it:",
         "",
-        f"    python -m bitknap.benchmarks.reference.train {name} --corpus CORPUS --out DIR "
+        f"    python -m bitknap.benchmarks.reference.train {name} --corpus CORPUS -o DIR "
         f"--tokens {record['tokens']:.0f} --batch {record['batch_tokens']} --compile",
         "",
         "| validation text | perplexity |",

@@ -1,6 +1,6 @@
 """Train a reference model from scratch and save it as the package bundles it.
 
-    python -m bitknap.benchmarks.reference.train mixtral --corpus CORPUS --out build/mixtral
+    python -m bitknap.benchmarks.reference.train mixtral --corpus CORPUS -o build/mixtral
 
 CORPUS holds {books,code,speeches,wiki}.{train,valid}.txt. The valid files are read for
 validation only. A run keeps a checkpoint beside its output and continues from it. The schedule is
@@ -21,6 +21,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from bitknap.arguments import add_output
 from bitknap.benchmarks.reference.muon import StackedMuon
 from bitknap.benchmarks.reference.recipe import BALANCE, CONTEXT, DOMAINS, RECIPES, VOCABULARY
 
@@ -190,7 +191,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", choices=sorted(RECIPES))
     parser.add_argument("--corpus", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
+    add_output(parser, "Folder to write.")
     parser.add_argument("--tokens", type=float, default=12e6)
     parser.add_argument("--batch", type=int, default=6144, help="tokens a step")
     parser.add_argument("--every", type=int, default=50, help="steps between validations")

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitknap.arguments import add_output
 from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.benchmarks.robustness.disks import run_full
 from bitknap.benchmarks.robustness.forked import prepare
@@ -141,7 +142,7 @@ def _blocks(part: Part, count: int | None, seed: int, only: Sequence[str]) -> li
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path, required=True)
+    add_output(parser, "Folder to write.")
     parser.add_argument("--part", choices=PARTS, action="append")
     parser.add_argument("--count", type=int, help="cases in a part, or for each of its commands")
     parser.add_argument("--seed", type=int, default=0)

@@ -32,6 +32,7 @@ from bitknap.allocation.plans.solution import Answer
 from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.solvers.solver import Solver
 from bitknap.allocation.solvers.solving import solve
+from bitknap.arguments import add_output
 from bitknap.benchmarks.result_files import HEADER, claim, write_report, write_results
 from bitknap.benchmarks.solvers.instances import INSTANCES, QUICK, Instance, instance
 from bitknap.benchmarks.solvers.peers import BASELINES, GAP, Baseline
@@ -309,7 +310,7 @@ def _known(given: Sequence[str] | None, known: Sequence[str], what: str) -> Sequ
 def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("-o", "--out", type=Path)
+    add_output(parser, "Folder to write.", required=False)
     parser.add_argument("--only", help="solvers, separated by commas")
     parser.add_argument("--instances", help="separated by commas")
     parser.add_argument("--time-limit", type=float, default=300.0, help="seconds")
