@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bitknap.allocation.search.trial_database import check_database
 from bitknap.allocation.search.trial_journal import open_journal
 from bitknap.errors import BitknapError, InfeasibleError, InputError
 
@@ -86,6 +87,28 @@ def reaching(url: str) -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def understanding(url: str) -> Iterator[None]:
+    """Turn whatever Optuna fails with when it reads what is not its own into one line.
+
+    Raises:
+        InputError: a study or a trial in the storage cannot be read.
+    """
+    from optuna.exceptions import StorageInternalError
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (BitknapError, SQLAlchemyError, StorageInternalError, MemoryError):
+        raise
+    except Exception as error:
+        # Optuna makes studies and trials of rows without checking them.
+        raise InputError(
+            f"storage {shown(url)}: a study in it is damaged ({_line(error)[:100]}); "
+            "choose another storage"
+        ) from None
+
+
 def _line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
@@ -112,7 +135,9 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
         address = make_url(url)
         options: dict[str, Any] = {"pool_pre_ping": True}
         if address.get_backend_name() == "sqlite":
-            _check_there(url, Path(address.database or ""), create=create)
+            path = Path(address.database or "")
+            _check_there(url, path, create=create)
+            check_database(f"storage {shown(url)}", path, create=create)
             options = {"connect_args": {"timeout": _PATIENCE}, "poolclass": NullPool}
         try:
             return RDBStorage(url, engine_kwargs=options)

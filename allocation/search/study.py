@@ -32,6 +32,7 @@ from bitknap.allocation.search.optuna_trials import (
     quietly,
     reaching,
     shown,
+    understanding,
 )
 from bitknap.allocation.search.search_space import Knobs, apply, neutral, signal, suggest
 from bitknap.allocation.search.study_checks import ABOUT, MEASURED, check_choices, is_ours
@@ -175,7 +176,7 @@ def load(
 
     with quietly():
         opened = open_storage(storage)
-        with reaching(storage):
+        with reaching(storage), understanding(storage):
             try:
                 found = optuna.load_study(study_name=name, storage=opened)
             except KeyError:

@@ -56,7 +56,8 @@ def is_ours(study: optuna.Study) -> bool:
         sound = sound and fits(list(trial.params.values()), [(float, bool)])
         if not sound or not fits(dict(trial.user_attrs), shape):
             return False
-        if complete and not fits(list(trial.values), [float] * values):
+        losses = list(trial.values or ()) if complete else [0.0] * values
+        if len(losses) != values or not fits(losses, [float]):
             return False
     return True
 

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from bitknap.benchmarks.robustness.commands import Long
 from bitknap.benchmarks.robustness.forked import Limits, command, fork, small_disk
-from bitknap.benchmarks.robustness.kills import Long, below, laid_out, ours, part, whole_run
+from bitknap.benchmarks.robustness.kills import below, laid_out, ours, part, whole_run
 from bitknap.benchmarks.robustness.trees import difference, snapshot
 
 # tmpfs counts in pages.
@@ -80,13 +81,13 @@ def _tried(
     elif ended.status == 2 and len(lines) != 1:
         faults.append(f"with a full disk: {len(lines)} lines, {lines}")
     if ended.status == 2:
-        now = part(snapshot(folder), long.out)
+        now = part(snapshot(folder, long.times), long.out)
         if now and now not in (part(before, long.out), part(left, long.out)):
             faults.append(f"with a full disk: a half-written {long.out}")
         again = fork(command(*long.words), _LIMITS, folder=folder)
         if again.status != 0:
             faults.append(f"with room again: status {again.status}, {again.err.strip()[-200:]}")
-    faults += [f"with room again: {x}" for x in difference(left, snapshot(folder))]
+    faults += [f"with room again: {x}" for x in difference(left, snapshot(folder, long.times))]
     sys.stdout.write("\n" + json.dumps({"landed": ended.status == 2, "faults": faults}) + "\n")
 
 

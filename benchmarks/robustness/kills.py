@@ -11,83 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bitknap.benchmarks.robustness.commands import Long
 from bitknap.benchmarks.robustness.forked import Limits, command, fork
-from bitknap.benchmarks.robustness.materials import FAST
+from bitknap.benchmarks.robustness.studies import Trials, judged_study, trials_of
 from bitknap.benchmarks.robustness.trees import difference, snapshot
 from bitknap.errors import BitknapError
 
-_TEXT = ("--text", "text.txt")
-_LAYERS = ("--max-memory", "5600kB")
-_SECONDS = Limits(seconds=300.0)
+SECONDS = Limits(seconds=900.0)
 # Calls on the file system; a kill right before or right after the n-th of them hits windows that
 # random moments do not.
 _CALLS = ("fsync", "replace", "rename", "mkdir", "unlink", "rmdir", "ftruncate", "truncate", "open")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Long:
-    """A command that takes long on real models.
-
-    Attributes:
-        name: of the case.
-        words: of the command, which is run beside the materials it needs.
-        needs: those materials.
-        old: a command whose result is there before, for --overwrite; none when empty.
-    """
-
-    name: str
-    words: tuple[str, ...]
-    needs: tuple[str, ...]
-    old: tuple[str, ...] = ()
-
-    @property
-    def out(self) -> str:
-        """What the command writes."""
-        return self.words[self.words.index("-o") + 1]
-
-
-def _estimate(*words: str) -> tuple[str, ...]:
-    return ("estimate", "model", *FAST, *_TEXT, *words, "-o", "out.safetensors")
-
-
-def _quantize(*words: str) -> tuple[str, ...]:
-    return ("quantize", "model", *FAST, *_TEXT, *words, "-o", "out")
-
-
-def _packed(*words: str) -> tuple[str, ...]:
-    return ("quantize", "model", *words, "-o", "out")
-
-
-_MODEL = ("model", "text.txt")
-_GPTQ = ("--method", "gptq")
-_LAYERED = ("--estimator", "moments", *_LAYERS)
-# Every reading of this one is a line of a journal; one group size makes them few.
-_KL = ("--estimator", "measured-kl", "--group-size", "row")
-_SORTED = (*_KL, "--row-blocks", "2", "--permute")
-_OVER = (*_KL, "--overwrite")
-_BY_LAYER = ("--budget", "4bpw", *_LAYERED, *_GPTQ)
-_CONVERT = ("convert", "packed-shards", "--layout", "tiles", "-o", "out")
-_SHARDS = ("--plan", "plan.json", "--max-shard-size", "100KB")
-_PLANNED_GPTQ = (*_GPTQ, "--force", "--tokens", "128", *_TEXT)
-_PLANNED = (*_MODEL, "plan.json", "other.json")
-_OLD = _packed("--plan", "other.json")
-COMMANDS = tuple(
-    Long(name=name, words=words, needs=needs, old=old)
-    for name, words, needs, old in (
-        ("estimate, whole", _estimate(*_KL), _MODEL, ()),
-        ("estimate, gptq", _estimate("--estimator", "moments", *_GPTQ), _MODEL, ()),
-        ("estimate, by layer", _estimate(*_LAYERED), _MODEL, ()),
-        ("estimate, sorted rows", _estimate(*_SORTED), _MODEL, ()),
-        ("estimate, over another", _estimate(*_OVER), _MODEL, _estimate("--estimator", "moments")),
-        ("quantize by a plan", _packed(*_SHARDS), _PLANNED, ()),
-        ("quantize by a plan, gptq", _packed(*_SHARDS, *_PLANNED_GPTQ), _PLANNED, ()),
-        ("quantize over another", _packed(*_SHARDS, "--overwrite"), _PLANNED, _OLD),
-        ("quantize to a budget", _quantize("--budget", "4bpw", *_KL), _MODEL, ()),
-        ("quantize to a budget, by layer", _quantize(*_BY_LAYER), _MODEL, ()),
-        ("convert", _CONVERT, ("packed-shards",), ()),
-        ("convert over another", (*_CONVERT, "--overwrite"), ("packed-shards", *_PLANNED), _OLD),
-    )
-)
 
 
 def run_kills(
@@ -113,16 +46,20 @@ def run_kills(
         before = laid_out(long, materials, scratch)
         if chance.random() < 0.5:
             moment = chance.random() * whole.seconds
-            ended = fork(command(*long.words), _SECONDS, kill_after=moment, folder=scratch)
+            ended = fork(command(*long.words), SECONDS, kill_after=moment, folder=scratch)
             when = f"{moment:.4f} s of {whole.seconds:.4f}"
         else:
             call, after = 1 + chance.randrange(whole.calls), chance.random() < 0.5
-            ended = fork(_killed(long, call, after), _SECONDS, folder=scratch)
+            ended = fork(_killed(long, call, after), SECONDS, folder=scratch)
             when = f"{'after' if after else 'before'} call {call} of {whole.calls}"
         if ended.status is not None:
             continue
         landed += 1
-        faults = _judged(long, before, whole, scratch)
+        faults = _beside(long, before, scratch)
+        if long.storage:
+            faults += judged_study(long, ended, whole.trials, scratch, SECONDS)
+        else:
+            faults += _judged(long, before, whole, scratch)
         yield {"command": long.name, "when": when, "faults": faults}
 
 
@@ -133,19 +70,30 @@ class Whole:
     seconds: float
     calls: int
     left: Mapping[str, str]
+    trials: Trials
 
 
 def whole_run(long: Long, materials: Path, scratch: Path) -> Whole:
     laid_out(long, materials, scratch)
-    counted = fork(_counting(long), _SECONDS, folder=scratch)
+    counted = fork(_counting(long), SECONDS, folder=scratch)
     if counted.status != 0:
         raise BitknapError(f"{long.name}: cannot be run at all ({counted.err.strip()})")
-    left = snapshot(scratch)
+    left, trials = _left(long, scratch)
     laid_out(long, materials, scratch)
-    again = fork(command(*long.words), _SECONDS, folder=scratch)
-    if difference(left, snapshot(scratch)):
+    again = fork(command(*long.words), SECONDS, folder=scratch)
+    if (left, trials) != _left(long, scratch):
         raise BitknapError(f"{long.name}: two whole runs differ")
-    return Whole(seconds=again.seconds, calls=max(1, int(counted.out.split()[-1])), left=left)
+    calls = max(1, int(counted.out.split()[-1]))
+    return Whole(seconds=again.seconds, calls=calls, left=left, trials=trials)
+
+
+def _left(long: Long, scratch: Path) -> tuple[dict[str, str], Trials]:
+    """Return what a whole run leaves: files; of a study, whose file has times in it, its trials."""
+    trials = trials_of(long, scratch, SECONDS) if long.storage else ()
+    left = snapshot(scratch, long.times)
+    if long.storage:
+        left = {name: kind for name, kind in left.items() if not ours(name, long.out)}
+    return left, trials
 
 
 def laid_out(
@@ -173,7 +121,7 @@ def laid_out(
         kept = beside or scratch
         made = kept.with_name(f"{kept.name}.old {long.out} {long.name}")
         if not made.exists():
-            fork(command(*long.old), _SECONDS, folder=scratch)
+            fork(command(*long.old), SECONDS, folder=scratch)
             (scratch / long.out).rename(made)
         if made.is_dir():
             shutil.copytree(made, scratch / long.out)
@@ -184,33 +132,40 @@ def laid_out(
 
 def _judged(long: Long, before: Mapping[str, str], whole: Whole, scratch: Path) -> list[str]:
     """Look at what a kill left, repeat the command, and return what is not as it should be."""
-    out = long.out
-    faults = [
-        f"after the kill: {line}"
-        for line in difference(before, snapshot(scratch))
-        if not ours(line.partition(": ")[2], out)
-    ]
-    if long.old and not _is_whole(part(snapshot(scratch), out), out, before, whole.left):
+    out, faults = long.out, []
+
+    def now() -> dict[str, str]:
+        return snapshot(scratch, long.times)
+
+    if long.old and not _is_whole(part(now(), out), out, before, whole.left):
         faults += [f"after the kill: neither the old {out} nor the new one is there"]
-    ended = fork(command(*long.words), _SECONDS, folder=scratch)
+    ended = fork(command(*long.words), SECONDS, folder=scratch)
     if ended.status == 2 and "exists" in ended.err:
         # The kill came after the last rename: what is there must be whole.
-        if not _is_whole(part(snapshot(scratch), out), out, {}, whole.left):
+        if not _is_whole(part(now(), out), out, {}, whole.left):
             faults.append(f"the repeated run says that {out} exists, and it is not whole")
-        ended = fork(command(*long.words, "--overwrite"), _SECONDS, folder=scratch)
+        ended = fork(command(*long.words, "--overwrite"), SECONDS, folder=scratch)
     if ended.status != 0:
         said = ended.err.strip().splitlines()[-1:]
         faults.append(f"the repeated run ended with {ended.status}: {said}")
-    faults += [
-        f"after the repeated run: {line}" for line in difference(whole.left, snapshot(scratch))
-    ]
+    faults += [f"after the repeated run: {line}" for line in difference(whole.left, now())]
     return faults
+
+
+def _beside(long: Long, before: Mapping[str, str], scratch: Path) -> list[str]:
+    """Return what a kill changed that is none of the command's own."""
+    return [
+        f"after the kill: {line}"
+        for line in difference(before, snapshot(scratch))
+        if not ours(line.partition(": ")[2], long.out)
+    ]
 
 
 def ours(name: str, out: str) -> bool:
     """Return whether a path is the output, or a thing of the command's own beside it."""
     first = name.split("/")[0]
-    return first == out or first.startswith((f"{out}.", f".{out}."))
+    # SQLite's own journal of changes is called so.
+    return first == out or first.startswith((f"{out}.", f".{out}.", f"{out}-journal"))
 
 
 def below(folder: Path, out: str) -> list[Path]:

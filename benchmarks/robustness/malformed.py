@@ -11,17 +11,12 @@ from typing import Any
 
 from bitknap.benchmarks.robustness.forked import CRASHED, Ended, Limits, command, fork
 from bitknap.benchmarks.robustness.mutate import Edit, draw, shrunk
-from bitknap.benchmarks.robustness.subjects import SUBJECTS, Subject
+from bitknap.benchmarks.robustness.subjects import LINK, SUBJECTS, Subject
 from bitknap.benchmarks.robustness.trees import difference, snapshot
 
-# Of the processor's time; by the clock more, since others may keep the machine busy.
-SECONDS = 5
 MEMORY = 1 << 30
-_LIMITS = Limits(seconds=12 * SECONDS, processor_seconds=SECONDS, address_bytes=4 * MEMORY)
-# Names that a command may write to: they all begin so.
-_OUTPUTS = tuple(
-    f"{what}: work/{start}out" for what in ("added", "changed", "removed") for start in ("", ".")
-)
+# Files beside the folder that commands run in, which nothing may touch.
+_BESIDE = ("beside.txt", "beside.safetensors")
 # Where a name out of a damaged file could lead.
 _OUTSIDE = ("/outside", "/work/outside")
 
@@ -41,6 +36,24 @@ class Case:
     words: tuple[str, ...]
     edits: Sequence[Edit]
     seed: int
+
+    @property
+    def limits(self) -> Limits:
+        """What the command may take."""
+        seconds = self.subject.seconds
+        return Limits(seconds=60 * seconds, processor_seconds=seconds, address_bytes=4 * MEMORY)
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """How lines on what the command may write begin."""
+        words = self.words
+        names = {"out", words[words.index("-o") + 1]} if "-o" in words else {"out"}
+        return tuple(
+            f"{what}: work/{start}{name}"
+            for what in ("added", "changed", "removed")
+            for name in sorted(names)
+            for start in ("", ".")
+        )
 
 
 def cases(count: int, seed: int, only: str = "", *, first: int = 0) -> Iterator[Case]:
@@ -93,9 +106,15 @@ def run_case(case: Case, materials: Path, scratch: Path) -> dict[str, Any] | Non
     }
 
 
-def judged(ended: Ended, changed: Sequence[str]) -> dict[str, Any] | None:
-    """Return the faults of a command on a damaged input, and what it said; None without one."""
-    foreign = [line for line in changed if not line.startswith(_OUTPUTS)]
+def judged(ended: Ended, changed: Sequence[str], outputs: tuple[str, ...]) -> dict[str, Any] | None:
+    """Return the faults of a command on a damaged input, and what it said; None without one.
+
+    Args:
+        ended: how it ended.
+        changed: lines on what it added, changed and removed.
+        outputs: how lines on what it may write begin.
+    """
+    foreign = [line for line in changed if not line.startswith(outputs)]
     lost = [line for line in foreign if not line.startswith("added")]
     lines = [line for line in ended.err.splitlines() if line.strip()]
     sound = ended.status in (0, 2) and "Traceback" not in ended.err
@@ -106,7 +125,7 @@ def judged(ended: Ended, changed: Sequence[str]) -> dict[str, Any] | None:
         "loss": bool(lost),
         "outside": bool(foreign) and not lost,
         "crash": not sound and not ended.late and ended.status != CRASHED,
-        "words": ended.status == 2 and not (lines and lines[-1].startswith("bitknap: ")),
+        "words": ended.status == 2 and not (len(lines) == 1 and lines[0].startswith("bitknap: ")),
     }
     faults = [name for name, there in found.items() if there]
     if not faults:
@@ -117,22 +136,43 @@ def judged(ended: Ended, changed: Sequence[str]) -> dict[str, Any] | None:
 def _tried(
     case: Case, edits: Sequence[Edit], materials: Path, scratch: Path
 ) -> dict[str, Any] | None:
-    work = scratch / "work"
+    subject, work = case.subject, scratch / "work"
     shutil.rmtree(scratch, ignore_errors=True)
     work.mkdir(parents=True)
-    (scratch / "beside.txt").write_text("somebody's own")
-    for name in dict.fromkeys((*case.subject.needs, case.subject.file)):
-        _copied(materials / name, work / name)
-    file = work / case.subject.file
-    damaged = case.subject.damage((materials / case.subject.file).read_bytes(), edits)
+    for name in _BESIDE:
+        (scratch / name).write_text("somebody's own")
+    name = _chosen(case, materials)
+    for needed in dict.fromkeys((*subject.needs, name)):
+        _copied(materials / needed, work / needed)
+    file = work / name
+    content = [edit for edit in edits if edit.kind != LINK]
+    damaged = subject.damage((materials / name).read_bytes(), content)
     file.write_bytes(damaged)
+    _linked(file, scratch, edits)
     before = snapshot(scratch)
-    ended = fork(command(*case.words), _LIMITS, folder=work)
+    ended = fork(command(*case.words), case.limits, folder=work)
     changed = difference(before, snapshot(scratch))
-    changed += [f"added: {name}" for name in _OUTSIDE if Path(name).exists()]
-    if case.subject.mended and file.read_bytes() == damaged[: damaged.rfind(b"\n") + 1]:
-        changed = [line for line in changed if line != f"changed: work/{case.subject.file}"]
-    return judged(ended, changed)
+    changed += [f"added: {place}" for place in _OUTSIDE if Path(place).exists()]
+    if subject.mended and file.read_bytes() == damaged[: damaged.rfind(b"\n") + 1]:
+        changed = [line for line in changed if line != f"changed: work/{name}"]
+    return judged(ended, changed, case.outputs)
+
+
+def _chosen(case: Case, materials: Path) -> str:
+    """Return the path of the file that is damaged: of several, the seed chooses one."""
+    found = sorted(materials.glob(case.subject.file))
+    return str(found[case.seed % len(found)].relative_to(materials))
+
+
+def _linked(file: Path, scratch: Path, edits: Sequence[Edit]) -> None:
+    """Put the links that edits need: `link` for names that lead outside, or one for the file."""
+    if any(edit.kind == "path" for edit in edits):
+        (file.parent / "link").symlink_to(scratch, target_is_directory=True)
+    for seed in [edit.seed for edit in edits if edit.kind == LINK][:1]:
+        elsewhere = scratch / f"elsewhere {file.name}"
+        file.rename(elsewhere)
+        targets = (elsewhere, scratch / "nothing", Path(file.name), scratch / _BESIDE[0], scratch)
+        file.symlink_to(targets[seed % len(targets)])
 
 
 def _copied(source: Path, target: Path) -> None:

@@ -15,7 +15,18 @@ from bitknap.errors import BitknapError
 
 # What keeps a command short: few formats, few tokens.
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--metadata", "compact", "--tokens", "128")
-_TEXT = 12_000
+_TEXT = ("--text", "text.txt")
+_CHARACTERS = 12_000
+# A step after which such a command is stopped: its journal and its files of finished layers stay.
+BY_LAYER = (
+    *("estimate", "model", "--estimator", "moments", *FAST, *_TEXT, "--max-memory", "5600kB"),
+    *("-o", "layered.safetensors"),
+)
+COMPARE = (
+    *("compare", "model", "--budgets", "4", "--formats", "2,4", "--group-size", "8,row", *_TEXT),
+    *("--tokens", "128", "--refine", "2", "--refine-tokens", "256", "--evaluation-tokens", "128"),
+    *("--strategies", "uniform,fisher-output:knapsack", "-o", "out.compared"),
+)
 _LIMITS = {
     "format": "bitknap.limits",
     "version": "1.0",
@@ -43,16 +54,18 @@ def materials(root: Path) -> Path:
     for words in _commands():
         _done(command(*words), root)
     _done(lambda: _limits(root), root)
-    _done(_journal, root)
-    _done(_partial, root)
-    for made in ("out.safetensors", "out"):
+    for stopped in (_journal, _finished_layers, _partial, _compared):
+        _done(stopped, root)
+    for made in ("out.safetensors", "layered.safetensors", "out", "out.compared/compare.json"):
         assert not (root / made).exists()
     return root
 
 
 def _commands() -> list[tuple[str, ...]]:
-    text = ("--text", "text.txt")
-    study = ("--storage", "journal:study.log")
+    text = _TEXT
+    study, database = ("--storage", "journal:study.log"), ("--storage", "sqlite:///study.db")
+    made = ("--table", "table.safetensors", "--budget", "4bpw")
+    measured = ("--model", "model", "--trials", "2", "--tokens", "128", *text)
     return [
         ("estimate", "model", "--estimator", "moments", *FAST, *text, "-o", "table.safetensors"),
         ("solve", "table.safetensors", "--budget", "4bpw", "-o", "plan.json"),
@@ -67,11 +80,8 @@ def _commands() -> list[tuple[str, ...]]:
             *("estimate", "model", "--estimator", "fuzzy", "--samples", "samples.safetensors"),
             *("--measurements", "20", *FAST, *text, "-o", "fuzzy.safetensors"),
         ),
-        ("study", "create", "s", *study, "--table", "table.safetensors", "--budget", "4bpw"),
-        (
-            *("study", "run", "s", *study, "--model", "model", "--trials", "1"),
-            *("--tokens", "128", *text),
-        ),
+        *(("study", "create", "s", *where, *made) for where in (study, database)),
+        *(("study", "run", "s", *where, *measured) for where in (study, database)),
     ]
 
 
@@ -90,7 +100,9 @@ def _model(root: Path) -> None:
     for file in bundled.glob("tokenizer*.json"):
         for folder in ("packed-from", "sharded"):
             shutil.copy(file, root / folder / file.name)
-    (root / "text.txt").write_text(read_text(BUILTIN, "calibration")[:_TEXT], encoding="utf-8")
+    (root / "text.txt").write_text(
+        read_text(BUILTIN, "calibration")[:_CHARACTERS], encoding="utf-8"
+    )
 
 
 def _limits(root: Path) -> None:
@@ -113,6 +125,22 @@ def _journal() -> None:
         *("estimate", "model", "--estimator", "measured-kl", *FAST, "--text", "text.txt"),
         *("-o", "out.safetensors"),
     )()
+
+
+def _finished_layers() -> None:
+    """Leave the journal and the layers of a run by layer that was killed before its table."""
+    from bitknap.allocation import CostTable
+
+    CostTable.save = _killed  # type: ignore[method-assign]
+    command(*BY_LAYER)()
+
+
+def _compared() -> None:
+    """Leave what a comparison keeps for the next run when it is killed before its page."""
+    from bitknap.benchmarks.compare import output
+
+    output.write = _killed  # type: ignore[assignment]
+    command(*COMPARE)()
 
 
 def _partial() -> None:

@@ -45,6 +45,13 @@ NASTY: tuple[Any, ...] = (
     ),
 )
 
+# Names that lead out of the folder they are written in; `link` is made a link to one above it.
+PATHS = (
+    *("../beside.txt", "../../beside.txt", "a/../../beside.txt", "/proc/self/cwd/../beside.txt"),
+    *("link/beside.txt", "link", "..", "/", "/outside", "../outside", "../../outside", "./", ""),
+    *("a/b", "../model/config.json", "../plan.json", "../../beside.safetensors", "~/outside"),
+)
+
 
 class Edit(NamedTuple):
     """One damage: what is done, and the seed that says where and with what."""
@@ -71,23 +78,25 @@ def shrunk(edits: Sequence[Edit], fails: Callable[[Sequence[Edit]], bool]) -> li
 
 
 def damaged_json(content: bytes, edits: Sequence[Edit]) -> bytes:
-    """Return a JSON text after edits of its values ("value") and of its bytes."""
+    """Return a JSON text after edits of its values ("value", "path") and of its bytes."""
     document = json.loads(content)
     for edit in edits:
-        if edit.kind == "value":
-            document = damaged_value(document, random.Random(edit.seed))
+        if edit.kind in ("value", "path"):
+            damage = damaged_value if edit.kind == "value" else _other_path
+            document = damage(document, random.Random(edit.seed))
     found = json.dumps(document, indent=1).encode()
-    return damaged_bytes(found, [edit for edit in edits if edit.kind != "value"])
+    return damaged_bytes(found, [edit for edit in edits if edit.kind not in ("value", "path")])
 
 
 def damaged_lines(content: bytes, edits: Sequence[Edit]) -> bytes:
-    """Return JSON lines after edits of a line's values ("value"), of lines, and of bytes."""
+    """Return JSON lines after edits of values ("value", "path"), of lines, and of bytes."""
     lines = content.splitlines()
     for kind, seed in edits:
         chance = random.Random(seed)
         at = chance.randrange(len(lines)) if lines else 0
-        if kind == "value" and lines:
-            lines[at] = json.dumps(damaged_value(_parsed(lines[at]), chance)).encode()
+        if kind in ("value", "path") and lines:
+            damage = damaged_value if kind == "value" else _other_path
+            lines[at] = json.dumps(damage(_parsed(lines[at]), chance)).encode()
         elif kind == "line" and lines:
             how = chance.randrange(4)
             if how == 0:
@@ -99,7 +108,8 @@ def damaged_lines(content: bytes, edits: Sequence[Edit]) -> bytes:
             else:
                 lines.insert(at, b"")
     found = b"".join(line + b"\n" for line in lines)
-    return damaged_bytes(found, [edit for edit in edits if edit.kind not in ("value", "line")])
+    values = ("value", "path", "line")
+    return damaged_bytes(found, [edit for edit in edits if edit.kind not in values])
 
 
 def damaged_value(document: Any, chance: random.Random) -> Any:
@@ -123,6 +133,24 @@ def damaged_value(document: Any, chance: random.Random) -> Any:
         other, place = chance.choice(places)
         # Never a list in itself.
         inside[key] = copy.deepcopy(other[place]) if _is_in(other, place) else None
+    return found
+
+
+def _other_path(document: Any, chance: random.Random) -> Any:
+    """Return a copy of a JSON value with one text or one key in it replaced by a path."""
+    found = copy.deepcopy(document)
+    texts = [
+        (inside, key)
+        for inside, key in _places(found)
+        if isinstance(inside[key], str) or isinstance(inside, dict)
+    ]
+    if not texts:
+        return chance.choice(PATHS)
+    inside, key = chance.choice(texts)
+    if isinstance(inside[key], str):
+        inside[key] = chance.choice(PATHS)
+    else:
+        inside[chance.choice(PATHS)] = inside.pop(key)
     return found
 
 

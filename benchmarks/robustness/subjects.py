@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bitknap.benchmarks.robustness.materials import FAST
+from bitknap.benchmarks.robustness.materials import BY_LAYER, COMPARE, FAST
 from bitknap.benchmarks.robustness.mutate import (
     BYTES,
     Edit,
@@ -13,14 +13,23 @@ from bitknap.benchmarks.robustness.mutate import (
     damaged_json,
     damaged_lines,
 )
+from bitknap.benchmarks.robustness.mutate_database import damaged_database
 from bitknap.benchmarks.robustness.mutate_tensors import damaged_tensors
 
 _TEXT = ("--text", "text.txt")
-_STUDY = ("--storage", "journal:study.log")
 # Values are damaged more often than bytes, which mostly end at the JSON reader.
-_JSON = (*("value",) * 12, *BYTES)
+# An edit that is none of the content: the file is made a link.
+LINK = "link"
+_JSON = (*("value",) * 11, LINK, *BYTES)
+_NAMED = (*("value",) * 6, *("path",) * 6, LINK, *BYTES)
 _LINES = (*("value",) * 8, *("line",) * 4, *BYTES)
-_TENSORS = (*("header", "text", "number", "shape") * 3, "length", *BYTES)
+_NAMED_LINES = (*("value",) * 4, *("path",) * 4, *("line",) * 4, LINK, *BYTES)
+_TENSORS = (*("header", "text", "number", "shape") * 3, "length", LINK, *BYTES)
+_ROWS = (*("value",) * 8, *("row", "table") * 3, LINK, *BYTES)
+
+
+# Most commands take far less.
+SECONDS = 5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,13 +38,14 @@ class Subject:
 
     Attributes:
         name: of the kind of input.
-        file: its path among the materials.
+        file: its path among the materials, or a pattern of several.
         damage: gives the damaged content.
         kinds: of edits.
         commands: that read it; each case runs one of them.
         needs: other materials that the commands read.
         share: of all cases, in parts.
         mended: an unfinished last line may be cut off the file.
+        seconds: of the processor's time, after which a command counts as hanging.
     """
 
     name: str
@@ -46,6 +56,7 @@ class Subject:
     needs: tuple[str, ...] = ()
     share: int = 4
     mended: bool = False
+    seconds: int = SECONDS
 
 
 _INSPECT = ("inspect", "model")
@@ -64,6 +75,7 @@ _STUDIED = (
     *("study", "create", "t", "--storage", "journal:out.log"),
     *("--table", "table.safetensors", "--budget", "4bpw"),
 )
+_OVER = ("quantize", "model", "--plan", "other.json", "-o", "packed", "--overwrite")
 _ON_PACKED = (
     ("convert", "packed", "--layout", "tiles", "-o", "out"),
     ("show", "packed"),
@@ -93,7 +105,7 @@ SUBJECTS = (
         name="plan",
         file="plan.json",
         damage=damaged_json,
-        kinds=_JSON,
+        kinds=_NAMED,
         commands=(("show", "plan.json"), ("show", "other.json", "--diff", "plan.json"), _QUANTIZE),
         needs=("other.json", "model"),
         share=14,
@@ -146,7 +158,7 @@ SUBJECTS = (
         name="journal of a checkpoint",
         file=".out.partial/journal.jsonl",
         damage=damaged_lines,
-        kinds=_LINES,
+        kinds=_NAMED_LINES,
         commands=(_QUANTIZE,),
         needs=("model", "plan.json", ".out.partial"),
         share=4,
@@ -164,9 +176,9 @@ SUBJECTS = (
         name="index of weights",
         file="sharded/model.safetensors.index.json",
         damage=damaged_json,
-        kinds=_JSON,
+        kinds=_NAMED,
         commands=_SHARDED,
-        needs=("sharded", "plan.json"),
+        needs=("sharded", "plan.json", "model"),
         share=10,
     ),
     Subject(
@@ -183,7 +195,7 @@ SUBJECTS = (
             name=name,
             file=f"packed/{file}",
             damage=damaged_tensors if file.endswith("s") else damaged_json,
-            kinds=_TENSORS if file.endswith("s") else _JSON,
+            kinds=_TENSORS if file.endswith("s") else _NAMED,
             commands=_ON_PACKED,
             needs=("packed", "text.txt"),
             share=share,
@@ -199,7 +211,7 @@ SUBJECTS = (
         name="packed index",
         file="packed-shards/bitknap.safetensors.index.json",
         damage=damaged_json,
-        kinds=_JSON,
+        kinds=_NAMED,
         commands=(("convert", "packed-shards", "--layout", "tiles", "-o", "out"),),
         needs=("packed-shards",),
     ),
@@ -224,16 +236,67 @@ SUBJECTS = (
         share=2,
     ),
     Subject(
-        name="study log",
-        file="study.log",
-        damage=damaged_lines,
-        kinds=_LINES,
-        commands=(
-            ("study", "show", "s", *_STUDY),
-            ("study", "best", "s", *_STUDY, "-o", "out.json"),
-            ("study", "show", "s", *_STUDY, "-o", "out.html"),
-        ),
-        share=4,
-        mended=True,
+        name="list of files",
+        file="packed/bitknap_files.json",
+        damage=damaged_json,
+        kinds=_NAMED,
+        commands=(_OVER,),
+        needs=("packed", "model", "other.json"),
+        share=6,
+    ),
+    *(
+        Subject(
+            name=name,
+            file=f"layered.safetensors.journal{file}",
+            damage=damaged_tensors if file else damaged_lines,
+            kinds=_TENSORS if file else _NAMED_LINES,
+            commands=(BY_LAYER,),
+            needs=(
+                "model",
+                "text.txt",
+                "layered.safetensors.journal",
+                "layered.safetensors.journal.files",
+            ),
+            share=3,
+        )
+        for name, file in (("journal of layers", ""), ("finished layers", ".files/*"))
+    ),
+    *(
+        Subject(
+            name=f"compare: {name}",
+            file=f"out.compared/.work/{file}",
+            damage=damage,
+            kinds=kinds,
+            commands=(COMPARE,),
+            needs=("model", "text.txt", "out.compared"),
+            share=1,
+            seconds=60,
+        )
+        for name, file, damage, kinds in (
+            ("journal", "journal", damaged_lines, _NAMED_LINES),
+            ("table", "tables/*.safetensors", damaged_tensors, _TENSORS),
+            ("plan", "*.json", damaged_json, _NAMED),
+            ("readings", "refine*.journal", damaged_lines, _LINES),
+        )
+    ),
+    *(
+        Subject(
+            name=name,
+            file=file,
+            damage=damage,
+            kinds=kinds,
+            commands=(
+                ("study", "show", "s", "--storage", url),
+                ("study", "best", "s", "--storage", url, "-o", "out.json"),
+                ("study", "show", "s", "--storage", url, "-o", "out.html"),
+            ),
+            needs=("table.safetensors",),
+            share=share,
+            mended=mended,
+        )
+        for name, file, url, damage, kinds, share, mended in (
+            ("study log", "study.log", "journal:study.log", damaged_lines, _LINES, 4, True),
+            ("study file", "study.db", "sqlite:///study.db", damaged_database, _ROWS, 6, False),
+        )
     ),
 )

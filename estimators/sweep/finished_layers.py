@@ -1,7 +1,8 @@
 """Finished steps of a pass over layers: files beside the journal, for what is too large for a line.
 
 A step is done when the journal says so, which it does once the step's files are on the disk. Files
-of a step that it does not speak of are of a killed run, and are written again.
+of a step that it does not speak of are of a killed run, and are written again. With the step it
+keeps the size and the CRC-32 of each file, so that what was damaged since is no result.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,9 @@ from bitknap.estimators.sweep.disk_tensors import moved
 
 # A tensor below this stays in memory where nothing is kept.
 _LARGE = 1 << 20
+# What is read at once of a file.
+_PART = 1 << 22
+_SUFFIXES = ("safetensors", "bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,11 +46,12 @@ class Shelf:
     @classmethod
     def of(cls, readings: Readings, *about: object) -> Shelf:
         """Return the shelf of a pass, named by what it is about."""
-        return cls(readings=readings, name=hashlib.sha256(repr(about).encode()).hexdigest()[:12])
+        named = hashlib.sha256(repr((*about, "checked")).encode()).hexdigest()[:12]
+        return cls(readings=readings, name=named)
 
     def done(self, step: str) -> bool:
         """Return whether a step is done."""
-        return self.readings.known(self._key(step), 0) is not None
+        return self._kept(step) is not None
 
     def room(self, step: str) -> Path | None:
         """Return the file that a step's stream goes to; None where nothing is kept."""
@@ -58,11 +64,13 @@ class Shelf:
             return {n: x if x.nbytes < _LARGE else moved(x) for n, x in tensors.items()}
         file.parent.mkdir(parents=True, exist_ok=True)
         _write(file, {name: tensor.contiguous() for name, tensor in tensors.items()})
-        for path in (file, self.room(step)):
-            if path is not None and path.exists():
+        sums = []
+        for path in self._files(step):
+            if path.exists():
                 synced(path)
-        self.readings.keep(self._key(step), ())
-        return self.get(step)
+            sums += _checksum(path)
+        self.readings.keep(self._key(step), sums)
+        return self._read(file)
 
     def get(self, step: str) -> dict[str, Tensor]:
         """Return the tensors of a step that is done, read when they are used.
@@ -70,21 +78,39 @@ class Shelf:
         Raises:
             FileError: the file is missing or damaged.
         """
-        file = self._file(step, "safetensors")
-        assert file is not None
-        try:
-            found: dict[str, Tensor] = load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise FileError(
-                f"{file}: cannot be read ({error}); delete {self.readings.path} to start anew"
-            ) from None
-        return found
+        kept = self._kept(step)
+        assert kept is not None
+        for path, size, checksum in zip(self._files(step), kept[::2], kept[1::2], strict=True):
+            # Streams that nobody will go on from are deleted.
+            if (path.suffix != ".bin" or path.exists()) and _checksum(path) != [size, checksum]:
+                raise self._damaged(path, "damaged since it was written")
+        return self._read(self._files(step)[0])
 
     def clear(self, step: str) -> None:
         """Delete the stream of a step that nobody will go on from."""
         path = self.room(step)
         if path is not None:
             path.unlink(missing_ok=True)
+
+    def _read(self, file: Path) -> dict[str, Tensor]:
+        try:
+            found: dict[str, Tensor] = load_file(file)
+        except (OSError, SafetensorError) as error:
+            raise self._damaged(file, str(error)) from None
+        return found
+
+    def _damaged(self, file: Path, why: str) -> FileError:
+        journal = self.readings.path
+        return FileError(f"{file}: cannot be read ({why}); delete {journal} to start anew")
+
+    def _kept(self, step: str) -> list[float] | None:
+        """Return size and CRC-32 of a finished step's files, in the order of `_SUFFIXES`."""
+        found = self.readings.known(self._key(step), 2 * len(_SUFFIXES))
+        return None if found is None else [float(value) for value in found]
+
+    def _files(self, step: str) -> list[Path]:
+        found = (self._file(step, suffix) for suffix in _SUFFIXES)
+        return [path for path in found if path is not None]
 
     def _key(self, step: str) -> str:
         return f"{self.name}/{step}"
@@ -93,6 +119,16 @@ class Shelf:
         if self.readings.path is None:
             return None
         return folder_of(self.readings.path) / f"{self.name}.{step}.{suffix}"
+
+
+def _checksum(path: Path) -> list[float]:
+    """Return size and CRC-32 of a file, zeros if it is missing."""
+    size = found = 0
+    if path.is_file():
+        with path.open("rb") as file:
+            while part := file.read(_PART):
+                size, found = size + len(part), zlib.crc32(part, found)
+    return [float(size), float(found)]
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -1,13 +1,17 @@
 """The campaigns against lost work, in a short form: nothing is lost."""
 
+import contextlib
 import json
 import os
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import bitknap
 from bitknap.benchmarks.robustness.mutate import BYTES, Edit, damaged_json, draw, shrunk
+from bitknap.benchmarks.robustness.mutate_database import KINDS as DATABASE_KINDS
+from bitknap.benchmarks.robustness.mutate_database import damaged_database
 from bitknap.benchmarks.robustness.mutate_tensors import KINDS, damaged_tensors
 from bitknap.testing import random_table, routed_units
 
@@ -56,6 +60,23 @@ def test_damage_is_the_same_for_a_seed_and_never_fails(tmp_path):
         assert damaged_tensors(content, edits) == damaged_tensors(content, edits)
         seen.add(damaged_json(sound, draw(("value", *BYTES), seed)))
     assert len(seen) > 150
+
+
+def test_a_damaged_database_is_a_file_again_and_the_same_for_a_seed(tmp_path):
+    path = tmp_path / "study.db"
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        database.execute("CREATE TABLE one (id INTEGER PRIMARY KEY, value TEXT, number INTEGER)")
+        database.execute("INSERT INTO one (value, number) VALUES ('{\"a\": 1}', 2), (NULL, 3)")
+    content = path.read_bytes()
+    seen = set()
+    for seed in range(200):
+        edits = draw(DATABASE_KINDS, seed)
+        damaged = damaged_database(content, edits)
+        assert damaged == damaged_database(content, edits)
+        assert damaged.startswith(b"SQLite format 3")
+        seen.add(damaged)
+    assert len(seen) > 40
+    assert damaged_database(content, [Edit("whole", 3)]) != content
 
 
 def test_the_fewest_edits_that_fail_are_found():

@@ -1,9 +1,11 @@
 """Studies: shared, resumed, repeatable, and refused in one line."""
 
+import contextlib
 import hashlib
 import json
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 from typing import Any
@@ -518,3 +520,49 @@ def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path, content):
         open_storage(f"journal:{notes}", create=True)
     assert notes.read_bytes() == content
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def notes(database):
+    database.execute("CREATE TABLE thesis (page INTEGER, words TEXT)")
+
+
+def without_a_table(database):
+    database.execute("DROP TABLE trial_heartbeats")
+
+
+def without_a_version(database):
+    database.execute("DELETE FROM version_info")
+
+
+@pytest.mark.parametrize("damage", [notes, without_a_table, without_a_version])
+def test_a_database_that_is_not_optunas_is_left_as_it_is(damage, table, tmp_path):
+    """Optuna would add its tables to it."""
+    path = tmp_path / "s.db"
+    if damage is not notes:
+        create("s", f"sqlite:///{path}", table, budget="4bpw", knobs=TILTS)
+    with contextlib.closing(sqlite3.connect(path)) as database, database:
+        damage(database)
+    content = path.read_bytes()
+    with pytest.raises(InputError, match=r"s\.db: it .* no database of this version of Optuna"):
+        load("s", f"sqlite:///{path}")
+    with pytest.raises(InputError, match=r"s\.db: it .* no database of this version of Optuna"):
+        create("t", f"sqlite:///{path}", table, budget="4bpw", knobs=TILTS)
+    assert path.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "DELETE FROM trial_values",
+        "UPDATE trial_values SET objective = 7",
+        "UPDATE trial_params SET distribution_json = '{'",
+        "UPDATE trial_user_attributes SET value_json = '['",
+    ],
+)
+def test_a_damaged_study_in_a_database_is_one_line(damage, table, tmp_path):
+    url = f"sqlite:///{tmp_path}/s.db"
+    run(create("s", url, table, budget="4bpw", knobs=TILTS), loss, 1)
+    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
+        database.execute(damage)
+    with pytest.raises(InputError, match=r"damaged|not of Bitknap"):
+        load("s", url)

@@ -234,6 +234,27 @@ def test_files_beside_a_journal_are_needed(tmp_path):
         calibrate_by_layer(source, windows(), readings=Readings.open(path, {}))
 
 
+def test_a_file_that_was_damaged_since_is_no_finished_step(tmp_path):
+    """Also where only numbers differ: a wrong sum would be a wrong cost, without a word."""
+    shelf = finished_layers.Shelf.of(Readings.open(tmp_path / "journal", {}), "pass")
+    stream = shelf.room("first")
+    assert stream is not None
+    stream.parent.mkdir()
+    stream.write_bytes(b"1234")
+    shelf.put("first", {"x": torch.ones(2)})
+    again = finished_layers.Shelf.of(Readings.open(tmp_path / "journal", {}), "pass")
+    assert again.get("first")["x"].tolist() == [1, 1]
+    for file in (stream, stream.with_suffix(".safetensors")):
+        content = file.read_bytes()
+        for damaged in (content[:-1] + b"9", content + b"9", b""):
+            file.write_bytes(damaged)
+            with pytest.raises(FileError, match=r"damaged since .*; delete .*journal to start"):
+                again.get("first")
+        file.write_bytes(content)
+    again.clear("first")
+    assert again.get("first")["x"].tolist() == [1, 1]
+
+
 def test_a_full_disk_under_a_shelf_is_an_error_of_the_system(tmp_path, monkeypatch):
     def full(tensors, file):
         raise SafetensorError("Error while serializing: I/O error: No space left (os error 28)")
