@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bitknap.allocation import BitPlan, Budget, CostTable, Problem, formats, solve
+from bitknap.allocation import BitPlan, Budget, CostTable, Problem, solve
 from bitknap.allocation.problem.profiles import profile
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.api.calibration import evaluation_windows, longest_of, tokenizer_of
@@ -18,6 +18,7 @@ from bitknap.api.planning import DEFAULT_PROFILE
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import Losses, Replay
 from bitknap.estimators.measuring.text import BUILTIN, read_text, token_windows
+from bitknap.estimators.published import rule
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.runtime.loading import load
@@ -25,7 +26,8 @@ from bitknap.quantization.source.checkpoint import resolve
 from bitknap.quantization.stacks.apply import applied
 from bitknap.quantization.stacks.row_blocks import layout_for
 
-FORMATS = formats(bits=(1, 2, 3, 4), group_size="row", symmetric=True)
+# What published rules choose from.
+FORMATS = rule.FORMATS
 BUDGETS = (2.0, 2.25, 2.5, 3.0)
 MODELS = ("mixtral", "qwen3moe")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -16,10 +17,10 @@ from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weight_error import WeightError
 from bitknap.estimators.group_kl.calibrated import Calibrated
-from bitknap.estimators.signals import baselines
-from bitknap.estimators.signals.channel import ChannelScore
-from bitknap.estimators.signals.neuron_variance import MaxVar, RowVariance
-from bitknap.estimators.signals.router_norm import RouterNorm
+from bitknap.estimators.published import RULES
+from bitknap.estimators.published.chowdhury import RouterNorm
+from bitknap.estimators.published.rule import signal_of
+from bitknap.estimators.signals.plain import Kurtosis, RandomScore, RowVariance, Uniform
 from bitknap.estimators.signals.scored import Scored
 from bitknap.estimators.signals.signal import Signal
 from bitknap.estimators.sparse.on_demand import Sampled
@@ -38,28 +39,23 @@ COSTS: Mapping[str, Callable[[], Estimator]] = MappingProxyType(
         "measured-block": lambda: Measured(kind="block"),
     }
 )
-# Published and plain signals: one score a unit, times the data-free cost.
-SIGNALS: Mapping[str, Callable[[], Signal]] = MappingProxyType(
-    {
-        "alphaq": baselines.AlphaQ,
-        "autoround": baselines.AutoRoundScore,
-        "channel": ChannelScore,
-        "exl2": baselines.Exl2Score,
-        "frequency": baselines.Frequency,
-        "hessian-trace": baselines.HessianTrace,
-        "kurtosis": baselines.Kurtosis,
-        "max-var": MaxVar,
-        "mc-moe": baselines.McMoe,
-        "outlier-ratio": baselines.OutlierRatio,
-        "owq": baselines.Owq,
-        "random": baselines.RandomScore,
-        "routing-weight": baselines.RoutingWeight,
-        "row-variance": lambda: RowVariance("mean"),
-        "uniform": baselines.Uniform,
-    }
-)
 # Made from router weights, which evidence does not hold.
 ROUTER = "router-norm"
+# Plain signals and those of papers: one score a unit, times the data-free cost.
+SIGNALS: Mapping[str, Callable[[], Signal]] = MappingProxyType(
+    {
+        "kurtosis": Kurtosis,
+        "random": RandomScore,
+        "row-variance": lambda: RowVariance("mean"),
+        "uniform": Uniform,
+        **{
+            name: partial(signal_of, name)
+            for entry in RULES.values()
+            for name in entry.signals
+            if name != ROUTER
+        },
+    }
+)
 CALIBRATED = "calibrated"
 # Rules over a base.
 FUZZY = "fuzzy"

@@ -51,6 +51,7 @@ bitknap.estimators.costs
 bitknap.estimators.signals
 bitknap.estimators.group_kl
 bitknap.estimators.sparse
+bitknap.estimators.published
 bitknap.estimators
 
 bitknap.report

@@ -1,35 +1,44 @@
-"""Published allocators, reproduced to be compared with: solvers and rules, quirks included.
+"""Allocators of published methods that need NumPy alone, quirks included: one file a paper.
+
+They run without torch, on any costs. What a paper computes from a model, its ties, its citation
+and what we could not reproduce stand in `bitknap.estimators.published`, in a file of the same name
+(`pmq` is MC-MoE's program); `RULES` there is the table of all of them.
 
 | here | where from |
 |---|---|
 | `mc_moe_cost`, `mc_moe` | MC-MoE (PMQ), arXiv 2410.06270 |
 | `MxMoe`, `PerLayer` | MxMoE, arXiv 2505.05799 |
-| `chowdhury_counts`, `chowdhury_bits` | Chowdhury et al., arXiv 2604.06515 |
+| `chowdhury_order`, `chowdhury_counts`, `chowdhury_bits` | Chowdhury et al., arXiv 2604.06515 |
 | `Lagrangian` | FRI-MxMoE, 2026.acl-long.982 |
 | `Threshold` | mlx-lm and ModelOpt |
 | `Annealing` | ExLlamaV2 |
 | `gemq_problem` | GEMQ, arXiv 2605.23078 |
+| `Evolution` | EvoPress, arXiv 2410.14649 |
 """
 
-from bitknap.allocation.published.exl2_annealing import Annealing
-from bitknap.allocation.published.expert_rules import (
+from bitknap.allocation.published.chowdhury import (
     chowdhury_bits,
     chowdhury_counts,
-    gemq_problem,
-    mc_moe,
-    mc_moe_cost,
+    chowdhury_order,
 )
+from bitknap.allocation.published.evopress import Evolution
+from bitknap.allocation.published.exllamav2 import Annealing
+from bitknap.allocation.published.fri_mxmoe import Lagrangian
+from bitknap.allocation.published.gemq import gemq_problem
+from bitknap.allocation.published.mlx_lm import Threshold
 from bitknap.allocation.published.mxmoe import MxMoe, PerLayer
-from bitknap.allocation.published.one_limit_rules import Lagrangian, Threshold
+from bitknap.allocation.published.pmq import mc_moe, mc_moe_cost
 
 __all__ = [
     "Annealing",
+    "Evolution",
     "Lagrangian",
     "MxMoe",
     "PerLayer",
     "Threshold",
     "chowdhury_bits",
     "chowdhury_counts",
+    "chowdhury_order",
     "gemq_problem",
     "mc_moe",
     "mc_moe_cost",

@@ -3,6 +3,9 @@
 The product of powers is concave in its logarithm and rises with both, so over all plans it is
 least at a corner of the lower left hull of (loss, time). Those corners are what weighted sums
 find, and each weighted sum is a knapsack.
+
+Source: MxMoE, arXiv 2505.05799, and its code. The losses it adds up are measured in
+`bitknap.estimators.published.mxmoe`, which needs torch; this file does not.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from bitknap.allocation.problem.limit import Limit
 from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import Units
-from bitknap.allocation.published.one_limit_rules import bounded
+from bitknap.allocation.published.one_limit import bounded
 from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.allocation.solvers.solver import Solver
 from bitknap.errors import InfeasibleError, InputError

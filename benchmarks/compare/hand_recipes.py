@@ -10,7 +10,7 @@ import numpy as np
 from bitknap.allocation import BitPlan, Format, Units
 from bitknap.allocation.problem.arrays import Longs
 from bitknap.allocation.problem.table import storage
-from bitknap.benchmarks.published.rules import Offer
+from bitknap.estimators.published.rule import Offer
 
 
 def first_layers(units: Units) -> Longs:

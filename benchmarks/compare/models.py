@@ -23,7 +23,7 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.text import BUILTIN, read_text
 from bitknap.estimators.measuring.windows import Windows
-from bitknap.estimators.signals.router_norm import router_norms
+from bitknap.estimators.published.chowdhury import router_norms
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.progress import Progress
 from bitknap.quantization.models.live_model import walk

@@ -17,7 +17,7 @@ from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.api.refining import run_loop
 from bitknap.benchmarks.compare.judge import bootstrap_error, mean_ranks
 from bitknap.benchmarks.compare.models import Setting
-from bitknap.benchmarks.compare.strategies import OURS, Strategy, plan_of, published, strategies
+from bitknap.benchmarks.compare.strategies import OURS, Strategy, plan_of, strategies
 from bitknap.benchmarks.compare.tables import CALIBRATED, Tables
 from bitknap.benchmarks.compare.tasks import Tasks
 from bitknap.disk.append_log import append_lines, open_lines
@@ -170,7 +170,6 @@ def _drawn(run: Comparison, wanted: Sequence[str]) -> Iterator[Strategy]:
     setting, tables = run.setting, run.tables
     for name in left:
         yield from _made(run, [name], lambda name=name: strategies(setting, tables, [name]))  # type: ignore[misc]
-    yield from _made(run, left, lambda: published(setting, left))
 
 
 def _made(

@@ -29,10 +29,11 @@ from bitknap.api.refining import measures
 from bitknap.benchmarks.compare.hand_recipes import down_first, first_layers, offers
 from bitknap.benchmarks.compare.models import Setting
 from bitknap.benchmarks.compare.tables import CALIBRATED, ESTIMATORS, LADDER, SCORES, Tables
-from bitknap.benchmarks.published.rules import Material, Offer, rules
 from bitknap.errors import InputError
 from bitknap.estimators.measuring.readings import Readings
-from bitknap.estimators.signals.baselines import RandomScore
+from bitknap.estimators.published import RULES
+from bitknap.estimators.published.rule import Material, Offer, rule_of
+from bitknap.estimators.signals.plain import RandomScore
 from bitknap.estimators.signals.scored import Scored
 
 OURS, UNREFINED, ROWS = "ours", "ours-unrefined", "ours-rows"
@@ -40,24 +41,10 @@ EVOLUTION = "evolution"
 RECIPES = ("uniform", "first-layers-high", "down-high")
 SEEDS = 10
 SOLVERS = ("knapsack", "greedy", "ilp", "search")
-# Names here, and what the rules call themselves.
+# Names here, and what reports call the rules.
 PUBLISHED: Mapping[str, str] = MappingProxyType(
-    {
-        "chowdhury": "Chowdhury",
-        "mc-moe": "MC-MoE",
-        "mxmoe": "MxMoE",
-        "fri-mxmoe": "FRI-MxMoE",
-        "moqa": "MoQa",
-        "xie": "Xie (rows)",
-        "gemq": "GEMQ",
-        "alphaq": "AlphaQ",
-        "hawq": "HAWQ",
-        "exllamav2": "ExLlamaV2",
-        "autoround": "AutoRound",
-        "mlx-lm": "mlx-lm",
-    }
+    {name: entry.title for name, entry in RULES.items() if entry.plans}
 )
-_BEFORE_MOQA = frozenset({"chowdhury", "mc-moe", "mxmoe", "gemq"})
 # Plans that a search of the solver `search` measures, each on the first part of the text.
 _TRIALS = 8
 
@@ -131,7 +118,7 @@ _SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def strategies(setting: Setting, tables: Tables, wanted: Sequence[str]) -> Iterator[Strategy]:
-    """Yield the wanted strategies but `OURS` and published rules; tables are made on the way."""
+    """Yield the wanted strategies but `OURS`; tables are made on the way."""
     units, fingerprint = setting.evidence.units, setting.source.fingerprint
     formats = setting.options.formats
     for name in wanted:
@@ -159,6 +146,8 @@ def strategies(setting: Setting, tables: Tables, wanted: Sequence[str]) -> Itera
             yield _random(setting)
         elif name == UNREFINED:
             yield _of_table(setting, tables, name, CALIBRATED, "knapsack", "ours")
+        elif name in PUBLISHED:
+            yield _published(setting, name)
         elif name == ROWS:
             yield _rows(setting, tables)
         elif name == EVOLUTION:
@@ -169,24 +158,16 @@ def strategies(setting: Setting, tables: Tables, wanted: Sequence[str]) -> Itera
             yield _of_table(setting, tables, name, estimator, solver, group)
 
 
-def published(setting: Setting, wanted: Sequence[str]) -> Iterator[Strategy]:
-    """Yield the wanted published rules, in their own order."""
-    slugs = {title: slug for slug, title in PUBLISHED.items()}
-    left = set(wanted) & set(PUBLISHED)
-    # Rules are drawn in turn, so those after MoQa need its sets as well.
-    several = bool(left - _BEFORE_MOQA)
+def _published(setting: Setting, name: str) -> Strategy:
+    """A paper's rule with its own costs, ties and allocator."""
     material = Material(
         evidence=setting.evidence,
         final=setting.final,
         initial=setting.initial,
-        sets=setting.sets() if several else (),
+        sets=setting.sets() if RULES[name].texts else (),
     )
-    every = rules(material, setting.progress)
-    while left and (rule := next(every, None)) is not None:
-        slug = slugs.get(rule.name)
-        if slug in left:
-            left.remove(slug)
-            yield Strategy(name=slug, group="published", source=rule.source, offers=rule.offers)
+    rule = rule_of(name, material, setting.progress)
+    return Strategy(name=name, group="published", source=rule.source, offers=rule.offers)
 
 
 def plan_of(
@@ -270,6 +251,7 @@ def _evolution(setting: Setting, tables: Tables) -> Strategy:
     table = in_rows(tables.of(CALIBRATED))
     count = tables.measurements(CALIBRATED) + setting.options.evaluations
     parts = measures(setting.loop, table, Readings())
+    paper = RULES["evopress"]
 
     def offers(nbytes: int) -> list[Offer]:
         solver = Evolution(
@@ -283,7 +265,7 @@ def _evolution(setting: Setting, tables: Tables) -> Strategy:
     return Strategy(
         name=EVOLUTION,
         group="search",
-        source="EvoPress, arXiv 2410.14649",
+        source=f"{paper.title}, {paper.source}",
         offers=offers,
         measurements=count,
     )

@@ -14,7 +14,7 @@ from bitknap.estimators.catalog import COSTS, ROUTER, SIGNALS
 from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.group_kl.calibrated import Calibrated
-from bitknap.estimators.signals.router_norm import RouterNorm
+from bitknap.estimators.published.chowdhury import RouterNorm
 from bitknap.estimators.signals.scored import Scored
 from bitknap.estimators.sparse.on_demand import Sampled
 from bitknap.estimators.tables.monotone import isotonic

@@ -29,7 +29,6 @@ from bitknap.allocation.problem.profiles import profile
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.api.planning import DEFAULT_PROFILE
 from bitknap.arguments import add_output
-from bitknap.benchmarks.profiling.combined import check_plans, plans_for_check
 from bitknap.benchmarks.profiling.report import markdown
 from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.benchmarks.setting import BUDGETS, FORMATS, MODELS, Judge, reference
@@ -41,11 +40,19 @@ from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weight_error import WeightError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.group_kl.calibrated import Calibrated
+from bitknap.estimators.group_kl.rank_check import check_plans, plans_for_check
 from bitknap.estimators.group_kl.regression import rank_correlation
 from bitknap.estimators.measuring.kl_replay import Losses, standard_error
-from bitknap.estimators.signals import baselines, neuron_variance
-from bitknap.estimators.signals.channel import ChannelScore
-from bitknap.estimators.signals.router_norm import RouterNorm, router_norms
+from bitknap.estimators.published.alphaq import AlphaQ
+from bitknap.estimators.published.autoround import AutoRoundScore
+from bitknap.estimators.published.chowdhury import MaxVar, RouterNorm, router_norms
+from bitknap.estimators.published.exllamav2 import Exl2Score
+from bitknap.estimators.published.hawq import HessianTrace
+from bitknap.estimators.published.mc_moe import Frequency, McMoe, RoutingWeight
+from bitknap.estimators.published.owq import Owq
+from bitknap.estimators.published.quantmoe_bench import OutlierRatio
+from bitknap.estimators.published.xie import ChannelScore
+from bitknap.estimators.signals.plain import Kurtosis, RandomScore, RowVariance, Uniform
 from bitknap.estimators.signals.scored import Scored
 from bitknap.estimators.signals.signal import Signal
 from bitknap.estimators.sparse.cell_choice import AtRandom
@@ -69,21 +76,21 @@ def signals(evidence: Evidence, model: Any) -> Iterator[Estimator]:
     """Yield every rank-only signal as an estimator."""
     norms = router_norms(dict(model.named_parameters()), evidence.layout)
     found: list[Signal] = [
-        baselines.Uniform(),
-        baselines.RandomScore(),
-        baselines.Frequency(),
-        baselines.RoutingWeight(),
-        baselines.McMoe(),
-        baselines.HessianTrace(),
-        baselines.Owq(),
-        baselines.AutoRoundScore(),
-        baselines.Exl2Score(),
-        baselines.Kurtosis(),
-        baselines.OutlierRatio(),
-        baselines.AlphaQ(),
-        neuron_variance.MaxVar(),
-        neuron_variance.RowVariance("mean"),
-        neuron_variance.RowVariance("spread"),
+        Uniform(),
+        RandomScore(),
+        Frequency(),
+        RoutingWeight(),
+        McMoe(),
+        HessianTrace(),
+        Owq(),
+        AutoRoundScore(),
+        Exl2Score(),
+        Kurtosis(),
+        OutlierRatio(),
+        AlphaQ(),
+        MaxVar(),
+        RowVariance("mean"),
+        RowVariance("spread"),
         ChannelScore(),
         RouterNorm(final=norms),
     ]
@@ -101,7 +108,7 @@ def dense_free(evidence: Evidence, model: Any) -> Iterator[tuple[Estimator, int]
     for each in (1, 2):  # readings a group, down to 1/128 of dense profiling
         few = Calibrated(base=ladder[-1], measurements=groups * each)
         yield few, groups * each
-    proxies = (baselines.Kurtosis(), baselines.Frequency(), neuron_variance.MaxVar())
+    proxies = (Kurtosis(), Frequency(), MaxVar())
     yield Calibrated(base=ladder[-1], signals=proxies), groups * (len(FORMATS) + 2)
     yield from ((estimator, 0) for estimator in signals(evidence, model))
     yield Measured(kind="layer", squared=True), 0

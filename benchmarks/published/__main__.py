@@ -30,7 +30,7 @@ from bitknap.api.planning import DEFAULT_PROFILE
 from bitknap.arguments import add_output
 from bitknap.benchmarks.published.claims import claims
 from bitknap.benchmarks.published.report import markdown
-from bitknap.benchmarks.published.rules import Material, Rule, rules
+from bitknap.benchmarks.published.rules import rules
 from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.benchmarks.setting import BUDGETS, FORMATS, MODELS, Judge, Reference, reference
 from bitknap.estimators.costs.fisher import Fisher
@@ -38,7 +38,8 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.measuring.kl_replay import standard_error
 from bitknap.estimators.measuring.text import BUILTIN, read_text, token_windows
-from bitknap.estimators.signals.router_norm import router_norms
+from bitknap.estimators.published.chowdhury import router_norms
+from bitknap.estimators.published.rule import Material, Rule
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.source.checkpoint import resolve
 

@@ -16,13 +16,14 @@ import numpy as np
 
 from bitknap.allocation import Budget, CostTable
 from bitknap.allocation.problem.arrays import Floats
-from bitknap.benchmarks.published.rules import Material, chowdhury
+from bitknap.allocation.published.chowdhury import norm_changes
 from bitknap.benchmarks.setting import BUDGETS, FORMATS, Judge
 from bitknap.estimators.group_kl.regression import rank_correlation
 from bitknap.estimators.measuring.kl_replay import Losses, standard_error
-from bitknap.estimators.signals.baselines import Frequency
-from bitknap.estimators.signals.channel import down_needs_more
-from bitknap.estimators.signals.router_norm import norm_changes
+from bitknap.estimators.published import chowdhury
+from bitknap.estimators.published.mc_moe import Frequency
+from bitknap.estimators.published.rule import Material
+from bitknap.estimators.published.xie import down_needs_more
 from bitknap.estimators.signals.scored import Scored
 
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "not decidable"
@@ -132,7 +133,7 @@ def _max_var(
     judge: Judge, known: Material, ours: CostTable, budgets: Sequence[float]
 ) -> dict[str, Any]:
     """Check that MaxVar reordering makes the plans of Chowdhury et al. better."""
-    named = {rule.name: rule for rule in chowdhury(known)}
+    named = {rule.name: rule for rule in chowdhury.variations(known)}
     found = []
     moved = []
     for bits in budgets:

@@ -27,7 +27,7 @@ from bitknap.benchmarks.setting import FORMATS, MODELS, Judge, Reference, refere
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.group_kl.regression import rank_correlation
 from bitknap.estimators.measuring.kl_replay import standard_error
-from bitknap.estimators.signals.moqa import expert_significance
+from bitknap.estimators.published.moqa import expert_significance
 from bitknap.estimators.signals.scored import Scored
 from bitknap.estimators.sparse.cell_features import Antecedents
 from bitknap.estimators.sparse.fuzzy import features, unit_losses

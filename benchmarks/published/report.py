@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from bitknap.estimators.published import COMMON, RULES
+
 _SURE = 2.0
 _INTRODUCTION = """\
 # Published rules beside ours
@@ -22,21 +24,17 @@ KL to the original in nats a token, on text that neither rules nor ours saw; the
 theirs minus ours, paired by windows, ± one standard error. Ratio: theirs over ours, so above 1
 ours is better. **Bold**: more than two standard errors from equal.
 
-What differs from the papers, in all rules' favour or for want of the data: the quantizer is the
-one that is deployed, also where authors measure with another; second-order rules use labels drawn
-from the model; routing weights are those after renormalisation (MC-MoE); GEMQ's router training
-and repeated estimation, MC-MoE's token pruning and MoQa's fp16 channels are left out; Xie et al.
-publish no definitions, so theirs are ours, at every output row by itself; AutoRound, mlx-lm and
-ExLlamaV2 treat all experts of a layer as one, as their runtimes do. The uniform recipe is the
-best of all group sizes, zero points and metadata, pure or mixed, chosen on the judge's own text.
-OWQ keeps columns in fp16 and gives matrices no bits, so it has no rule to compare.
+The uniform recipe is the best of all group sizes, zero points and metadata, pure or mixed, chosen
+on the judge's own text. What differs from the papers, in the rules' favour or for want of the data:
+
+{differences}
 """
 
 
 def markdown(document: Mapping[str, Any]) -> str:
     """Return the report of everything measured."""
     models = document["models"].values()
-    parts = [_INTRODUCTION]
+    parts = [_INTRODUCTION.format(differences=_differences())]
     for model in models:
         parts += _model(model)
     parts += _overall(models)
@@ -45,6 +43,14 @@ def markdown(document: Mapping[str, Any]) -> str:
     versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
     parts.append(f"\n{about['cpu']}, {about['threads']} thread(s); {versions}.")
     return "\n".join(parts) + "\n"
+
+
+def _differences() -> str:
+    """Return what is not reproduced, from the table of published methods."""
+    lines = [f"- all: {' '.join(COMMON)}"]
+    return "\n".join(
+        lines + [f"- {entry.title}: {' '.join(entry.missing)}" for entry in RULES.values()]
+    )
 
 
 def geometric_mean(rows: Sequence[Mapping[str, Any]]) -> float:

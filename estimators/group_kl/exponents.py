@@ -66,7 +66,7 @@ class FitReport:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Fitted:
-    """What `fit_exponents` found.
+    """What `fit_exponents` returns.
 
     Attributes:
         exponents: θ of each signal.
@@ -111,9 +111,7 @@ def fit_exponents(
             group whose base cost is 0 or infinite.
     """
     z = checked_z(signals_z, len(base_table.units))
-    called = [f"signal {k}" for k in range(len(z))] if names is None else list(names)
-    if len(called) != len(z) or len(set(called)) != len(called):
-        raise InputError(f"names: {called} must be {len(z)} different names")
+    called = _names(names, len(z))
     if not (np.isfinite(penalty) and penalty >= 0):
         raise InputError(f"penalty: {penalty} is not a finite number from 0")
     measured = [_checked_group(base_table, index, group) for index, group in enumerate(groups)]
@@ -139,20 +137,25 @@ def fit_exponents(
     theta, gains = fit.solve(measured)
     exponents = np.zeros(len(z))
     exponents[fit.use] = theta
-    folds = len(measured) if len(measured) <= _EACH else _FOLDS
     return Fitted(
         exponents=MappingProxyType(dict(zip(called, exponents.tolist(), strict=True))),
         gains=gains,
-        report=FitReport(
-            groups=len(measured),
+        report=_report(
+            fit,
+            measured,
             parameters=parameters,
-            error=_left_out(fit, measured, folds),
-            error_without=_left_out(replace(fit, use=fit.use[:0]), measured, folds),
-            folds=folds,
             dropped=tuple(called[k] for k in np.flatnonzero(~varies)),
             fallback=fallback,
         ),
     )
+
+
+def _names(names: Sequence[str] | None, count: int) -> list[str]:
+    """Return the names of signals, made up where none are given."""
+    called = [f"signal {k}" for k in range(count)] if names is None else list(names)
+    if len(called) != count or len(set(called)) != len(called):
+        raise InputError(f"names: {called} must be {count} different names")
+    return called
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -209,6 +212,27 @@ class _Fit:
         """Return log KL of groups, float64[N]."""
         found, _ = self.sums(groups, ()).log(theta)
         return found + np.log(gains[[group.format for group in groups]])
+
+
+def _report(
+    fit: _Fit,
+    groups: Sequence[MeasuredGroup],
+    *,
+    parameters: int,
+    dropped: tuple[str, ...],
+    fallback: str,
+) -> FitReport:
+    """Return how far a fit can be trusted, from groups that are left out of it."""
+    folds = len(groups) if len(groups) <= _EACH else _FOLDS
+    return FitReport(
+        groups=len(groups),
+        parameters=parameters,
+        error=_left_out(fit, groups, folds),
+        error_without=_left_out(replace(fit, use=fit.use[:0]), groups, folds),
+        folds=folds,
+        dropped=dropped,
+        fallback=fallback,
+    )
 
 
 def _left_out(fit: _Fit, groups: Sequence[MeasuredGroup], folds: int) -> float:

@@ -131,3 +131,16 @@ def routed(units: Units) -> np.ndarray:
     """Return which units are routed experts', bool[U]."""
     found: np.ndarray = units.role == ROLES.index("routed")
     return found
+
+
+def by_stack(evidence: Evidence, statistic: Callable[[np.ndarray], Tensor]) -> Floats:
+    """Return a statistic of each unit of each stack, raised above 0, float64[U].
+
+    Args:
+        evidence: gives the units.
+        statistic: from a stack's units to numbers [n].
+    """
+    score = np.zeros(len(evidence.units))
+    for run in stacks(evidence.units):
+        score[run] = statistic(run).double().numpy()
+    return positive(score)

@@ -8,7 +8,7 @@ ranking of cells that it never learns from stops getting better.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -126,6 +126,69 @@ class LeastSure:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class CellSpace:
+    """The cells of a model that may be measured: its units in some formats.
+
+    Attributes:
+        units: U units.
+        formats: F formats; kept precisions cost nothing and are not measured.
+        antecedents: of every cell.
+        provenance: of samples that are taken here.
+        measurable: which units to measure, bool[U]; all when not given. An expert that no token
+            reaches changes nothing, so measuring it says nothing.
+    """
+
+    units: Units
+    formats: Sequence[Format]
+    antecedents: Antecedents
+    provenance: Mapping[str, Any]
+    measurable: Bools | None = None
+
+    def free(self) -> Bools:
+        """Return which cells may be measured, bool[U,F]."""
+        free = np.zeros((len(self.units), len(self.formats)), dtype=np.bool_)
+        free[:, [f.kind != "keep" for f in self.formats]] = True
+        if self.measurable is not None:
+            free[~self.measurable] = False
+        return free
+
+    def samples(self, known: Mapping[int, float], cells: Longs) -> LossSamples:
+        """Return measured cells, unit × F + format, as samples."""
+        return LossSamples(
+            units=self.units,
+            formats=tuple(self.formats),
+            unit=cells // len(self.formats),
+            column=cells % len(self.formats),
+            loss=np.array([known[cell] for cell in cells.tolist()]),
+            provenance=self.provenance,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Growth:
+    """How many cells to measure, and which.
+
+    Attributes:
+        start: measurements before the first prediction, beside the held-out ones.
+        step: measurements a round.
+        stop: most measurements, held-out ones included.
+        anchors: picks cells; at random if not given, since as many cells of separable tables rank
+            better when they are not whole experts.
+        seed: of all random numbers.
+    """
+
+    start: int
+    step: int
+    stop: int
+    anchors: Anchors = field(default_factory=AtRandom)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("start", "step", "stop"):
+            whole(name, getattr(self, name), 1)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Grown:
     """What growing gave.
 
@@ -149,98 +212,61 @@ class Grown:
 
 def grow(
     measure: Measure,
-    units: Units,
-    formats: Sequence[Format],
-    antecedents: Antecedents,
+    space: CellSpace,
     predictor: Predictor,
+    growth: Growth,
     *,
-    start: int,
-    step: int,
-    stop: int,
-    provenance: Mapping[str, Any],
-    measurable: Bools | None = None,
-    anchors: Anchors | None = None,
-    seed: int = 0,
     progress: Progress | None = None,
 ) -> Grown:
     """Measure cells until the held-out rank correlation saturates or the budget is used.
 
     It has saturated when two rounds together added less than 0.005. A tenth of the budget, at
-    least 10 cells, is drawn at random and measured first to judge by. Kept precisions cost
-    nothing and are not measured.
+    least 10 cells, is drawn at random and measured first to judge by.
 
     Args:
         measure: from unit and column to nats per token.
-        units: U units.
-        formats: F formats.
-        antecedents: of every cell.
+        space: the cells.
         predictor: learns from what is measured.
-        start: measurements before the first prediction, beside the held-out ones.
-        step: measurements a round.
-        stop: most measurements, held-out ones included.
-        provenance: of the samples.
-        measurable: which units to measure, bool[U]; all when not given. An expert that no token
-            reaches changes nothing, so measuring it says nothing.
-        anchors: how to pick cells; at random if not given, since as many cells of separable
-            tables rank better when they are not whole experts.
-        seed: of all that is drawn.
+        growth: how many cells to measure, and which.
         progress: called with (what, done, of).
 
     Raises:
         InputError: the budget does not reach beyond the held-out cells and the start.
     """
-    for name, value in {"start": start, "step": step, "stop": stop}.items():
-        whole(name, value, 1)
-    free = np.zeros((len(units), len(formats)), dtype=np.bool_)
-    free[:, [f.kind != "keep" for f in formats]] = True
-    if measurable is not None:
-        free[~measurable] = False
-    budget = min(stop, int(free.sum()))
+    free = space.free()
+    budget = min(growth.stop, int(free.sum()))
     judged = max(_FEWEST, round(_HELD_OUT * budget))
-    if judged + start > budget:
+    if judged + growth.start > budget:
         raise InputError(
-            f"stop: {budget} measurements are fewer than {judged} to judge by and {start} to "
-            "start with; raise stop or lower start"
+            f"stop: {budget} measurements are fewer than {judged} to judge by and {growth.start} "
+            "to start with; raise stop or lower start"
         )
     known: dict[int, float] = {}
 
-    def take(cells: Longs) -> None:
+    def take(anchors: Anchors, spread: Floats | None, count: int) -> Longs:
+        cells = anchors.pick(space.units, free, spread, count, growth.seed)
         for cell in cells.tolist():
             if progress:
                 progress("measure cells", len(known), budget)
-            known[cell] = measure(cell // len(formats), cell % len(formats))
+            known[cell] = measure(cell // len(space.formats), cell % len(space.formats))
         free.ravel()[cells] = False
+        return cells
 
-    def samples_of(cells: Longs) -> LossSamples:
-        return LossSamples(
-            units=units,
-            formats=tuple(formats),
-            unit=cells // len(formats),
-            column=cells % len(formats),
-            loss=np.array([known[cell] for cell in cells.tolist()]),
-            provenance=provenance,
-        )
-
-    chosen = anchors or AtRandom()
-    held_out = AtRandom().pick(units, free, None, judged, seed)
-    take(held_out)
-    learned = chosen.pick(units, free, None, start, seed)
-    take(learned)
+    held_out = take(AtRandom(), None, judged)
+    learned = take(growth.anchors, None, growth.start)
     scores: list[float] = []
     truth = np.array([known[cell] for cell in held_out.tolist()])
     while True:
-        fitted = predictor.fit(samples_of(learned), antecedents)
-        mean, spread = fitted.predict(antecedents)
+        fitted = predictor.fit(space.samples(known, learned), space.antecedents)
+        mean, spread = fitted.predict(space.antecedents)
         scores.append(float(np.nan_to_num(rank_correlation(mean.ravel()[held_out], truth))))
         saturated = len(scores) > 2 and scores[-1] - scores[-3] < _GAIN
-        count = min(step, budget - len(known))
+        count = min(growth.step, budget - len(known))
         if saturated or not count:
             break
-        more = chosen.pick(units, free, spread, count, seed)
-        take(more)
-        learned = np.concatenate([learned, more])
+        learned = np.concatenate([learned, take(growth.anchors, spread, count)])
     return Grown(
-        samples=samples_of(np.array(sorted(known), dtype=np.int64)),
+        samples=space.samples(known, np.array(sorted(known), dtype=np.int64)),
         held_out=held_out,
         spearman=tuple(scores),
         saturated=saturated,

@@ -14,7 +14,7 @@ from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.costs.weighed_errors import token_share
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.sparse.cell_choice import LeastSure, grow
+from bitknap.estimators.sparse.cell_choice import CellSpace, Growth, LeastSure, grow
 from bitknap.estimators.sparse.fuzzy import Fuzzy, features, unit_losses
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
@@ -95,19 +95,25 @@ class Sampled:
             )
         count = min(self.measurements or max(FEWEST, cells // SPARSITY), cells)
         origin = {"model": "", **evidence.provenance, "method": evidence.rounding.name}
-        grown = grow(
-            unit_losses(evidence, formats),
-            evidence.units,
-            formats,
-            features(evidence, formats),
-            Residual(inner=FuzzyRules()),
+        space = CellSpace(
+            units=evidence.units,
+            formats=formats,
+            antecedents=features(evidence, formats),
+            provenance=origin,
+            measurable=reached,
+        )
+        growth = Growth(
             start=count // 2,
             step=max(1, count // 10),
             stop=count,
-            provenance=origin,
-            measurable=reached,
             anchors=LeastSure(),
             seed=int(evidence.provenance.get("seed", 0)),
+        )
+        grown = grow(
+            unit_losses(evidence, formats),
+            space,
+            Residual(inner=FuzzyRules()),
+            growth,
             progress=self.progress,
         )
         judged = {"held_out": len(grown.held_out), "spearman": list(grown.spearman)}

@@ -72,7 +72,7 @@ def order_neurons(layout: Layout, scores: Mapping[int, npt.ArrayLike]) -> Permut
     Args:
         layout: says which layers there are.
         scores: by layer number, of each neuron, [experts, intermediate]; see
-            `estimators.channel.neuron_scores`.
+            `estimators.published.xie.neuron_scores`.
 
     Raises:
         InputError: a layer has no scores, or scores of another shape, or a NaN.

@@ -8,12 +8,13 @@ import torch
 from bitknap.allocation import BitPlan, Budget
 from bitknap.benchmarks.published.__main__ import compared, ours_on
 from bitknap.benchmarks.published.claims import by_budgets, claims, decided
-from bitknap.benchmarks.published.costs import xie
 from bitknap.benchmarks.published.report import geometric_mean, markdown, why
-from bitknap.benchmarks.published.rules import Material, largest, rules
+from bitknap.benchmarks.published.rules import rules
 from bitknap.benchmarks.setting import FORMATS, Judge
 from bitknap.estimators.measuring.kl_replay import Replay
-from bitknap.estimators.signals.router_norm import router_norms
+from bitknap.estimators.published.chowdhury import router_norms
+from bitknap.estimators.published.rule import Material
+from bitknap.estimators.published.xie import xie
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.models.live_model import walk
 from bitknap.testing import tiny_model
@@ -134,13 +135,6 @@ def test_uniform_plans_of_two_formats_are_two_to_the_judge(case):
     units = known.evidence.units
     one, four = (judge.of(BitPlan.uniform(units, FORMATS[i])) for i in (0, 3))
     assert one.kl.mean() > four.kl.mean()
-
-
-def test_the_largest_that_fits():
-    plans = {k: dataclasses.make_dataclass("P", ["total_bytes"])(10 * k) for k in range(1, 9)}
-    found = largest(plans.__getitem__, range(1, 9), 47, "{} bits")
-    assert (found[0].plan.total_bytes, found[0].setting) == (40, "4 bits")
-    assert largest(plans.__getitem__, range(1, 9), 9, "{}") == []
 
 
 def test_claims_are_judged_with_their_figures(case):

@@ -5,7 +5,14 @@ import pytest
 
 from bitknap.allocation import Format, Units, formats
 from bitknap.errors import InputError
-from bitknap.estimators.sparse.cell_choice import AtRandom, ByDepth, LeastSure, grow
+from bitknap.estimators.sparse.cell_choice import (
+    AtRandom,
+    ByDepth,
+    CellSpace,
+    Growth,
+    LeastSure,
+    grow,
+)
 from bitknap.estimators.sparse.cell_features import Antecedents
 from bitknap.estimators.sparse.predictors import LogLinear
 
@@ -86,7 +93,11 @@ def test_the_least_sure_cells_come_first_one_a_unit(units):
     assert cells.tolist() == [9 * 3 + 2, 5 * 3 + 1]
 
 
-@pytest.mark.parametrize("anchors", [None, ByDepth(), LeastSure()], ids=repr)
+def space(units, antecedents, formats=FORMATS):
+    return CellSpace(units=units, formats=formats, antecedents=antecedents, provenance=ORIGIN)
+
+
+@pytest.mark.parametrize("anchors", [AtRandom(), ByDepth(), LeastSure()], ids=repr)
 def test_growing_stops_when_the_ranking_is_as_good_as_it_gets(anchors, units, truth, antecedents):
     calls = []
 
@@ -95,19 +106,8 @@ def test_growing_stops_when_the_ranking_is_as_good_as_it_gets(anchors, units, tr
         return truth[unit, column]
 
     def grown(seed):
-        return grow(
-            measure,
-            units,
-            FORMATS,
-            antecedents,
-            LogLinear(),
-            start=60,
-            step=60,
-            stop=900,
-            provenance=ORIGIN,
-            anchors=anchors,
-            seed=seed,
-        )
+        growth = Growth(start=60, step=60, stop=900, anchors=anchors, seed=seed)
+        return grow(measure, space(units, antecedents), LogLinear(), growth)
 
     found = grown(0)
     assert found.saturated
@@ -127,34 +127,17 @@ def columns(samples):
 
 
 def test_growing_keeps_within_the_budget(units, truth, antecedents):
-    found = grow(
-        lambda unit, column: truth[unit, column],
-        units,
-        FORMATS,
-        antecedents,
-        LogLinear(),
-        start=20,
-        step=15,
-        stop=47,
-        provenance=ORIGIN,
-    )
+    growth = Growth(start=20, step=15, stop=47)
+    found = grow(lambda u, c: truth[u, c], space(units, antecedents), LogLinear(), growth)
     assert not found.saturated
     assert found.measurements == 47  # 10 to judge by, 20, 15, and the 2 that are left
     assert len(found.spearman) == 3
 
 
 def test_kept_precisions_are_not_measured(units, truth, antecedents):
-    found = grow(
-        lambda unit, column: truth[unit, column],
-        units,
-        (*FORMATS[:2], Format.keep("bf16")),
-        antecedents,
-        LogLinear(),
-        start=20,
-        step=20,
-        stop=60,
-        provenance=ORIGIN,
-    )
+    kept = space(units, antecedents, (*FORMATS[:2], Format.keep("bf16")))
+    growth = Growth(start=20, step=20, stop=60)
+    found = grow(lambda u, c: truth[u, c], kept, LogLinear(), growth)
     assert found.samples.column.max() == 1
 
 
@@ -162,14 +145,9 @@ def test_a_budget_without_a_start_is_refused(units, truth, antecedents):
     with pytest.raises(InputError) as error:
         grow(
             lambda unit, column: 1.0,
-            units,
-            FORMATS,
-            antecedents,
+            space(units, antecedents),
             LogLinear(),
-            start=20,
-            step=10,
-            stop=25,
-            provenance=ORIGIN,
+            Growth(start=20, step=10, stop=25),
         )
     assert str(error.value) == (
         "stop: 25 measurements are fewer than 10 to judge by and 20 to start with; "

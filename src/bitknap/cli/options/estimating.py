@@ -171,7 +171,7 @@ def _estimator(model: str, options: dict[str, Any], progress: Progress | None) -
 
 def _routers(model: str, initial: str | None) -> Any:
     """Return the router-norm signal of a model, against the routers of another if given."""
-    from bitknap.estimators.signals.router_norm import RouterNorm, router_norms
+    from bitknap.estimators.published.chowdhury import RouterNorm, router_norms
     from bitknap.quantization.models.headers_only import walk_headers
     from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 

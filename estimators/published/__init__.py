@@ -1,0 +1,268 @@
+"""Published methods, one file a paper: its signal, its costs, its ties, its allocator.
+
+`RULES` is the one table of them. `compare`, the benchmarks, the catalogue of estimators and the
+documentation read it; it needs no torch. A paper's file is named as its entry is, with `_` for
+`-`. Where the entry makes plans, the file has `rule(material, progress)`, and each signal of the
+entry is a class in it. Allocators that need NumPy alone are in `bitknap.allocation.published`,
+in files of the same names, so that they can be called without torch; EvoPress is there altogether.
+
+To add a paper, write its file and its entry here.
+
+Formulas are written out instead of cited by number: most of the papers could be read only through
+their code, their abstracts or accounts of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Published:
+    """One published method.
+
+    Attributes:
+        title: its name in reports.
+        source: the paper's number or the program's part, for one column of a report.
+        citation: authors, title or venue, and where to find it.
+        year: of publication.
+        cost: what it minimises, or what its signal is.
+        ties: the profile of units that share a format, "" if it makes no plans.
+        allocator: how it chooses, "" if it makes no plans.
+        missing: what we could not reproduce, or do otherwise than its authors.
+        signals: classes of its file by their names at `--estimator`.
+        plans: its file has `rule`, so `compare --strategies` and the benchmark know it by its key.
+        texts: it plans from passes over several texts.
+    """
+
+    title: str
+    source: str
+    citation: str
+    year: int
+    cost: str
+    ties: str = ""
+    allocator: str = ""
+    missing: tuple[str, ...] = ()
+    signals: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    plans: bool = True
+    texts: bool = False
+
+
+# What holds for every method here; `missing` names what more there is.
+COMMON = (
+    "The quantizer is the one that is deployed, also where authors measure with another.",
+    "Gradients are those of labels drawn from the model, where authors take the text's.",
+)
+
+RULES: Mapping[str, Published] = MappingProxyType(
+    {
+        "chowdhury": Published(
+            title="Chowdhury",
+            source="arXiv 2604.06515",
+            citation="Chowdhury et al., ICLR 2026, arXiv 2604.06515, and its code",
+            year=2026,
+            cost="Λ = ‖w_T‖ − ‖w_0‖ of an expert's router row, small is sensitive; then MaxVar, "
+            "the largest variance of a row of its first matrix: an expert moves ahead of those "
+            "whose MaxVar is a third of its own or less (ζ = 3)",
+            ties="expert",
+            allocator="the same average in every layer; two or three widths counted out by rank",
+            missing=(
+                "The paper leaves open which pair is exchanged first; the code's single pass and "
+                "our fixed point are both here.",
+                "Without a checkpoint from before training the final norm stands alone, as in the "
+                "paper for Mixtral.",
+            ),
+            signals=MappingProxyType({"max-var": "MaxVar", "router-norm": "RouterNorm"}),
+        ),
+        "mc-moe": Published(
+            title="MC-MoE",
+            source="arXiv 2410.06270",
+            citation="Huang et al., MC-MoE (PMQ), ICLR 2025, arXiv 2410.06270, and its code",
+            year=2025,
+            cost="phi^1 w^1.5 eps^1, with the code's exponents: frequency, routing weight, and "
+            "change of the block's output with one expert at one width",
+            ties="expert",
+            allocator="an exact program for each layer: a sum of bits, at least one expert at 3 "
+            "and one at 2",
+            missing=(
+                "Routing weights are those after renormalisation; theirs are those before.",
+                "Pruning of tokens (ODP) is left out.",
+            ),
+            signals=MappingProxyType(
+                {"frequency": "Frequency", "mc-moe": "McMoe", "routing-weight": "RoutingWeight"}
+            ),
+        ),
+        "mxmoe": Published(
+            title="MxMoE",
+            source="arXiv 2505.05799",
+            citation="Duanmu et al., MxMoE, ICML 2025, arXiv 2505.05799, and its code",
+            year=2025,
+            cost="‖Ô − O‖ of a decoder layer's output with one matrix rounded, not squared",
+            ties="gate_eq_up",
+            allocator="L^r T^(1−r) for each layer at the same average; r = 1 for weights alone",
+            missing=(
+                "The time of their kernels is not measured here; give it as a limit to "
+                "`MxMoe(exponent=r)`.",
+                "Activations are not quantized.",
+            ),
+        ),
+        "gemq": Published(
+            title="GEMQ",
+            source="arXiv 2605.23078",
+            citation="GEMQ, ICML 2026, arXiv 2605.23078, and its code",
+            year=2026,
+            cost="Σ g² Δz² over tokens: gradient at the layer's output, change of the block's "
+            "output with one expert at one width",
+            ties="expert",
+            allocator="one program over all layers: a sum of bits, in each layer one expert at the "
+            "widest and one at the second widest",
+            missing=("Training of the router and repeated estimation are left out.",),
+        ),
+        "moqa": Published(
+            title="MoQa",
+            source="arXiv 2503.21135",
+            citation="MoQa, later DynaMo (DATE 2026), arXiv 2503.21135; abstracts and an account",
+            year=2025,
+            cost="an expert's share of its layer's significance, over several calibration sets",
+            ties="expert",
+            allocator="fuzzy c-means of the shares, one width a cluster; no budget is met",
+            missing=(
+                "The significance of a channel, the fuzzifier and the boundary are not published "
+                "in what could be read; they are ours.",
+                "Channels kept in fp16 for a change of data are left out.",
+            ),
+            texts=True,
+        ),
+        "xie": Published(
+            title="Xie (rows)",
+            source="2025.findings-acl.1386",
+            citation="Xie et al., Automated Fine-Grained MoE Quantization, Findings of ACL 2025, "
+            "2025.findings-acl.1386; its abstract, and a note of the formula",
+            year=2025,
+            cost="S_c = alpha K_c V_c + (1 − alpha) O_c of a channel, times its variance and the "
+            "format's distortion",
+            ties="free",
+            allocator="the knapsack over output rows, for want of theirs",
+            missing=(
+                "K, V, O, the channel's axis, the widths and the allocator are not published in "
+                "what could be read; all are ours.",
+            ),
+            signals=MappingProxyType({"channel": "ChannelScore"}),
+        ),
+        "fri-mxmoe": Published(
+            title="FRI-MxMoE",
+            source="2026.acl-long.982",
+            citation="FRI-MxMoE, ACL 2026, 2026.acl-long.982",
+            year=2026,
+            cost="frequency × loss of a matrix, interpolated by inverse distances from rules that "
+            "a quarter of the cells are measured for",
+            ties="free",
+            allocator="a Lagrangian multiplier, steered by bisection",
+            missing=(
+                "Losses are measured KL; theirs are changes of perplexity or squared errors.",
+                "The latency of their device is left out.",
+            ),
+        ),
+        "alphaq": Published(
+            title="AlphaQ",
+            source="arXiv 2606.04980",
+            citation="AlphaQ, arXiv 2606.04980, and its code",
+            year=2026,
+            cost="(median alpha / alpha)^gamma Var(W) 2^(−2b), with Hill's estimate alpha of the "
+            "tail of the spectrum",
+            ties="free",
+            allocator="the knapsack; theirs is a program over all layers too",
+            missing=(
+                "Sub-matrices are evenly spaced; theirs are drawn.",
+                "The average is over weights; theirs is over matrices.",
+            ),
+            signals=MappingProxyType({"alphaq": "AlphaQ"}),
+        ),
+        "hawq": Published(
+            title="HAWQ",
+            source="arXiv 1911.03852",
+            citation="Dong et al., HAWQ-V2, NeurIPS 2020, arXiv 1911.03852",
+            year=2020,
+            cost="mean trace of the Hessian × ‖ΔW‖²",
+            ties="free",
+            allocator="the knapsack; theirs takes the least sum on the front of size and cost",
+            missing=("The Fisher diagonal stands in for Hutchinson's estimate of the trace.",),
+            signals=MappingProxyType({"hessian-trace": "HessianTrace"}),
+        ),
+        "exllamav2": Published(
+            title="ExLlamaV2",
+            source="its annealing",
+            citation="ExLlamaV2, `measure_quant`, `optimize` and `sim_anneal` of its code",
+            year=2023,
+            cost="‖ΔW x‖ / ‖W x‖ over the calibration inputs",
+            ties="layer",
+            allocator="simulated annealing of Σ cost^n, with n of the smallest largest cost",
+            missing=(
+                "Theirs measures whole modules; ours adds up matrices.",
+                "8 chains a stage, seeded; theirs are 80 without a seed.",
+            ),
+            signals=MappingProxyType({"exl2": "Exl2Score"}),
+        ),
+        "autoround": Published(
+            title="AutoRound",
+            source="AutoScheme",
+            citation="Intel AutoRound, AutoScheme (delta loss) of its code",
+            year=2025,
+            cost="Σ |g ΔW|",
+            ties="layer",
+            allocator="the knapsack",
+            missing=(
+                "Root mean square gradients stand in for |g|, which is not recorded with its sign.",
+            ),
+            signals=MappingProxyType({"autoround": "AutoRoundScore"}),
+        ),
+        "mlx-lm": Published(
+            title="mlx-lm",
+            source="its dynamic_quant",
+            citation="mlx-lm, `dynamic_quant`; NVIDIA ModelOpt, `auto_quantize`, is alike",
+            year=2025,
+            cost="Σ |g ΔW| at the lower width less that at the higher, a weight",
+            ties="layer_proj",
+            allocator="two widths, and a threshold on the gain",
+            missing=(
+                "Root mean square gradients stand in for those of the text with their sign.",
+                "ModelOpt's sensitivity is a forward KL, which is not measured for this rule.",
+            ),
+        ),
+        "owq": Published(
+            title="OWQ",
+            source="arXiv 2306.02272",
+            citation="Lee et al., OWQ, AAAI 2024, arXiv 2306.02272",
+            year=2024,
+            cost="λ_j ‖ΔW_j‖² of input columns, λ_j = 2 E[a² x_j²]; the mean of the worst columns",
+            missing=(
+                "Theirs keeps the worst columns in fp16 and scores no matrices; the mean is ours.",
+            ),
+            signals=MappingProxyType({"owq": "Owq"}),
+            plans=False,
+        ),
+        "quantmoe-bench": Published(
+            title="QuantMoE-Bench",
+            source="arXiv 2406.08155",
+            citation="Li et al., QuantMoE-Bench, arXiv 2406.08155",
+            year=2024,
+            cost="the largest over input columns of max |w| / mean |w|",
+            missing=("Its recipes by hand (first layers, shared experts) are left out.",),
+            signals=MappingProxyType({"outlier-ratio": "OutlierRatio"}),
+            plans=False,
+        ),
+        "evopress": Published(
+            title="EvoPress",
+            source="arXiv 2410.14649",
+            citation="Sieberling et al., EvoPress, ICML 2025, arXiv 2410.14649",
+            year=2025,
+            cost="the measured KL of whole plans; no table",
+            ties="free",
+            allocator="mutation by level switches, selection in stages; `--strategies evolution`",
+            missing=("Stages are the parts of one text; theirs grow in tokens.",),
+            plans=False,
+        ),
+    }
+)

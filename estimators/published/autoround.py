@@ -1,0 +1,86 @@
+"""AutoRound's AutoScheme: first-order change of the loss; all experts of a layer share a format.
+
+    cost       Σ |g ΔW| of a matrix in a format
+    ties       all matrices of a layer, as its runtimes ask
+    allocator  the knapsack
+
+The score of a matrix at one format holds its rounding error; on `Scored`'s base, which holds the
+distortion of every format, that error is counted twice. It ranks as its authors rank.
+
+Not reproduced: gradients of the text's own loss with their sign; see `AutoRoundScore`.
+
+Source: Intel AutoRound, AutoScheme (delta loss).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from torch import Tensor
+
+from bitknap.allocation import CostTable, Format
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.published.rule import (
+    FORMATS,
+    Material,
+    Rule,
+    each_format,
+    solved,
+)
+from bitknap.estimators.signals.unit_statistics import by_stack, curvature, rounding_error
+from bitknap.progress import Progress
+
+# The usual 3-bit format of weight-only papers.
+_USUAL = Format(3, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class AutoRoundScore:
+    """Mean over a matrix's weights of |g| |ΔW|, with the root of the curvature for |g|.
+
+    AutoScheme sums |g ΔW| with gradients of the text's own loss. Those are not recorded, so the
+    root mean square gradient of a token with labels drawn from the model STANDS IN for |g|: it has
+    no sign to cancel over tokens and is never 0 at a minimum, so the ranking is like theirs in
+    kind and not the same number. The mean, not the sum: the base of `Scored` counts weights.
+
+    Attributes:
+        format: that rounds the weights.
+
+    Source: AutoRound's AutoScheme (delta loss).
+    """
+
+    format: Format = _USUAL
+    name = "autoround"
+    needs = frozenset({"curvature"})
+
+    def score(self, evidence: Evidence) -> Floats:
+        """Return the scores, float64[U].
+
+        Raises:
+            InputError: gradients were not recorded, a unit is not a routed expert's, or the
+                format rounds nothing.
+        """
+
+        def statistic(run: np.ndarray) -> Tensor:
+            error = rounding_error(evidence.weights(run), self.format)
+            return (curvature(evidence, run).sqrt() * error.abs()).mean((1, 2))
+
+        return by_stack(evidence, statistic)
+
+
+def first_order(evidence: Evidence, formats: Sequence[Format]) -> CostTable:
+    """Return Σ |g ΔW| of every unit, root mean square gradients standing in for |g|.
+
+    What AutoRound's AutoScheme adds up, and mlx-lm's `dynamic_quant` in kind: theirs keep the sign
+    of the text's own gradients, which are not recorded.
+    """
+    table = each_format(evidence, formats, AutoRoundScore, "first-order")
+    return replace(table, cost=table.cost * evidence.units.numel[:, None])
+
+
+def rule(material: Material, progress: Progress | None = None) -> Rule:
+    """Return the rule; it takes a byte limit."""
+    return solved("autoround", first_order(material.evidence, FORMATS))

@@ -1,0 +1,109 @@
+"""ExLlamaV2: relative output errors, annealed; all experts of a layer share a format.
+
+    cost       ‖ΔW x‖ / ‖W x‖ of a matrix in a format, over its calibration inputs
+    ties       all matrices of a layer: a block of experts is one module there
+    allocator  simulated annealing of Σ cost^n
+
+The allocator is in `bitknap.allocation.published.exllamav2`. The score of a matrix at one format
+holds its rounding error, which `Scored`'s base counts once more.
+
+Not reproduced: theirs measures a module's outputs as a whole; here matrices are added up.
+
+Source: ExLlamaV2's measurement pass, `optimize` and `sim_anneal`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from bitknap.allocation import Format
+from bitknap.allocation.problem.arrays import Floats
+from bitknap.allocation.published import (
+    Annealing,
+)
+from bitknap.errors import InputError
+from bitknap.estimators.costs.weighed_errors import (
+    projection_of,
+    role_of,
+)
+from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.published.rule import (
+    FORMATS,
+    Material,
+    Rule,
+    each_format,
+    solved,
+)
+from bitknap.estimators.signals.unit_statistics import by_stack, input_square, rounding_error, seen
+from bitknap.progress import Progress
+
+# The usual 3-bit format of weight-only papers.
+_USUAL = Format(3, 128)
+
+
+@dataclass(frozen=True, slots=True)
+class Exl2Score:
+    """Relative output error ‖ΔW x‖ / ‖W x‖ of a matrix over its calibration inputs.
+
+    ExLlamaV2 measures whole modules, all experts of a layer as one; by matrix is ours. Root of
+    tr(ΔW S ΔWᵀ) / tr(W S Wᵀ), S the second moments of the inputs.
+
+    Attributes:
+        format: that rounds the weights.
+        full: whole matrices S, routed experts only; otherwise their diagonals, inputs taken as
+            uncorrelated.
+
+    Source: ExLlamaV2's measurement pass.
+    """
+
+    format: Format = _USUAL
+    full: bool = False
+    name = "exl2"
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Moments, whole matrices of them if `full`."""
+        return frozenset({"moments", "full"} if self.full else {"moments"})
+
+    def score(self, evidence: Evidence) -> Floats:
+        """Return the scores, float64[U].
+
+        Raises:
+            InputError: the evidence lacks what the signal needs, or the format rounds nothing.
+        """
+
+        def statistic(run: np.ndarray) -> Tensor:
+            weights = evidence.weights(run)
+            energy = self._energy(evidence, run)
+            error = energy(rounding_error(weights, self.format))
+            whole = energy(weights.double())
+            return torch.where(whole > 0, error / whole.clamp_min(1e-300), 0.0).sqrt()
+
+        return by_stack(evidence, statistic)
+
+    def _energy(self, evidence: Evidence, run: np.ndarray) -> Callable[[Tensor], Tensor]:
+        """Return what maps matrices [n, rows, cols] to their mean squared output [n]."""
+        if not self.full:
+            columns = input_square(evidence, run)
+            return lambda matrix: (matrix.square().sum(1) * columns).sum(1)
+        if role_of(evidence.units, run) != "routed":
+            label = evidence.units.label(int(run[0]))
+            raise InputError(f"{label}: full moments are those of routed experts; use full=False")
+        layer, experts = seen(evidence, run)
+        down = projection_of(evidence.units, run) == "down"
+        found = layer.middle_full if down else layer.input_full
+        if found is None:
+            raise InputError("full second moments were not recorded; calibrate with full=True")
+        moments = layer.shrunk(found)[experts]
+        return lambda matrix: ((matrix @ moments) * matrix).sum((1, 2))
+
+
+def rule(material: Material, progress: Progress | None = None) -> Rule:
+    """Return the rule; it takes a byte limit, and seconds of annealing for each."""
+    table = each_format(material.evidence, FORMATS, Exl2Score, "exl2")
+    return solved("exllamav2", table, Annealing())

@@ -1,0 +1,48 @@
+"""mlx-lm's `dynamic_quant`: two widths, and a threshold on what the higher one gains.
+
+    cost       Σ |g ΔW| of a matrix in a format, as for AutoRound
+    ties       the matrices of one projection in a layer, which is how mlx stores experts
+    allocator  the largest plan of any threshold that fits; NVIDIA ModelOpt's is alike
+
+The allocator is in `bitknap.allocation.published.mlx_lm`. Not reproduced: gradients of the text's
+own loss with their sign; ModelOpt's sensitivity, which is a forward KL.
+
+Source: mlx-lm, `dynamic_quant`; NVIDIA ModelOpt, `auto_quantize`.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+from bitknap.allocation import Budget, Problem, solve
+from bitknap.allocation.published import (
+    Threshold,
+)
+from bitknap.errors import InfeasibleError
+from bitknap.estimators.published.autoround import first_order
+from bitknap.estimators.published.rule import (
+    FORMATS,
+    Material,
+    Offer,
+    Rule,
+    named,
+    tied_to,
+)
+from bitknap.progress import Progress
+
+
+def rule(material: Material, progress: Progress | None = None) -> Rule:
+    """Return the rule: of two neighbouring widths, the widest pair with a plan that fits."""
+    tied = tied_to("mlx-lm", first_order(material.evidence, FORMATS))
+
+    def offers(nbytes: int) -> list[Offer]:
+        problem = Problem(tied, Budget.bytes(nbytes))
+        for low, high in reversed(list(pairwise(FORMATS))):
+            try:
+                plan = solve(problem, Threshold(low=low, high=high)).plan
+            except InfeasibleError:
+                continue
+            return [Offer(plan, f"{low.bits} and {high.bits} bits")]
+        return []
+
+    return named("mlx-lm", offers, knob="the two widths and the threshold")
