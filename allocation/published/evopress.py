@@ -35,7 +35,7 @@ class Evolution:
         evaluations: plans to measure, whole or in part.
         start: choice of each unit to begin with; two neighbouring levels, at random, when not
             given.
-        seed: of all that is drawn.
+        seed: the random seed.
         progress: called with ("evolution", done, of).
     """
 

@@ -11,11 +11,11 @@ from bitknap.allocation.refinement.history import Rounds, Step, solved
 from bitknap.allocation.search.optuna_trials import make_sampler, quietly
 from bitknap.allocation.search.search_space import GROUPS, groups
 
-# Trust region: most that a cost may differ from the table's, as a logarithm; at the start, least,
-# most, and what success and failure make of it.
+# Trust region: the largest deviation of a cost from the table's, as a logarithm: at the start, the
+# smallest and the largest; and the factors by which a success and a failure change it.
 _REACH, _NEAREST, _FURTHEST = 1.0, 0.15, 2.0
 _WIDER, _CLOSER = 1.5, 0.9
-# Of so many plans in turn one is what is believed to be best, and so are the last ones.
+# Every fourth proposal, and the last four, use the posterior mean in place of a sample.
 _EVERY, _LAST = 4, 4
 # Plans that are drawn until one is new.
 _DRAWS = 20

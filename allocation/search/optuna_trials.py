@@ -324,7 +324,7 @@ def fail_abandoned(study: optuna.Study) -> int:
         if not _died(str(trial.user_attrs.get(WORKER, ""))):
             continue
         with contextlib.suppress(ValueError, RuntimeError):
-            # Another worker may have told it in between.
+            # Another worker may have ended the trial in between.
             study.tell(trial.number, state=TrialState.FAIL)
             count += 1
             if "fixed_params" in trial.system_attrs:

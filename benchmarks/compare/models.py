@@ -56,7 +56,7 @@ class Options:
         refine_tokens: of the calibration text, for measuring plans.
         evaluation: evaluation texts, each a domain; "builtin" has four.
         judged: tokens of all of them together.
-        seed: of all that is drawn.
+        seed: the random seed.
         formats: that our own strategies choose from.
     """
 

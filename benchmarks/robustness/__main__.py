@@ -105,7 +105,7 @@ def run(
         out: folder for `robustness.json`, `robustness.md` and what finished blocks found.
         names: of the parts.
         count: of cases in each group; each part's own when not given.
-        seed: of all that is drawn.
+        seed: the random seed.
         say: called with a line for each finished block.
         only: names of the commands that are killed or meet a full disk; all when empty.
     """

@@ -45,7 +45,7 @@ class Anchors(Protocol):
             free: which cells may be measured, bool[U,F].
             spread: of the present prediction, float64[U,F]; None before the first.
             count: how many.
-            seed: of all that is drawn.
+            seed: the random seed.
         """
         ...
 

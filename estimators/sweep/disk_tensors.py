@@ -1,7 +1,8 @@
 """Tensors whose memory is a file: what does not fit beside a layer waits on the disk.
 
-A file without a name is gone when its tensor is, whatever ends the process; one with a name stays.
-Its room is taken when it is made, so that a full disk is told then and not by a signal later.
+A file without a name is deleted with its tensor, even if the process is killed; one with a name
+stays. Its space is allocated when it is made, so that a full disk raises an error then, and not a
+signal later.
 """
 
 from __future__ import annotations

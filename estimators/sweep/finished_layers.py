@@ -1,8 +1,8 @@
 """Finished steps of a pass over layers: files beside the journal, for what is too large for a line.
 
 A step is done when the journal says so, which it does once the step's files are on the disk. Files
-of a step that it does not speak of are of a killed run, and are written again. With the step it
-keeps the size and the CRC-32 of each file, so that what was damaged since is no result.
+of a step that the journal does not list come from a killed run, and are written again. The journal
+also keeps the size and the CRC-32 of each file, so that a file damaged since then is not used.
 """
 
 from __future__ import annotations

@@ -335,7 +335,7 @@ def refine(
         text: calibration text, a file or "builtin".
         tokens: of it, as the table was calibrated on.
         refine_tokens: of it, to measure plans on.
-        seed: of all that is drawn.
+        seed: the random seed.
         journal: where measurements are kept, so that a killed run goes on.
         overwrite: start a journal of other inputs anew.
         progress: called with (what, done, of).

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitknap.cli.options import common, completing
+from bitknap.cli.options import common, completing, measuring
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import option
 from bitknap.cli.options.rules import check_options
@@ -68,11 +68,11 @@ _PARTLY = 1
 )
 @common.profile
 @common.method
-@common.formats
-@common.group_size.but(usual="32,64,row")
-@common.metadata.but(usual="compact")
-@common.text
-@common.tokens
+@measuring.formats
+@measuring.group_size.but(usual="32,64,row")
+@measuring.metadata.but(usual="compact")
+@measuring.text
+@measuring.tokens
 @common.refine.but(
     default=None,
     usual="64, or 4 with --strategies quick",
@@ -126,7 +126,7 @@ _PARTLY = 1
 )
 @common.output("DIR", "Folder to write.")
 @common.overwrite
-@common.seed
+@measuring.seed
 @common.as_json
 def compare(
     model: str,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from bitknap.cli.options import common, completing
+from bitknap.cli.options import common, completing, measuring
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import option
 from bitknap.cli.options.rules import check_options
@@ -32,9 +32,9 @@ from bitknap.quiet import silence_transformers
     is_flag=True,
     help="Evaluate the best uniform recipe of that size too.",
 )
-@common.text.but(group="evaluation", help="Evaluation text: file or builtin.")
-@common.tokens.but(group="evaluation", usual="32768", help="Number of evaluation tokens.")
-@common.seed.but(group="evaluation")
+@measuring.text.but(group="evaluation", help="Evaluation text: file or builtin.")
+@measuring.tokens.but(group="evaluation", usual="32768", help="Number of evaluation tokens.")
+@measuring.seed.but(group="evaluation")
 @common.as_json
 def evaluate(
     model: str,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from bitknap.cli.options import common
+from bitknap.cli.options import common, measuring
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import argument, option
 from bitknap.cli.options.rules import check_options
@@ -49,7 +49,7 @@ from bitknap.errors import InputError
     help="Write the plans of all budgets, and a picture.",
 )
 @solving
-@common.seed.but(group="solving")
+@measuring.seed.but(group="solving")
 @common.output("PLAN", "Plan or frontier to write, .json.")
 @common.overwrite
 @common.as_json

@@ -122,7 +122,7 @@ def test_shown_defaults_are_those_of_the_library():
     from bitknap import Ilp, Knapsack
     from bitknap.api import quantizing, refining
     from bitknap.benchmarks.compare import models
-    from bitknap.cli.options import common
+    from bitknap.cli.options import common, measuring
     from bitknap.estimators.tables.several_texts import Rule
     from bitknap.estimators.tables.super_expert_floor import FLOOR
 
@@ -132,11 +132,11 @@ def test_shown_defaults_are_those_of_the_library():
     def compared(name):
         return next(one.usual for one in options(LEAVES["compare"]) if one.name == name)
 
-    assert shown(common.tokens) == str(quantizing.CALIBRATION_TOKENS)
+    assert shown(measuring.tokens) == str(quantizing.CALIBRATION_TOKENS)
     assert shown(common.refine_tokens) == str(refining.REFINE_TOKENS)
-    assert shown(common.group_size) == ",".join(map(str, quantizing.GROUP_SIZES))
-    assert common.protect_bits.settings["default"] == FLOOR
-    assert set(common.robust.settings["type"].names) == set(get_args(Rule))
+    assert shown(measuring.group_size) == ",".join(map(str, quantizing.GROUP_SIZES))
+    assert measuring.protect_bits.settings["default"] == FLOOR
+    assert set(measuring.robust.settings["type"].names) == set(get_args(Rule))
     assert shown(common.gap) == f"{Knapsack().gap:g}"
     limits = f"{Knapsack().time_limit:g} for knapsack, {Ilp().time_limit:g} for ilp"
     assert shown(common.time_limit) == limits

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.cli.interrupts import stoppable
-from bitknap.cli.options import common
+from bitknap.cli.options import common, measuring
 from bitknap.cli.options.declare import options_of
 from bitknap.cli.options.solving import given, listed
 from bitknap.cli.terminal import progress_bars
@@ -22,28 +22,28 @@ from bitknap.progress import Progress
 from bitknap.quiet import silence_transformers
 
 estimating = options_of(
-    common.estimator,
-    common.texts,
-    common.tokens,
-    common.max_memory,
-    common.seed,
-    common.calibrate,
-    common.check,
-    common.journal,
-    common.samples,
-    common.measurements,
-    common.initial_router,
-    common.protect_bits,
-    common.robust,
-    common.risk,
+    measuring.estimator,
+    measuring.texts,
+    measuring.tokens,
+    measuring.max_memory,
+    measuring.seed,
+    measuring.calibrate,
+    measuring.check,
+    measuring.journal,
+    measuring.samples,
+    measuring.measurements,
+    measuring.initial_router,
+    measuring.protect_bits,
+    measuring.robust,
+    measuring.risk,
     common.include,
-    common.formats,
-    common.group_size,
-    common.metadata,
-    common.keep,
-    common.row_blocks,
-    common.permute,
-    common.rotate,
+    measuring.formats,
+    measuring.group_size,
+    measuring.metadata,
+    measuring.keep,
+    measuring.row_blocks,
+    measuring.permute,
+    measuring.rotate,
 )
 
 

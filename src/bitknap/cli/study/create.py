@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import click
 
-from bitknap.cli.options import common, completing
+from bitknap.cli.options import common, completing, measuring
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import OneOf, option
 from bitknap.cli.options.rules import check_options
@@ -57,7 +57,7 @@ _RANGE = re.compile(r"\s*(\d+\.?\d*)(?:bpw)?\s*-\s*(\d+\.?\d*)bpw\s*")
     more=f"Some of {','.join(completing.KNOBS)}; risk and exponents need tables that have them.",
     shell_complete=completing.knobs,
 )
-@common.seed.but(group="solving")
+@measuring.seed.but(group="solving")
 @common.as_json
 def create(
     name: str,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitknap.cli.options import common, completing
+from bitknap.cli.options import common, completing, measuring
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import option
 from bitknap.cli.options.solving import given
@@ -48,8 +48,8 @@ _WHAT = "KL, nats/token"
     metavar="N",
     help="Number of trials to complete.",
 )
-@common.text.but(default=None, usual="builtin")
-@common.tokens.but(usual="8192, or as before")
+@measuring.text.but(default=None, usual="builtin")
+@measuring.tokens.but(usual="8192, or as before")
 @stored.moved
 @stored.features
 @common.as_json

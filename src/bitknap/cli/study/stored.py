@@ -15,8 +15,8 @@ storage = option(
     group="study",
     required=True,
     metavar="URL",
-    help="Where trials are: sqlite:///s.db or journal:s.log.",
-    more="Any URL of a storage of Optuna works.",
+    help="Storage: sqlite:///s.db or journal:s.log.",
+    more="Trials are kept there; any storage URL of Optuna works.",
 )
 moved = option(
     "--table",
@@ -25,7 +25,7 @@ moved = option(
     default=None,
     usual="where it was",
     metavar="TABLE",
-    help="Where the cost table lies now.",
+    help="Cost table of the study, if it was moved.",
 )
 features = option(
     "--feature",
