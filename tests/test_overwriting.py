@@ -158,6 +158,8 @@ def test_places_that_cannot_be_written_are_said_before_any_work(make, ready, ref
         (tmp_path / "dangling", "is a link to"),
         (tmp_path / "file" / f"out{end}", "is a file, not a folder"),
         (tmp_path / f"{'x' * 260}{end}", "choose a shorter name"),
+        (f"~/out{end}", "~ is your home folder to a shell alone"),
+        (tmp_path / "  ", "a name of blanks"),
         (tmp_path / ("folder" if end else "file"), "choose another name"),
     ):
         assert said in refused(*words, out, "--overwrite")

@@ -9,7 +9,7 @@ alike, and says which part of which file is wrong.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,10 @@ from bitknap.quantization.source.transformers_calls import calling_transformers
 
 # Name to (safetensors dtype, shape), as `Checkpoint.shapes` gives it.
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
+# What configurations call the number of their layers and experts, and the width of a head.
+_COUNT = re.compile(
+    r"(moe_)?(num|n)_(\w+_)?(layers|experts)|(encoder|decoder)_layers|depth|(\w+_)?head_dim"
+)
 
 
 def check(folder: Path, *, reads_text: bool = False) -> None:
@@ -81,7 +85,7 @@ def check_source(
         ModelError: it is packed already, has no units, or transformers could not load it.
     """
     check_unpacked(source)
-    _check_depth(source)
+    _check_counts(source)
     try:
         model = hollow(source.folder, config_of(source.folder))
     except ModelError:
@@ -101,7 +105,7 @@ def check_loadable(source: Checkpoint, *, reads_text: bool = False) -> None:
     Raises:
         ModelError: says which part of which file is wrong.
     """
-    _check_depth(source)
+    _check_counts(source)
     model = hollow(source.folder, config_of(source.folder))
     check_tensors(source.folder, model, source.shapes)
     if reads_text:
@@ -139,7 +143,16 @@ def check_tensors(
         ModelError: experts differ in number or size, or a tensor is missing or of another shape.
     """
     if layout is not None:
-        _check_units(folder, layout, walk(model, include))
+        try:
+            built = walk(model, include)
+        except ModelError as error:
+            if "no routed experts" not in str(error):
+                raise
+            raise ModelError(
+                f"{folder}: config.json describes a model without the {len(layout.units)} matrices "
+                "to plan that the weights hold; correct config.json"
+            ) from None
+        _check_units(folder, layout, built)
     state: dict[str, Tensor] = model.state_dict()
     made = _converted(folder, model, state, shapes)
     for name, tensor in made.items():
@@ -201,14 +214,34 @@ def stored_as(
     return found
 
 
-def _check_depth(source: Checkpoint) -> None:
-    """Refuse more layers than there are tensors: building them would take all memory."""
-    layers = count_of(text_config(source.config), "num_hidden_layers") or 0
-    if layers > len(source.headers):
+def _check_counts(source: Checkpoint) -> None:
+    """Refuse more layers or experts, or wider heads, than weights hold: they take long to build.
+
+    A layer takes a tensor; an expert takes one, or a slice of one; a head takes rows of one.
+    """
+    tensors = len(source.headers)
+    layers = count_of(text_config(source.config), "num_hidden_layers")
+    if layers is not None and not 0 < layers <= tensors:
         raise ModelError(
             f"{source.folder}: config.json: num_hidden_layers: {layers}, but the weights have only "
-            f"{len(source.headers)} tensors; correct config.json"
+            f"{tensors} tensors; correct config.json"
         )
+    longest = max((size for _, shape in source.shapes.values() for size in shape), default=0)
+    for name, count in _counts(source.config):
+        if count > max(tensors, longest):
+            raise ModelError(
+                f"{source.folder}: config.json: {name}: {count}, but the weights have only "
+                f"{tensors} tensors, none longer than {longest}; correct config.json"
+            )
+
+
+def _counts(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """Yield the counts and head widths in a configuration and its parts."""
+    for name, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _counts(value, f"{prefix}{name}.")
+        elif _COUNT.fullmatch(name) and isinstance(value, int | float):
+            yield f"{prefix}{name}", value
 
 
 def _check_units(folder: Path, stored: Layout, built: Layout) -> None:

@@ -115,6 +115,10 @@ def _identity(path: Path) -> object:
 
 
 def _check_name(path: Path) -> None:
+    if path.parts[:1] == ("~",):
+        raise InputError(f"{path}: ~ is your home folder to a shell alone; write the folder out")
+    if path.name and not path.name.strip():
+        raise InputError(f"{str(path)!r}: a name of blanks; choose another name")
     size, limit = len(os.fsencode(path.name)), name_limit(path)
     if size > limit:
         raise InputError(

@@ -181,6 +181,29 @@ def test_a_finished_folder_is_not_written_over(everything, words, refused):
     assert "exists; choose another name" in refused(*words, "-o", everything)
 
 
+def test_what_a_comparison_wrote_is_replaced_and_nothing_else(words, refused, tmp_path):
+    out, some = tmp_path / "out", ["--budgets", "3", "--strategies", "uniform"]
+    again = [*words, *some, "-o", str(out), "--overwrite"]
+    main(again)
+    first = {file.name for file in out.rglob("*")}
+    (out / "bitknap_files.json").unlink()  # as of an earlier version
+    (out / "thesis.txt").write_text("years of work")
+    assert "thesis.txt was not written by Bitknap" in refused(*again)
+    (out / "thesis.txt").unlink()
+    main(again)
+    assert {file.name for file in out.rglob("*")} == first
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    for inside in (words[1], f"{words[1]}/out", f"{words[1]}/.."):
+        assert "must be apart" in refused(*words, *some, "-o", inside, "--overwrite")
+
+
+def test_a_hidden_folder_of_somebody_else_is_no_stopped_run(words, refused, tmp_path):
+    (tmp_path / "out" / running.WORK).mkdir(parents=True)
+    (tmp_path / "out" / running.WORK / "thesis.txt").write_text("years of work")
+    assert "thesis.txt was not written" in refused(*words, "-o", tmp_path / "out", "--overwrite")
+    assert "thesis.txt was not written" in refused(*words, "-o", tmp_path / "out")
+
+
 def test_tasks_without_lm_eval_name_the_extra(words, refused, tmp_path, monkeypatch):
     from bitknap.benchmarks.compare import tasks
 
