@@ -395,3 +395,46 @@ def test_placing_a_folder_where_one_came_meanwhile(tmp_path):
         place(part, out, overwrite=False)
     assert tree(out)["b"] == b"old"
     assert tree(part)["b"] == b"new"
+
+
+def working_folder(tmp_path):
+    """Return a hidden folder with a listed one in it, as a sorted copy of a model is kept."""
+    folder = tmp_path / ".out.copy"
+    with whole_folder(folder / "sorted", overwrite=False) as part:
+        for name in ("config.json", "model.safetensors", "a.txt"):
+            (part / name).write_text(name)
+    return folder
+
+
+def test_a_working_folder_that_is_being_deleted_is_known_at_every_step(tmp_path, monkeypatch):
+    count = 0
+    while True:
+        folder = working_folder(tmp_path)
+        left, real = count, Path.unlink
+
+        def unlink(self, missing_ok=False, real=real):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            real(self, missing_ok)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", unlink)
+            try:
+                outputs.drop(folder, "sorted")
+            except KeyboardInterrupt:
+                check_output(folder / "sorted", "folder", overwrite=True)
+        outputs.drop(folder, "sorted")
+        assert not folder.exists()
+        if left >= 0:
+            break
+        count += 1
+    assert count == 4  # three files and their list
+
+
+def test_a_strange_file_in_a_working_folder_stays(tmp_path):
+    folder = working_folder(tmp_path)
+    (folder / "sorted" / "thesis.txt").write_text("years of work")
+    outputs.drop(folder, "sorted")
+    assert (folder / "sorted" / "thesis.txt").read_text() == "years of work"

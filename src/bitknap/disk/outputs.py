@@ -299,8 +299,17 @@ def check_only(folder: Path, names: str) -> None:
 
 
 def drop(folder: Path, names: str) -> None:
-    """Delete a hidden working folder if it is ours; see `holds_only`."""
-    if holds_only(folder, names):
+    """Delete a hidden working folder if it is ours; see `holds_only`.
+
+    Folders in it lose the list of their files last, so that a kill leaves what is still known. One
+    with a file that this tool did not write is left as it is.
+    """
+    if not (holds_only(folder, names) and folder.exists()):
+        return
+    with contextlib.suppress(InputError):
+        for item in folder.iterdir():
+            if item.is_dir() and manifest.listed(item) is not None:
+                manifest.remove(item)
         shutil.rmtree(folder, ignore_errors=True)
 
 
