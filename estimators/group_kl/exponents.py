@@ -120,33 +120,23 @@ def fit_exponents(
     touched = np.unique(np.concatenate([group.units for group in measured]))
     varies = np.ptp(z[:, touched], axis=1) > _ALIKE
     parameters = int(varies.sum()) + len({group.format for group in measured})
-    fallback = ""
-    if varies.any() and len(measured) < parameters:
-        fallback = (
-            f"{len(measured)} groups for {parameters} exponents and gains; exponents stay 0, "
-            "only gains were fitted; measure more groups"
-        )
+    few = bool(varies.any()) and len(measured) < parameters
     fit = _Fit(
         table=base_table,
         z=z,
         level=_levels(base_table, touched),
-        use=np.flatnonzero(varies & (not fallback)),
+        use=np.flatnonzero(varies & (not few)),
         signs=each("nonnegative", nonnegative, len(z)) > 0,
         penalty=penalty,
     )
     theta, gains = fit.solve(measured)
     exponents = np.zeros(len(z))
     exponents[fit.use] = theta
+    dropped = tuple(called[k] for k in np.flatnonzero(~varies))
     return Fitted(
         exponents=MappingProxyType(dict(zip(called, exponents.tolist(), strict=True))),
         gains=gains,
-        report=_report(
-            fit,
-            measured,
-            parameters=parameters,
-            dropped=tuple(called[k] for k in np.flatnonzero(~varies)),
-            fallback=fallback,
-        ),
+        report=_report(fit, measured, parameters=parameters, dropped=dropped, few=few),
     )
 
 
@@ -220,10 +210,14 @@ def _report(
     *,
     parameters: int,
     dropped: tuple[str, ...],
-    fallback: str,
+    few: bool,
 ) -> FitReport:
     """Return how far a fit can be trusted, from groups that are left out of it."""
     folds = len(groups) if len(groups) <= _EACH else _FOLDS
+    fallback = (
+        f"{len(groups)} groups for {parameters} exponents and gains; exponents stay 0, only gains "
+        "were fitted; measure more groups"
+    )
     return FitReport(
         groups=len(groups),
         parameters=parameters,
@@ -231,7 +225,7 @@ def _report(
         error_without=_left_out(replace(fit, use=fit.use[:0]), groups, folds),
         folds=folds,
         dropped=dropped,
-        fallback=fallback,
+        fallback=fallback if few else "",
     )
 
 

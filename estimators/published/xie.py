@@ -168,9 +168,8 @@ def channel_table(
         else:
             rows = _score_rows(weights, grids[weights.shape[2]], alpha, k)
         cuts = np.concatenate([[0], np.cumsum(units.rows[first[run[0]] : first[run[0] + 1]])[:-1]])
-        summed = np.add.reduceat(rows.numpy(), cuts, axis=1)
         members = first[run][:, None] + np.arange(len(cuts))
-        cost[members] = summed
+        cost[members] = np.add.reduceat(rows.numpy(), cuts, axis=1)
     provenance = {
         **evidence.provenance,
         "method": evidence.rounding.name,

@@ -235,12 +235,7 @@ def grow(
     """
     free = space.free()
     budget = min(growth.stop, int(free.sum()))
-    judged = max(_FEWEST, round(_HELD_OUT * budget))
-    if judged + growth.start > budget:
-        raise InputError(
-            f"stop: {budget} measurements are fewer than {judged} to judge by and {growth.start} "
-            "to start with; raise stop or lower start"
-        )
+    judged = _judged(growth, budget)
     known: dict[int, float] = {}
 
     def take(anchors: Anchors, spread: Floats | None, count: int) -> Longs:
@@ -271,6 +266,17 @@ def grow(
         spearman=tuple(scores),
         saturated=saturated,
     )
+
+
+def _judged(growth: Growth, budget: int) -> int:
+    """Return how many cells are measured to judge by, after checking that a start is left."""
+    judged = max(_FEWEST, round(_HELD_OUT * budget))
+    if judged + growth.start > budget:
+        raise InputError(
+            f"stop: {budget} measurements are fewer than {judged} to judge by and {growth.start} "
+            "to start with; raise stop or lower start"
+        )
+    return judged
 
 
 def _third(layer: Any) -> Longs:
