@@ -1,4 +1,4 @@
-"""What mkdocs calls while it builds: formulas as MathML, and the command line's help as a page."""
+"""What mkdocs calls while it builds: formulas as MathML, and lists that are made from the code."""
 
 from __future__ import annotations
 
@@ -15,15 +15,18 @@ from latex2mathml.converter import convert
 _INLINE = re.compile(r'<span class="arithmatex">\\\((.*?)\\\)</span>', re.DOTALL)
 _BLOCK = re.compile(r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>', re.DOTALL)
 _COMMANDS = "<!-- every command -->"
+_METHODS = "<!-- every published method -->"
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
-    """Return the page with every command where the mark is."""
-    if _COMMANDS not in markdown:
-        return markdown
-    from bitknap.cli.command import bitknap
+    """Return the page with every command, or published method, where the mark is."""
+    if _COMMANDS in markdown:
+        from bitknap.cli.command import bitknap
 
-    return markdown.replace(_COMMANDS, "\n".join(_commands(bitknap, "bitknap")))
+        markdown = markdown.replace(_COMMANDS, "\n".join(_commands(bitknap, "bitknap")))
+    if _METHODS in markdown:
+        markdown = markdown.replace(_METHODS, "\n".join(_methods()))
+    return markdown
 
 
 def on_page_content(content: str, **_: Any) -> str:
@@ -70,6 +73,28 @@ def _command(command: click.Command, name: str) -> Iterator[str]:
             yield "|---|---|"
             yield from (f"| <code>{_escaped(a)}</code> | {_escaped(b)} |" for a, b in rows)
             yield ""
+
+
+def _methods() -> Iterator[str]:
+    """Yield the lines of every published method: what it does, and what is missing of it."""
+    from bitknap.estimators.published import RULES
+
+    for name, method in RULES.items():
+        yield f"\n### {method.title} {{ #{name} }}\n"
+        yield _escaped(method.citation) + ".\n"
+        yield "| part | here |"
+        yield "|---|---|"
+        yield f"| cost | {_escaped(method.cost)} |"
+        if method.allocator:
+            yield f"| ties | `{method.ties}` |"
+            yield f"| allocator | {_escaped(method.allocator)} |"
+        if method.plans:
+            yield f"| strategy of `compare` | `{name}` |"
+        if method.signals:
+            yield f"| signals | {', '.join(f'`{signal}`' for signal in method.signals)} |"
+        if method.missing:
+            yield "\nWhat is missing or ours:\n"
+            yield from (f"* {_escaped(one)}" for one in method.missing)
 
 
 def _escaped(text: str) -> str:
