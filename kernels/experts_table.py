@@ -86,30 +86,12 @@ class ExpertsTable:
             InputError: the buffer does not have the bytes that the recipes need, or blocks are not
                 of one length.
         """
-        if rows % blocks or len(recipes) % blocks:
-            raise InputError(
-                f"experts {rows}x{cols}: {rows} rows do not make {blocks} blocks of one length; "
-                "dequantize these units instead"
-            )
-        long = rows // blocks
-        sizes = torch.tensor([r.part_bytes(long, cols) for r in recipes], dtype=torch.int64)
-        needed = int(sizes.sum())
-        if len(buffer) != needed:
-            raise InputError(
-                f"experts {len(recipes)} x {long}x{cols}: {len(buffer)} bytes, not {needed}; "
-                "pass a stack in the layout for kernels"
-            )
+        sizes = _part_sizes(len(buffer), recipes, rows, cols, blocks)
         ends = sizes.view(-1).cumsum(0).view(-1, 3)
         begins = (ends - sizes) // 4
         device = buffer.device
         codes_at, words_at, rows_at = (b.contiguous().to(device) for b in begins.unbind(1))
-
         kinds = [kind_of(r, cols, kept) for r in recipes]
-        weight = [
-            sum(kind.weight for kind in kinds[first : first + blocks])
-            for first in range(0, len(kinds), blocks)
-        ]
-        heavy = sorted(range(len(weight)), key=lambda expert: -weight[expert])
 
         def column(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int32, device=device)
@@ -127,7 +109,7 @@ class ExpertsTable:
             words_at=words_at,
             rows_at=rows_at,
             kind=column([kind.code for kind in kinds]),
-            order=column(heavy),
+            order=column(_heaviest_first(kinds, blocks)),
             recipes=tuple(recipes),
             kept=kept,
             blocks=blocks,
@@ -157,6 +139,35 @@ class ExpertsTable:
         whole = self.buffer.view(torch.uint8)[first : first + sum(sizes)]
         codes, words, scales = whole.split(list(sizes))
         return codes, words, scales
+
+
+def _part_sizes(given: int, recipes: Sequence[Recipe], rows: int, cols: int, blocks: int) -> Tensor:
+    """Return the bytes of each block's codes, words and row scales, int64 [E · B, 3].
+
+    Raises:
+        InputError: they are not `given` bytes in all, or blocks are not of one length.
+    """
+    if rows % blocks or len(recipes) % blocks:
+        raise InputError(
+            f"experts {rows}x{cols}: {rows} rows do not make {blocks} blocks of one length; "
+            "dequantize these units instead"
+        )
+    long = rows // blocks
+    sizes = torch.tensor([r.part_bytes(long, cols) for r in recipes], dtype=torch.int64)
+    needed = int(sizes.sum())
+    if given != needed:
+        raise InputError(
+            f"experts {len(recipes)} x {long}x{cols}: {given} bytes, not {needed}; "
+            "pass a stack in the layout for kernels"
+        )
+    return sizes
+
+
+def _heaviest_first(kinds: Sequence[Kind], blocks: int) -> list[int]:
+    """Return the numbers of experts, the one with the most bits first."""
+    firsts = range(0, len(kinds), blocks)
+    weights = [sum(kind.weight for kind in kinds[first : first + blocks]) for first in firsts]
+    return sorted(range(len(weights)), key=lambda expert: -weights[expert])
 
 
 def with_scaled(buffer: Tensor, recipes: Sequence[Recipe], rows: int, cols: int) -> list[Recipe]:

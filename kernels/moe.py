@@ -78,7 +78,7 @@ def _(
 
 
 def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launch: str) -> Tensor:
-    from bitknap.kernels.run_triton import run  # Triton exists on Linux alone
+    from bitknap.kernels.run_triton import Execution, run  # Triton exists on Linux alone
 
     if x.dtype == torch.float32:
         raise InputError("activations in torch.float32: a GPU takes bfloat16 or float16; cast them")
@@ -94,7 +94,7 @@ def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launc
     device = device_of(x.device.index)
     how = Launch.parse(launch) if launch else choose(case, device)
     check(how, case)
-    return run(x, index, weights, experts, how, asm=not device.amd)
+    return run(x, index, weights, experts, how, Execution(asm=not device.amd))
 
 
 @cache

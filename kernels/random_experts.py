@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,57 +17,69 @@ from bitknap.kernels.layout.tiled_codes import pack_tiles, padded, tile_bytes
 _EXPONENT = -8  # of matrices that have one
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Structure:
+    """What a layer of random experts has beside its up projections.
+
+    Attributes:
+        gate: recipes of gate projections; those of up projections if None.
+        down: recipes of down projections; those of up projections if None.
+        activation: the function between gate and down.
+        gated: whether there is a gate.
+        biased: whether all projections have biases.
+        kept: dtype of the experts in source precision, and of biases.
+        blocks: how many blocks of rows each matrix has.
+    """
+
+    gate: Sequence[Recipe] | None = None
+    down: Sequence[Recipe] | None = None
+    activation: Activation = "silu"
+    gated: bool = True
+    biased: bool = False
+    kept: torch.dtype = torch.bfloat16
+    blocks: int = 1
+
+
 def made_up_experts(
     recipes: Sequence[Recipe],
     hidden: int,
     intermediate: int,
+    structure: Structure | None = None,
     *,
-    gate: Sequence[Recipe] | None = None,
-    down: Sequence[Recipe] | None = None,
-    activation: Activation = "silu",
-    gated: bool = True,
-    biased: bool = False,
-    kept: torch.dtype = torch.bfloat16,
-    blocks: int = 1,
     device: str = "cpu",
     seed: int | None = 0,
 ) -> Experts:
     """Return experts with random weights of about 1 / √inputs, the same for the same seed.
 
     Args:
-        recipes: of up projections, and of the others unless they are given; one a block of rows.
-            Groups longer than a row, and the bytes of kept matrices, are set right for each.
+        recipes: of up projections, one a block of rows. Groups longer than a row, and the bytes
+            of kept matrices, are set right for each projection.
         hidden: H.
         intermediate: I.
-        gate: recipes of gate projections.
-        down: recipes of down projections.
-        activation: of gate.
-        gated: whether there is a gate.
-        biased: whether all projections have biases.
-        kept: dtype of the experts in source precision, and of biases.
-        blocks: of rows, of every matrix.
+        structure: all else of the layer; gated, without biases, if None.
         device: where they lie in the end.
         seed: of all random numbers; None leaves all zero, which takes no time, for compiling.
     """
+    how = structure or Structure()
     random = None if seed is None else torch.Generator().manual_seed(seed)
 
     def table(which: Sequence[Recipe], rows: int, cols: int) -> ExpertsTable:
-        return made_up_table(which, rows, cols, random, kept, device, blocks)
+        return made_up_table(which, rows, cols, random, how.kept, device, how.blocks)
 
     def bias(rows: int) -> Tensor | None:
-        shape = len(recipes) // blocks, rows
-        if not biased:
+        shape = len(recipes) // how.blocks, rows
+        if not how.biased:
             return None
         if random is None:
-            return torch.zeros(shape, dtype=kept, device=device)
-        return torch.randn(shape, generator=random).to(device, kept)
+            return torch.zeros(shape, dtype=how.kept, device=device)
+        return torch.randn(shape, generator=random).to(device, how.kept)
 
     return Experts(
-        gate=table(gate or recipes, intermediate, hidden) if gated else None,
+        gate=table(how.gate or recipes, intermediate, hidden) if how.gated else None,
         up=table(recipes, intermediate, hidden),
-        down=table(down or recipes, hidden, intermediate),
-        activation=activation,
-        gate_bias=bias(intermediate) if gated else None,
+        down=table(how.down or recipes, hidden, intermediate),
+        activation=how.activation,
+        gate_bias=bias(intermediate) if how.gated else None,
         up_bias=bias(intermediate),
         down_bias=bias(hidden),
     )

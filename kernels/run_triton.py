@@ -6,6 +6,7 @@ Nothing here reads a tensor: sizes, grids and allocations follow from shapes alo
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,15 +38,39 @@ _OWN_SUMS = 4
 _DEQUANTIZING = Tile(rows=64, stages=2)
 
 
+def _start(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: Mapping[str, Any],
+    tile: Tile,
+) -> None:
+    kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Execution:
+    """What kernels are compiled for, and what starts them.
+
+    Attributes:
+        compute: type that products are taken in, that of the activations if None; Triton's
+            interpreter needs float32 or fp16.
+        asm: whether codes are read by inline PTX.
+        start: what starts kernels, for those who only want to know which and how.
+    """
+
+    compute: torch.dtype | None = None
+    asm: bool = True
+    start: Start = _start
+
+
 def run(
     x: Tensor,
     index: Tensor,
     weights: Tensor,
     experts: Opened,
     launch: Launch,
-    compute: torch.dtype | None = None,
-    asm: bool = True,
-    start: Start | None = None,
+    execution: Execution | None = None,
 ) -> Tensor:
     """Return what `kernels.moe.moe` does, by Triton.
 
@@ -55,15 +80,12 @@ def run(
         weights: of them, contiguous.
         experts: of the layer.
         launch: how.
-        compute: type that products are taken in, that of `x` if None; Triton's interpreter needs
-            float32 or fp16.
-        asm: whether codes are read by inline PTX.
-        start: what starts kernels, for those who only want to know which and how.
+        execution: what to compile for; the GPU at hand if None.
     """
     out = torch.empty_like(x)
     if not index.numel():
         return out.zero_()
-    layer = _Layer(x, index, weights, experts, launch, compute or x.dtype, asm, start or _start)
+    layer = _Layer(x, index, weights, experts, launch, execution or Execution())
     return {"decode": _decode, "grouped": _grouped, "dense": _dense}[launch.path](layer, out)
 
 
@@ -77,11 +99,9 @@ class _Layer:
         weights: Tensor,
         experts: Opened,
         launch: Launch,
-        compute: torch.dtype,
-        asm: bool,
-        start: Start,
+        execution: Execution,
     ) -> None:
-        self.start = start
+        self.start = execution.start
         self.x, self.index, self.weights = x, index, weights
         self.experts, self.launch = experts, launch
         self.tokens, self.topk = index.shape
@@ -93,7 +113,10 @@ class _Layer:
             "INNER": self.inner,
             "EXPERTS": self.count,
         }
-        self.how: dict[str, Any] = {"CT": _TYPES[compute], "ASM": asm}
+        self.how: dict[str, Any] = {
+            "CT": _TYPES[execution.compute or x.dtype],
+            "ASM": execution.asm,
+        }
         gate = experts.gate
         self.gate_up: dict[str, Any] = {
             "KINDS": _codes(experts.up),
@@ -118,16 +141,6 @@ class _Layer:
 
     def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=self.x.device)
-
-
-def _start(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: tuple[Any, ...],
-    constants: Mapping[str, Any],
-    tile: Tile,
-) -> None:
-    kernel[grid](*arguments, **constants, num_warps=tile.warps, num_stages=tile.stages)
 
 
 def _codes(stack: Stack) -> tuple[int, ...]:

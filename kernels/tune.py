@@ -82,13 +82,9 @@ def changes(launch: Launch, projection: Projection) -> list[Launch]:
 
 
 def tune(
-    experts: int,
-    topk: int,
-    hidden: int,
-    intermediate: int,
+    cases: Sequence[Case],
     bits: Sequence[int] = (2, 3, 4, 8),
     dtype: torch.dtype = torch.bfloat16,
-    tokens: Sequence[int] = TOKENS,
     processes: int = 1,
 ) -> list[tuple[Case, Launch, float]]:
     """Return the fastest launch found of each number of tokens, and its seconds.
@@ -96,25 +92,20 @@ def tune(
     Of every start the cuts of gate and up are tried, and then, with the best, those of down.
 
     Args:
-        experts: E.
-        topk: experts of a token.
-        hidden: H.
-        intermediate: I.
+        cases: one layer's shapes at several numbers of tokens.
         bits: widths, in turn.
         dtype: of activations.
-        tokens: numbers of them.
         processes: that compile everything first.
 
     Raises:
-        InputError: there is no GPU.
+        InputError: there is no GPU, or cases are of several layers.
     """
     if not torch.cuda.is_available():
         raise InputError("tune: no GPU is at hand, and launches are measured on one")
+    if len({replace(case, tokens=1) for case in cases}) != 1:
+        raise InputError(f"tune: {len(cases)} cases of several layers; tune one layer at a time")
+    experts, hidden, intermediate = cases[0].experts, cases[0].hidden, cases[0].intermediate
     device = device_of(torch.cuda.current_device())
-    cases = [
-        Case(tokens=count, topk=topk, experts=experts, hidden=hidden, intermediate=intermediate)
-        for count in tokens
-    ]
     recipes = [Recipe(bits=bits[i % len(bits)], group=128) for i in range(experts)]
     if processes > 1:
         _compile_all(cases, recipes, device, dtype, processes)
@@ -232,7 +223,8 @@ def main(arguments: list[str] | None = None) -> None:
         parser, "File to write, .json; named after the GPU if it is not given.", required=False
     )
     given = vars(parser.parse_args(arguments))
-    out = given.pop("out")
+    out, processes = given.pop("out"), given.pop("processes")
+    cases = [Case(**given | {"tokens": count}) for count in given["tokens"]]
     try:
         if out is not None:
             check_output(out, "file", overwrite=True)
@@ -241,7 +233,7 @@ def main(arguments: list[str] | None = None) -> None:
         gpu = torch.cuda.get_device_name()
         out = out or Path(file_name(gpu))
         check_output(out, "file", overwrite=True)
-        found = tune(**given)
+        found = tune(cases, processes=processes)
     except InputError as error:
         parser.exit(2, f"{error}\n")
     note = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}"

@@ -10,7 +10,7 @@ import numpy as np
 from bitknap.allocation.plans.solution import Answer, Status
 from bitknap.allocation.problem.arrays import Bools, Floats, Longs
 from bitknap.allocation.solvers.integer_program import TOLERANCE, Program, Runner
-from bitknap.allocation.solvers.lagrangian_dual import maximise, reduced
+from bitknap.allocation.solvers.lagrangian_dual import Point, maximise, reduced
 from bitknap.allocation.solvers.lower_hulls import fitting
 
 # First size of the core, in deviations from the dual optimum; grows as the gap demands.
@@ -44,7 +44,7 @@ class _Task:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class _Found:
+class _Solved:
     """What the integer solver says of one core: a choice or none, a bound, and if it finished."""
 
     choice: Longs | None
@@ -78,14 +78,25 @@ def answer(
         cost = fitting(cost, weight, bound)
     task = _Task(cost=cost, weights=weights, bounds=bounds, run=run, gap=gap, deadline=deadline)
     dual = maximise(cost, weights, bounds)
-    dearest = np.where(np.isfinite(cost), cost, -np.inf).max(axis=1)
-    if dual.value > dearest.sum() + 1e-9 * np.abs(dearest).sum():
+    most = np.where(np.isfinite(cost), cost, -np.inf).max(axis=1)
+    if dual.value > most.sum() + 1e-9 * np.abs(most).sum():
         return Answer(choice=None, bound=np.inf, status=Status.INFEASIBLE)
-    above = reduced(cost, weights, dual)
+    return _by_cores(task, dual, start if start is not None and task.fits(start) else None)
+
+
+def _by_cores(task: _Task, dual: Point, start: Longs | None) -> Answer:
+    """Solve larger and larger cores around the dual optimum, until one proves its best choice.
+
+    Args:
+        task: the whole problem.
+        dual: its dual optimum.
+        start: a choice within the limits, if one is known.
+    """
+    above = reduced(task.cost, task.weights, dual)
     ranked = np.sort(above[np.isfinite(above) & (above > 0)])
     base, best = dual.choice, None
     size, ceiling = _CORE, np.inf
-    if start is not None and task.fits(start):
+    if start is not None:
         base, best = start, (task.value(start), start)
         ceiling = best[0] - dual.value
         size = min(_enough(ranked, ceiling), _LARGEST)
@@ -93,26 +104,25 @@ def answer(
         # What is left out costs at least `cut` above the dual value, or more than a known plan.
         cut = float(ranked[size]) if size < len(ranked) else np.inf
         core = (above < cut) & (above <= ceiling)
-        core[np.arange(len(cost)), base] = True
-        found = _solved(task, core, base)
-        bound = max(dual.value, min(found.bound, dual.value + cut))
-        stop = time.monotonic() > deadline or size >= _LARGEST
-        if found.choice is None and best is None:
-            if found.finished and np.isinf(cut):
+        core[np.arange(len(task.cost)), base] = True
+        solved = _solved(task, core, base)
+        bound = max(dual.value, min(solved.bound, dual.value + cut))
+        stop = time.monotonic() > task.deadline or size >= _LARGEST
+        if solved.choice is None and best is None:
+            if solved.finished and np.isinf(cut):
                 return Answer(choice=None, bound=np.inf, status=Status.INFEASIBLE)
             if stop:
                 return Answer(choice=None, bound=bound, status=Status.FEASIBLE)
             size *= 8
             continue
-        if found.choice is not None and (best is None or task.value(found.choice) < best[0]):
-            best = task.value(found.choice), found.choice
-        value, choice = best  # type: ignore[misc]
+        if solved.choice is not None and (best is None or task.value(solved.choice) < best[0]):
+            best = task.value(solved.choice), solved.choice
         # Within the limits, so that the next core has a plan to begin with.
-        base = choice
+        value, base = best  # type: ignore[misc]
         bound = min(bound, value)
-        open_gap = value - bound > max(gap, _PROVEN) * abs(value)
+        open_gap = value - bound > max(task.gap, _PROVEN) * abs(value)
         closer = value - dual.value
-        if open_gap and not stop and found.finished:
+        if open_gap and not stop and solved.finished:
             if closer > cut:
                 size = min(_enough(ranked, closer), _LARGEST)
                 continue
@@ -120,9 +130,9 @@ def answer(
                 # Without options that no better plan has, what is left is resolved more finely.
                 ceiling = closer
                 continue
-        proven = found.finished and value - bound <= _PROVEN * abs(value)
+        proven = solved.finished and value - bound <= _PROVEN * abs(value)
         status = Status.OPTIMAL if proven else Status.FEASIBLE
-        return Answer(choice=choice, bound=bound, status=status)
+        return Answer(choice=base, bound=bound, status=status)
 
 
 def _enough(ranked: Floats, gap: float) -> int:
@@ -130,7 +140,7 @@ def _enough(ranked: Floats, gap: float) -> int:
     return int(np.searchsorted(ranked, gap, side="right")) + 1
 
 
-def _solved(task: _Task, core: Bools, base: Longs) -> _Found:
+def _solved(task: _Task, core: Bools, base: Longs) -> _Solved:
     """Solve the rows with several options left; all others stay at `base`."""
     cost, weights = task.cost, task.weights
     rows = np.arange(len(cost))
@@ -138,7 +148,9 @@ def _solved(task: _Task, core: Bools, base: Longs) -> _Found:
     least = task.value(base)
     if not len(row):
         fits = task.fits(base)
-        return _Found(choice=base if fits else None, bound=least if fits else np.inf, finished=True)
+        return _Solved(
+            choice=base if fits else None, bound=least if fits else np.inf, finished=True
+        )
     moved = weights[:, row, option] - weights[:, row, base[row]]
     room = task.bounds - weights[:, rows, base].sum(axis=1)
     largest = np.abs(moved).max(axis=1)
@@ -161,16 +173,16 @@ def _solved(task: _Task, core: Bools, base: Longs) -> _Found:
             if np.isinf(bound):
                 # Proven that the core has no plan, or nothing learned of it.
                 least_there = np.inf if result.finished else -np.inf
-                return _Found(choice=None, bound=least_there, finished=result.finished)
+                return _Solved(choice=None, bound=least_there, finished=result.finished)
             # Only the limits as tightened below were found wanting.
-            return _Found(choice=None, bound=bound, finished=False)
+            return _Solved(choice=None, bound=bound, finished=False)
         if np.isinf(bound):
             bound = least + (result.bound - TOLERANCE) / cost_scale
         choice = base.copy()
         choice[row[result.picked]] = option[result.picked]
         if task.fits(choice):
-            return _Found(choice=choice, bound=bound, finished=result.finished)
+            return _Solved(choice=choice, bound=bound, finished=result.finished)
         # The integer solver may allow a little too much: ask for that much less.
         over = weights[:, rows, choice].sum(axis=1) - task.bounds
         room = room - np.where(over > 0, 2 * over + TOLERANCE / scales, 0)
-    return _Found(choice=None, bound=bound, finished=False)
+    return _Solved(choice=None, bound=bound, finished=False)

@@ -31,8 +31,8 @@ from bitknap.kernels.experts import Experts, opened
 from bitknap.kernels.launch import Case, Device, Launch, Tile, heuristic
 from bitknap.kernels.layout.kinds import Kind
 from bitknap.kernels.layout.scale_words import Recipe
-from bitknap.kernels.random_experts import made_up_experts
-from bitknap.kernels.run_triton import run
+from bitknap.kernels.random_experts import Structure, made_up_experts
+from bitknap.kernels.run_triton import Execution, run
 
 TARGETS = {
     "sm_90": GPUTarget("cuda", 90, 32),
@@ -84,11 +84,13 @@ class Layer:
             entries(self.recipes),
             self.hidden,
             self.intermediate,
-            gate=None if self.gate is None else entries(self.gate),
-            activation=self.activation,
-            gated=self.gated,
-            biased=self.biased,
-            blocks=self.blocks,
+            Structure(
+                gate=None if self.gate is None else entries(self.gate),
+                activation=self.activation,
+                gated=self.gated,
+                biased=self.biased,
+                blocks=self.blocks,
+            ),
             device="meta",
             seed=None,
         )
@@ -152,8 +154,7 @@ def variants(
         weights,
         opened(list(experts.tensors), experts.how),
         launch,
-        asm=TARGETS[target].backend == "cuda",
-        start=lambda *call: started.append(call),
+        Execution(asm=TARGETS[target].backend == "cuda", start=lambda *call: started.append(call)),
     )
     for kernel, _, arguments, constants, tile in started:
         names = [name for name in kernel.arg_names if name not in constants]

@@ -124,13 +124,14 @@ def _ours(case: Case, sets: Sequence[Experts], device: str) -> dict[str, Make]:
 
 def _by_triton(case: Case, route: Routing, experts: Experts, *, gate_up: bool = False) -> Call:
     """Return a call of the Triton kernels themselves, of all or of those up to gate and up."""
-    from bitknap.kernels.run_triton import run
+    from bitknap.kernels.run_triton import Execution, run
 
     shape = _shape(case)
     how = opened(list(experts.tensors), experts.how)
     if _interpreting():
         launch = heuristic(shape, Device("none", _PROCESSORS))
-        return lambda: run(*route, how, launch, torch.float32, asm=False)
+        execution = Execution(compute=torch.float32, asm=False)
+        return lambda: run(*route, how, launch, execution)
     device = device_of(torch.cuda.current_device())
     launch = choose(shape, device)
 
@@ -143,7 +144,7 @@ def _by_triton(case: Case, route: Routing, experts: Experts, *, gate_up: bool = 
                 kernel[grid](*given, **constants, num_warps=tile.warps, num_stages=tile.stages)
             past = past or kernel.__name__.endswith("gate_up")
 
-        return run(*route, how, launch, asm=not device.amd, start=start)
+        return run(*route, how, launch, Execution(asm=not device.amd, start=start))
 
     return call
 

@@ -98,35 +98,9 @@ def card(
         license: keys of the source's front matter that say what its licence is.
         described: whether the source's own README.md stands beside the card.
     """
-    front = dict(license or {})
-    if name:
-        front |= {"base_model": name, "base_model_relation": "quantized"}
-    front |= {"library_name": "transformers"}
-    tags = ("bitknap", "quantized", "mixed-precision", "mixture-of-experts")
-    lines = ["---", *(f"{key}: {value}" for key, value in front.items())]
-    lines += ["tags:", *(f"- {tag}" for tag in tags), "---", ""]
-    title = name.rpartition("/")[2] or "Quantized model"
-    more = f" The model itself is described in `{SOURCE_CARD}`." if described else ""
-    lines += [
-        f"# {title}, {plan.bpw:.4g} bits per weight",
-        "",
-        f"{len(plan.units):,} matrices of {f'`{name}`' if name else 'the source model'}, each "
-        "quantized with bits of its own by Bitknap, which solves for the least expected loss at "
-        f"a given size. Everything else is as it was.{more}",
-        "",
-        "## Loading",
-        "",
-        "```python",
-        "import bitknap  # tells transformers how to read packed weights",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        'model = AutoModelForCausalLM.from_pretrained("this folder, or its hub id")',
-        "```",
-        "",
-        "Weights stay packed in memory and are dequantized as they are used. "
-        "`bitknap.load(folder)` dequantizes them once, which is faster and takes the memory of "
-        "the source model.",
-        "",
+    lines = [
+        *_front(name, license or {}),
+        *_opening(plan, name, described),
         "## Sizes",
         "",
         *_table(("what", "bytes", ""), ((k, f"{v:,}", human(v)) for k, v in sizes.items())),
@@ -148,6 +122,44 @@ def card(
         *_layers(plan),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _front(name: str, license: Mapping[str, str]) -> list[str]:
+    """Return the front matter, which the hub reads."""
+    front = dict(license)
+    if name:
+        front |= {"base_model": name, "base_model_relation": "quantized"}
+    front |= {"library_name": "transformers"}
+    tags = ("bitknap", "quantized", "mixed-precision", "mixture-of-experts")
+    lines = ["---", *(f"{key}: {value}" for key, value in front.items())]
+    return [*lines, "tags:", *(f"- {tag}" for tag in tags), "---", ""]
+
+
+def _opening(plan: BitPlan, name: str, described: bool) -> list[str]:
+    """Return the title, what the checkpoint is, and how it is loaded."""
+    title = name.rpartition("/")[2] or "Quantized model"
+    more = f" The model itself is described in `{SOURCE_CARD}`." if described else ""
+    return [
+        f"# {title}, {plan.bpw:.4g} bits per weight",
+        "",
+        f"{len(plan.units):,} matrices of {f'`{name}`' if name else 'the source model'}, each "
+        "quantized with bits of its own by Bitknap, which solves for the least expected loss at "
+        f"a given size. Everything else is as it was.{more}",
+        "",
+        "## Loading",
+        "",
+        "```python",
+        "import bitknap  # tells transformers how to read packed weights",
+        "from transformers import AutoModelForCausalLM",
+        "",
+        'model = AutoModelForCausalLM.from_pretrained("this folder, or its hub id")',
+        "```",
+        "",
+        "Weights stay packed in memory and are dequantized as they are used. "
+        "`bitknap.load(folder)` dequantizes them once, which is faster and takes the memory of "
+        "the source model.",
+        "",
+    ]
 
 
 def hub_id(source: Path) -> str:

@@ -17,8 +17,8 @@ from bitknap.kernels import reference
 from bitknap.kernels.experts import opened
 from bitknap.kernels.launch import Launch, Tile
 from bitknap.kernels.layout.scale_words import Recipe
-from bitknap.kernels.random_experts import made_up_experts
-from bitknap.kernels.run_triton import run
+from bitknap.kernels.random_experts import Structure, made_up_experts
+from bitknap.kernels.run_triton import Execution, run
 
 FLOAT, HALF = torch.float32, torch.float16
 KEPT = Recipe(bits=16, group=1, kept=1)
@@ -102,7 +102,7 @@ def inputs(experts, tokens, topk, hidden, dtype):
 def error(name):
     """Return the relative error, over what is alike in this precision."""
     recipes, tokens, topk, hidden, inner, launch, compute, more = CASES[name]
-    experts = made_up_experts(recipes, hidden, inner, **more)
+    experts = made_up_experts(recipes, hidden, inner, Structure(**more))
     count = len(experts)
     x, index, weights = inputs(count, tokens, topk, hidden, compute)
     if name == "every grid":
@@ -110,8 +110,9 @@ def error(name):
     expected = index.where(index <= count, count)
     expected = reference.moe(x, expected, weights, experts).float()
     how = opened(list(experts.tensors), experts.how)
-    found = run(x, index, weights, how, launch, compute, asm=False)
-    again = run(x, index, weights, how, launch, compute, asm=False) if name == "runs" else found
+    execution = Execution(compute=compute, asm=False)
+    found = run(x, index, weights, how, launch, execution)
+    again = run(x, index, weights, how, launch, execution) if name == "runs" else found
     assert torch.equal(found, again)
     return float((found.float() - expected).norm() / expected.norm()) / ALIKE[compute]
 

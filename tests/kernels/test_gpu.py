@@ -11,7 +11,7 @@ from bitknap.kernels import reference
 from bitknap.kernels.launch import Launch, Tile
 from bitknap.kernels.layout.scale_words import Recipe
 from bitknap.kernels.moe import moe
-from bitknap.kernels.random_experts import made_up_experts, made_up_table
+from bitknap.kernels.random_experts import Structure, made_up_experts, made_up_table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -67,8 +67,8 @@ def _moved(table):
 
 def agrees(recipes, tokens, topk, hidden, inner, dtype, launch=None, **more):
     """Run one layer on the GPU and in float32 on the CPU, and compare."""
-    on_cpu = made_up_experts(recipes, hidden, inner, **more)
-    on_gpu = made_up_experts(recipes, hidden, inner, device="cuda", **more)
+    on_cpu = made_up_experts(recipes, hidden, inner, Structure(**more))
+    on_gpu = made_up_experts(recipes, hidden, inner, Structure(**more), device="cuda")
     random = torch.Generator().manual_seed(0)
     x = torch.randn(tokens, hidden, generator=random).to(dtype)
     index = torch.rand(tokens, len(on_cpu), generator=random).argsort(1)[:, :topk]

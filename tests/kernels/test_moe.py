@@ -8,7 +8,7 @@ from bitknap.kernels.experts import Experts
 from bitknap.kernels.experts_table import dequantize_tiles
 from bitknap.kernels.layout.scale_words import Recipe
 from bitknap.kernels.moe import moe
-from bitknap.kernels.random_experts import made_up_experts
+from bitknap.kernels.random_experts import Structure, made_up_experts
 from bitknap.kernels.reference import activate
 
 H, INNER, E, K, T = 96, 160, 5, 2, 7
@@ -48,7 +48,7 @@ def straight(x, index, weights, experts):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize(("gated", "biased"), [(True, False), (True, True), (False, True)])
 def test_a_mixed_layer_is_the_sum_of_its_experts(dtype, gated, biased):
-    experts = made_up_experts(MIXED, H, INNER, gated=gated, biased=biased)
+    experts = made_up_experts(MIXED, H, INNER, Structure(gated=gated, biased=biased))
     x, index, weights = routed(dtype=dtype)
     out = moe(x, index, weights, experts)
     assert (out.dtype, out.shape) == (dtype, x.shape)
@@ -81,7 +81,7 @@ def test_activations(activation):
 
 def test_gate_and_up_may_differ():
     gate = [*MIXED[1:], MIXED[0]]
-    experts = made_up_experts(MIXED, H, INNER, gate=gate, down=gate[::-1])
+    experts = made_up_experts(MIXED, H, INNER, Structure(gate=gate, down=gate[::-1]))
     x, index, weights = routed()
     out = moe(x, index, weights, experts)
     torch.testing.assert_close(out, straight(x, index, weights, experts), rtol=1e-5, atol=1e-5)
