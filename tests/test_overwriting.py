@@ -104,6 +104,7 @@ def tree(folder):
     return {str(f): f.read_bytes() for f in sorted(Path(folder).rglob("*")) if f.is_file()}
 
 
+@pytest.mark.slow
 @named
 def test_it_writes_over_its_own_and_over_nothing_else(make, ready, refused, tmp_path):
     words, inputs = make(ready)
@@ -165,6 +166,7 @@ def test_places_that_cannot_be_written_are_said_before_any_work(make, ready, ref
         assert said in refused(*words, out, "--overwrite")
 
 
+@pytest.mark.slow
 @named
 @pytest.mark.parametrize("name", ["-dash", "two\nlines", "häß \udcff"])
 def test_names_of_all_kinds(make, name, ready, tmp_path, monkeypatch, capsys):

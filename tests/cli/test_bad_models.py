@@ -57,6 +57,7 @@ def test_truncated_shard(command, copy, tmp_path, refused):
     assert "truncated" in refused(*on_a_model(copy, tmp_path, command))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tensor", ["experts", "self_attn", "embed_tokens", "gate"])
 @pytest.mark.parametrize(
     "command", (ON_A_MODEL[1], *ON_A_MODEL[3:]), ids=lambda c: f"{c[0]}{len(c)}"

@@ -25,6 +25,7 @@ def test_random_numbers_elsewhere_do_not_matter(made, tmp_path):
     assert (tmp_path / "t.safetensors").read_bytes() == made.table.read_bytes()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -53,6 +54,7 @@ def test_fewer_measurements_read_fewer_widths(made, tmp_path):
     assert (provenance["estimator"], provenance["measurements"]) == ("calibrated(moments)", 6)
 
 
+@pytest.mark.slow
 def test_dense_profiling_goes_on_from_its_journal(made, tmp_path):
     journal, paths = tmp_path / "measured.journal", [tmp_path / f"{n}.safetensors" for n in "ab"]
     words = ("--estimator", "measured-kl", "--journal", str(journal))
@@ -64,6 +66,7 @@ def test_dense_profiling_goes_on_from_its_journal(made, tmp_path):
     assert sorted(journal.read_text().splitlines()) == sorted(lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -187,6 +190,7 @@ def texts(tmp_path_factory):
     return files
 
 
+@pytest.mark.slow
 def test_several_texts_make_one_table(made, texts, tmp_path):
     words = ("estimate", str(made.model), *FAST[:-2], "--estimator", "moments")
     single = [tmp_path / f"{file.stem}.safetensors" for file in texts]
@@ -236,6 +240,7 @@ def test_one_text_is_not_several(made, texts, tmp_path, refused):
 # measured samples, checks, fallbacks
 
 
+@pytest.mark.slow
 def test_samples_are_measured_once_and_only_for_one_model(made, large, tmp_path, refused, capsys):
     file = tmp_path / "samples.safetensors"
     words = (*FAST, "--estimator", "fuzzy,moments", "--samples", str(file))
@@ -298,6 +303,7 @@ def test_routers(made, large, tmp_path, capsys, refused):
     assert "no initial router: final norms alone rank experts" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_memory_is_kept_within_bounds(made, tmp_path, refused):
     words = (*FAST, "--estimator", "fisher")
     line = refused(

@@ -20,6 +20,8 @@ from bitknap.estimators.sweep.text_stream import Streamed
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.slow
+
 TEXT = ("--text", str(Path(__file__).parent.parent.parent / "LICENSE"))  # short: quick to tokenize
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "128", *TEXT)
 

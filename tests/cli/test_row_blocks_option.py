@@ -30,6 +30,7 @@ def logits(model):
         return model(input_ids=tokens).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS)
 def test_in_one_go_and_step_by_step_are_the_same(way, made, tmp_path, document):
     table, plan, steps, once = (tmp_path / x for x in ("t.safetensors", "p.json", "a", "b"))
@@ -53,6 +54,7 @@ def test_in_one_go_and_step_by_step_are_the_same(way, made, tmp_path, document):
     assert blocks == {"blocks": 3, "both": 2}[way]
 
 
+@pytest.mark.slow
 def test_a_budget_of_the_whole_checkpoint_counts_the_order(made, tmp_path, document):
     out = tmp_path / "out"
     budget = ("--budget", "950kB", *FAST, "--row-blocks", "200", "--permute")

@@ -94,6 +94,7 @@ def test_bad_words_to_solve(arguments, words, made, tmp_path, refused):
     assert words in refused("solve", made.table, *arguments, *out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("budget", ["0.5bpw", "1kB", "1%"])
 def test_a_budget_below_the_minimum(budget, made, tmp_path, refused, capsys):
     out = ("-o", tmp_path / "plan.json")
@@ -116,6 +117,7 @@ def test_a_budget_below_the_minimum(budget, made, tmp_path, refused, capsys):
 # Solvers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["knapsack", "ilp", "greedy", "search"])
 def test_every_solver_has_a_name(name, table, document, tmp_path):
     options = ("--solver", name, "--profile", "expert", "--budget", "2.4bpw")
@@ -226,6 +228,7 @@ def test_no_price_unless_asked(table, document, tmp_path):
 # Frontiers
 
 
+@pytest.mark.slow
 def test_a_frontier_and_its_picture(table, document, capsys, tmp_path):
     out, picture = tmp_path / "frontier.json", tmp_path / "frontier.svg"
     found = document("solve", table, "--frontier", "-o", out)

@@ -296,6 +296,7 @@ def killed_at(step, out, *, exchanges):
         os._exit(0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("exchanges", [True, False])
 @pytest.mark.parametrize("former", [True, False])
 def test_killed_at_any_step_the_old_or_the_new_one_is_there(

@@ -149,6 +149,7 @@ def test_parts_must_belong_together():
         Experts(up=mixed.up, down=mixed.down, activation="swiglu_oai")
 
 
+@pytest.mark.slow
 def test_torch_compile_sees_one_call():
     experts = made_up_experts(MIXED, H, INNER)
     x, index, weights = routed()

@@ -62,6 +62,7 @@ def test_nothing_is_loaded_from_elsewhere(document, plans):
     assert "url(" not in ours
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "gone"),
     [
@@ -242,6 +243,7 @@ def test_a_large_model_is_a_light_page(document_of, plan_of):
     assert len(re.findall("<details open>", text)) == 2
 
 
+@pytest.mark.slow
 def test_the_picture_beside_the_page(document, tmp_path):
     document["about"]["model"] = HOSTILE
     for name in "ab":
@@ -258,6 +260,7 @@ def test_the_picture_beside_the_page(document, tmp_path):
         pareto_figure({})
 
 
+@pytest.mark.slow
 def test_all_that_is_beside_the_page(document, plans, tmp_path):
     write_report(document, plans, tmp_path)
     names = ["pareto.png", "report.html", "rows.csv"]

@@ -61,6 +61,7 @@ SOLVERS: tuple[Solver, ...] = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("solver", SOLVERS, ids=lambda solver: solver.name)
 @settings(deadline=None, max_examples=15)
 @given(problem=problems())

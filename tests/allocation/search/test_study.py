@@ -267,6 +267,7 @@ def worker(url, trials, seconds):
     )
 
 
+@pytest.mark.slow
 def test_two_workers_share_a_study(table, url):
     knobs = Knobs(tilts=("layer",), width=3)
     made = create("s", url, table, budget="4.5bpw", knobs=knobs)

@@ -82,6 +82,7 @@ def test_the_line_between_breakpoints_is_a_lower_bound(table, size):
     assert best.cost <= found.plan(size).header["objective"] + 1e-9
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(tables(), st.integers(1, 130))
 def test_greedy_is_the_frontier_cut_at_the_budget(table, size):

@@ -16,6 +16,8 @@ from bitknap.cli import main
 from bitknap.errors import InputError
 from bitknap.testing import routed_units
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent.parent
 NUMBERS = ("kl", "kl_se", "perplexity", "top1", "rank", "bytes", "bpw")
 

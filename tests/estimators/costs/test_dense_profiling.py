@@ -57,6 +57,7 @@ def same(one, other):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", KINDS, ids=repr)
 def test_costs_are_sound(measured, case):
     table = measured.estimate(case.evidence, FORMATS)
@@ -181,6 +182,7 @@ def killed_after(parts):
     return progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("measured", [KINDS[0], KINDS[1], KINDS[4]], ids=repr)
 def test_a_killed_run_continues_to_the_same_table(measured, case, tmp_path):
     path = tmp_path / "journal.jsonl"

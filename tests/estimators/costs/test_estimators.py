@@ -55,6 +55,7 @@ def families(columns):
     return found.values()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", BASES, ids=repr)
 def test_costs_are_sound(base, case):
     table = base.estimate(case.evidence, FORMATS)
@@ -131,6 +132,7 @@ def test_moments_of_down_are_the_squared_output_error(case):
         assert table.cost[i, 0] == pytest.approx(float(expected), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_calibrated_groups_cost_what_was_measured(case):
     estimator = Calibrated()
     table = estimator.estimate(case.evidence, FORMATS)
@@ -171,6 +173,7 @@ def table_plan(table, choice):
     return BitPlan.from_choice(table.units, table.formats, choice)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("base", [WeightError(), Fisher(), DataFree()], ids=repr)
 def test_calibrated_makes_nats_of_any_base(base, case):
     estimator = Calibrated(base=base)
@@ -192,6 +195,7 @@ def test_calibrating_leaves_the_model_alone(case):
     assert case.evidence.replay.kl() == 0
 
 
+@pytest.mark.slow
 def test_held_out_plans_check_what_was_calibrated(case):
     options = FORMATS[::5]
     table = Calibrated(check=4).estimate(case.evidence, options)
@@ -281,6 +285,7 @@ def test_what_was_not_recorded_is_asked_for(case):
         Fisher().estimate(bare, FORMATS)
 
 
+@pytest.mark.slow
 def test_other_roles_are_charged_too():
     model = tiny_model("qwen2_moe")
     layout = walk(model, ("attention", "shared"))

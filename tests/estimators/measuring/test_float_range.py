@@ -41,6 +41,7 @@ def evidence_of(up=1.0, experts=None, **recorded):
     return calibrate(model, walk(model), IDS, **recorded)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("experts", [None, [1]])
 @pytest.mark.parametrize("up", [1e-7, 1e-20, 1e20])
 @pytest.mark.parametrize("name", ["moments", "fisher"])

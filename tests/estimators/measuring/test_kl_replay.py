@@ -26,6 +26,7 @@ def doubled(weights):
     return weights * 1.5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_remembered_prefix_changes_nothing(family):
     model = tiny_model(family)

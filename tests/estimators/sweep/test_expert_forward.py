@@ -33,6 +33,7 @@ def calls_of(model, experts):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", WATCHED)
 def test_experts_one_by_one_are_the_module(family):
     model = tiny_model(family)

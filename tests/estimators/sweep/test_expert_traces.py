@@ -91,6 +91,7 @@ def test_gradients_are_those_at_the_experts_output(family):
         torch.testing.assert_close(trace.gradient, expected[:20], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "dbrx", "llama4_text"])
 def test_one_layer_a_backward_pass_catches_the_same(family, monkeypatch):
     monkeypatch.setattr("bitknap.estimators.sweep.in_memory.BATCH_TOKENS", 24)  # two batches
@@ -141,6 +142,7 @@ def test_a_frozen_model_has_gradients_too():
     assert not any(p.requires_grad for p in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*FAMILIES, *OTHERS])
 def test_running_from_a_trace_is_running_the_layer(family):
     model = tiny_model(family, **OTHERS.get(family, {}))

@@ -57,6 +57,7 @@ def both(source, include=(), **kwargs):
     return one, calibrate_by_layer(source, windows(), include=include, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_evidence(family, tmp_path):
     one, other = both(stored(tmp_path, family), INCLUDE, full=True, traces=True)
@@ -93,6 +94,7 @@ def test_the_same_costs(tmp_path):
     assert tables[1].provenance == tables[0].provenance
 
 
+@pytest.mark.slow
 def test_estimate_within_a_limit():
     found = Checkpoint.open(resolve("reference:qwen3moe"))
     limit = layer_bytes(found, walk_headers(found.config, found.shapes, ()), 64, {"moments"})
@@ -187,6 +189,7 @@ def same(one, other):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "longcat_flash"])
 def test_a_pass_stopped_anywhere_goes_on(family, tmp_path, monkeypatch):
     source, path = stored(tmp_path / "model", family), tmp_path / "work" / "journal"

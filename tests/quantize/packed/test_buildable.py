@@ -211,6 +211,7 @@ def test_a_packed_checkpoint_is_held_against_its_config(what, tmp_path):
             bitknap.load(packed, packed=keep_packed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", WRAPPED)
 def test_wrapped_models_are_loaded_in_every_way(family, tmp_path):
     import transformers

@@ -15,6 +15,7 @@ FORMATS = formats(range(1, 9), (64,), (False,), ("fp16",))
 OTHERS = formats((3, 4), (32, "row"), (False, True), ("fp16", "compact"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["plain", "tiles"])
 @pytest.mark.parametrize("format", [*FORMATS, *OTHERS], ids=str)
 def test_every_row(format, layout):

@@ -114,6 +114,7 @@ def check(folder, plan, out, dtype=torch.float32):
     assert not torch.equal(logits(found), original)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_reloaded_model_is_the_one_in_memory(family, tmp_path):
     folder = saved(tmp_path / "source", family)
@@ -137,6 +138,7 @@ def test_with_every_role(family, tmp_path):
     check(folder, plan, tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", GRIDS, ids=lambda f: f.name)
 def test_predicted_bytes_are_written_in_every_format(format, tmp_path, mixtral):
     plan = BitPlan.uniform(mixtral.plan.units, format, mixtral.plan.model)

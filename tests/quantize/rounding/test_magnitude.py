@@ -49,6 +49,7 @@ def test_a_power_of_two_changes_nothing_but_itself(name, way, inputs):
         assert torch.equal(quantized.dequantize().double(), scaled)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 @pytest.mark.parametrize("size", [1e-30, 1e-20, 1e-9, 1e-3, 1e7, 1e12, 1e20, 1e30])
 def test_any_magnitude_loses_what_ordinary_weights_lose(size, way, inputs):

@@ -33,6 +33,7 @@ def test_another_name_lists_the_methods():
     assert str(error.value) == "method: 'awq' is not one of rtn, hqq, gptq"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.name)
 def test_every_format_gives_codes_that_it_can_store(way):
     weights = gauss(2, 3, 43)  # a short last group

@@ -76,6 +76,7 @@ def test_one_bit_asymmetric_is_sign_times_mean_distance_plus_mean(size):
     assert (upper == (groups >= mean)).float().mean() > 0.99
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", EVERY, ids=NAMES)
 def test_rows_do_not_know_each_other(format):
     for cols in (40, 43):  # the second leaves a short last group

@@ -85,6 +85,7 @@ def planned(folder, estimator, include, bits=4.0):
     return table, plan
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [*NAMED, *OWN_FORWARD])
 def test_a_family_from_text_to_files_and_back(family, tmp_path, saved):
     folder = saved(tmp_path / "model", family)
@@ -100,6 +101,7 @@ def test_a_family_from_text_to_files_and_back(family, tmp_path, saved):
     check_reloaded(folder, plan, tmp_path / "out", ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "dense"),
     [("qwen3_next", False), ("deepseek_v3", True), ("llama4_text", True), ("dbrx", False)],
@@ -119,6 +121,7 @@ def dense(saved, tmp_path_factory):
     return saved(tmp_path_factory.mktemp("dense") / "model", "llama")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("estimator", [bitknap.SecondMoments(), bitknap.Calibrated()])
 def test_a_model_without_experts(estimator, dense, tmp_path):
     roles = ("attention", "dense")
@@ -129,6 +132,7 @@ def test_a_model_without_experts(estimator, dense, tmp_path):
     check_reloaded(dense, plan, tmp_path / "out", roles)
 
 
+@pytest.mark.slow
 def test_a_model_without_experts_at_the_command_line(dense, tmp_path, document):
     include = ("--include", "attention,dense")
     report = document("inspect", dense, *include)

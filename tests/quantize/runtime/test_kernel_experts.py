@@ -23,6 +23,8 @@ from bitknap.quantization.runtime.packed_weight import PackedWeight, Piece
 from bitknap.testing import packed_checkpoint
 from bitknap.transformers_hook import install
 
+pytestmark = pytest.mark.slow
+
 IDS = torch.arange(3, 19).view(2, 8) % 64
 GROUPS: tuple[int | Literal["row"], ...] = (32, "row")
 # Concatenated, interleaved with biases, transposed, without gate, beside shared experts.

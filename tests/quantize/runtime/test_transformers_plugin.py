@@ -71,6 +71,7 @@ def same_tensors(one, other):
     return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_packed_model_computes_what_the_dequantized_one_does(family, tmp_path):
     include = ("attention", "shared", "dense")
@@ -255,6 +256,7 @@ print(type(model).__name__, type(model.model.layers[0].mlp.experts).__name__)
 """
 
 
+@pytest.mark.slow
 def test_without_bitknap_no_experts_are_made_up(packed, tmp_path):
     renamed = shutil.copytree(packed, tmp_path / "renamed")
     (renamed / "bitknap.safetensors").rename(renamed / "model.safetensors")
@@ -276,6 +278,7 @@ print(type(model.model.layers[0].mlp.experts).__name__)
 """
 
 
+@pytest.mark.slow
 def test_importing_bitknap_is_enough(packed):
     assert run(WITH.replace("FOLDER", repr(str(packed)))) == ["[]", "PackedMixtralExperts"]
 

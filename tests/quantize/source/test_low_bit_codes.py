@@ -94,6 +94,7 @@ def deepseek(tmp_path_factory):
     return write(root / "packed", packed, marked), write(root / "plain", plain, config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek"])
 @pytest.mark.parametrize("include", [(), ("attention", "shared", "dense")])
 def test_reads_what_the_16_bit_checkpoint_holds(name, include, request):
@@ -265,6 +266,7 @@ def plans(folders, options):
     return [BitPlan.from_choice(units, options, choice, model=s.fingerprint) for s in sources]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek"])
 def test_quantizes_to_the_streams_of_the_16_bit_model(name, request, tmp_path):
     folders = request.getfixturevalue(name)

@@ -171,6 +171,7 @@ CASES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_float8_is_what_it_means(case, plain, tmp_path):
     chosen, settings, how = CASES[case]
@@ -193,6 +194,7 @@ def test_float8_is_what_it_means(case, plain, tmp_path):
     assert (sizes["decoded_bytes"] > sizes["stored_bytes"]) == (sizes["decoded"] > 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["uneven blocks", "fused channel", "scalar"])
 def test_large_tensors_are_decoded_piece_by_piece(case, plain, tmp_path, monkeypatch):
     chosen, settings, how = CASES[case]
@@ -204,6 +206,7 @@ def test_large_tensors_are_decoded_piece_by_piece(case, plain, tmp_path, monkeyp
     assert same(*found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ["blocks", "channel", "input scales", "fused blocks"])
 def test_every_way_of_loading_gives_the_same(case, plain, tmp_path):
     install()

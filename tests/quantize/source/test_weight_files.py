@@ -147,6 +147,7 @@ def kept_as_stored(model, out):
     bitknap.quantize(model, plan, out)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [

@@ -43,6 +43,7 @@ def case(request):
     return SimpleNamespace(model=model, layout=walk(model))
 
 
+@pytest.mark.slow
 def test_every_unit_is_its_own_round_trip(case):
     before = weights(case.model)
     plan = mixed(case.layout.units)
@@ -56,6 +57,7 @@ def test_every_unit_is_its_own_round_trip(case):
     assert all(torch.equal(after[n], before[n]) for n in after if n not in units)
 
 
+@pytest.mark.slow
 def test_applied_puts_back_also_after_an_error(case):
     before = weights(case.model)
     plan = mixed(case.layout.units)

@@ -42,6 +42,7 @@ def test_the_stand_in_refuses_tensors_elsewhere():
             mixed()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 def test_codes_and_bytes_are_where_the_weights_are(name):
     format = Format.parse(name)
@@ -61,6 +62,7 @@ def test_codes_and_bytes_are_where_the_weights_are(name):
     assert len(plain) == format.nbytes(ROWS, COLS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRIDS)
 @pytest.mark.parametrize("act_order", [True, False])
 def test_gptq_brings_what_it_needs_to_the_weights(name, act_order, monkeypatch):

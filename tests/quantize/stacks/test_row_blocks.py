@@ -83,6 +83,7 @@ def test_blocks_are_the_rows_of_their_matrix(model, blocks):
     assert cut.layers == whole.layers
 
 
+@pytest.mark.slow
 def test_every_block_is_its_own_round_trip(model):
     whole = walk(model)
     cut = split_rows(whole, 5)
@@ -98,6 +99,7 @@ def test_every_block_is_its_own_round_trip(model):
     assert all(torch.equal(after[n], before[n]) for n in after)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS[::5])
 def test_blocks_of_one_format_make_the_matrix_it_makes_whole(format):
     one, other = tiny_model("mixtral"), tiny_model("mixtral")
@@ -193,6 +195,7 @@ def test_inputs_of_blocks_are_their_matrix_s(layout):
     assert len(nosy.told) == len(cut.units)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_a_packed_checkpoint_of_blocks(family, tmp_path):
     model = tiny_model(family)

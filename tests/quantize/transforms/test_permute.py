@@ -41,6 +41,7 @@ def logits(model):
         return model(input_ids=IDS, use_cache=False, **more).logits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", MOE)
 def test_the_model_computes_what_it_did(family):
     model = with_biases(tiny_model(family))
@@ -67,6 +68,7 @@ def test_the_most_sensitive_neurons_come_first():
     assert order[:10].tolist() == [4, 9, 14, 19, 3, 8, 13, 18, 23, 2]  # ties keep their order
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "granitemoeshared"])
 def test_a_checkpoint_is_permuted_as_its_live_model(family, tmp_path):
     model = with_biases(tiny_model(family))

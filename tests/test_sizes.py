@@ -1,0 +1,115 @@
+"""Limits of size, which keep every file and every function within one look.
+
+The tables of exceptions only shrink: remove a line as soon as what it names is within the limits.
+"""
+
+import ast
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("src/bitknap", "allocation", "benchmarks", "estimators", "kernels", "quantize", "tests")
+LINES_OF_A_FILE = 400
+FILES_OF_A_FOLDER = 16
+LINES_OF_A_FUNCTION = 60
+ARGUMENTS = 7
+
+LONG_FILES = {
+    "tests/allocation/limits/test_ready_made.py",
+    "tests/allocation/search/test_study.py",
+    "tests/estimators/sparse/test_fuzzy.py",
+    "tests/estimators/sweep/test_expert_recording.py",
+    "tests/estimators/sweep/test_layer_by_layer.py",
+    "tests/quantize/packed/test_pipeline.py",
+    "tests/quantize/packed/test_writer.py",
+}
+LONG_FUNCTIONS = {
+    "allocation/search/study.py:create",
+    "allocation/search/study.py:load",
+    "estimators/group_kl/exponents.py:fit_exponents",
+    "estimators/published/xie.py:channel_table",
+    "estimators/sparse/cell_choice.py:grow",
+    "estimators/sweep/in_memory.py:calibrate",
+    "estimators/sweep/layer_by_layer.py:calibrate_by_layer",
+    "quantize/packed/writer.py:save",
+    "src/bitknap/api/estimation.py:estimate",
+    "src/bitknap/api/quantizing.py:quantize",
+    "src/bitknap/api/refining.py:refine",
+    "src/bitknap/cli/quantize_command.py:quantize",
+    "tests/report/conftest.py:document_of",
+}
+MANY_ARGUMENTS = {
+    "allocation/search/study.py:create",
+    "estimators/catalog.py:named",
+    "estimators/sweep/in_memory.py:calibrate",
+    "estimators/sweep/layer_by_layer.py:calibrate_by_layer",
+    "quantize/packed/writer.py:save",
+    "src/bitknap/api/estimation.py:estimate",
+    "src/bitknap/api/quantizing.py:quantize",
+    "src/bitknap/api/refining.py:refine",
+    "src/bitknap/api/refining.py:run_loop",
+    "src/bitknap/cli/quantize_command.py:quantize",
+    "src/bitknap/cli/study/best.py:best",
+    "src/bitknap/cli/study/create.py:create",
+    "src/bitknap/cli/study/run.py:run",
+}
+
+
+@cache
+def files():
+    """Return our files by their path in the checkout, each once: not behind a link."""
+    return {
+        str(file.relative_to(ROOT)): file
+        for folder in FOLDERS
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        if file.resolve() == file
+    }
+
+
+def functions(tree):
+    """Yield each function of a module: its name, and whether the first argument is given."""
+    for parent in ast.walk(tree):
+        for node in ast.iter_child_nodes(parent):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+                method = isinstance(parent, ast.ClassDef) and "staticmethod" not in decorators
+                if not any(name.startswith("triton.") for name in decorators):
+                    yield node, method
+
+
+def longest(path):
+    """Return the lines of each function that has too many, by path and name."""
+    tree = ast.parse(files()[path].read_text(encoding="utf-8"))
+    sizes = {f"{path}:{f.name}": f.end_lineno - f.lineno + 1 for f, _ in functions(tree)}
+    return {name: lines for name, lines in sizes.items() if lines > LINES_OF_A_FUNCTION}
+
+
+def many(path):
+    """Return the arguments of each public function that has too many, by path and name."""
+    counts = {}
+    for f, method in functions(ast.parse(files()[path].read_text(encoding="utf-8"))):
+        given = f.args.posonlyargs + f.args.args + f.args.kwonlyargs
+        if not f.name.startswith("_") or f.name == "__init__":
+            counts[f"{path}:{f.name}"] = len(given) - method
+    return {name: count for name, count in counts.items() if count > ARGUMENTS}
+
+
+def test_files_are_short():
+    lines = {path: file.read_text("utf-8").count("\n") for path, file in files().items()}
+    assert {path for path, count in lines.items() if count > LINES_OF_A_FILE} - LONG_FILES == set()
+
+
+def test_folders_have_few_modules():
+    counts: dict[Path, int] = {}
+    for file in files().values():
+        counts[file.parent] = counts.get(file.parent, 0) + 1
+    assert {folder for folder, count in counts.items() if count > FILES_OF_A_FOLDER} == set()
+
+
+def test_functions_are_short():
+    """Triton kernels are exempt: they cannot be cut without costing speed."""
+    assert {name for path in files() for name in longest(path)} - LONG_FUNCTIONS == set()
+
+
+def test_public_functions_have_few_arguments():
+    assert {name for path in files() for name in many(path)} - MANY_ARGUMENTS == set()
