@@ -145,7 +145,8 @@ class OneOf(click.ParamType):  # type: ignore[type-arg]  # no parameter before c
         """Return the value if it is one of the names."""
         if value not in self.names:
             near = did_you_mean(str(value), self.names)
-            self.fail(f"{value!r} is not one of {', '.join(self.names)}{near}", param, ctx)
+            names = ", ".join(map(repr, self.names))
+            self.fail(f"{value!r} is not one of {names}{near}", param, ctx)
         return value
 
     def shell_complete(
