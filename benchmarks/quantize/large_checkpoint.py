@@ -108,7 +108,7 @@ def _peak(process: int) -> int:
 
 def small(shape: ModelShape) -> ModelShape:
     """Return a shape of the same family with next to nothing in it, for a trial."""
-    few = {"kind": "gqa", "heads": 2, "kv_heads": 2, "head_size": 16, "norm": "whole"}
+    few = {"kind": "gqa", "heads": 4, "kv_heads": 4, "head_size": 16, "norm": "whole"}
     return replace(
         shape,
         name=f"{shape.name}, tiny",
