@@ -26,7 +26,7 @@ def claim(parser: argparse.ArgumentParser, out: Path, *names: str) -> None:
     """Make the folder of results; end the program in one line if a file in it is somebody else's.
 
     Args:
-        parser: of the program, which ends with status 2.
+        parser: parser of the program, which ends with status 2.
         out: the folder.
         names: of the files that will be written there.
     """

@@ -73,8 +73,8 @@ def reference(name: str, tokens: int, judged: int) -> Reference:
     """Calibrate on a reference model: moments, curvature, traces and gradients.
 
     Args:
-        name: of a bundled model.
-        tokens: of the bundled calibration text.
+        name: name of a bundled model.
+        tokens: number of tokens of the bundled calibration text.
         judged: tokens of the bundled evaluation text.
     """
     folder = resolve(f"reference:{name}")

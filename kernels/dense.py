@@ -31,10 +31,10 @@ def dense_moe(
 
     Args:
         x: activations [T, H].
-        weights: of each pair, [T, k].
+        weights: weights of each pair, [T, k].
         pairs: sorted by expert, int32 [T · k], T · k past the last one that has an expert here.
         ends: one past the last pair of each expert, int32 [E].
-        experts: of the layer.
+        experts: experts of the layer.
         dequantized: a projection's weights [E, outputs, inputs] in the dtype of `x`.
     """
     count, k = weights.numel(), weights.shape[1]

@@ -45,7 +45,7 @@ class Experts:
         gate: gate projections [I, H]; None where experts have none, and up alone is activated.
         up: up projections [I, H].
         down: down projections [H, I].
-        activation: of gate, or of up.
+        activation: activation of gate, or of up.
         gate_bias: added to gate's outputs, [E, I].
         up_bias: added to up's outputs, [E, I].
         down_bias: added to down's outputs, before they are weighted, [E, H].
@@ -131,7 +131,7 @@ class Stack:
         cols: inputs.
         kinds: that occur, most bits first.
         kept: dtype of experts in source precision, if there are any.
-        blocks: of rows, of each expert.
+        blocks: number of blocks of rows, of each expert.
         columns: the tensors of an `ExpertsTable` by name.
     """
 

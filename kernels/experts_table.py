@@ -30,7 +30,7 @@ class ExpertsTable:
         cols: inputs of each expert. A kernel must read inputs past the last column as 0: the
             codes there are 0, which need not stand for a weight of 0.
         buffer: every block's codes (`tiles`), words (`words`) and row scales fp16, int32 [n].
-        bits: of a code, or of a kept weight, int32 [E · B].
+        bits: number of bits of a code, or of a kept weight, int32 [E · B].
         group: weights that share a word, int32 [E · B].
         word: bits of a word: 8, 16, 32; 0 where kept in source precision. int32 [E · B].
         share: bits of the share in a word, 0 for an fp16 step, int32 [E · B].
@@ -80,7 +80,7 @@ class ExpertsTable:
             rows: outputs of each expert.
             cols: inputs of each expert.
             kept: dtype of those in source precision.
-            blocks: of rows, of each expert.
+            blocks: number of blocks of rows, of each expert.
 
         Raises:
             InputError: the buffer does not have the bytes that the recipes need, or blocks are not
@@ -174,10 +174,10 @@ def with_scaled(buffer: Tensor, recipes: Sequence[Recipe], rows: int, cols: int)
     """Return the recipes, and in each whether its matrix has an exponent; reads that off the bytes.
 
     Args:
-        buffer: of all matrices back to back, uint8.
-        recipes: of each.
-        rows: of each.
-        cols: of each.
+        buffer: bytes of all matrices back to back, uint8.
+        recipes: recipe of each.
+        rows: number of rows of each.
+        cols: number of columns of each.
     """
     begin, places = 0, []
     for recipe in recipes:

@@ -25,10 +25,10 @@ class Tile:
     """How one projection is cut.
 
     Attributes:
-        rows: of one matrix that a program takes: 32, 64 or 128.
+        rows: number of rows of one matrix that a program takes: 32, 64 or 128.
         split: runs that its columns are cut into, for few tokens' down projection.
-        warps: of a program.
-        stages: of its software pipeline.
+        warps: number of warps of a program.
+        stages: number of stages of its software pipeline.
         columns: most that are multiplied at once: 32, 64 or 128, which all of a block's groups
             divide. Fewer leave more room for products and unpacking to overlap.
     """

@@ -31,8 +31,8 @@ def moe(
         index: experts of each token, int32 or int64 [T, k]. E, expert parallelism's sentinel, is
             skipped. Other ids out of range are an error on the CPU; on a GPU, where looking would
             stall the stream, they are skipped too.
-        weights: of each token's experts, [T, k], any float dtype.
-        experts: of the layer, on the same device.
+        weights: weights of each token's experts, [T, k], any float dtype.
+        experts: experts of the layer, on the same device.
         launch: how kernels are launched; chosen from the shapes if None. Only a GPU reads it.
 
     Returns:

@@ -58,7 +58,7 @@ def made_up_experts(
         intermediate: I.
         structure: all else of the layer; gated, without biases, if None.
         device: where they lie in the end.
-        seed: of all random numbers; None leaves all zero, which takes no time, for compiling.
+        seed: random seed; None leaves all zero, which takes no time, for compiling.
     """
     how = structure or Structure()
     random = None if seed is None else torch.Generator().manual_seed(seed)

@@ -38,7 +38,7 @@ def gate_up(x: Tensor, index: Tensor, experts: Experts) -> Tensor:
     Args:
         x: [T, H].
         index: expert of each pair, [T, k]; an expert that is not here gives zeros.
-        experts: of the layer.
+        experts: experts of the layer.
 
     Returns:
         [T · k, I] in the dtype of `x`; computed in float32.
@@ -65,8 +65,8 @@ def down(hidden: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Te
     Args:
         hidden: [T · k, I].
         index: expert of each pair, [T, k].
-        weights: of each pair, [T, k].
-        experts: of the layer.
+        weights: weights of each pair, [T, k].
+        experts: experts of the layer.
 
     Returns:
         [T, H] in the dtype of `hidden`; computed in float32, experts in ascending order.

@@ -77,8 +77,8 @@ def run(
     Args:
         x: activations [T, H], contiguous.
         index: experts of each token [T, k], contiguous.
-        weights: of them, contiguous.
-        experts: of the layer.
+        weights: weights of them, contiguous.
+        experts: experts of the layer.
         launch: how.
         execution: what to compile for; the GPU at hand if None.
     """

@@ -94,7 +94,7 @@ def tune(
     Args:
         cases: one layer's shapes at several numbers of tokens.
         bits: widths, in turn.
-        dtype: of activations.
+        dtype: dtype of activations.
         processes: that compile everything first.
 
     Raises:
@@ -169,7 +169,7 @@ def measure(
         layers: whose weights calls take in turn.
         case: the shapes.
         launch: how.
-        dtype: of activations.
+        dtype: dtype of activations.
         rounds: graphs of calls that are timed; 0 launches a few calls and times nothing.
     """
     from triton.runtime.errors import OutOfResources

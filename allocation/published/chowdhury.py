@@ -118,7 +118,7 @@ def chowdhury_counts(experts: int, average: float, levels: Sequence[int]) -> tup
     for an average of 2.25, and 20 for 2.375.
 
     Args:
-        experts: of one layer.
+        experts: experts of one layer.
         average: bits an expert; beyond the levels it counts as the nearest one.
         levels: two widths, or three equally spaced ones, in any order.
 

@@ -39,7 +39,7 @@ class Annealing:
     Theirs treats a block of experts as one row; here rows are what the problem says.
 
     Attributes:
-        seed: of all random numbers.
+        seed: random seed.
         iterations: proposals a chain makes at each temperature, or one a row if that is less. The
             defaults take about 1 s for 36 rows and 10 s from 5,000 rows on, and are too few for
             so many: theirs have about a hundred.
@@ -111,10 +111,10 @@ class _Chains:
         option: allowed columns of each row first, int[R,F].
         count: how many are allowed, int[R].
         error: cost of each, from 0, in units of the largest, float64[R,F]; 0 where forbidden.
-        weight: of each, float64[R,F].
+        weight: weight of each, float64[R,F].
         start: position of the first choice, int[R].
         room: weight left by the first choice.
-        settings: of the schedule.
+        settings: settings of the schedule.
     """
 
     option: Longs

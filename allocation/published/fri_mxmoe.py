@@ -32,7 +32,7 @@ class Lagrangian:
     Attributes:
         multiplier: cost for each unit of weight; a given one is used as it is and steers towards
             no limit, so the plan may break it. The paper's default is 0.25, in its own units.
-        rounds: of bisection, each one pass over the table.
+        rounds: rounds of bisection, each one pass over the table.
 
     Source: FRI-MxMoE, ACL 2026 (2026.acl-long.982), allocation by Lagrangian relaxation.
     """

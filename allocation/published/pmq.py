@@ -82,7 +82,7 @@ def mc_moe(
     errors, and their plans use them because they must.
 
     Args:
-        cost: of each expert at each width, [L,E,F], as `mc_moe_cost` gives it.
+        cost: cost of each expert at each width, [L,E,F], as `mc_moe_cost` gives it.
         total: bits of all experts of a layer together.
         bits: the widths, one a column.
         required: widths that at least one expert of each layer has.

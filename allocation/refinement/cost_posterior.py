@@ -49,7 +49,7 @@ class Kind(Protocol):
 
     Attributes:
         count: how many there are.
-        deviation: of each around 0, before.
+        deviation: deviation of each around 0, before.
     """
 
     @property
@@ -82,7 +82,7 @@ class Groups:
     Attributes:
         of: which effect each cost has, int32[U,F].
         count: how many there are.
-        deviation: of each around 0, before.
+        deviation: deviation of each around 0, before.
     """
 
     of: Ints
@@ -113,9 +113,9 @@ class Pairs:
     In an exact solve costs must add up, so they count by their slope at a plan.
 
     Attributes:
-        layer: of each unit, from 0, int32[U].
+        layer: layer of each unit, from 0, int32[U].
         at: what that plan costs by layer, float64[L], L at least 1.
-        deviation: of each around 0, before.
+        deviation: deviation of each around 0, before.
     """
 
     layer: Ints
@@ -192,7 +192,7 @@ class Belief:
     Attributes:
         kinds: the effects, with what was thought of them before.
         features: by kind, by what each effect is multiplied in each plan, float64[N, count].
-        inverse: of the plans' covariance, float64[N, N].
+        inverse: inverse of the plans' covariance, float64[N, N].
         surprise: the losses, less what the table says, float64[N].
         noise: deviation of each loss's noise, float64[N].
     """

@@ -25,7 +25,7 @@ class Step:
         origin: where it came from: "table", "other table", "sample" or "mean" of what is believed,
             "optuna".
         choice: format of each unit, int32[U].
-        losses: of the blocks it was run on, float64[B].
+        losses: loss of the blocks it was run on, float64[B].
         predicted: what costs, corrected by all steps before, said of it.
         gain: mean by which it loses less than the best plan before, on these blocks.
         error: standard error of that.

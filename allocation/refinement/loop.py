@@ -64,7 +64,7 @@ class Refine:
         driver: what proposes costs: "belief", what is believed of the table; or "tpe" or "cmaes",
             Optuna's samplers over tilts of each layer's each projection.
         sure: standard errors by which a plan must gain to be accepted.
-        seed: of what is drawn.
+        seed: random seed.
         progress: called with ("refine", done, of).
     """
 

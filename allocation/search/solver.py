@@ -54,7 +54,7 @@ class Search:
         width: tilts go from -width to width.
         groups: columns of the units ("layer", "role", "expert", "proj") that make groups; tied
             units follow the first of them.
-        seed: of the sampler.
+        seed: random seed of the sampler.
         storage: an Optuna storage URL to keep trials in and to resume from; memory if not given.
         study: name of the study there.
         progress: called with (what, done, of).

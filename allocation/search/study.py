@@ -89,7 +89,7 @@ def create(
     """Create a study and enqueue its first trial, which turns nothing.
 
     Args:
-        name: of the study, new in the storage.
+        name: name of the study, new in the storage.
         storage: any URL that Optuna knows, or "journal:PATH".
         table: file of the table to solve.
         features: files of other tables of the same units, for exponents; named by their stems.
@@ -97,7 +97,7 @@ def create(
         profile_name: which units share a format.
         sampler: "tpe", "cmaes", or "nsga2", which trades bytes against loss.
         knobs: what may be turned; tilts by layer and projection when not given.
-        seed: of the sampler.
+        seed: random seed of the sampler.
 
     Raises:
         InputError: a value cannot be used, the storage cannot be reached, or the study exists.
@@ -162,7 +162,7 @@ def load(
     """Return a study of a storage, with its tables.
 
     Args:
-        name: of the study.
+        name: name of the study.
         storage: the URL it was created with.
         table: where its table lies now, if it moved.
         features: where its feature tables lie now, in their first order, if they moved.

@@ -27,9 +27,9 @@ class Judge:
     """Measures plans on one text, each plan once.
 
     Attributes:
-        replay: of the whole text.
+        replay: replay of the whole text.
         evidence: how plans are rounded.
-        domain: of each window, int64[W].
+        domain: domain of each window, int64[W].
         names: of the domains.
         known: what plans were measured to lose.
     """

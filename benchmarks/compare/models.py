@@ -51,7 +51,7 @@ class Options:
         method: how weights are rounded.
         profile: which units share a format; published rules keep their own ties.
         text: calibration text, a file or "builtin".
-        tokens: of it, for calibration.
+        tokens: number of tokens of it, for calibration.
         evaluations: plans that the closed loop measures at each budget.
         refine_tokens: of the calibration text, for measuring plans.
         evaluation: evaluation texts, each a domain; "builtin" has four.

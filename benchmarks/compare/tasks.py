@@ -32,7 +32,7 @@ class Tasks:
 
     Attributes:
         names: of lm-eval.
-        folder: of tasks of one's own.
+        folder: folder of tasks of one's own.
         limit: documents of each; all when not given.
     """
 

@@ -116,7 +116,7 @@ class Built:
 
     Attributes:
         target: such as "sm_90".
-        registers: of a thread.
+        registers: number of registers of a thread.
         spills: instructions that save or restore registers.
         shared: bytes of shared memory of a program.
         per_weight: lane-instructions a weight of every innermost loop with matrix instructions.

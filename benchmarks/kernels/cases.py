@@ -45,9 +45,9 @@ class Layer:
     """The routed experts of one model's layer.
 
     Attributes:
-        name: of the model.
+        name: name of the model.
         experts: E.
-        top_k: of a token.
+        top_k: number of experts of a token.
         hidden: H.
         intermediate: I.
     """
@@ -84,8 +84,8 @@ class Case:
         mix: of `MIXES`.
         group: weights that share a scale.
         batch: tokens.
-        routing: of `ROUTINGS`.
-        dtype: of activations.
+        routing: routing of `ROUTINGS`.
+        dtype: dtype of activations.
     """
 
     layer: Layer
@@ -204,7 +204,7 @@ def bytes_of(experts: Experts, case: Case, index: Tensor, *, down: bool = True) 
     """Return the bytes that one call must read and write, each once.
 
     Args:
-        experts: of the layer.
+        experts: experts of the layer.
         case: what is called.
         index: experts of each token.
         down: of the whole layer; else up to the activated intermediate.

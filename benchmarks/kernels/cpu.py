@@ -40,7 +40,7 @@ class Layer:
 
     Attributes:
         experts: E.
-        top_k: of a token.
+        top_k: number of experts of a token.
         hidden: H.
         intermediate: I.
     """

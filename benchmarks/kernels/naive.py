@@ -67,8 +67,8 @@ class Naive:
 
     Attributes:
         words: gate and up [E, H / 8, 2I], down [E, I / 8, H], int32.
-        scales: of groups, in the dtype of activations.
-        zeros: of groups, likewise.
+        scales: scales of groups, in the dtype of activations.
+        zeros: zero points of groups, likewise.
     """
 
     def __init__(

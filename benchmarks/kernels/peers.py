@@ -49,7 +49,7 @@ class Setting:
     Attributes:
         device: "cuda", or "cpu" for a toy run.
         runs: measurements of each.
-        ceilings: of the device: bytes a second "read" and in a "copy", "matmul" FLOP/s.
+        ceilings: ceilings of the device: bytes a second "read" and in a "copy", "matmul" FLOP/s.
     """
 
     device: str

@@ -35,7 +35,7 @@ def generate(
         model: its name, or its sizes.
         folder: to write; it must not exist.
         layers: only so many decoder layers; all when not given.
-        seed: of the weights.
+        seed: random seed of the weights.
         shard: bytes of tensors a file, at most, but for one larger tensor.
 
     Raises:

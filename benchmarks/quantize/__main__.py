@@ -39,16 +39,16 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        shapes: of matrices, for throughput.
-        seconds: of one measurement of throughput, about.
+        shapes: shapes of matrices, for throughput.
+        seconds: duration in seconds of one measurement of throughput, about.
         rounds: measurements of each way.
         gptq_formats: formats in which GPTQ is timed.
         models: reference models.
         formats: in which losses are compared.
-        tokens: of calibration.
+        tokens: number of tokens of calibration.
         judged: held-out tokens.
         large: whose shapes the large checkpoint has.
-        layers: of it; all when None.
+        layers: layers of it; all when None.
         estimator: that plans it.
         room: bytes that the disk must have free for it.
     """

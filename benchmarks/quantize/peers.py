@@ -81,7 +81,7 @@ def llm_gptq(
         format: symmetric or with integer zeros.
         moments: E x xᵀ of each, [n, cols, cols]; left alone.
         act_order: take columns by falling diagonal, scales fixed before ("weight").
-        scales: of min-max ranges, its default, or of its search for the least error.
+        scales: scales of min-max ranges, its default, or of its search for the least error.
     """
     found, _, _, _ = _gptq(weights, format, moments, act_order=act_order, scales=scales)
     return found

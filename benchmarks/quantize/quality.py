@@ -118,7 +118,7 @@ def measured(
 
     Args:
         model: a bundled reference model.
-        tokens: of the calibration text.
+        tokens: number of tokens of the calibration text.
         judged: held-out tokens.
         formats: by name.
         say: told of every row.

@@ -141,9 +141,9 @@ def measured(
     """Return one row a shape, format and way, JSON values.
 
     Args:
-        shapes: of the matrices.
+        shapes: shapes of the matrices.
         folder: for the file that is copied.
-        seconds: of one measurement, about.
+        seconds: duration in seconds of one measurement, about.
         rounds: measurements of each.
         gptq_formats: how many formats GPTQ rounds to; its time hardly depends on the width.
         say: told of every shape and format.

@@ -34,7 +34,7 @@ class Block:
         group: what they are of, such as a command's name; "" in a part without groups.
         first: the first one's number in its group.
         count: how many.
-        seed: of the campaign.
+        seed: random seed of the campaign.
     """
 
     group: str
@@ -48,7 +48,7 @@ class Part:
     """A part of the campaign.
 
     Attributes:
-        count: of cases, of each command where a part goes over commands.
+        count: number of cases, of each command where a part goes over commands.
         block: cases that are run before their rows are written.
         groups: names of what it goes over.
         run: yields a row a case of a block.
@@ -104,7 +104,7 @@ def run(
     Args:
         out: folder for `robustness.json`, `robustness.md` and what finished blocks found.
         names: of the parts.
-        count: of cases in each group; each part's own when not given.
+        count: number of cases in each group; each part's own when not given.
         seed: the random seed.
         say: called with a line for each finished block.
         only: names of the commands that are killed or meet a full disk; all when empty.

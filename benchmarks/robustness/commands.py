@@ -17,8 +17,8 @@ class Long:
     """A command that takes long on real models.
 
     Attributes:
-        name: of the case.
-        words: of the command, which is run beside the materials it needs.
+        name: name of the case.
+        words: words of the command, which is run beside the materials it needs.
         needs: those materials.
         old: a command whose result is there before; none when empty.
         storage: of a study, whose file the command goes on in; empty for commands with `-o`.

@@ -31,8 +31,8 @@ def run_full(
 
     Args:
         long: what is run.
-        count: of disks.
-        seed: of their sizes.
+        count: number of disks.
+        seed: random seed of their sizes.
         materials: the sound files.
         scratch: a folder to work in.
     """

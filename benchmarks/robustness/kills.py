@@ -33,8 +33,8 @@ def run_kills(
 
     Args:
         long: what is killed.
-        count: of kills that find the command running.
-        seed: of the moments.
+        count: number of kills that find the command running.
+        seed: random seed of the moments.
         materials: the sound files.
         scratch: a folder to work in.
     """

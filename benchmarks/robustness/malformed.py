@@ -61,7 +61,7 @@ def cases(count: int, seed: int, only: str = "", *, first: int = 0) -> Iterator[
 
     Args:
         count: the number after the last case's.
-        seed: of all of them.
+        seed: random seed of all of them.
         only: the one subject that is wanted; all when empty.
         first: the first case's number.
     """

@@ -64,7 +64,7 @@ def judged_study(
         killed: how the killed run ended; its output names finished trials.
         whole: the trials of a run that nobody killed.
         folder: that it ran in.
-        limits: of every other run.
+        limits: limits of every other run.
     """
     file = folder / long.out
     try:

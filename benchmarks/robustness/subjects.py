@@ -37,10 +37,10 @@ class Subject:
     """A file that is damaged.
 
     Attributes:
-        name: of the kind of input.
+        name: name of the kind of input.
         file: its path among the materials, or a pattern of several.
         damage: gives the damaged content.
-        kinds: of edits.
+        kinds: kinds of edits.
         commands: that read it; each case runs one of them.
         needs: other materials that the commands read.
         share: of all cases, in parts.

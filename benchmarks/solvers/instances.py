@@ -194,7 +194,7 @@ def random_instance(
         rows: rows of the table.
         width: options of a row.
         largest: weights are drawn from 1 to this.
-        seed: of the numbers.
+        seed: random seed of the numbers.
 
     The limit lies a quarter of the way from the lightest plan to the heaviest; at his half, the
     cheapest options of uncorrelated rows all fit.

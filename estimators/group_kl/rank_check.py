@@ -63,7 +63,7 @@ def check_plans(
     Args:
         table: the costs.
         plans: at least 3, held out from what fitted the table; of equal bytes for the regret.
-        measured_kl: of each plan, nats a token, above 0, float64[P].
+        measured_kl: measured kl of each plan, nats a token, above 0, float64[P].
 
     Raises:
         InputError: fewer than 3 plans, or a KL that is not above 0.
@@ -109,7 +109,7 @@ def plans_for_check(problem: Problem, count: int = 12, seed: int = 0) -> tuple[B
     Args:
         problem: a table and limits; a budget that binds, or all plans are the widest.
         count: how many, at least 3.
-        seed: of the draws.
+        seed: random seed of the draws.
 
     Raises:
         InputError: `count` is below 3.

@@ -92,7 +92,7 @@ class Sums:
 
     Attributes:
         base: what each member counts before any coefficient, above 0 or 0, float64[T].
-        features: of each member, float64[T,P].
+        features: features of each member, float64[T,P].
         start: first member of each sum, int64[N]; each sum has a member with a base above 0.
     """
 

@@ -32,7 +32,7 @@ def weighed_squares(delta: Tensor, weight: Tensor) -> Tensor:
 
     Args:
         delta: [n, ...], float32.
-        weight: of each square, float32 or, from `narrowed`, float64.
+        weight: weight of each square, float32 or, from `narrowed`, float64.
     """
     if weight.dtype == torch.float64 or not fits(delta):
         return delta.double().square() * weight

@@ -139,7 +139,7 @@ class Replay:
         layer that differs from the model as it is at this moment.
 
         Args:
-            name: of the model as it is now, for `base` to tell.
+            name: name of the model as it is now, for `base` to tell.
         """
         self.base = name
         if self._layers is None:

@@ -71,7 +71,7 @@ class Encoded:
     """A document as tokens.
 
     Attributes:
-        ids: of its text, int64 [n].
+        ids: ids of its text, int64 [n].
         prefix: special tokens that the tokenizer begins a text with, int64 [p].
     """
 

@@ -27,7 +27,7 @@ class Published:
         title: its name in reports.
         source: the paper's number or the program's part, for one column of a report.
         citation: authors, title or venue, and where to find it.
-        year: of publication.
+        year: year of publication.
         cost: what it minimises, or what its signal is.
         ties: the profile of units that share a format, "" if it makes no plans.
         allocator: how it chooses, "" if it makes no plans.

@@ -262,7 +262,7 @@ def chowdhury_plan(
     """Return the published plan: whole experts, every layer at the same average.
 
     Args:
-        layout: of routed experts only.
+        layout: layout of routed experts only.
         formats: one grid for each level.
         average: bits an expert.
         levels: two widths, or three equally spaced ones, as `chowdhury_counts` takes them.

@@ -160,7 +160,7 @@ def fuzzy_clusters(
         values: float64[N], with at least as many different ones as precisions.
         precisions: bits, all different.
         m: fuzzifier, above 1; towards 1 clusters become sharp.
-        seed: of the starts; the best of 8 by the objective is kept.
+        seed: random seed of the starts; the best of 8 by the objective is kept.
         margin: from 0, where nothing is near a boundary, to 1.
 
     Raises:
@@ -242,7 +242,7 @@ def moqa_plan(
         precisions: bits of the clusters.
         rule: which share counts, the mean over sets or the worst (largest).
         m: fuzzifier of the clustering.
-        seed: of the clustering.
+        seed: random seed of the clustering.
         margin: threshold of the boundary rule.
 
     Raises:

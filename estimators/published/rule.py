@@ -78,7 +78,7 @@ def rule_of(name: str, material: Material, progress: Progress | None = None) -> 
     """Return a published rule by its name in `RULES`; what it measures is measured now.
 
     Args:
-        name: of an entry that makes plans.
+        name: name of an entry that makes plans.
         material: what to plan from.
         progress: called with (what, done, of) while it measures.
 
@@ -134,7 +134,7 @@ def solved(name: str, table: CostTable, solver: Solver | None = None) -> Rule:
     """Return the rule of an entry that solves a table under its ties, within a byte limit.
 
     Args:
-        name: of the entry.
+        name: name of the entry.
         table: its costs.
         solver: its allocator; the knapsack when not given.
     """

@@ -36,7 +36,7 @@ class RandomScore:
     """Log-normal scores drawn for each unit: what a signal without information is worth.
 
     Attributes:
-        seed: of the scores.
+        seed: random seed of the scores.
     """
 
     seed: int = 0

@@ -51,7 +51,7 @@ def by_rows(table: CostTable, evidence: Evidence, blocks: int) -> CostTable:
     """Return the table over blocks of rows; each matrix's costs add up to what they were.
 
     Args:
-        table: of whole matrices, in the order of the evidence.
+        table: table of whole matrices, in the order of the evidence.
         evidence: weights, and moments if a text was read.
         blocks: of each matrix, of equal rows or one row apart; one of fewer rows has one a row.
 

@@ -43,7 +43,7 @@ class Anchors(Protocol):
         Args:
             units: U units.
             free: which cells may be measured, bool[U,F].
-            spread: of the present prediction, float64[U,F]; None before the first.
+            spread: spread of the present prediction, float64[U,F]; None before the first.
             count: how many.
             seed: the random seed.
         """
@@ -59,7 +59,7 @@ class ByDepth:
     shares make, layers keep these proportions.
 
     Attributes:
-        shares: of shallow, middle and deep layers' experts.
+        shares: shares of shallow, middle and deep layers' experts.
     """
 
     shares: tuple[float, float, float] = (1 / 4, 1 / 2, 1 / 6)
@@ -132,8 +132,8 @@ class CellSpace:
     Attributes:
         units: U units.
         formats: F formats; kept precisions cost nothing and are not measured.
-        antecedents: of every cell.
-        provenance: of samples that are taken here.
+        antecedents: antecedents of every cell.
+        provenance: provenance of samples that are taken here.
         measurable: which units to measure, bool[U]; all when not given. An expert that no token
             reaches changes nothing, so measuring it says nothing.
     """
@@ -174,7 +174,7 @@ class Growth:
         stop: most measurements, held-out ones included.
         anchors: picks cells; at random if not given, since as many cells of separable tables rank
             better when they are not whole experts.
-        seed: of all random numbers.
+        seed: random seed.
     """
 
     start: int

@@ -59,7 +59,7 @@ class FuzzyRules:
 
         Args:
             samples: measured losses.
-            antecedents: of the same units and formats.
+            antecedents: antecedents of the same units and formats.
             target: float64[N], learned in place of the loss, and on its scale: residual
                 logarithms. Without it "tfri" learns log losses and "idw" losses.
         """

@@ -78,10 +78,10 @@ def scale_and_move(
     scaled and moved; the consequent undergoes the same (methods.md#fuzzy-rules).
 
     Args:
-        antecedents: of each observation's rules, [Q,n,D,3].
-        consequents: of each observation's rules, [Q,n,3].
+        antecedents: antecedents of each observation's rules, [Q,n,D,3].
+        consequents: consequents of each observation's rules, [Q,n,3].
         observed: [Q,D,3].
-        weights: of the rules, for each antecedent; sum 1 over n; [Q,n,D].
+        weights: weights of the rules, for each antecedent; sum 1 over n; [Q,n,D].
         slopes: how far a shift of 1 in an antecedent shifts the consequent, [D].
         importance: weight of each antecedent in the consequent's scale and move, sum 1, [D].
     """

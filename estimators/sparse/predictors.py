@@ -58,7 +58,7 @@ class LogLinear:
 
         Args:
             samples: measured losses.
-            antecedents: of the same units and formats.
+            antecedents: antecedents of the same units and formats.
             target: float64[N], learned in place of log losses.
         """
         antecedents.of(samples)
@@ -209,9 +209,9 @@ class GradientBoosting:
 
     Attributes:
         trees: how many.
-        depth: of each tree.
+        depth: depth of each tree.
         rate: share of each tree's answer that is added.
-        seed: of ties between splits.
+        seed: random seed of ties between splits.
     """
 
     trees: int = 200

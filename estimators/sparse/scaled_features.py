@@ -26,7 +26,7 @@ class Frame:
             coordinates, the last row for values without a sample.
         slopes: how far each of the C moves the learned value, [C].
         distance: factor of every coordinate in distances, [C + S].
-        ranges: of the C over the samples, [C].
+        ranges: ranges of the C over the samples, [C].
         whole: all antecedents of a rule share its weight, by total distance; otherwise each has
             its own, by its own distance.
     """

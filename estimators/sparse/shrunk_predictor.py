@@ -24,7 +24,7 @@ class Shrunk:
 
     Attributes:
         inner: learns the samples.
-        weight: of every sample, float64[N]; the square root of its loss when not given.
+        weight: weight of every sample, float64[N]; the square root of its loss when not given.
     """
 
     inner: Predictor

@@ -32,8 +32,8 @@ def on_disk(
     """Return a tensor of zeros in a file of its own.
 
     Args:
-        shape: of the tensor.
-        dtype: of the tensor.
+        shape: shape of the tensor.
+        dtype: dtype of the tensor.
         folder: where a file without a name lies; the system's temporary folder when not given.
         path: a file to write instead, for `read_back`.
 
@@ -70,7 +70,7 @@ def moved(tensor: Tensor, dtype: torch.dtype | None = None, folder: Path | None 
 
     Args:
         tensor: what to copy.
-        dtype: of the copy; the tensor's when not given.
+        dtype: dtype of the copy; the tensor's when not given.
         folder: where the file lies; the system's temporary folder when not given.
 
     Raises:

@@ -48,9 +48,9 @@ class Experts:
         layer: their sizes and layout.
         module: what the model calls once a layer.
         routed: reads the arguments of that call.
-        weights: of one expert as [out, in], the first projections in one, and down.
+        weights: weights of one expert as [out, in], the first projections in one, and down.
         activate: from the first projections' outputs [n, 2I] (or up's) to the middle [n, I].
-        biases: of one expert, of the first projections and of down.
+        biases: biases of one expert, of the first projections and of down.
         finish: what is done to an expert's output before its routing weight.
         copies: rows that the call has of every token, one block of rows after the other; the
             caller adds up what becomes of them.

@@ -37,7 +37,7 @@ class Shelf:
 
     Attributes:
         readings: the journal.
-        name: of the pass, which tells it from others of the same journal.
+        name: name of the pass, which tells it from others of the same journal.
     """
 
     readings: Readings

@@ -55,7 +55,7 @@ def calibrate(
         by_layer: catch the gradients of one layer a backward pass, so that only that layer and
             those after it hold a graph; as many more passes as there are MoE layers, and the
             same result up to rounding.
-        seed: of the drawn labels and of the noise that measures gains.
+        seed: random seed of the drawn labels and of the noise that measures gains.
         progress: called with (what, done, of).
 
     Raises:

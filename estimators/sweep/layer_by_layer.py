@@ -64,7 +64,7 @@ def calibrate_by_layer(
         trace_tokens: keep only the first so many tokens; all when not given.
         spilled: what activations are kept in between layers; bfloat16 takes half the disk, and
             its rounding is measured as noise too.
-        seed: of the noise that measures gains.
+        seed: random seed of the noise that measures gains.
         readings: journal of finished layers, whose files the evidence reads; none if not given.
         progress: called with (what, done, of).
 
@@ -186,7 +186,7 @@ class _Pass:
         """Return what a layer gives for a stream, and what is kept with it.
 
         Args:
-            label: of the stream.
+            label: label of the stream.
             place: the layer, which is loaded unless the step is done.
             start: what the layer before gave.
             also: gives what else to keep, once the layer has run.

@@ -19,7 +19,7 @@ class LinearSums:
     """Running sums over the tokens that one projection sees.
 
     Args:
-        cols: of its weight.
+        cols: number of columns of its weight.
         full: keep the whole second-moment matrix.
     """
 

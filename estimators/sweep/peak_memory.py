@@ -44,7 +44,7 @@ def way_to_calibrate(
     Args:
         source: the checkpoint.
         layout: its units, from headers.
-        tokens: of the text.
+        tokens: number of tokens of the text.
         needs: what must be recorded.
         limit: bytes; None for any number.
 
@@ -85,7 +85,7 @@ def peak_bytes(
     Args:
         source: the checkpoint.
         layout: its units, from headers.
-        tokens: of the text.
+        tokens: number of tokens of the text.
         needs: what the estimator needs.
         by_layer: gradients of one layer a backward pass, without those of parameters.
     """
@@ -123,7 +123,7 @@ def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collecti
     Args:
         source: the checkpoint.
         layout: its units, from headers.
-        tokens: of the text.
+        tokens: number of tokens of the text.
         needs: what the estimator needs.
     """
     layers, units = layout.layers, layout.units

@@ -37,7 +37,7 @@ class Stream:
         batches: the text.
         dtype: what it is kept in; bfloat16 takes half the disk and rounds at every layer.
         path: the file, which may be there from a former run; one without a name when not given.
-        shape: of a window's part, if the file is there.
+        shape: shape of a window's part, if the file is there.
     """
 
     def __init__(

@@ -176,8 +176,8 @@ def add_block(
         first: first column.
         sums: pointers to rows of their sums (`sums.write_sums`), [tokens]; read if POST.
         LANES: columns of a slot.
-        KIND: of the expert.
-        COLS: of a row.
+        KIND: kind of the expert.
+        COLS: number of columns of a row.
         WIDEST: most columns that are multiplied at once.
         POST: whether sums are scaled, or weights.
         CT: type of the product's operands.
@@ -359,8 +359,8 @@ def add_expert(
         begin: first block of 256 columns.
         end: one past the last.
         tail: whether the columns after all whole blocks are this program's too.
-        KIND: of the expert.
-        COLS: of the expert's matrix.
+        KIND: kind of the expert.
+        COLS: number of columns of the expert's matrix.
         WIDEST: most columns that are multiplied at once.
         POST: whether sums are scaled, or weights.
         CT: type of the product's operands.

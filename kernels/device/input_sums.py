@@ -26,7 +26,7 @@ def write_sums(x, out, first, last, COLS: tl.constexpr):
         out: pointer to its sums, float32.
         first: first column.
         last: one past the last.
-        COLS: of the row.
+        COLS: number of columns of the row.
     """
     for begin in range(first, last, STEP):
         k = begin + tl.arange(0, STEP)
@@ -64,12 +64,12 @@ def own_sums(x_ptr, out_ptr, row, ok, tokens, first, last, COLS: tl.constexpr):
     Args:
         x_ptr: rows of inputs.
         out_ptr: rows of their sums.
-        row: of each token, int64 [BM].
+        row: row of each token, int64 [BM].
         ok: which of them there are, [BM].
         tokens: how many there can be.
         first: first column, a multiple of 128.
         last: one past the last.
-        COLS: of a row.
+        COLS: number of columns of a row.
     """
     t = tl.arange(0, row.shape[0])
     for token in range(tokens):

@@ -189,15 +189,15 @@ def intermediate(
         x: pointers to rows of activations, [tokens].
         ok: which of them there are, [tokens].
         sums: pointers to rows of their sums (`sums.write_sums`), [tokens]; read if POST.
-        KINDS: of up projections.
-        GATE_KINDS: of gate projections.
+        KINDS: kinds of up projections.
+        GATE_KINDS: kinds of gate projections.
         COLS: inputs.
         ROWS: outputs of an entry.
         BM: tokens.
         GATED: whether there is a gate.
         TIED: whether gate and up of every expert are of one kind.
         BIASED: whether there are biases.
-        ACTIVATION: of gate, or of up.
+        ACTIVATION: activation of gate, or of up.
         WIDEST: most columns that are multiplied at once.
         POST: whether sums are scaled, or weights.
         CT: type of the product's operands.

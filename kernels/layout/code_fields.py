@@ -54,10 +54,10 @@ def read_slot(bits: int, slot: int, mantissa: int, plane: int = 0) -> Slot:
     """Return how a slot is read.
 
     Args:
-        bits: of a code.
+        bits: number of bits of a code.
         slot: 0 to 15.
         mantissa: bits of the float's mantissa: 7 or 10.
-        plane: of codes in two planes, 0 for the low four bits.
+        plane: plane of codes in two planes, 0 for the low four bits.
     """
     from bitknap.kernels.layout.tiled_codes import (
         slot_fields,  # Triton refuses plain functions of modules
@@ -85,10 +85,10 @@ def assembly(bits: int, slot: int, mantissa: int, plane: int = 0) -> str:
     """Return PTX that reads a slot of both lanes: $0 from words $1, $2, …, one a part.
 
     Args:
-        bits: of a code.
+        bits: number of bits of a code.
         slot: 0 to 15.
         mantissa: bits of the float's mantissa: 7 or 10.
-        plane: of codes in two planes, 0 for the low four bits.
+        plane: plane of codes in two planes, 0 for the low four bits.
     """
     # Numbers alone: Triton 3.6 makes bare tuples of named ones that it is handed.
     parts, power = read_slot(bits, slot, mantissa, plane)

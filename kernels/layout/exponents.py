@@ -33,7 +33,7 @@ def times_power(weights: Tensor, exponent: Tensor | int) -> Tensor:
 
     Args:
         weights: [rows, cols].
-        exponent: of all, or int32 [rows, 1] of each row.
+        exponent: exponent of all, or int32 [rows, 1] of each row.
     """
     if isinstance(exponent, int):
         return weights.mul_(2.0**exponent).clamp_(-_LARGEST, _LARGEST) if exponent else weights
@@ -44,7 +44,7 @@ def with_exponent(scale: Tensor, exponent: int) -> Tensor:
     """Return scales with a matrix's exponent in their signs.
 
     Args:
-        scale: of all rows, fp16 [rows, n], above 0.
+        scale: scales of all rows, fp16 [rows, n], above 0.
         exponent: a multiple of STEP from -MOST to MOST.
 
     Raises:

@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     """How a matrix is stored.
 
     Attributes:
-        bits: of a code; of a weight if `kept`.
+        bits: number of bits of a code; of a weight if `kept`.
         share: bits of a group's share of its row's scale; 0 if a word holds an fp16 step.
         symmetric: 1 where no zero is stored.
         kept: 0 for codes; 1, 2, 3 for a matrix in bf16, fp16, fp32.

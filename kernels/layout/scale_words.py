@@ -33,7 +33,7 @@ class Recipe:
     """How one matrix is stored, as far as kernels must know.
 
     Attributes:
-        bits: of a code; of a weight, if `kept`.
+        bits: number of bits of a code; of a weight, if `kept`.
         group: weights of a row that share a word, the last of which may have fewer; at least 1.
         share: bits of a group's share of its row's scale; 0 if the word holds an fp16 step.
         symmetric: no zero is stored.
@@ -95,7 +95,7 @@ def unpack_words(words: Tensor, recipe: Recipe, rows: int) -> tuple[Tensor, Tens
     Args:
         words: as bytes, uint8.
         recipe: how they are stored.
-        rows: of the matrix.
+        rows: number of rows of the matrix.
     """
     height, _ = padded(rows, 0)
     typed = words.view(_DTYPES[recipe.word]).view(height // ROWS, -1, ROWS)

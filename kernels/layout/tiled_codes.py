@@ -144,7 +144,7 @@ def _pieces(buffer: Tensor, cols: int, bits: int) -> Iterator[tuple[Blocks, slic
     Args:
         buffer: int16 [tiles, words of a tile]; the words are views of it.
         cols: weights of a row.
-        bits: of a code.
+        bits: number of bits of a code.
     """
     at = 0
     for block in blocks(cols):

@@ -143,7 +143,7 @@ def cut(
     Args:
         layer: global layer number.
         stack: names the tensor; says whether it is transposed and whether it is 2-D (`parts`).
-        shape: of the tensor, [experts, ., .] or [experts * ., .].
+        shape: shape of the tensor, [experts, ., .] or [experts * ., .].
         projections: the output rows of one expert, in equal shares.
         experts: how many of the stacked matrices compute something.
         interleaved: whether the shares alternate row by row.

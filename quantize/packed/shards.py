@@ -75,7 +75,7 @@ def lay_out(tensors: Mapping[str, Entry], stem: str, limit: int) -> Shards:
 
     Args:
         tensors: by name.
-        stem: of the files' names: "STEM.safetensors", or "STEM-00001-of-0000N.safetensors".
+        stem: stem of the files' names: "STEM.safetensors", or "STEM-00001-of-0000N.safetensors".
         limit: most bytes of the tensors in a file; a larger tensor has a file of its own.
     """
     from huggingface_hub import split_state_dict_into_shards_factory

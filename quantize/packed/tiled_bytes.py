@@ -140,9 +140,9 @@ def experts_table(
 
     Args:
         stack: uint8, such as one tensor of a checkpoint in tiles; not copied.
-        formats: of each unit.
-        rows: of each expert's matrix.
-        cols: of each unit.
+        formats: formats of each unit.
+        rows: number of rows of each expert's matrix.
+        cols: number of columns of each unit.
         blocks: units of rows that make up a matrix.
 
     Raises:

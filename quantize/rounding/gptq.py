@@ -180,7 +180,7 @@ def _columns(
 
     Args:
         x: weights in the order they are rounded.
-        step: of each group in storage, [k, G, rows].
+        step: step of each group in storage, [k, G, rows].
         floor: value of its code 0.
         size: columns of a group in storage.
         factor: how errors pass on.

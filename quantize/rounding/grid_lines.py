@@ -12,7 +12,7 @@ def lines(grid: Grid) -> tuple[Tensor, Tensor]:
     """Return the step of each group and the value of its code 0, both float32 [rows, G].
 
     Args:
-        grid: of a matrix of ordinary magnitude, without an exponent.
+        grid: grid of a matrix of ordinary magnitude, without an exponent.
     """
     rows = grid.scale.shape[0]
     zeros = torch.zeros(rows, grid.cols, dtype=torch.uint8, device=grid.scale.device)

@@ -150,7 +150,7 @@ def _refit(
 
     Args:
         x: weights, [groups, size]; of mean 0 if the zero may move.
-        scale: of the grid to round to, [groups, 1].
+        scale: scales of the grid to round to, [groups, 1].
         zero: likewise.
         total: sum of each group; None if the zero may move, to any real number.
         bits: width of a code.

@@ -29,8 +29,8 @@ class Matrices:
 
     Attributes:
         matrix: returns one expert's matrix, which nobody may write to.
-        shape: of the stack.
-        dtype: of the matrices.
+        shape: shape of the stack.
+        dtype: dtype of the matrices.
         device: where they are.
     """
 

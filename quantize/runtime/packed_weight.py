@@ -44,8 +44,8 @@ class PackedWeight:
 
     Attributes:
         holders: the module that holds each of its streams, by the buffer's name.
-        shape: of the parameter.
-        dtype: of the parameter; matrices are rounded to it once.
+        shape: shape of the parameter.
+        dtype: dtype of the parameter; matrices are rounded to it once.
         stacked: whether its first dimension counts experts.
         parts: the pieces of each expert if stacked, else all of them under 0.
         layout: how streams lie now.

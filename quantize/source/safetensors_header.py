@@ -85,7 +85,7 @@ def check_header(
         path: the file, named in messages; it need not be here.
         entries: the parsed JSON.
         begin: where the data begins.
-        size: of the file.
+        size: size of the file.
 
     Raises:
         FileError: anything at all is wrong with the header; names the file and the tensor.

@@ -43,7 +43,7 @@ def calling_transformers(
     Args:
         what: the part of the message before the reason, such as "out: cannot read config.json".
         remedy: the part after it.
-        kind: of the error raised.
+        kind: kind of the error raised.
 
     Raises:
         BitknapError: transformers refused; of that kind, with the cause chained.

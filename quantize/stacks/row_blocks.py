@@ -28,7 +28,7 @@ def block_units(units: Units, blocks: int) -> tuple[Units, Longs]:
 
     Args:
         units: whole matrices.
-        blocks: of each matrix; one of fewer rows has one block a row.
+        blocks: number of blocks of each matrix; one of fewer rows has one block a row.
 
     Raises:
         InputError: blocks is below 1, or the units are cut already.
@@ -59,8 +59,8 @@ def layout_for(units: Units, layout: Layout) -> Layout:
     """Return the layout cut as `units` are, block by block in row order; itself if none is cut.
 
     Args:
-        units: of a plan or a table, in any order.
-        layout: of whole matrices.
+        units: units of a plan or a table, in any order.
+        layout: layout of whole matrices.
 
     Raises:
         MismatchError: a matrix's blocks do not make it up.

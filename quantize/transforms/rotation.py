@@ -125,7 +125,7 @@ def turns(model_type: str, names: Iterable[str]) -> dict[str, Turn]:
     """Return what becomes of every tensor that changes.
 
     Args:
-        model_type: of the language model's config.
+        model_type: model type of the language model's config.
         names: all tensors, of a live model or of a checkpoint.
 
     Raises:
@@ -183,7 +183,7 @@ def rotate_residual(model: nn.Module, seed: int = 0) -> None:
 
     Args:
         model: a transformers model with a language head.
-        seed: of the signs.
+        seed: random seed of the signs.
 
     Raises:
         ModelError: the family or one of its parameters is not known; nothing was changed.
@@ -239,7 +239,7 @@ def rotated(folder: Path, out: Path, seed: int = 0, *, overwrite: bool = False) 
     Args:
         folder: a plain checkpoint.
         out: where to write.
-        seed: of the signs.
+        seed: random seed of the signs.
         overwrite: whether `out` may exist.
 
     Raises:

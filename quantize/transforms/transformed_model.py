@@ -39,7 +39,7 @@ class Sorting:
     """Which block of rows each neuron goes to; within a block neurons keep their order.
 
     Attributes:
-        blocks: of each matrix.
+        blocks: number of blocks of each matrix.
         block: by layer number, uint8 [experts, neurons].
     """
 
@@ -175,7 +175,7 @@ def planned(origin: Checkpoint, header: Mapping[str, Any], model: str, folder: P
 
     Args:
         origin: the given one.
-        header: of the plan.
+        header: header of the plan.
         model: fingerprint that the plan is for.
         folder: where the twin is made, if one is needed.
 

@@ -54,7 +54,7 @@ class Block:
 
     Attributes:
         line: number of its first line in the page.
-        language: of the fence.
+        language: language of the fence.
         title: the file that it is, or "".
         text: what is inside.
         output: whether it is what the block above prints.

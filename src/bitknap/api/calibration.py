@@ -41,7 +41,7 @@ class Calibration:
         text: calibration text, a file or "builtin".
         tokens: how much of it to use.
         include: roles beside routed experts.
-        seed: of everything drawn at random.
+        seed: random seed.
         rounding: how weights will be rounded; it may need whole second moments.
         max_memory: bytes; None for any number.
     """
@@ -126,7 +126,7 @@ def readings_about(
         origin: the model, before it is rotated or sorted.
         asked: on what, alike but for their texts.
         rotation: seed of what turns the residual stream; None leaves it.
-        blocks: of rows that neurons are sorted into; None does not sort.
+        blocks: number of blocks of rows that neurons are sorted into; None does not sort.
     """
     first = asked[0]
     units = walk_headers(origin.config, origin.shapes, first.include).units

@@ -104,7 +104,7 @@ def estimate(
             differ; one more pass over the (first) text.
         rotate: turn the residual stream by random Hadamard transforms first.
         max_memory: bytes; when more is needed, gradients or the whole pass go layer by layer.
-        seed: of everything drawn at random.
+        seed: random seed.
         journal: file that keeps each measured KL and, where calibration goes layer by layer, each
             finished layer; after a kill the same call goes on from there. `journal.forget` it when
             the table is saved.

@@ -79,10 +79,10 @@ def quantize(
         out: folder to write; appears when all of it is there.
         method: how to round, "rtn", "hqq" or "gptq"; what the plan was made for when not given.
         force: round in another way than the plan's costs are of.
-        text: of methods that calibrate, a file or "builtin".
+        text: text of methods that calibrate, a file or "builtin".
         tokens: how much of it to use.
         max_memory: bytes; when calibrating would take more, it goes layer by layer.
-        seed: of the calibration.
+        seed: random seed of the calibration.
         max_shard_size: most bytes of a file, such as "5GB"; a larger tensor has its own.
         journal: file that keeps each layer that a calibration layer by layer has finished, such as
             the one that `estimate` was given; `journal.forget` it when `out` is there.

@@ -142,7 +142,7 @@ def open_loop(
         words: the calibration text.
         taken: what calibration read of it.
         tokens: to measure plans on.
-        folder: of the model, for its tokenizer.
+        folder: folder of the model, for its tokenizer.
 
     Raises:
         InputError: the text is too short.
@@ -180,7 +180,7 @@ def run_loop(
         evaluations: plans to measure.
         others: tables whose plans are measured as well.
         driver: what proposes plans.
-        seed: of what is drawn.
+        seed: random seed.
         readings: what was measured before, and where to keep what is measured.
         progress: called with (what, done, of).
 
@@ -231,8 +231,8 @@ class _Part:
         loop: the model and the texts.
         table: whose units and formats choices are of.
         readings: what was measured before, and where to keep what is measured.
-        replay: of the part.
-        number: of the part.
+        replay: replay of the part.
+        number: number of the part.
         base: the plan that layers in memory are of.
         name: what the replay calls it.
     """
@@ -281,9 +281,9 @@ def stored(
     """Return the context in which a replayed model is stored as a plan says.
 
     Args:
-        replay: of the model that the evidence is of.
+        replay: replay of the model that the evidence is of.
         evidence: how it is rounded.
-        plan: of its units, or of blocks of their rows.
+        plan: plan of its units, or of blocks of their rows.
     """
     layout = layout_for(plan.units, evidence.layout)
     inputs = None
@@ -333,7 +333,7 @@ def refine(
         evaluations: plans to measure.
         driver: what proposes plans: "belief", or Optuna's "tpe" or "cmaes".
         text: calibration text, a file or "builtin".
-        tokens: of it, as the table was calibrated on.
+        tokens: number of tokens of it, as the table was calibrated on.
         refine_tokens: of it, to measure plans on.
         seed: the random seed.
         journal: where measurements are kept, so that a killed run goes on.

@@ -52,9 +52,9 @@ class _Choice:
         plan: what every unit gets.
         facts: on the solution, JSON values.
         notes: tables and lines to print below all else.
-        prices: of all profiles, if asked for.
+        prices: prices of all profiles, if asked for.
         table: the costs, if they were estimated.
-        outcome: of the closed loop, if it ran.
+        outcome: outcome of the closed loop, if it ran.
     """
 
     plan: BitPlan

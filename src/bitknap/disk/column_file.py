@@ -67,7 +67,7 @@ def read_columns(
         what: said of a file without a header: "not a cost table".
         kind: the wanted format, such as "bitknap.table".
         version: what this library writes.
-        dtypes: of every array.
+        dtypes: dtypes of every array.
         optional: arrays that may be missing.
 
     Raises:

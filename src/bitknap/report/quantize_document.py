@@ -27,11 +27,11 @@ def document_of(
     """Return what `report` reads, JSON values.
 
     Args:
-        name: of the budget.
+        name: name of the budget.
         plan: what every unit gets.
         about: on the run.
         table: the costs, if they are known.
-        prices: of all profiles, if they were asked for.
+        prices: prices of all profiles, if they were asked for.
         steps: plans that a closed loop measured.
     """
     units = plan.units

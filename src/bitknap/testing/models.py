@@ -230,7 +230,7 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
 
     Args:
         family: one of `FAMILIES`; "llama" has no experts and "jetmoe" none that Bitknap knows.
-        seed: of the weights; leaves the global generators as they were.
+        seed: random seed of the weights; leaves the global generators as they were.
         changes: config values to replace.
 
     Raises:
@@ -250,9 +250,9 @@ def filled(model_class: Any, config: Any, seed: int = 0) -> Any:
     """Return a model of random float32 weights that leave a signal, in eval mode.
 
     Args:
-        model_class: of transformers.
+        model_class: model class of transformers.
         config: its configuration.
-        seed: of the weights; leaves the global generators as they were.
+        seed: random seed of the weights; leaves the global generators as they were.
     """
     import torch
 
@@ -309,7 +309,7 @@ def packed_checkpoint(
         root: the model goes to root/source, the checkpoint to root/packed.
         family: one of `FAMILIES`.
         include: roles beside routed experts.
-        group_sizes: of the formats.
+        group_sizes: group sizes of the formats.
         row_blocks: that every matrix is cut into.
         changes: config values to replace; "dtype" is the one weights are stored in.
     """

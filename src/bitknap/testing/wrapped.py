@@ -83,7 +83,7 @@ def wrapped_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
 
     Args:
         family: one of `WRAPPED`.
-        seed: of the weights; leaves the global generators as they were.
+        seed: random seed of the weights; leaves the global generators as they were.
         changes: values of the language model's config to replace.
 
     Raises:

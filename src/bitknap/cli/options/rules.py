@@ -28,7 +28,7 @@ class Asked:
     """What a command was asked for.
 
     Attributes:
-        values: of all parameters, by name.
+        values: values of all parameters, by name.
         given: names of the parameters that the command line gives.
     """
 
