@@ -1,169 +1,149 @@
-"""Estimators by the names that the command line knows; everywhere else they are instances."""
+"""The table of estimators and signals by the names that the command line knows; needs no torch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitknap.errors import InputError
-from bitknap.estimators.costs.data_free import DataFree
-from bitknap.estimators.costs.dense_profiling import Measured
-from bitknap.estimators.costs.estimator import Estimator
-from bitknap.estimators.costs.fisher import Fisher
-from bitknap.estimators.costs.moments import SecondMoments
-from bitknap.estimators.costs.weight_error import WeightError
-from bitknap.estimators.group_kl.calibrated import Calibrated
+from bitknap.estimators.evidence.from_evidence import NEEDS
 from bitknap.estimators.published import RULES
-from bitknap.estimators.published.chowdhury import RouterNorm
-from bitknap.estimators.published.rule import signal_of
-from bitknap.estimators.signals.plain import Kurtosis, RandomScore, RowVariance, Uniform
-from bitknap.estimators.signals.scored import Scored
-from bitknap.estimators.signals.signal import Signal
-from bitknap.estimators.sparse.on_demand import Sampled
-from bitknap.progress import Progress
+from bitknap.names import Catalog, Entry, unknown
 
-# Rungs of one ladder (methods.md#ladder): costs of every format, most of them in nats per token.
-COSTS: Mapping[str, Callable[[], Estimator]] = MappingProxyType(
-    {
-        "moments": SecondMoments,
-        "fisher": Fisher,
-        "fisher-output": lambda: Fisher(space="output"),
-        "weight-error": WeightError,
-        "data-free": DataFree,
-        "measured-kl": Measured,
-        "measured-layer": lambda: Measured(kind="layer"),
-        "measured-block": lambda: Measured(kind="block"),
-    }
-)
+if TYPE_CHECKING:
+    from bitknap.estimators.costs.estimator import Estimator
+    from bitknap.estimators.signals.signal import Signal
+
 # Made from router weights, which evidence does not hold.
 ROUTER = "router-norm"
-# Plain signals and those of papers: one score a unit, times the data-free cost.
-SIGNALS: Mapping[str, Callable[[], Signal]] = MappingProxyType(
-    {
-        "kurtosis": Kurtosis,
-        "random": RandomScore,
-        "row-variance": lambda: RowVariance("mean"),
-        "uniform": Uniform,
-        **{
-            name: partial(signal_of, name)
-            for entry in RULES.values()
-            for name in entry.signals
-            if name != ROUTER
-        },
-    }
-)
 CALIBRATED = "calibrated"
 # Rules over a base.
 FUZZY = "fuzzy"
+# What a row is: it has costs for every format, one score a unit, or it stands on another one.
+COST, SIGNAL, WRAPPER = "costs", "signal", "over a base"
+
+_COSTS = "bitknap.estimators.costs"
+
+
+def _cost(name: str, place: str, about: str, **settings: Any) -> Entry:
+    place = f"{_COSTS}.{place}"
+    return Entry(name=name, kind=COST, place=place, about=about, settings=settings)
+
+
+def _plain_signal(name: str, attribute: str, **settings: Any) -> Entry:
+    place = f"bitknap.estimators.signals.plain:{attribute}"
+    return Entry(name=name, kind=SIGNAL, place=place, settings=settings)
+
+
+def _published() -> tuple[Entry, ...]:
+    """Return the signals of papers; what each is, its docstring says."""
+    return tuple(
+        Entry(
+            name=name,
+            kind=SIGNAL,
+            place=f"bitknap.estimators.published.{key.replace('-', '_')}:{attribute}",
+            cites=rule.citation,
+        )
+        for key, rule in RULES.items()
+        for name, attribute in rule.signals.items()
+    )
+
+
+ESTIMATORS = Catalog(
+    what="estimator",
+    group="bitknap.estimators",
+    rows=(
+        # Rungs of one ladder (methods.md#ladder): costs of every format, most in nats per token.
+        _cost("moments", "moments:SecondMoments", "Output error from second moments of inputs."),
+        _cost("fisher", "fisher:Fisher", "Squared gradients of each weight."),
+        _cost(
+            "fisher-output",
+            "fisher:Fisher",
+            "Squared gradients at the experts' outputs.",
+            space="output",
+        ),
+        _cost("weight-error", "weight_error:WeightError", "Squared weight error by token share."),
+        _cost("data-free", "data_free:DataFree", "Weights alone; reads no text."),
+        _cost(
+            "measured-kl",
+            "dense_profiling:Measured",
+            "Measured KL of the whole model, one unit in one format at a time.",
+        ),
+        _cost(
+            "measured-layer",
+            "dense_profiling:Measured",
+            "Measured error of a decoder layer's output, one unit at a time.",
+            kind="layer",
+        ),
+        _cost(
+            "measured-block",
+            "dense_profiling:Measured",
+            "Measured error of an expert block's output, one unit at a time.",
+            kind="block",
+        ),
+        # One score a unit, times the data-free cost.
+        _plain_signal("kurtosis", "Kurtosis"),
+        _plain_signal("random", "RandomScore"),
+        _plain_signal("row-variance", "RowVariance", statistic="mean"),
+        _plain_signal("uniform", "Uniform"),
+        *_published(),
+        Entry(
+            name=CALIBRATED,
+            kind=WRAPPER,
+            place="bitknap.estimators.group_kl.calibrated:Calibrated",
+            about="Scales a base's costs to measured KL of groups of units; the default.",
+        ),
+        Entry(
+            name=FUZZY,
+            kind=WRAPPER,
+            place="bitknap.estimators.sparse.on_demand:Sampled",
+            about="Fuzzy rules from a few measured cells, over a base.",
+        ),
+    ),
+)
+COSTS: Mapping[str, Callable[[], Estimator]] = MappingProxyType(
+    {row.name: row for row in ESTIMATORS.rows if row.kind == COST}
+)
+SIGNALS: Mapping[str, Callable[[], Signal]] = MappingProxyType(
+    {row.name: row for row in ESTIMATORS.rows if row.kind == SIGNAL and row.name != ROUTER}
+)
 
 
 def names() -> tuple[str, ...]:
     """Return every name of a base, sorted."""
-    return tuple(sorted({*COSTS, *SIGNALS, ROUTER}))
+    return tuple(sorted({*ESTIMATORS.names()} - {CALIBRATED, FUZZY}))
 
 
-def named(
-    words: Sequence[str],
-    *,
-    routers: Callable[[], RouterNorm] | None = None,
-    calibrate: int | None = None,
-    check: int = 0,
-    journal: Path | None = None,
-    samples: Path | None = None,
-    measurements: int | None = None,
-    progress: Progress | None = None,
-) -> Estimator:
-    """Return the estimator of a name, its calibration, or fuzzy rules over either.
-
-    Args:
-        words: "calibrated", a base, and under calibration signals that it fits exponents of; or
-            "fuzzy" and then any of these, or nothing for the usual base.
-        routers: makes the router-norm signal when that is named.
-        calibrate: at most so many group measurements; given, it asks for calibration.
-        check: so many held-out plans are measured after calibration.
-        journal: where dense profiling keeps what it measured, to continue there.
-        samples: of fuzzy rules: the file of measured cells.
-        measurements: of fuzzy rules: at most so many cells are measured.
-        progress: of measurements.
+def rounds_to_nearest(name: str) -> bool:
+    """Return whether a base's costs are those of rounding to nearest, whatever method is asked for.
 
     Raises:
-        InputError: a name is unknown or there twice, or words do not go together.
+        InputError: several packages offer the name, or the package that does is broken.
     """
-    settings: dict[str, Any] = {
-        "routers": routers,
-        "calibrate": calibrate,
-        "check": check,
-        "journal": journal,
-        "progress": progress,
-    }
-    if words[:1] == [FUZZY]:
-        alone = len(words) == 1
-        if alone and (calibrate is not None or check or journal is not None):
-            raise InputError(
-                f"--estimator {FUZZY}: --calibrate, --check and --journal are of its base; "
-                f"name one: {FUZZY},{CALIBRATED},fisher"
-            )
-        found = Sampled(file=samples, measurements=measurements, progress=progress)
-        return found if alone else replace(found, base=_plain(words[1:], **settings))
-    for flag, value in {"--samples": samples, "--measurements": measurements}.items():
-        if value is not None:
-            raise InputError(f"{flag}: only --estimator {FUZZY} takes it")
-    return _plain(words, **settings)
+    if name not in ESTIMATORS.names():
+        return False
+    entry = ESTIMATORS.find(name)
+    return name == "data-free" or kind_of(entry) == SIGNAL
 
 
-def _plain(
-    words: Sequence[str],
-    *,
-    routers: Callable[[], RouterNorm] | None,
-    calibrate: int | None,
-    check: int,
-    journal: Path | None,
-    progress: Progress | None,
-) -> Estimator:
-    """Return a base or its calibration."""
-    plain = [word for word in words if word != CALIBRATED]
-    unknown = [word for word in plain if word not in names()]
-    asked = f"--estimator {','.join(words)!r}"
-    if unknown or not words or len(set(words)) < len(words):
+def kind_of(entry: Entry) -> str:
+    """Return what a row is; of another package's, what an instance of it can do.
+
+    Raises:
+        InputError: it can do nothing of what estimators and signals do.
+    """
+    if entry.own:
+        return entry.kind
+    made = entry()
+    can = [kind for kind, verb in ((COST, "estimate"), (SIGNAL, "score")) if hasattr(made, verb)]
+    if not can or not isinstance(getattr(made, "name", None), str) or not hasattr(made, "needs"):
         raise InputError(
-            f"{asked}: give one of {', '.join(names())}, {CALIBRATED} with a base and signals, "
-            f"or {FUZZY} with a base"
+            f"estimator {entry.name!r}: {entry.place} of {entry.package} lacks name, needs, or one "
+            "of estimate(evidence, formats) and score(evidence); see "
+            "bitknap.estimators.costs.estimator"
         )
-    calibrated = CALIBRATED in words or calibrate is not None
-    wrong = [word for word in plain[1:] if word in COSTS]
-    if wrong or (len(plain) > 1 and not calibrated):
-        raise InputError(
-            f"{asked}: one base, then signals whose exponents calibration fits: "
-            f"{CALIBRATED},fisher,kurtosis; signals are {', '.join(sorted({*SIGNALS, ROUTER}))}"
-        )
-    base = _base(plain[0], routers) if plain else SecondMoments()
-    if isinstance(base, Measured):
-        base = replace(base, progress=progress, journal=journal)
-    elif journal is not None:
-        raise InputError("--journal: only measured-kl, measured-layer and measured-block keep one")
-    if not calibrated:
-        if check:
-            raise InputError(
-                f"--check: only calibrated tables are; write --estimator {CALIBRATED},{words[0]}"
-            )
-        return base
-    signals = tuple(_signal(word, routers) for word in plain[1:])
-    return Calibrated(
-        base=base, measurements=calibrate, signals=signals, check=check, progress=progress
-    )
-
-
-def _base(name: str, routers: Callable[[], RouterNorm] | None) -> Any:
-    return COSTS[name]() if name in COSTS else Scored(_signal(name, routers))
-
-
-def _signal(name: str, routers: Callable[[], RouterNorm] | None) -> Signal:
-    if name in SIGNALS:
-        return SIGNALS[name]()
-    if routers is None:
-        raise InputError(f"{ROUTER}: needs a model's router weights")
-    return routers()
+    for word in made.needs:
+        if word not in NEEDS:
+            raise unknown(f"estimator {entry.name!r} of {entry.package}: need", word, NEEDS)
+    return can[0]

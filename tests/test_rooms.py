@@ -22,6 +22,7 @@ FOLDERS = {
 # in it, or for one module; the longest name that fits counts.
 ORDER = """
 bitknap.deprecation bitknap.errors bitknap.progress bitknap.version bitknap.quiet
+bitknap.names
 bitknap.arguments bitknap.disk
 
 bitknap.allocation.problem

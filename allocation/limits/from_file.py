@@ -17,6 +17,7 @@ from bitknap.allocation.problem.limit import Limit
 from bitknap.allocation.problem.table import CostTable
 from bitknap.disk.atomic import check_version, read_json
 from bitknap.errors import BitknapError, FileError, InfeasibleError, InputError
+from bitknap.names import guess
 
 KIND, VERSION = "bitknap.limits", "1.0"
 _TOP = ("format", "version", "limits")
@@ -77,7 +78,8 @@ def _read(entry: Any, where: str, folder: Path, table: CostTable) -> tuple[Limit
         raise FileError(f"{where}: not an object")
     name = entry.get("kind")
     if not isinstance(name, str) or name not in _KINDS:
-        raise FileError(f"{where}.kind: {name!r} is not one of {', '.join(_KINDS)}")
+        near = guess(str(name), _KINDS)
+        raise FileError(f"{where}.kind: {name!r} is not one of {', '.join(_KINDS)}{near}")
     kind = _KINDS[name]
     readers = {**kind.needed, **kind.allowed}
     _refuse_unknown(entry, ("kind", *readers), f"{where}.")

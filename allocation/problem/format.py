@@ -13,7 +13,10 @@ import numpy.typing as npt
 
 from bitknap.allocation.problem.arrays import Longs
 from bitknap.errors import InputError
+from bitknap.names import guess
 
+# Weights that share a scale, in the formats that are offered where none are asked for.
+GROUP_SIZES = (32, 64, 128, 256, "row")
 _KEPT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp8": 8, "fp8-block": 8, "mxfp4": 4}
 # Rows and weights of a row that share a scale, and its bytes.
 _KEPT_SCALES = {"fp8-block": (128, 128, 4), "mxfp4": (1, 32, 1)}
@@ -55,7 +58,10 @@ class Format:
                 f"group_size: {size} is not a multiple of 8 (32, 64, 128, ...) or 0 (row)"
             )
         if self.metadata not in _SHARE_BITS:
-            raise InputError(f"metadata: {self.metadata!r} is not one of {', '.join(_SHARE_BITS)}")
+            near = guess(str(self.metadata), _SHARE_BITS)
+            raise InputError(
+                f"metadata: {self.metadata!r} is not one of {', '.join(_SHARE_BITS)}{near}"
+            )
         if self.bits == 1 and not self.symmetric and self.compact:
             raise InputError(
                 f"{self.name}: 1 bit is sign times scale, and its mean has no compact form; "
@@ -73,7 +79,8 @@ class Format:
             InputError: the precision is unknown.
         """
         if source not in _KEPT_BITS:
-            raise InputError(f"keep: {source!r} is not one of {', '.join(_KEPT_BITS)}")
+            near = guess(source, _KEPT_BITS)
+            raise InputError(f"keep: {source!r} is not one of {', '.join(_KEPT_BITS)}{near}")
         return cls(_KEPT_BITS[source], 0, kind="keep", source=source)
 
     @classmethod
@@ -105,6 +112,19 @@ class Format:
     def __str__(self) -> str:
         return self.name
 
+    @property
+    def about(self) -> str:
+        """One sentence for lists."""
+        if self.kind == "keep":
+            return f"Left as it is stored, {self.source}."
+        if self.kind == "made-up":
+            return "A column of a table that came without formats."
+        group = f"{self.group_size} weights" if self.group_size else "row"
+        scale = f"{self.share_bits}-bit" if self.compact else "fp16"
+        shift = "mean" if self.bits == 1 else "zero point"
+        shift = f"no {shift}" if self.symmetric else f"a {shift}"
+        return f"{self.bits}-bit codes, {scale} scale for each {group}, {shift}."
+
     @classmethod
     def parse(cls, name: str) -> Format:
         """Return the format of that name.
@@ -123,7 +143,8 @@ class Format:
             return cls.keep(name.removeprefix("keep-"))
         if found := re.fullmatch(r"option-(\d+)", name):
             return cls.made_up(int(found[1]))
-        raise InputError(f"format {name!r} is unknown; examples: {_EXAMPLES}")
+        near = guess(name, [one.name for one in menu()])
+        raise InputError(f"format {name!r} is unknown; examples: {_EXAMPLES}{near}")
 
     def groups(self, cols: npt.ArrayLike) -> Longs:
         """Return the groups of one row with `cols` weights, int64; the last may be short."""
@@ -194,6 +215,12 @@ def formats(
         raise InputError("formats: no valid combination; 1 bit with compact metadata is symmetric")
     grids = sorted(found, key=lambda f: (f.bits, f.group_size or 1 << 62, f.symmetric, f.metadata))
     return (*grids, Format.keep(keep)) if keep else tuple(grids)
+
+
+def menu() -> tuple[Format, ...]:
+    """Return every usual format: 1 to 8 bits in the usual groups, and the kept precisions."""
+    grids = formats(range(1, 9), GROUP_SIZES, (False, True), tuple(_SHARE_BITS))
+    return (*grids, *map(Format.keep, _KEPT_BITS))
 
 
 def _group(size: int | str) -> int:

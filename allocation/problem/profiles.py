@@ -11,7 +11,7 @@ import numpy as np
 
 from bitknap.allocation.problem.arrays import Ints, numbered
 from bitknap.allocation.problem.units import ROLES, Units
-from bitknap.errors import InputError
+from bitknap.names import unknown
 
 # The two halves of a fused gate-up matrix, as canonical and checkpoint names.
 _GATE_UP = frozenset({"gate", "up", "gate_proj", "up_proj", "w1", "w3", "wi_0", "wi_1"})
@@ -25,12 +25,14 @@ class Profile:
 
     Attributes:
         name: the key in `PROFILES`.
+        about: one sentence for lists.
         layer_wide: all routed experts of a layer share; otherwise each expert is on its own.
         joins: which projections of an expert share: "none", "gate_up", or "all".
         joins_qkv: whether q, k and v of one attention block share, since the runtime fuses them.
     """
 
     name: str
+    about: str = ""
     layer_wide: bool
     joins: Literal["none", "gate_up", "all"]
     joins_qkv: bool = False
@@ -68,14 +70,46 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
     {
         rule.name: rule
         for rule in (
-            Profile(name="free", layer_wide=False, joins="none"),
-            Profile(name="gate_eq_up", layer_wide=False, joins="gate_up"),
-            Profile(name="expert", layer_wide=False, joins="all"),
-            Profile(name="layer_proj", layer_wide=True, joins="none"),  # llama.cpp, MLX
-            # torchao, GGUF in transformers, EXL3
-            Profile(name="layer_gateup_down", layer_wide=True, joins="gate_up"),
-            # vLLM, ModelOpt, AutoRound, TensorRT-LLM; shards of vLLM's fused q, k, v must agree.
-            Profile(name="layer", layer_wide=True, joins="all", joins_qkv=True),
+            Profile(
+                name="free",
+                about="Every matrix may have its own format.",
+                layer_wide=False,
+                joins="none",
+            ),
+            Profile(
+                name="gate_eq_up",
+                about="Gate and up of an expert share a format: Bitknap's own kernels, GPTQModel.",
+                layer_wide=False,
+                joins="gate_up",
+            ),
+            Profile(
+                name="expert",
+                about="All matrices of an expert share a format.",
+                layer_wide=False,
+                joins="all",
+            ),
+            Profile(
+                name="layer_proj",
+                about="One format for all experts' gates of a layer, one for their ups, one for "
+                "their downs: llama.cpp, MLX.",
+                layer_wide=True,
+                joins="none",
+            ),
+            Profile(
+                name="layer_gateup_down",
+                about="As layer_proj, with gate equal to up: torchao, GGUF in transformers, EXL3.",
+                layer_wide=True,
+                joins="gate_up",
+            ),
+            # Shards of vLLM's fused q, k, v must agree.
+            Profile(
+                name="layer",
+                about="One format for all experts of a layer; q, k and v share one: vLLM, "
+                "ModelOpt, AutoRound, TensorRT-LLM.",
+                layer_wide=True,
+                joins="all",
+                joins_qkv=True,
+            ),
         )
     }
 )
@@ -88,5 +122,5 @@ def profile(name: str) -> Profile:
         InputError: the name is unknown.
     """
     if name not in PROFILES:
-        raise InputError(f"profile {name!r} is unknown; one of {', '.join(PROFILES)}")
+        raise unknown("profile", name, PROFILES)
     return PROFILES[name]

@@ -12,12 +12,10 @@ from bitknap.allocation import (
     BitPlan,
     Budget,
     CostTable,
-    Greedy,
-    Ilp,
-    Knapsack,
     Problem,
     Search,
     Solver,
+    catalog,
     profile,
     solve,
 )
@@ -30,17 +28,19 @@ from bitknap.benchmarks.compare.hand_recipes import down_first, first_layers, of
 from bitknap.benchmarks.compare.models import Setting
 from bitknap.benchmarks.compare.tables import CALIBRATED, ESTIMATORS, LADDER, SCORES, Tables
 from bitknap.errors import InputError
+from bitknap.estimators.catalog import ESTIMATORS as ESTIMATOR_NAMES
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.published import RULES
 from bitknap.estimators.published.rule import Material, Offer, rule_of
 from bitknap.estimators.signals.plain import RandomScore
 from bitknap.estimators.signals.scored import Scored
+from bitknap.names import guess
 
 OURS, UNREFINED, ROWS = "ours", "ours-unrefined", "ours-rows"
 EVOLUTION = "evolution"
 RECIPES = ("uniform", "first-layers-high", "down-high")
 SEEDS = 10
-SOLVERS = ("knapsack", "greedy", "ilp", "search")
+SOLVERS = tuple(row.name for row in catalog.SOLVERS.rows)
 # Names here, and what reports call the rules.
 PUBLISHED: Mapping[str, str] = MappingProxyType(
     {name: entry.title for name, entry in RULES.items() if entry.plans}
@@ -84,15 +84,22 @@ def names(words: Sequence[str]) -> tuple[str, ...]:
         estimator, _, solver = word.partition(":")
         if word in _SETS:
             found |= dict.fromkeys(_SETS[word])
-        elif word in _ALONE or (estimator in ESTIMATORS and solver in SOLVERS):
+        elif word in _ALONE or _made_of_two(estimator, solver):
             found[word] = None
         else:
+            near = guess(word, (*_SETS, *_ALONE, *_SETS["all"]))
             raise InputError(
                 f"--strategies {word!r}: write {', '.join(_SETS)}, one of {', '.join(_ALONE)}, or "
                 f"ESTIMATOR:SOLVER, such as fisher:greedy, with {', '.join(ESTIMATORS)} and "
-                f"{', '.join(SOLVERS)}"
+                f"{', '.join(SOLVERS)}{near}"
             )
     return tuple(found)
+
+
+def _made_of_two(estimator: str, solver: str) -> bool:
+    """Return whether both are names, of Bitknap's or another package's."""
+    others = ESTIMATOR_NAMES.names()
+    return (estimator in ESTIMATORS or estimator in others) and solver in catalog.SOLVERS.names()
 
 
 _ALONE = (OURS, UNREFINED, ROWS, *RECIPES, "random", EVOLUTION, *PUBLISHED)
@@ -204,8 +211,7 @@ def _solver(setting: Setting, table: CostTable, name: str) -> Solver:
             return float(measure(choice).mean())
 
         return Search(objective=objective, trials=_TRIALS, seed=setting.options.seed)
-    solvers: dict[str, Callable[[], Solver]] = {"knapsack": Knapsack, "greedy": Greedy, "ilp": Ilp}
-    return solvers[name]()
+    return catalog.solver_of(name)
 
 
 def _rows(setting: Setting, tables: Tables) -> Strategy:

@@ -14,6 +14,7 @@ from bitknap.estimators.catalog import COSTS, ROUTER, SIGNALS
 from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.group_kl.calibrated import Calibrated
+from bitknap.estimators.named import estimator_of
 from bitknap.estimators.published.chowdhury import RouterNorm
 from bitknap.estimators.signals.scored import Scored
 from bitknap.estimators.sparse.on_demand import Sampled
@@ -90,7 +91,7 @@ class Tables:
             return Sampled(base=base, measurements=_CELLS, progress=progress)
         if name == ROUTER:
             return Scored(RouterNorm(final=self.setting.final, initial=self.setting.initial))
-        return COSTS[name]() if name in COSTS else Scored(SIGNALS[name]())
+        return estimator_of(name)
 
 
 @dataclass(frozen=True, slots=True)

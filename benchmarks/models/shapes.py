@@ -16,6 +16,7 @@ from importlib.resources import files
 from typing import Any
 
 from bitknap.errors import InputError
+from bitknap.names import guess
 
 _DATA = "shapes.json"
 _BLOCK = 128
@@ -116,7 +117,7 @@ def shape_of(name: str) -> ModelShape:
     """
     known = {shape.name: shape for shape in shapes()}
     if name not in known:
-        raise InputError(f"shape: {name!r} is not one of {', '.join(known)}")
+        raise InputError(f"shape: {name!r} is not one of {', '.join(known)}{guess(name, known)}")
     return known[name]
 
 

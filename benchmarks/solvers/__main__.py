@@ -38,6 +38,7 @@ from bitknap.benchmarks.solvers.instances import INSTANCES, QUICK, Instance, ins
 from bitknap.benchmarks.solvers.peers import BASELINES, GAP, Baseline
 from bitknap.benchmarks.solvers.report import markdown, picture
 from bitknap.errors import BitknapError, InputError
+from bitknap.names import unknown
 
 # Name to module, class and settings; `time_limit` is added where the class has one.
 OURS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyType(
@@ -303,7 +304,7 @@ def quick() -> list[tuple[str, str]]:
 def _known(given: Sequence[str] | None, known: Sequence[str], what: str) -> Sequence[str]:
     for name in given or ():
         if name not in known:
-            raise InputError(f"{what} {name!r} is unknown; one of {', '.join(known)}")
+            raise unknown(what, name, known)
     return given or known
 
 

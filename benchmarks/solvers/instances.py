@@ -24,6 +24,7 @@ from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.allocation.solvers.solving import solve
 from bitknap.errors import InputError
+from bitknap.names import unknown
 
 FORMATS = (
     *formats(bits=1, group_size=128, symmetric=True),
@@ -285,7 +286,7 @@ def instance(name: str) -> Instance:
         InputError: no such instance.
     """
     if name not in INSTANCES:
-        raise InputError(f"instance {name!r} is unknown; one of {', '.join(INSTANCES)}")
+        raise unknown("instance", name, INSTANCES)
     return INSTANCES[name]()
 
 

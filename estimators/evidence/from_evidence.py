@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Protocol
 
+# What a calibration pass can record.
+NEEDS = ("moments", "full", "curvature", "gradients", "traces", "replay")
+
 
 class FromEvidence(Protocol):
     """Anything that reads `Evidence`; `Estimator` and `Signal` each add one method.
 
-    `needs` holds any of these words, and nothing for weights alone:
+    `needs` holds any of the words in `NEEDS`, and nothing for weights alone:
 
     * "moments": mean squares of inputs, routing weights and token counts;
     * "full": whole second moments of inputs;

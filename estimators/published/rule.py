@@ -17,6 +17,7 @@ from bitknap.allocation.problem.profiles import profile
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.errors import InputError
 from bitknap.estimators.published import RULES
+from bitknap.names import guess
 from bitknap.progress import Progress
 
 if TYPE_CHECKING:
@@ -87,23 +88,10 @@ def rule_of(name: str, material: Material, progress: Progress | None = None) -> 
     """
     known = [key for key, entry in RULES.items() if entry.plans]
     if name not in known:
-        raise InputError(f"rule: {name!r} makes no plans; there are {', '.join(known)}")
+        near = guess(name, known)
+        raise InputError(f"rule: {name!r} makes no plans; there are {', '.join(known)}{near}")
     found: Rule = _module(name).rule(material, progress)
     return found
-
-
-def signal_of(name: str) -> Signal:
-    """Return a published signal by its name at `--estimator`, with the paper's settings.
-
-    Raises:
-        InputError: no paper has a signal of that name.
-    """
-    for key, entry in RULES.items():
-        if name in entry.signals:
-            found: Signal = getattr(_module(key), entry.signals[name])()
-            return found
-    known = ", ".join(sorted(one for entry in RULES.values() for one in entry.signals))
-    raise InputError(f"signal: no paper has {name!r}; there are {known}")
 
 
 def _module(name: str) -> Any:

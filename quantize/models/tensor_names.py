@@ -14,6 +14,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 from bitknap.errors import InputError, ModelError
+from bitknap.names import guess
 from bitknap.quantization.models.matrix_views import Block, Found, View
 
 INCLUDES = ("shared", "attention", "dense")
@@ -181,7 +182,8 @@ def find_linears(
     """
     for role in include:
         if role not in INCLUDES:
-            raise InputError(f"include: {role!r} is not one of {', '.join(INCLUDES)}")
+            near = guess(role, INCLUDES)
+            raise InputError(f"include: {role!r} is not one of {', '.join(INCLUDES)}{near}")
     for full, shape in weights.items():
         place = stacks.split(full)
         name = take_apart(place[2].removesuffix(".weight")) if place else None

@@ -16,6 +16,7 @@ from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.format import Format
 from bitknap.errors import InputError, MismatchError
 from bitknap.quantization.rounding import gptq, hqq, rtn
+from bitknap.quantization.rounding.catalog import METHODS
 from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.magnitude import in_range
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
@@ -179,10 +180,8 @@ def method(way: str | Rounding) -> Rounding:
     """
     if not isinstance(way, str):
         return way
-    found: dict[str, Rounding] = {known.name: known for known in (RTN, Hqq(), Gptq())}
-    if way not in found:
-        raise InputError(f"method: {way!r} is not one of {', '.join(found)}")
-    return found[way]
+    found: Rounding = METHODS.find(way)()
+    return found
 
 
 def planned(plan: BitPlan, way: str | Rounding | None = None, *, force: bool = False) -> Rounding:

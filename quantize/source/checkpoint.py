@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from bitknap.disk.atomic import read_json
 from bitknap.errors import FileError, InputError
 from bitknap.quantization.models.matrix_views import View
 from bitknap.quantization.source import foreign_formats, hub, low_bit_codes
+from bitknap.quantization.source.bundled import PREFIX, folder_of
 from bitknap.quantization.source.companions import Companions, check_content
 from bitknap.quantization.source.low_bit_codes import LowBit
 from bitknap.quantization.source.partial_reads import read_slabs, read_tensor, read_view
@@ -32,7 +32,6 @@ __all__ = ["DTYPES", "PACKED", "PLAIN", "REWRITTEN", "Checkpoint", "TensorInfo",
 # What `config.json` of a twin says of how it was made; see `twin`.
 REWRITTEN = "bitknap_rewritten"
 
-_BUNDLED = "bitknap.benchmarks.reference"
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 # A fingerprint reads this much of each tensor: enough to tell two trainings apart, and cheap.
 _SAMPLE = 256
@@ -67,8 +66,8 @@ def places(model: str | Path) -> list[Path]:
 
 def _local(model: str | Path) -> Path | None:
     """Return the folder of a model on this machine, None for a hub id."""
-    if str(model).startswith("reference:"):
-        return _bundled(str(model).removeprefix("reference:"))
+    if str(model).startswith(PREFIX):
+        return folder_of(str(model))
     folder = Path(model).expanduser()
     if folder.is_dir():
         folder = hub.snapshot_of(folder)
@@ -86,15 +85,6 @@ def _local(model: str | Path) -> Path | None:
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise InputError(f"{model}: no such folder, and not a Hugging Face hub id")
     return None
-
-
-def _bundled(name: str) -> Path:
-    root = Path(str(files(_BUNDLED)))
-    names = sorted(path.parent.name for path in root.glob("*/config.json"))
-    if name not in names:
-        bundled = ", ".join(f"reference:{one}" for one in names) or "none in this installation"
-        raise InputError(f"reference:{name}: no such bundled model; there are: {bundled}")
-    return root / name
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -16,6 +16,7 @@ import numpy as np
 from bitknap.allocation import CostTable, Format, Units
 from bitknap.allocation import formats as make_formats
 from bitknap.allocation.problem.checks import number, whole
+from bitknap.allocation.problem.format import GROUP_SIZES
 from bitknap.api.calibration import Calibration, gather, readings_about
 from bitknap.errors import InputError
 from bitknap.estimators.costs.estimator import Estimator
@@ -42,7 +43,6 @@ from bitknap.quantization.stacks.row_blocks import split_rows
 from bitknap.quantization.transforms import transformed_model
 
 CALIBRATION_TOKENS = 8_192
-GROUP_SIZES = (32, 64, 128, 256, "row")
 T = TypeVar("T", int, float)
 # (layer, expert, tokens) of experts that saw few, (layer, expert, times) of those that stand out.
 _Seen = tuple[list[tuple[int, int, int]], list[tuple[int, int, float]]]

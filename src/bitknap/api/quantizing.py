@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from bitknap.allocation import BitPlan
+from bitknap.allocation.problem.format import GROUP_SIZES
 from bitknap.api.calibration import (
     Calibration,
     evaluation_windows,
@@ -17,7 +18,7 @@ from bitknap.api.calibration import (
     readings_about,
     too_few_tokens,
 )
-from bitknap.api.estimation import CALIBRATION_TOKENS, GROUP_SIZES, default_formats, estimate
+from bitknap.api.estimation import CALIBRATION_TOKENS, default_formats, estimate
 from bitknap.disk.outputs import check_apart, check_output
 from bitknap.errors import MismatchError
 from bitknap.estimators.measuring.kl_replay import Losses, compare

@@ -58,6 +58,7 @@ _COMMANDS = {
     "study": ("bitknap.cli.study.group:study", "Search plans by measured KL, with Optuna."),
     "convert": ("bitknap.cli.convert_command:convert", "Change the byte layout of a packed model."),
     "show": ("bitknap.cli.show_command:show", "Show what a plan, table or packed model contains."),
+    "list": ("bitknap.cli.list_command:list_names", "List the names that commands take."),
     "completion": (
         "bitknap.cli.completion_command:completion",
         "Print the script that makes a shell complete commands.",

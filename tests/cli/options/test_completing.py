@@ -20,9 +20,11 @@ def test_names_are_those_that_exist():
     from bitknap.estimators import catalog
     from bitknap.quantization.source.checkpoint import resolve
 
-    assert set(completing.ESTIMATORS) == {*catalog.names(), catalog.CALIBRATED, catalog.FUZZY}
-    assert set(completing.PROFILES) == set(PROFILES)
-    assert all(resolve(name).is_dir() for name in completing.MODELS)
+    every = {*catalog.names(), catalog.CALIBRATED, catalog.FUZZY}
+    assert set(completed("estimate", "m", "--estimator", "")) == every
+    assert set(completed("solve", "--profile", "")) == set(PROFILES)
+    models = completed("inspect", "reference:")[1:]
+    assert models and all(resolve(name).is_dir() for name in models)
     assert strategies(completing.STRATEGIES)
     assert set(completing.KNOBS) >= {"tilts", "exponents"}
     assert Knobs.__dataclass_fields__.keys() >= set(completing.KNOBS)

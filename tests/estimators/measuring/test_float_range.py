@@ -9,7 +9,6 @@ import torch
 
 from bitknap.allocation import formats
 from bitknap.errors import ModelError
-from bitknap.estimators.catalog import named
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.measuring.float_range import (
     added,
@@ -19,6 +18,7 @@ from bitknap.estimators.measuring.float_range import (
     squares_product,
     weighed_squares,
 )
+from bitknap.estimators.named import named
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.layer_gains import gain_of
 from bitknap.quantization.models.live_model import walk

@@ -10,8 +10,9 @@ import pytest
 from bitknap.allocation import profile
 from bitknap.errors import InputError
 from bitknap.estimators import catalog
+from bitknap.estimators.named import estimator_of
 from bitknap.estimators.published import COMMON, RULES
-from bitknap.estimators.published.rule import largest, rule_of, signal_of
+from bitknap.estimators.published.rule import largest, rule_of
 
 
 def module_of(name):
@@ -44,14 +45,14 @@ def test_every_signal_of_a_paper_is_an_estimator():
     words = {word for entry in RULES.values() for word in entry.signals}
     assert words <= set(catalog.names())
     for word in words - {catalog.ROUTER}:
-        assert catalog.SIGNALS[word]().name == signal_of(word).name == word
+        assert catalog.SIGNALS[word]().name == word
 
 
 def test_unknown_names_are_refused_with_those_there_are():
     with pytest.raises(InputError, match="rule: 'owq' makes no plans; there are chowdhury, mc-moe"):
         rule_of("owq", None)  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="signal: no paper has 'uniform'; there are alphaq, "):
-        signal_of("uniform")
+    with pytest.raises(InputError, match=r"estimator 'alphaqq' is unknown; .*did you mean alphaq"):
+        estimator_of("alphaqq")
 
 
 def test_the_table_needs_no_torch():

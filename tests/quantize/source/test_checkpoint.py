@@ -262,8 +262,8 @@ def test_resolves_folders(folder, tmp_path):
 def test_resolves_bundled_models(tmp_path, monkeypatch):
     (tmp_path / "mixtral").mkdir()
     (tmp_path / "mixtral" / "config.json").write_text("{}")
-    monkeypatch.setattr("bitknap.quantization.source.checkpoint.files", lambda _: tmp_path)
+    monkeypatch.setattr("bitknap.quantization.source.bundled.files", lambda _: tmp_path)
     assert resolve("reference:mixtral") == tmp_path / "mixtral"
     for name in ("gpt5", "", ".."):
-        with pytest.raises(InputError, match=r"there are: reference:mixtral"):
+        with pytest.raises(InputError, match=r"is unknown; one of reference:mixtral"):
             resolve(f"reference:{name}")

@@ -14,13 +14,6 @@ import click
 from bitknap.cli.options import completing
 from bitknap.cli.options.declare import Declared, OneOf, argument, option
 
-# Names of solvers at the command line, and where their classes are; imported when asked for.
-SOLVERS = {
-    "knapsack": "bitknap.allocation.solvers.knapsack:Knapsack",
-    "ilp": "bitknap.allocation.solvers.ilp:Ilp",
-    "greedy": "bitknap.allocation.solvers.greedy:Greedy",
-    "search": "bitknap.allocation.search.solver:Search",
-}
 _PATH: Any = click.Path(path_type=Path)
 
 # model
@@ -83,7 +76,7 @@ limit = option(
 solver = option(
     "--solver",
     group="solving",
-    type=OneOf(tuple(SOLVERS)),
+    type=OneOf(completing.solvers),
     default=None,
     usual="knapsack",
     metavar="NAME",
@@ -146,7 +139,7 @@ refine_tokens = option(
 method = option(
     "--method",
     group="rounding",
-    type=OneOf(("rtn", "hqq", "gptq")),
+    type=OneOf(completing.methods),
     default=None,
     usual="rtn",
     metavar="NAME",

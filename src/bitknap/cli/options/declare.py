@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
 from typing import Any
 
 import click
 from click.shell_completion import CompletionItem
 
 from bitknap.deprecation import message
+from bitknap.names import nearest
 
 # The key of a context's `meta` that says whether its help shows all options.
 EVERYTHING = "bitknap.help_all"
@@ -37,9 +37,8 @@ def warn_former(old: str, new: str) -> None:
 
 def did_you_mean(word: str, names: Iterable[str]) -> str:
     """Return " (did you mean NAME?)" with the name nearest to a word; "" if none is near."""
-    lower = {name.lower(): name for name in names}
-    near = get_close_matches(word.lower(), lower, n=1)
-    return f" (did you mean {lower[near[0]]!r}?)" if near else ""
+    near = nearest(word, names)
+    return f" (did you mean {near!r}?)" if near else ""
 
 
 class Option(click.Option):

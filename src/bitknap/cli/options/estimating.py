@@ -155,10 +155,9 @@ def forget(out: Path) -> None:
 
 
 def _estimator(model: str, options: dict[str, Any], progress: Progress | None) -> Any:
-    from bitknap.estimators.catalog import named
+    from bitknap.estimators.named import Settings, named
 
-    return named(
-        listed(options["estimator"]),
+    settings = Settings(
         routers=lambda: _routers(model, options["initial_router"]),
         calibrate=options["calibrate"],
         check=options["check"],
@@ -167,6 +166,7 @@ def _estimator(model: str, options: dict[str, Any], progress: Progress | None) -
         measurements=options["measurements"],
         progress=progress,
     )
+    return named(listed(options["estimator"]), settings)
 
 
 def _routers(model: str, initial: str | None) -> Any:

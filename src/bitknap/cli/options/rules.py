@@ -1,7 +1,7 @@
 """Options of commands that cannot work together: one table, asked before anything is read.
 
 A rule names a command, the option that cannot be used, when it cannot, and what to say: the
-options that exclude each other, and those that work. `estimators.catalog` says which options an
+options that exclude each other, and those that work. `estimators.named` says which options an
 estimator of a name takes, solvers say which they take, and values are checked where they are
 parsed; all of that happens before anything is read as well.
 """
@@ -99,9 +99,9 @@ def check(command: str, asked: Asked) -> None:
 
 def _rounds_to_nearest(asked: Asked) -> bool:
     """Return whether the costs are those of rounding to nearest, whatever --method says."""
-    from bitknap.estimators.catalog import ROUTER, SIGNALS
+    from bitknap.estimators.catalog import rounds_to_nearest
 
-    return asked.base in {"data-free", ROUTER, *SIGNALS}
+    return rounds_to_nearest(asked.base)
 
 
 def _one_text(asked: Asked) -> bool:

@@ -10,7 +10,6 @@ from typing import Any
 import click
 
 from bitknap.cli.options import common
-from bitknap.cli.options.common import SOLVERS
 from bitknap.cli.options.declare import options_of
 from bitknap.disk.outputs import Kind, check_output, writing
 from bitknap.errors import InfeasibleError, InputError
@@ -52,21 +51,10 @@ def check_solving(budget: str, options: dict[str, Any]) -> None:
 
 def _solver(options: dict[str, Any]) -> Any:
     """Return an instance of the solver that was named, with what it was given."""
-    from dataclasses import fields
-    from importlib import import_module
+    from bitknap.allocation.catalog import DEFAULT, solver_of
 
-    name = options["solver"] or "knapsack"
-    module, _, attribute = SOLVERS[name].partition(":")
-    kind = getattr(import_module(module), attribute)
-    known = {field.name for field in fields(kind)}
-    settings = {key: options[key] for key in ("gap", "time_limit") if options[key] is not None}
-    for key in settings:
-        if key not in known:
-            flag = key.replace("_", "-")
-            raise InputError(f"--{flag}: the solver {name} does not take it; knapsack and ilp do")
-    if "seed" in known:
-        settings["seed"] = options["seed"]
-    return kind(**settings)
+    settings = {key: options[key] for key in ("gap", "time_limit", "seed")}
+    return solver_of(options["solver"] or DEFAULT, **settings)
 
 
 def _pin(text: str) -> tuple[str, dict[str, Any]]:

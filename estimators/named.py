@@ -1,0 +1,149 @@
+"""Estimators by the words of the command line; everywhere else they are instances."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from bitknap.errors import InputError
+from bitknap.estimators.catalog import (
+    CALIBRATED,
+    ESTIMATORS,
+    FUZZY,
+    ROUTER,
+    SIGNAL,
+    SIGNALS,
+    kind_of,
+    names,
+)
+from bitknap.estimators.costs.dense_profiling import Measured
+from bitknap.estimators.costs.estimator import Estimator
+from bitknap.estimators.costs.moments import SecondMoments
+from bitknap.estimators.group_kl.calibrated import Calibrated
+from bitknap.estimators.published.chowdhury import RouterNorm
+from bitknap.estimators.signals.scored import Scored
+from bitknap.estimators.sparse.on_demand import Sampled
+from bitknap.names import guess
+from bitknap.progress import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What named estimators are made with.
+
+    Attributes:
+        routers: makes the router-norm signal when that is named.
+        calibrate: at most so many group measurements; given, it asks for calibration.
+        check: so many held-out plans are measured after calibration.
+        journal: where dense profiling keeps what it measured, to continue there.
+        samples: the file of measured cells, for fuzzy rules.
+        measurements: at most so many cells are measured for fuzzy rules.
+        progress: called with (what, done, of) while something is measured.
+    """
+
+    routers: Callable[[], RouterNorm] | None = None
+    calibrate: int | None = None
+    check: int = 0
+    journal: Path | None = None
+    samples: Path | None = None
+    measurements: int | None = None
+    progress: Progress | None = None
+
+
+def estimator_of(name: str) -> Estimator:
+    """Return the estimator of a base's name; a signal as `Scored`.
+
+    Raises:
+        InputError: the name is unknown or offered twice, or what it names is no estimator.
+    """
+    found: Estimator = _base(name, None)
+    return found
+
+
+def named(words: Sequence[str], settings: Settings | None = None) -> Estimator:
+    """Return the estimator of a name, its calibration, or fuzzy rules over either.
+
+    Args:
+        words: "calibrated", a base, and under calibration signals that it fits exponents of; or
+            "fuzzy" and then any of these, or nothing for the usual base.
+        settings: what it is made with.
+
+    Raises:
+        InputError: a name is unknown or there twice, or words do not go together.
+    """
+    settings = settings or Settings()
+    if words[:1] == [FUZZY]:
+        alone = len(words) == 1
+        if alone and (
+            settings.calibrate is not None or settings.check or settings.journal is not None
+        ):
+            raise InputError(
+                f"--estimator {FUZZY}: --calibrate, --check and --journal are of its base; "
+                f"name one: {FUZZY},{CALIBRATED},fisher"
+            )
+        rules = Sampled(
+            file=settings.samples,
+            measurements=settings.measurements,
+            progress=settings.progress,
+        )
+        return rules if alone else replace(rules, base=_plain(words[1:], settings))
+    of_fuzzy = {"--samples": settings.samples, "--measurements": settings.measurements}
+    for flag, value in of_fuzzy.items():
+        if value is not None:
+            raise InputError(f"{flag}: only --estimator {FUZZY} takes it")
+    return _plain(words, settings)
+
+
+def _plain(words: Sequence[str], settings: Settings) -> Estimator:
+    """Return a base or its calibration."""
+    plain = [word for word in words if word != CALIBRATED]
+    known = names()
+    strange = [word for word in plain if word not in known]
+    asked = f"--estimator {','.join(words)!r}"
+    if strange or not words or len(set(words)) < len(words):
+        raise InputError(
+            f"{asked}: give one of {', '.join(known)}, {CALIBRATED} with a base and signals, "
+            f"or {FUZZY} with a base{guess(strange[0], known) if strange else ''}"
+        )
+    kinds = [kind_of(ESTIMATORS.find(word)) for word in plain]
+    calibrated = CALIBRATED in words or settings.calibrate is not None
+    wrong = any(kind != SIGNAL for kind in kinds[1:])
+    if wrong or (len(plain) > 1 and not calibrated):
+        raise InputError(
+            f"{asked}: one base, then signals whose exponents calibration fits: "
+            f"{CALIBRATED},fisher,kurtosis; signals are {', '.join(sorted({*SIGNALS, ROUTER}))}"
+        )
+    base = _base(plain[0], settings.routers) if plain else SecondMoments()
+    if isinstance(base, Measured):
+        base = replace(base, progress=settings.progress, journal=settings.journal)
+    elif settings.journal is not None:
+        raise InputError("--journal: only measured-kl, measured-layer and measured-block keep one")
+    if not calibrated:
+        if settings.check:
+            raise InputError(
+                f"--check: only calibrated tables are; write --estimator {CALIBRATED},{words[0]}"
+            )
+        return base
+    signals = tuple(_signal(word, settings.routers) for word in plain[1:])
+    return Calibrated(
+        base=base,
+        measurements=settings.calibrate,
+        signals=signals,
+        check=settings.check,
+        progress=settings.progress,
+    )
+
+
+def _base(name: str, routers: Callable[[], RouterNorm] | None) -> Any:
+    entry = ESTIMATORS.find(name)
+    return Scored(_signal(name, routers)) if kind_of(entry) == SIGNAL else entry()
+
+
+def _signal(name: str, routers: Callable[[], RouterNorm] | None) -> Any:
+    if name != ROUTER:
+        return ESTIMATORS.find(name)()
+    if routers is None:
+        raise InputError(f"{ROUTER}: needs a model's router weights")
+    return routers()

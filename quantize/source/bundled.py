@@ -1,0 +1,54 @@
+"""The models that come with Bitknap; nothing here needs torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from bitknap.names import unknown
+
+PREFIX = "reference:"
+_PACKAGE = "bitknap.benchmarks.reference"
+
+
+def bundled() -> dict[str, Path]:
+    """Return the folder of each bundled model by its name, "reference:" included."""
+    root = Path(str(files(_PACKAGE)))
+    found = sorted(path.parent for path in root.glob("*/config.json"))
+    return {PREFIX + folder.name: folder for folder in found}
+
+
+def folder_of(name: str) -> Path:
+    """Return the folder of a bundled model.
+
+    Args:
+        name: with "reference:".
+
+    Raises:
+        InputError: there is none of that name.
+    """
+    known = bundled()
+    if name not in known:
+        raise unknown("bundled model", name, known)
+    return known[name]
+
+
+def parameters_of(folder: Path) -> int:
+    """Return how many numbers the weights of a folder are, read off the headers."""
+    from safetensors import safe_open
+
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="numpy") as tensors:
+            names = tensors.keys()
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    return total
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    """Return a bundled model's `config.json`."""
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return found
