@@ -439,3 +439,12 @@ def test_a_strange_file_in_a_working_folder_stays(tmp_path):
     (folder / "sorted" / "thesis.txt").write_text("years of work")
     outputs.drop(folder, "sorted")
     assert (folder / "sorted" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_that_safetensors_was_writing_is_ours_to_delete(tmp_path):
+    folder = tmp_path / "out.journal.files"
+    folder.mkdir()
+    (folder / ".tmpyfOoEJ").write_bytes(b"half a file")
+    outputs.check_only(folder, r".+\.safetensors")
+    outputs.drop(folder, r".+\.safetensors")
+    assert not folder.exists()

@@ -288,7 +288,8 @@ def holds_only(folder: Path, names: str) -> bool:
         return True
     if folder.is_symlink() or not folder.is_dir():
         return False
-    known = re.compile(rf"(?:{names})|\..+\.(tmp-\w{{8}}|new|old|lock)")
+    # safetensors calls a file that it is writing .tmp and six letters or digits.
+    known = re.compile(rf"(?:{names})|\..+\.(tmp-\w{{8}}|new|old|lock)|\.tmp[A-Za-z0-9]{{6}}")
     return all(known.fullmatch(item.name) for item in folder.iterdir())
 
 
