@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +22,7 @@ from bitknap.benchmarks.compare.strategies import OURS, Strategy, plan_of, strat
 from bitknap.benchmarks.compare.tables import CALIBRATED, Tables
 from bitknap.benchmarks.compare.tasks import Tasks
 from bitknap.disk.append_log import append_lines, open_lines
-from bitknap.errors import BitknapError, InfeasibleError
+from bitknap.errors import BitknapError, FileError, InfeasibleError
 from bitknap.estimators.measuring.kl_replay import Losses
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.report.quantize_document import steps_of
@@ -57,7 +58,7 @@ class Cell:
 
     def line(self) -> dict[str, Any]:
         """Return the cell as JSON values."""
-        return {
+        found = {
             "strategy": self.strategy,
             "budget": self.budget,
             "status": self.status,
@@ -66,14 +67,37 @@ class Cell:
             "ours": self.ours.tolist(),
             "seconds": self.seconds,
         }
+        return {**found, "sum": _sum(found)}
 
     @classmethod
     def of_line(cls, line: bytes) -> Cell:
-        """Undo `line`."""
+        """Undo `line`.
+
+        Raises:
+            ValueError: the line is not as it was written.
+        """
         found: dict[str, Any] = json.loads(line)
+        if not isinstance(found, dict) or found.pop("sum", None) != _sum(found):
+            raise ValueError("damaged")
         for name in ("kl", "ours"):
             found[name] = np.array(found[name], dtype=np.float64)
         return cls(**found)
+
+
+def _sum(values: Mapping[str, Any]) -> int:
+    """Return the CRC-32 of JSON values."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
+
+
+def _cells(journal: Path, lines: Sequence[bytes]) -> Iterator[Cell]:
+    """Yield the cells of a journal's lines after its head."""
+    for number, line in enumerate(lines, start=2):
+        try:
+            yield Cell.of_line(line)
+        except (ValueError, RecursionError):
+            raise FileError(
+                f"{journal}: line {number} is damaged; delete {journal.parent} to start anew"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,13 +155,13 @@ def compare(
 
     Raises:
         MismatchError: the journal in `folder` is of other inputs.
+        FileError: it is damaged.
     """
     work = None if folder is None else folder / WORK
     journal = None if work is None else work / "journal"
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
-    lines = [] if journal is None else open_lines(journal, about or {})
-    cells = [Cell.of_line(line) for line in lines]
+    cells = [] if journal is None else list(_cells(journal, open_lines(journal, about or {})))
     run = Comparison(
         setting=setting,
         tables=Tables(

@@ -8,13 +8,14 @@ from __future__ import annotations
 import argparse
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from bitknap.arguments import add_output
 from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
+from bitknap.benchmarks.robustness.circumstances import CIRCUMSTANCES, run_circumstances
 from bitknap.benchmarks.robustness.commands import COMMANDS, Long
 from bitknap.benchmarks.robustness.disks import run_full
 from bitknap.benchmarks.robustness.forked import prepare
@@ -73,6 +74,10 @@ def _malformed(block: Block, made: Path, scratch: Path) -> Rows:
         yield run_case(case, made, scratch) or {"input": case.subject.name, "faults": []}
 
 
+def _circumstances(block: Block, made: Path, scratch: Path) -> Rows:
+    yield from run_circumstances(block.group, block.first, block.count, block.seed, made, scratch)
+
+
 def _command(block: Block) -> Long:
     return next(one for one in COMMANDS if one.name == block.group)
 
@@ -88,13 +93,14 @@ PARTS = {
     "kill": Part(count=100, block=25, groups=_NAMES, run=_kill),
     "disk": Part(count=30, block=30, groups=_WRITERS, run=_disk),
     "malformed": Part(count=10_000, block=500, groups=("",), run=_malformed),
+    "circumstances": Part(count=64, block=16, groups=tuple(CIRCUMSTANCES), run=_circumstances),
 }
+_GROUPS = tuple(dict.fromkeys(group for part in PARTS.values() for group in part.groups if group))
 
 
 def run(
     out: Path,
-    names: Sequence[str],
-    count: int | None,
+    counts: Mapping[str, int | None],
     seed: int,
     say: Callable[[str], None],
     only: Sequence[str] = (),
@@ -103,17 +109,16 @@ def run(
 
     Args:
         out: folder for `robustness.json`, `robustness.md` and what finished blocks found.
-        names: of the parts.
-        count: number of cases in each group; each part's own when not given.
+        counts: number of cases in each group, by part; the part's own number when None.
         seed: the random seed.
         say: called with a line for each finished block.
-        only: names of the commands that are killed or meet a full disk; all when empty.
+        only: groups of cases, such as commands that are killed; all when empty.
     """
     prepare()
     with tempfile.TemporaryDirectory(prefix="robustness") as folder:
         root = Path(folder)
         made = materials(root / "materials")
-        for name in names:
+        for name, count in counts.items():
             for block in _blocks(PARTS[name], count, seed, only):
                 label = f"{block.group.replace(' ', '-') or 'all'}.{block.first}+{block.count}"
                 file = out / f"robustness.{name}.{label}.{seed}.json"
@@ -147,14 +152,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     add_output(parser, "Folder to write.")
     parser.add_argument("--part", choices=PARTS, action="append")
-    parser.add_argument("--count", type=int, help="cases in a part, or for each of its commands")
+    parser.add_argument("--count", type=int, help="cases in each group")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=_NAMES, action="append", help="commands to kill or fill")
+    parser.add_argument("--only", choices=_GROUPS, action="append", help="groups of cases")
     args = parser.parse_args()
     kept = [file.name for file in args.out.glob("robustness.*.*.json")]
     claim(parser, args.out, "robustness.json", "robustness.md", *kept)
-    parts = args.part or list(PARTS)
-    run(args.out, parts, args.count, args.seed, lambda x: print(x, flush=True), args.only or ())
+    counts = dict.fromkeys(args.part or PARTS, args.count)
+    run(args.out, counts, args.seed, lambda x: print(x, flush=True), args.only or ())
 
 
 if __name__ == "__main__":

@@ -230,6 +230,31 @@ def small_disk(folder: Path, nbytes: int) -> None:
     Raises:
         OSError: this machine does not let us mount one.
     """
+    libc = _own_mounts()
+    options = f"size={nbytes}".encode()
+    if libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, options):
+        raise OSError(ctypes.get_errno(), "cannot mount")
+
+
+def read_only(path: Path) -> None:
+    """Let a file or folder be one that cannot be written; only this process sees it so.
+
+    Raises:
+        OSError: this machine does not let us mount it anew.
+    """
+    libc, place = _own_mounts(), os.fsencode(path.absolute())
+    fixed, again, bound = 1, 1 << 5, 1 << 12  # MS_RDONLY, MS_REMOUNT, MS_BIND
+    for flags in (bound, bound | again | fixed):
+        if libc.mount(place, place, None, flags, None):
+            raise OSError(ctypes.get_errno(), "cannot mount")
+
+
+def _own_mounts() -> ctypes.CDLL:
+    """Give this process mounts of its own, of which no other one sees anything.
+
+    Raises:
+        OSError: this machine does not let us.
+    """
     libc = ctypes.CDLL(None, use_errno=True)
     user, mounts = 0x10000000, 0x00020000
     owner, group = os.getuid(), os.getgid()
@@ -240,6 +265,4 @@ def small_disk(folder: Path, nbytes: int) -> None:
         (own / name).write_text(f"0 {text} 1" if text != "deny" else "deny")
     private = (1 << 18) | (1 << 14)  # MS_PRIVATE | MS_REC: nothing spreads to other processes
     libc.mount(b"none", b"/", None, private, None)
-    options = f"size={nbytes}".encode()
-    if libc.mount(b"none", os.fsencode(folder), b"tmpfs", 0, options):
-        raise OSError(ctypes.get_errno(), "cannot mount")
+    return libc

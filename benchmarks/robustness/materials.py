@@ -22,10 +22,11 @@ BY_LAYER = (
     *("estimate", "model", "--estimator", "moments", *FAST, *_TEXT, "--max-memory", "5600kB"),
     *("-o", "layered.safetensors"),
 )
+COMPARED = "out.compared"
 COMPARE = (
     *("compare", "model", "--budgets", "4", "--formats", "2,4", "--group-size", "8,row", *_TEXT),
     *("--tokens", "128", "--refine", "2", "--refine-tokens", "256", "--evaluation-tokens", "128"),
-    *("--strategies", "uniform,fisher-output:knapsack", "-o", "out.compared"),
+    *("--strategies", "uniform,fisher-output:knapsack", "-o", COMPARED),
 )
 _LIMITS = {
     "format": "bitknap.limits",
@@ -54,11 +55,21 @@ def materials(root: Path) -> Path:
     for words in _commands():
         _done(command(*words), root)
     _done(lambda: _limits(root), root)
-    for stopped in (_journal, _finished_layers, _partial, _compared):
+    for stopped in (_journal, _finished_layers, _partial):
         _done(stopped, root)
-    for made in ("out.safetensors", "layered.safetensors", "out", "out.compared/compare.json"):
+    for made in ("out.safetensors", "layered.safetensors", "out"):
         assert not (root / made).exists()
     return root
+
+
+def stopped_comparison(root: Path) -> None:
+    """Add what a killed comparison leaves to the files below `root`, unless it is there.
+
+    Raises:
+        BitknapError: the comparison fails.
+    """
+    if not (root / COMPARED).exists():
+        _done(_compared, root)
 
 
 def _commands() -> list[tuple[str, ...]]:

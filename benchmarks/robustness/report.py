@@ -19,8 +19,13 @@ _SAID = {
     "anything beside the output changed, a half-written result, more than one line of error, or "
     "another result once there is room.",
     "malformed": "Sound files damaged at random, read by a command. `crash` is a status other than "
-    "0 and 2, `words` an error that is not one line of ours; a hang is 5 s of the processor, "
+    "0 and 2, `words` an error that is not exactly one line; a hang is 5 s of the processor, "
     "memory 1 GiB, and outside a file that is not the output.",
+    "circumstances": "Two processes that write one output; a clock that goes backwards, and files "
+    "of the future; a source on a read-only disk, or behind links; the locale C; names with "
+    "spaces, new lines, other scripts, a leading dash, bytes that are no text, 220 characters. "
+    "Lost: anything beside the output changed, the result is not the ordinary one, or more than "
+    "one line of error.",
 }
 
 

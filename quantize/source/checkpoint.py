@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
+import os
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -68,7 +70,9 @@ def _local(model: str | Path) -> Path | None:
     """Return the folder of a model on this machine, None for a hub id."""
     if str(model).startswith(PREFIX):
         return folder_of(str(model))
-    folder = Path(model).expanduser()
+    folder = Path(model)
+    with contextlib.suppress(RuntimeError):  # "~name" is a folder's name where nobody is called so
+        folder = folder if os.path.lexists(folder) else folder.expanduser()
     if folder.is_dir():
         folder = hub.snapshot_of(folder)
         check_content(folder / "config.json")

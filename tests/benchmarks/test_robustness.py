@@ -20,11 +20,11 @@ _SHORT = """
 import sys
 from pathlib import Path
 from bitknap.benchmarks.robustness.__main__ import run
+from bitknap.benchmarks.robustness.circumstances import CIRCUMSTANCES
 
-out = Path(sys.argv[1])
-run(out, ["malformed"], 60, 1, print)
-run(out, ["kill"], 2, 1, print, ["quantize by a plan", "convert over another"])
-run(out, ["disk"], 2, 1, print, ["convert"])
+counts = {"malformed": 30, "kill": 1, "disk": 2, "circumstances": 1}
+commands = ["quantize by a plan", "study run, journal"]
+run(Path(sys.argv[1]), counts, 1, print, [*commands, *CIRCUMSTANCES])
 """
 
 
@@ -35,7 +35,7 @@ def test_a_short_campaign_finds_no_fault(tmp_path):
         env=environment | {"OMP_NUM_THREADS": "1"},
         check=True,
         capture_output=True,
-        timeout=400,
+        timeout=900,
     )
     document = json.loads((tmp_path / "robustness.json").read_text())
     assert document["faults"] == []
@@ -43,7 +43,7 @@ def test_a_short_campaign_finds_no_fault(tmp_path):
         part: sum(group["cases"] for group in groups.values())
         for part, groups in document["parts"].items()
     }
-    assert cases == {"malformed": 60, "kill": 4, "disk": 2}
+    assert cases == {"malformed": 30, "kill": 2, "disk": 2, "circumstances": 6}
 
 
 def test_damage_is_the_same_for_a_seed_and_never_fails(tmp_path):

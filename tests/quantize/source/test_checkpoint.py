@@ -1,6 +1,7 @@
 """Checkpoints on disk: exact reading, and one line for every way a file can be wrong."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -257,6 +258,15 @@ def test_resolves_folders(folder, tmp_path):
     (tmp_path / "bare").mkdir()
     with pytest.raises(InputError, match=r"no config\.json"):
         resolve(tmp_path / "bare")
+
+
+def test_a_name_that_begins_with_a_tilde_is_no_users_home(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=r"~nobody-is-called-so: no such folder, and"):
+        resolve(Path("~nobody-is-called-so"))
+    (tmp_path / "~").mkdir()
+    (tmp_path / "~/config.json").write_text("{}")
+    assert resolve(Path("~")).samefile(tmp_path / "~")
 
 
 def test_resolves_bundled_models(tmp_path, monkeypatch):
