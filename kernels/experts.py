@@ -109,8 +109,8 @@ class Experts:
         for name, expected in wanted.items():
             table = getattr(self, name)
             if table is not None and (len(table), table.rows, table.cols) != expected:
-                found = (len(table), table.rows, table.cols)
-                raise InputError(f"{name} projections {found}: up's {shape} ask for {expected}")
+                actual = (len(table), table.rows, table.cols)
+                raise InputError(f"{name} projections {actual}: up's {shape} ask for {expected}")
         if self.gate is not None and self.gate.blocks != self.up.blocks:
             raise InputError(
                 f"gate in {self.gate.blocks} blocks of rows, up in {self.up.blocks}: cut them alike"

@@ -192,8 +192,8 @@ def with_scaled(buffer: Tensor, recipes: Sequence[Recipe], rows: int, cols: int)
     wanted = max(map(len, places))
     index = torch.tensor([place + place[-1:] * (wanted - len(place)) for place in places])
     negative = buffer[index.clamp_min(0).to(buffer.device)] >> 7 == 1
-    found = (negative.cpu() & (index >= 0)).any(1).tolist()
-    return [replace(recipe, scaled=scaled) for recipe, scaled in zip(recipes, found, strict=True)]
+    flags = (negative.cpu() & (index >= 0)).any(1).tolist()
+    return [replace(recipe, scaled=scaled) for recipe, scaled in zip(recipes, flags, strict=True)]
 
 
 def dequantize_tiles(table: ExpertsTable) -> Tensor:

@@ -298,11 +298,11 @@ def _dense(layer: _Layer, out: Tensor) -> Tensor:
 def _sums(layer: _Layer, x: Tensor, *, launched: bool = True) -> Tensor:
     """Return the sums of runs of each row's columns; without a launch, room for them."""
     rows, cols = x.shape
-    found = layer.empty(rows, sums_of(cols), dtype=torch.float32)
+    sums = layer.empty(rows, sums_of(cols), dtype=torch.float32)
     if launched:
         grid = (rows, triton.cdiv(cols, STEP.value))
-        layer.start(row_sums, grid, (x, found), {"COLS": cols}, Tile())
-    return found
+        layer.start(row_sums, grid, (x, sums), {"COLS": cols}, Tile())
+    return sums
 
 
 def _sorted(layer: _Layer, fill: int | None = None) -> tuple[Tensor, Tensor, Tensor]:

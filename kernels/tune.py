@@ -59,12 +59,12 @@ def starts(case: Case, device: Device) -> list[Launch]:
     first = heuristic(case, device)
     if first.path == "decode":
         return [first]
-    found = [first]
+    launches = [first]
     for tokens in (16, 32, 64, 128):
         tile = Tile(rows=64, warps=4 if tokens <= 32 else 8, stages=2)
-        found.append(Launch(path="grouped", tokens=tokens, gate_up=tile, down=tile))
+        launches.append(Launch(path="grouped", tokens=tokens, gate_up=tile, down=tile))
     dense = Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
-    return list(dict.fromkeys([*found, dense]))
+    return list(dict.fromkeys([*launches, dense]))
 
 
 def changes(launch: Launch, projection: Projection) -> list[Launch]:
@@ -87,7 +87,7 @@ def tune(
     dtype: torch.dtype = torch.bfloat16,
     processes: int = 1,
 ) -> list[tuple[Case, Launch, float]]:
-    """Return the fastest launch found of each number of tokens, and its seconds.
+    """Return the fastest launch for each number of tokens, and its seconds.
 
     Of every start the cuts of gate and up are tried, and then, with the best, those of down.
 
@@ -118,15 +118,15 @@ def tune(
         timed = [(measure(layers, case, one, dtype), one) for one in dict.fromkeys(launches)]
         return min(timed, key=lambda pair: pair[0])
 
-    found = []
+    tuned = []
     for case in cases:
         ends = []
         for start in starts(case, device):
             _, cut = fastest(case, [start, *changes(start, "gate_up")])
             ends.append(fastest(case, [cut, *changes(cut, "down")]))
         seconds, best = min(ends, key=lambda pair: pair[0])
-        found.append((case, best, seconds))
-    return found
+        tuned.append((case, best, seconds))
+    return tuned
 
 
 def _compile_all(
@@ -233,13 +233,13 @@ def main(arguments: list[str] | None = None) -> None:
         gpu = torch.cuda.get_device_name()
         out = out or Path(file_name(gpu))
         check_output(out, "file", overwrite=True)
-        found = tune(cases, processes=processes)
+        tuned = tune(cases, processes=processes)
     except InputError as error:
         parser.exit(2, f"{error}\n")
     note = f"{time.strftime('%Y-%m-%d')}, torch {torch.__version__}"
-    text = write_table(gpu, [(case, launch) for case, launch, _ in found], note)
+    text = write_table(gpu, [(case, launch) for case, launch, _ in tuned], note)
     write_whole(out, text.encode())
-    for case, launch, seconds in found:
+    for case, launch, seconds in tuned:
         sys.stderr.write(f"{case.tokens} tokens: {seconds * 1e6:.1f} us, {launch.path}\n")
 
 

@@ -59,7 +59,7 @@ def read_limits(path: str | Path, table: CostTable) -> tuple[Limit, ...]:
     entries = content.get("limits")
     if not isinstance(entries, list):
         raise FileError(f"{path}: limits: missing or not a list")
-    found: list[Limit] = []
+    limits: list[Limit] = []
     taken: dict[str, int] = {}
     for index, entry in enumerate(entries):
         for limit in _read(entry, f"{path}: limits[{index}]", path.parent, table):
@@ -69,8 +69,8 @@ def read_limits(path: str | Path, table: CostTable) -> tuple[Limit, ...]:
                     f"limits[{taken[limit.name]}] as well; give another"
                 )
             taken[limit.name] = index
-            found.append(limit)
-    return tuple(found)
+            limits.append(limit)
+    return tuple(limits)
 
 
 def _read(entry: Any, where: str, folder: Path, table: CostTable) -> tuple[Limit, ...]:

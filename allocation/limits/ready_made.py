@@ -134,7 +134,7 @@ def bits_per_layer(
     high = None if at_most is None else number("at_most", at_most)
     if low is not None and high is not None and low > high:
         raise InputError(f"at_least: {low:g} is above at_most, {high:g}; swap them")
-    found = []
+    limits = []
     for layer, rows in _layers(table, pattern):
         weights = int(_numel(table, rows, "bits_per_layer").sum())
         nbytes = np.where(rows[:, None], table.nbytes, 0)
@@ -143,12 +143,12 @@ def bits_per_layer(
         if low is not None:
             bound = -math.ceil(low * weights / 8 / _WHOLE)
             said = f" ({low:g} bits per weight)"
-            found.append(limit(f"{called}, at least", -nbytes, bound, note=said, floor=True))
+            limits.append(limit(f"{called}, at least", -nbytes, bound, note=said, floor=True))
         if high is not None:
             bound = math.floor(high * weights / 8 * _WHOLE)
             said = f" ({high:g} bits per weight)"
-            found.append(limit(f"{called}, at most", nbytes, bound, note=said))
-    return tuple(found)
+            limits.append(limit(f"{called}, at most", nbytes, bound, note=said))
+    return tuple(limits)
 
 
 def count_at_least(
@@ -186,7 +186,7 @@ def count_at_least(
     if wanted and not counted.any():
         known = ", ".join(dict.fromkeys(str(item.bits) for item in table.formats))
         raise InputError(f"bits: no format has {bits}{_or_more(wider)}; there are {known}")
-    found = []
+    limits = []
     for where, rows in _parts(table, pattern, per_layer):
         there = int(rows.sum())
         if wanted > there:
@@ -194,8 +194,8 @@ def count_at_least(
                 f"count: {wanted} is more than the {there} units of {pattern}{where}; lower it"
             )
         called = name or f"{pattern} at {bits} bits{_or_more(wider)}, at least {wanted}"
-        found.append(Limit(f"{called}{where}", np.outer(rows, -counted), -wanted, floor=True))
-    return tuple(found)
+        limits.append(Limit(f"{called}{where}", np.outer(rows, -counted), -wanted, floor=True))
+    return tuple(limits)
 
 
 def count_at_most(
@@ -274,10 +274,10 @@ def _called(table: CostTable, name: str, weight: Callable[[Unit, Format], float]
                 said = " ".join(f"{type(error).__name__}: {error}".split())
                 where = _pair(table, row, column)
                 raise InputError(f"limit {name}: weight of {where} raised {said}") from error
-            if (found := as_float(value)) is None:
+            if (real := as_float(value)) is None:
                 where = _pair(table, row, column)
                 raise InputError(f"limit {name}: weight of {where} is {value!r}; return a number")
-            values[row, column] = found
+            values[row, column] = real
     return values
 
 
@@ -295,8 +295,8 @@ def _broadcast(table: CostTable, name: str, weight: npt.ArrayLike) -> Floats:
 
 
 def _counted(table: CostTable, bits: int, wider: bool) -> Floats:
-    found, wanted = widths(table.formats), whole("bits", bits)
-    return (found >= wanted if wider else found == wanted).astype(np.float64)
+    bits_of_formats, wanted = widths(table.formats), whole("bits", bits)
+    return (bits_of_formats >= wanted if wider else bits_of_formats == wanted).astype(np.float64)
 
 
 def _selected(table: CostTable, pattern: str | None) -> Bools:

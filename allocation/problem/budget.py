@@ -64,17 +64,17 @@ class Budget:
         Raises:
             InputError: the text is none of these.
         """
-        found = _PATTERN.fullmatch(text.strip().lower())
-        unit = found[2] if found else ""
-        if not found or unit not in {*_BY_NAME, "bpw", "%"} or (found[3] and unit not in _BY_NAME):
+        match = _PATTERN.fullmatch(text.strip().lower())
+        unit = match[2] if match else ""
+        if not match or unit not in {*_BY_NAME, "bpw", "%"} or (match[3] and unit not in _BY_NAME):
             raise InputError(f"budget {text!r} cannot be read; examples: {_EXAMPLES}")
-        number = float(found[1])
+        number = float(match[1])
         if unit == "bpw":
             return cls(kind="bits", value=number, text=text)
         if unit == "%":
             return cls(kind="share", value=number / 100, text=text)
-        kind: Literal["bytes", "checkpoint"] = "bytes" if found[3] else "checkpoint"
-        return cls(kind=kind, value=_in_bytes(found), text=text)
+        kind: Literal["bytes", "checkpoint"] = "bytes" if match[3] else "checkpoint"
+        return cls(kind=kind, value=_in_bytes(match), text=text)
 
     def __str__(self) -> str:
         return self.text
@@ -124,16 +124,16 @@ def parse_size(text: str) -> int:
     Raises:
         InputError: the text is no size.
     """
-    found = _PATTERN.fullmatch(text.strip().lower())
-    if not found or found[2] not in _BY_NAME or found[3]:
+    match = _PATTERN.fullmatch(text.strip().lower())
+    if not match or match[2] not in _BY_NAME or match[3]:
         raise InputError(f"{text!r} is no size; examples: 12GiB, 800MB, 4096B")
-    return _in_bytes(found)
+    return _in_bytes(match)
 
 
-def _in_bytes(found: re.Match[str]) -> int:
+def _in_bytes(match: re.Match[str]) -> int:
     # Whole bytes stay exact beyond 2**53 as well.
-    size = int(found[1]) if found[1].isdecimal() else float(found[1])
-    return math.floor(size * _BY_NAME[found[2]])
+    size = int(match[1]) if match[1].isdecimal() else float(match[1])
+    return math.floor(size * _BY_NAME[match[2]])
 
 
 def human(count: float) -> str:

@@ -26,11 +26,11 @@ def number(what: str, value: object, low: float = 0, high: float = math.inf) -> 
     Raises:
         InputError: it is no number, or not from `low` to `high`.
     """
-    found = None if isinstance(value, bool | np.bool_) else as_float(value)
-    if found is None or not low <= found <= high:
+    converted = None if isinstance(value, bool | np.bool_) else as_float(value)
+    if converted is None or not low <= converted <= high:
         span = f"from {low:g}" + ("" if high == math.inf else f" to {high:g}")
         raise InputError(f"{what}: {value} is not {'a number' if low == -math.inf else span}")
-    return found
+    return converted
 
 
 def whole(what: str, value: object, low: int = 0) -> int:

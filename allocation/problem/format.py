@@ -132,17 +132,17 @@ class Format:
         Raises:
             InputError: the name is malformed.
         """
-        if found := re.fullmatch(r"int(\d)-(?:g([1-9]\d{0,8})|row)-(a?)sym(?:-(compact6?))?", name):
+        if match := re.fullmatch(r"int(\d)-(?:g([1-9]\d{0,8})|row)-(a?)sym(?:-(compact6?))?", name):
             return cls(
-                int(found[1]),
-                int(found[2] or 0),
-                symmetric=not found[3],
-                metadata=found[4] or "fp16",
+                int(match[1]),
+                int(match[2] or 0),
+                symmetric=not match[3],
+                metadata=match[4] or "fp16",
             )
         if name.startswith("keep-"):
             return cls.keep(name.removeprefix("keep-"))
-        if found := re.fullmatch(r"option-(\d+)", name):
-            return cls.made_up(int(found[1]))
+        if match := re.fullmatch(r"option-(\d+)", name):
+            return cls.made_up(int(match[1]))
         near = guess(name, [one.name for one in menu()])
         raise InputError(f"format {name!r} is unknown; examples: {_EXAMPLES}{near}")
 
@@ -201,7 +201,7 @@ def formats(
         InputError: a value is wrong, or no combination is valid.
     """
     sizes = [group_size] if isinstance(group_size, int | str) else list(group_size)
-    found: set[Format] = set()
+    combinations: set[Format] = set()
     for width, size, even, meta in product(
         [bits] if isinstance(bits, int) else list(bits),
         [_group(size) for size in sizes],
@@ -210,10 +210,12 @@ def formats(
     ):
         # The combinations of valid values that have no storage.
         if (width, even) != (1, False) or not _SHARE_BITS.get(meta):
-            found.add(Format(width, size, symmetric=even, metadata=meta))
-    if not found:
+            combinations.add(Format(width, size, symmetric=even, metadata=meta))
+    if not combinations:
         raise InputError("formats: no valid combination; 1 bit with compact metadata is symmetric")
-    grids = sorted(found, key=lambda f: (f.bits, f.group_size or 1 << 62, f.symmetric, f.metadata))
+    grids = sorted(
+        combinations, key=lambda f: (f.bits, f.group_size or 1 << 62, f.symmetric, f.metadata)
+    )
     return (*grids, Format.keep(keep)) if keep else tuple(grids)
 
 

@@ -86,9 +86,9 @@ def _broadcast(limits: Sequence[Limit], shape: tuple[int, ...]) -> Floats:
     """Return the weights of all limits, float64[M,U,F]."""
     weights = np.empty((len(limits), *shape))
     for index, limit in enumerate(limits):
-        found = limit.weight.shape
-        if any(size not in (1, full) for size, full in zip(found, shape, strict=True)):
-            raise InputError(f"limit {limit.name}: weight has shape {found}, expected {shape}")
+        given = limit.weight.shape
+        if any(size not in (1, full) for size, full in zip(given, shape, strict=True)):
+            raise InputError(f"limit {limit.name}: weight has shape {given}, expected {shape}")
         weights[index] = limit.weight
     return weights
 

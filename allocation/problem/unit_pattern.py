@@ -63,11 +63,11 @@ def _accepted_numbers(
     for choice in choices:
         if choice == "*":
             return np.ones(len(column), dtype=np.bool_)
-        found = re.fullmatch(r"(-?\d{1,9})(?:-(\d{1,9}))?", choice)
-        if not found:
+        match = re.fullmatch(r"(-?\d{1,9})(?:-(\d{1,9}))?", choice)
+        if not match:
             raise InputError(f"pattern {pattern!r}: {key}={choice} is not N or N-M; join with ';'")
-        low = int(found[1])
-        accepted |= (column >= low) & (column <= int(found[2] or low))
+        low = int(match[1])
+        accepted |= (column >= low) & (column <= int(match[2] or low))
     return accepted
 
 

@@ -225,11 +225,11 @@ class Units:
 
 def kinds(units: Units) -> dict[str, Bools]:
     """Return a mask of the units of each projection, roles other than routed named with it."""
-    found = {}
+    masks = {}
     for role, projection in sorted(
         {*zip(units.role.tolist(), units.projection.tolist(), strict=True)}
     ):
         name = units.projections[projection]
         title = name if ROLES[role] == "routed" else f"{ROLES[role]} {name}"
-        found[title] = (units.role == role) & (units.projection == projection)
-    return found
+        masks[title] = (units.role == role) & (units.projection == projection)
+    return masks

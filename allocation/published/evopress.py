@@ -73,13 +73,13 @@ class Evolution:
             if self.progress:
                 self.progress("evolution", done, self.evaluations)
             count = min(_OFFSPRING, self.evaluations - done)
-            found = [_mutated(levels, best, generator) for _ in range(count)]
+            offspring = [_mutated(levels, best, generator) for _ in range(count)]
             done += count
-            early = [self.parts[0](problem.expand(levels.choice(one))).mean() for one in found]
+            early = [self.parts[0](problem.expand(levels.choice(one))).mean() for one in offspring]
             for at in np.argsort(early, kind="stable")[: max(1, count // _SHARE)]:
-                whole_loss = self._loss(problem, levels, found[at])
+                whole_loss = self._loss(problem, levels, offspring[at])
                 if whole_loss < loss:
-                    best, loss = found[at], whole_loss
+                    best, loss = offspring[at], whole_loss
         return Answer(choice=levels.choice(best), bound=0.0, status=Status.FEASIBLE)
 
     def _loss(self, problem: Problem, levels: _Levels, place: Longs) -> float:
@@ -103,16 +103,16 @@ class _Levels:
         return np.zeros(len(self.order), dtype=np.int64)
 
     def of(self, choice: Longs) -> Longs:
-        found: Longs = np.argmax(self.order == choice[:, None], axis=1)
-        return found
+        places: Longs = np.argmax(self.order == choice[:, None], axis=1)
+        return places
 
     def choice(self, place: Longs) -> Longs:
-        found: Longs = self.order[np.arange(len(place)), place]
-        return found
+        columns: Longs = self.order[np.arange(len(place)), place]
+        return columns
 
     def used(self, place: Longs) -> Floats:
-        found: Floats = self.weights[:, np.arange(len(place)), self.choice(place)].sum(1)
-        return found
+        amounts: Floats = self.weights[:, np.arange(len(place)), self.choice(place)].sum(1)
+        return amounts
 
     def fit(self, place: Longs) -> bool:
         return bool((self.used(place) <= self.bounds).all())

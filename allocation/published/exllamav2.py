@@ -93,13 +93,13 @@ class Annealing:
         for stage in range(2):
             if stage:
                 norms = np.linspace(norm - _NARROW / 2, norm + _NARROW / 2, self.runs)
-            found = chains.annealed(norms, generator)
-            largest = chains.errors(found).max(axis=1)
+            states = chains.annealed(norms, generator)
+            largest = chains.errors(states).max(axis=1)
             if largest.min() < worst:
                 worst, norm = float(largest.min()), float(norms[largest.argmin()])
-        found = chains.annealed(np.full(self.runs, norm), generator)
-        energies = (chains.errors(found) ** norm).sum(axis=1)
-        choice = chains.option[chains.rows, found[energies.argmin()]]
+        states = chains.annealed(np.full(self.runs, norm), generator)
+        energies = (chains.errors(states) ** norm).sum(axis=1)
+        choice = chains.option[chains.rows, states[energies.argmin()]]
         return bounded(problem, spent(problem.cost, weight, bound, choice))
 
 
@@ -152,8 +152,8 @@ class _Chains:
 
     def errors(self, state: npt.NDArray[np.intp]) -> Floats:
         """Return the errors of the chains' choices, float64[C,R]."""
-        found: Floats = self.error[self.rows, state]
-        return found
+        chosen: Floats = self.error[self.rows, state]
+        return chosen
 
     def annealed(self, norms: Floats, generator: np.random.Generator) -> npt.NDArray[np.intp]:
         """Return the last state of one chain for each exponent, int[C,R]."""

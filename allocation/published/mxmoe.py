@@ -147,14 +147,14 @@ class _Search:
                 continue
             if self.value(*_corner(left, right)) >= self.value(best.loss, best.time):
                 continue
-            found = self.point(1 / width, 1 / height)
-            if isinstance(found, Answer):
+            corner = self.point(1 / width, 1 / height)
+            if isinstance(corner, Answer):
                 continue
-            if self.value(found.loss, found.time) < self.value(best.loss, best.time):
-                best = found
+            if self.value(corner.loss, corner.time) < self.value(best.loss, best.time):
+                best = corner
             here = left.loss / width + left.time / height
-            if found.loss / width + found.time / height < here * (1 - _NOISE):
-                segments += [(left, found), (found, right)]
+            if corner.loss / width + corner.time / height < here * (1 - _NOISE):
+                segments += [(left, corner), (corner, right)]
         return best.choice
 
 

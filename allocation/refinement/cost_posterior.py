@@ -96,14 +96,14 @@ class Groups:
     def sums(self, cost: Floats, choice: Ints) -> Floats:
         """Return what a plan costs by group, float64[count]."""
         each = np.arange(len(choice))
-        found = np.zeros(self.count)
-        np.add.at(found, self.of[each, choice], cost[each, choice])
-        return found
+        totals = np.zeros(self.count)
+        np.add.at(totals, self.of[each, choice], cost[each, choice])
+        return totals
 
     def factor(self, effects: Floats) -> Floats:
         """Return the effect of each cost, float64[U,F]."""
-        found: Floats = effects[self.of]
-        return found
+        added: Floats = effects[self.of]
+        return added
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -134,8 +134,8 @@ class Pairs:
     def sums(self, cost: Floats, choice: Ints) -> Floats:
         """Return the geometric mean of what each two layers cost, float64[count]."""
         layers = by_layer(self.layer, cost, choice)
-        found: Floats = np.sqrt(layers[:-1] * layers[1:])
-        return found
+        means: Floats = np.sqrt(layers[:-1] * layers[1:])
+        return means
 
     def factor(self, effects: Floats) -> Floats:
         """Return the slopes of each cost, float64[U,1]."""
@@ -143,8 +143,8 @@ class Pairs:
         slope = np.zeros(len(known))
         slope[:-1] += effects * np.sqrt(known[1:] / known[:-1]) / 2
         slope[1:] += effects * np.sqrt(known[:-1] / known[1:]) / 2
-        found: Floats = slope[self.layer][:, None]
-        return found
+        slopes: Floats = slope[self.layer][:, None]
+        return slopes
 
 
 def by_layer(layer: Ints, cost: Floats, choice: Ints) -> Floats:
@@ -172,7 +172,7 @@ def kinds_of(table: CostTable, choice: Ints) -> tuple[Kind, ...]:
     labels = {"all": np.zeros(shape, dtype=np.int32)}
     labels |= {name: np.broadcast_to(label[:, None], shape) for name, label in rows.items()}
     labels |= {"width": np.broadcast_to(width, shape), "family": np.broadcast_to(family, shape)}
-    found: list[Kind] = [
+    kinds: list[Kind] = [
         Groups(
             of=of,
             count=int(of.max(initial=0)) + 1,
@@ -182,11 +182,11 @@ def kinds_of(table: CostTable, choice: Ints) -> tuple[Kind, ...]:
     ]
     layer = np.unique(units.layer, return_inverse=True)[1].astype(np.int32)
     at = by_layer(layer, _finite(table.cost), choice)
-    return (*found, Pairs(layer=layer, at=at, deviation=_PAIRS))
+    return (*kinds, Pairs(layer=layer, at=at, deviation=_PAIRS))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Belief:
+class Posterior:
     """What losses of plans say of a table.
 
     Attributes:
@@ -204,7 +204,7 @@ class Belief:
     noise: Floats
 
     @classmethod
-    def of(cls, table: CostTable, choices: Sequence[Ints], losses: Floats) -> Belief:
+    def of(cls, table: CostTable, choices: Sequence[Ints], losses: Floats) -> Posterior:
         """Return what the losses say, under the scale and the noise that make them likeliest.
 
         Args:
@@ -217,17 +217,17 @@ class Belief:
         features = tuple(
             np.stack([kind.sums(cost, one) for one in choices]) for kind in (first, *rest)
         )
-        found = []
+        candidates = []
         for scale, noise in product(_SCALES, _NOISES):
             kinds = (first, *(kind.scaled(scale) for kind in rest))
-            found.append(cls._under(kinds, features, losses, noise))
-        return max(found, key=lambda one: one[0])[1]
+            candidates.append(cls._under(kinds, features, losses, noise))
+        return max(candidates, key=lambda one: one[0])[1]
 
     @classmethod
     def _under(
         cls, kinds: tuple[Kind, ...], features: tuple[Floats, ...], losses: Floats, noise: float
-    ) -> tuple[float, Belief]:
-        """Return the log-likelihood of the losses under a relative noise, and the belief."""
+    ) -> tuple[float, Posterior]:
+        """Return the log-likelihood of the losses under a relative noise, and the posterior."""
         each = noise * np.abs(losses) + _FAR * (losses - losses.min()) + np.finfo(float).tiny
         covariance = np.diag(each**2)
         for kind, feature in zip(kinds, features, strict=True):
@@ -236,8 +236,10 @@ class Belief:
         surprise = losses - features[0][:, 0]
         logarithm = np.linalg.slogdet(covariance)[1]
         likelihood = -0.5 * float(surprise @ inverse @ surprise + logarithm)
-        belief = cls(kinds=kinds, features=features, inverse=inverse, surprise=surprise, noise=each)
-        return likelihood, belief
+        posterior = cls(
+            kinds=kinds, features=features, inverse=inverse, surprise=surprise, noise=each
+        )
+        return likelihood, posterior
 
     def mean(self) -> Floats:
         """Return what each cost is to be multiplied by, float64[U,F]."""
@@ -246,9 +248,9 @@ class Belief:
     def sample(self, generator: np.random.Generator) -> Floats:
         """Return multipliers as likely as they are believed to be, float64[U,F]."""
         drawn = [kind.deviation * generator.standard_normal(kind.count) for kind in self.kinds]
-        told = sum(feature @ one for feature, one in zip(self.features, drawn, strict=True))
+        explained = sum(feature @ one for feature, one in zip(self.features, drawn, strict=True))
         noise = self.noise * generator.standard_normal(len(self.surprise))
-        return self._factor(drawn, self.surprise - told - noise)
+        return self._factor(drawn, self.surprise - explained - noise)
 
     def _factor(self, start: Sequence[Floats], rest: Floats) -> Floats:
         """Return multipliers from effects that leave `rest` of the losses to be explained."""
@@ -257,8 +259,8 @@ class Belief:
             kind.factor(one + kind.deviation**2 * (feature.T @ weight))
             for kind, feature, one in zip(self.kinds, self.features, start, strict=True)
         ]
-        found: Floats = np.maximum(1 + sum(parts), _LEAST)
-        return found
+        multipliers: Floats = np.maximum(1 + sum(parts), _LEAST)
+        return multipliers
 
 
 def _finite(cost: Floats) -> Floats:

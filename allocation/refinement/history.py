@@ -9,7 +9,7 @@ import numpy as np
 
 from bitknap.allocation.problem.arrays import Floats, Ints
 from bitknap.allocation.problem.problem import Problem
-from bitknap.allocation.refinement.cost_posterior import Belief
+from bitknap.allocation.refinement.cost_posterior import Posterior
 from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.errors import BitknapError, InfeasibleError
 
@@ -68,7 +68,7 @@ class Rounds:
         Raises:
             BitknapError: its loss is no number.
         """
-        factor = self.belief().mean() if self.steps else None
+        factor = self.posterior().mean() if self.steps else None
         predicted = cost_of(self.problem, choice, factor)
         losses: Floats = np.zeros(0)
         gain = error = 0.0
@@ -99,14 +99,14 @@ class Rounds:
         """Return whether there is a plan, and it was not measured yet."""
         return choice is not None and choice.tobytes() not in self.seen
 
-    def belief(self) -> Belief:
+    def posterior(self) -> Posterior:
         """Return what all steps say; of one that was not run to its end, as far as it got."""
         if self.best is None:
             raise BitknapError("refine: nothing was measured yet")
         losses, level = self.best.losses, float(self.best.losses.mean())
         above = [float((step.losses - losses[: len(step.losses)]).mean()) for step in self.steps]
         choices = [step.choice for step in self.steps]
-        return Belief.of(self.problem.table, choices, level + np.array(above))
+        return Posterior.of(self.problem.table, choices, level + np.array(above))
 
 
 def solved(problem: Problem, cost: Floats) -> Ints | None:
@@ -134,9 +134,9 @@ def paired(difference: Floats) -> tuple[float, float]:
 
 
 def _finite(losses: Floats) -> Floats:
-    found = np.asarray(losses, dtype=np.float64)
-    if not found.size or not np.isfinite(found).all():
+    values = np.asarray(losses, dtype=np.float64)
+    if not values.size or not np.isfinite(values).all():
         raise BitknapError(
             "refine: a plan's loss is not a number; measure it on text that has some"
         )
-    return found
+    return values

@@ -19,7 +19,7 @@ from bitknap.allocation.problem.checks import whole
 from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.refinement.history import Measure, Rounds, Step, solved
-from bitknap.allocation.refinement.proposers import Believing, Driver, Tilting
+from bitknap.allocation.refinement.proposers import Driver, Thompson, Tilting
 from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.allocation.solvers.solving import solve
 from bitknap.errors import InputError, MismatchError
@@ -112,7 +112,7 @@ class Refine:
         rounds = self._rounds(problem, start)
         solution = solve(problem, _Known(_answer(problem, rounds, start)))
         said = {**problem.table.provenance, "refined": len(rounds.steps)}
-        cost = problem.table.cost * rounds.belief().mean()
+        cost = problem.table.cost * rounds.posterior().mean()
         return Refined(
             solution=solution,
             table=replace(problem.table, cost=cost, provenance=said),
@@ -128,16 +128,14 @@ class Refine:
             if choice is not None and rounds.new(choice) and len(rounds.steps) < self.evaluations:
                 rounds.take("other table", choice)
         driver: Driver
-        driver = (
-            Believing(self.seed) if self.driver == "belief" else Tilting(self.driver, self.seed)
-        )
+        driver = Thompson(self.seed) if self.driver == "belief" else Tilting(self.driver, self.seed)
         while (left := self.evaluations - len(rounds.steps)) > 0:
             if self.progress:
                 self.progress("refine", len(rounds.steps), self.evaluations)
-            found = driver.propose(rounds, left)
-            if found is None:
+            proposal = driver.propose(rounds, left)
+            if proposal is None:
                 break
-            driver.told(rounds.take(*found))
+            driver.learn(rounds.take(*proposal))
         return rounds
 
 

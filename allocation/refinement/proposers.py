@@ -33,12 +33,12 @@ class Driver(Protocol):
         """
         ...
 
-    def told(self, step: Step) -> None:
+    def learn(self, step: Step) -> None:
         """Learn what became of the last proposal."""
         ...
 
 
-class Believing:
+class Thompson:
     """Solve for costs drawn from what measurements allow, in turn with the likeliest costs."""
 
     def __init__(self, seed: int) -> None:
@@ -47,19 +47,19 @@ class Believing:
 
     def propose(self, rounds: Rounds, left: int) -> tuple[str, Ints] | None:
         """Return where a plan comes from and a plan that is new; None if there is none left."""
-        belief, cost = rounds.belief(), rounds.problem.table.cost
+        posterior, cost = rounds.posterior(), rounds.problem.table.cost
         if left <= _LAST or len(rounds.steps) % _EVERY == 0:
-            choice = solved(rounds.problem, cost * self._near(belief.mean()))
+            choice = solved(rounds.problem, cost * self._near(posterior.mean()))
             if choice is not None and rounds.new(choice):
                 return "mean", choice
         for _ in range(_DRAWS):
-            choice = solved(rounds.problem, cost * self._near(belief.sample(self.generator)))
+            choice = solved(rounds.problem, cost * self._near(posterior.sample(self.generator)))
             if choice is not None and rounds.new(choice):
                 return "sample", choice
             self.reach = min(_WIDER * self.reach, _FURTHEST)
         return None
 
-    def told(self, step: Step) -> None:
+    def learn(self, step: Step) -> None:
         """Trust costs further from the table after a success, less far after a failure."""
         change = _WIDER if step.accepted else _CLOSER if step.gain < -step.error else 1.0
         self.reach = float(np.clip(self.reach * change, _NEAREST, _FURTHEST))
@@ -67,8 +67,8 @@ class Believing:
     def _near(self, factor: Floats) -> Floats:
         logarithm = np.log(factor)
         # What all costs share changes no plan.
-        found: Floats = np.exp(np.clip(logarithm - logarithm.mean(), -self.reach, self.reach))
-        return found
+        nearby: Floats = np.exp(np.clip(logarithm - logarithm.mean(), -self.reach, self.reach))
+        return nearby
 
 
 class Tilting:
@@ -96,7 +96,7 @@ class Tilting:
             self.study.tell(self.trial, _known(rounds, choice))
         return None
 
-    def told(self, step: Step) -> None:
+    def learn(self, step: Step) -> None:
         """Tell the sampler by how much the plan loses more than the best one."""
         if self.trial is not None:
             self.study.tell(self.trial, -step.gain)

@@ -44,8 +44,8 @@ def best(study: Study, budget: str | None = None) -> Record:
 def front(study: Study) -> list[Record]:
     """Return the trials that no other one beats in bytes and in loss, by bytes; each plan once."""
     complete = [record for record in records(study) if record.state == "complete"]
-    found: list[Record] = []
+    front_trials: list[Record] = []
     for record in sorted(complete, key=lambda r: (r.nbytes or 0, loss_of(r), r.number)):
-        if not found or loss_of(record) < loss_of(found[-1]):
-            found.append(record)
-    return found
+        if not front_trials or loss_of(record) < loss_of(front_trials[-1]):
+            front_trials.append(record)
+    return front_trials

@@ -126,27 +126,27 @@ def space(knobs: Knobs, table: CostTable) -> dict[str, Range]:
         InputError: a knob has nothing to turn in this table.
     """
     exponent = Range(low=-_EXPONENT, high=_EXPONENT, neutral=0.0)
-    found = {f"exponent:{name}": exponent for name in knobs.exponents}
+    ranges = {f"exponent:{name}": exponent for name in knobs.exponents}
     if knobs.risk:
         if table.spread is None:
             raise InputError("knob risk: the table has no spread; leave the knob out")
-        found["risk"] = Range(low=0.0, high=_RISK, neutral=0.0)
+        ranges["risk"] = Range(low=0.0, high=_RISK, neutral=0.0)
     if knobs.formats:
         families = _families(table.formats)
         if len(families) < 2:
             raise InputError("knob formats: the table has one family of formats; leave it out")
-        found |= {
+        ranges |= {
             f"allow:{name}": Range(low=0, high=1, neutral=1, kind="switch") for name in families
         }
     if knobs.floor or knobs.cap:
-        found |= _widths(knobs, table.formats)
+        ranges |= _widths(knobs, table.formats)
     if knobs.tilts:
         names = groups(table, knobs.tilts)[1]
-        found |= {name: Range(low=-knobs.width, high=knobs.width, neutral=0.0) for name in names}
+        ranges |= {name: Range(low=-knobs.width, high=knobs.width, neutral=0.0) for name in names}
     if knobs.budget is not None:
         low, high = knobs.budget
-        found["bits"] = Range(low=low, high=high, neutral=(low + high) / 2)
-    return found
+        ranges["bits"] = Range(low=low, high=high, neutral=(low + high) / 2)
+    return ranges
 
 
 def suggest(trial: Trial, knobs: Knobs, table: CostTable) -> dict[str, Any]:
@@ -192,12 +192,12 @@ def _widths(knobs: Knobs, formats: Sequence[Format]) -> dict[str, Range]:
     if len(widths) < 2:
         raise InputError("knobs floor and cap: the table has one width; leave them out")
     low, middle, high = widths[0], widths[len(widths) // 2], widths[-1]
-    found = {}
+    ranges = {}
     if knobs.floor:
-        found["floor"] = Range(low=low, high=middle, neutral=low, kind="whole")
+        ranges["floor"] = Range(low=low, high=middle, neutral=low, kind="whole")
     if knobs.cap:
-        found["cap"] = Range(low=middle, high=high, neutral=high, kind="whole")
-    return found
+        ranges["cap"] = Range(low=middle, high=high, neutral=high, kind="whole")
+    return ranges
 
 
 def groups(table: CostTable, by: Sequence[str] = GROUPS) -> tuple[Ints, tuple[str, ...]]:
@@ -240,9 +240,9 @@ def signal(table: CostTable, feature: CostTable, name: str = "feature") -> Float
             f"feature {name}: its {len(theirs)} units are not the {len(ours)} of the table; "
             "estimate it on the same model with the same --include"
         )
-    told = np.isfinite(feature.cost) & (feature.cost > 0)
-    count = told.sum(axis=1)
-    level = np.log(np.where(told, feature.cost, 1.0)).sum(axis=1) / np.maximum(count, 1)
+    usable = np.isfinite(feature.cost) & (feature.cost > 0)
+    count = usable.sum(axis=1)
+    level = np.log(np.where(usable, feature.cost, 1.0)).sum(axis=1) / np.maximum(count, 1)
     known = count > 0
     kind = numbered(ours.role, ours.projection)
     seen = np.maximum(np.bincount(kind, weights=known), 1)

@@ -155,11 +155,11 @@ class Search:
         study = optuna.create_study(
             study_name=self.study, storage=storage, sampler=sampler, load_if_exists=True
         )
-        found = study.user_attrs.get(_PROBLEM)
-        if found is None and not study.get_trials(deepcopy=False):
+        stored = study.user_attrs.get(_PROBLEM)
+        if stored is None and not study.get_trials(deepcopy=False):
             study.set_user_attr(_PROBLEM, about)
             study.enqueue_trial(neutral)
-        elif found != about:
+        elif stored != about:
             raise MismatchError(
                 f"study {self.study!r} in {shown(self.storage)} is about another problem; "
                 "choose another name"

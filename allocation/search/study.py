@@ -70,8 +70,8 @@ class Study:
     @property
     def measured(self) -> Mapping[str, Any]:
         """What the measurements are of, JSON values; empty before the first run."""
-        found: Mapping[str, Any] = self.trials.user_attrs.get(MEASURED, {})
-        return found
+        stored: Mapping[str, Any] = self.trials.user_attrs.get(MEASURED, {})
+        return stored
 
 
 def create(
@@ -128,15 +128,15 @@ def create(
         ways = [optuna.study.StudyDirection.MINIMIZE] * (2 if chosen.budget else 1)
         try:
             with reaching(storage):
-                found = optuna.create_study(
+                optuna_study = optuna.create_study(
                     study_name=name,
                     storage=opened,
                     directions=ways,
                     sampler=make_sampler(sampler, seed),
                 )
-                found.set_user_attr(ABOUT, about)
+                optuna_study.set_user_attr(ABOUT, about)
                 for params in starts:
-                    found.enqueue_trial(params)
+                    optuna_study.enqueue_trial(params)
         except optuna.exceptions.DuplicatedStudyError:
             raise InputError(
                 f"study {name!r} exists in {shown(storage)}; run it, or choose another name"
@@ -144,7 +144,7 @@ def create(
     return Study(
         name=name,
         storage=storage,
-        trials=found,
+        trials=optuna_study,
         about=MappingProxyType(about),
         table=tied,
         signals=signals,
@@ -178,17 +178,17 @@ def load(
         opened = open_storage(storage)
         with reaching(storage), understanding(storage):
             try:
-                found = optuna.load_study(study_name=name, storage=opened)
+                optuna_study = optuna.load_study(study_name=name, storage=opened)
             except KeyError:
                 names = ", ".join(map(str, optuna.get_all_study_names(opened))) or "none"
                 raise InputError(
                     f"study {name!r} is not in {shown(storage)}; there: {names}"
                 ) from None
-            ours = is_ours(found)
+            ours = is_ours(optuna_study)
     if not ours:
         raise InputError(f"study {name!r} in {shown(storage)} is not of Bitknap; choose another")
-    about = found.user_attrs[ABOUT]
-    found.sampler = make_sampler(about["sampler"], about["seed"])
+    about = optuna_study.user_attrs[ABOUT]
+    optuna_study.sampler = make_sampler(about["sampler"], about["seed"])
     kept = [about["table"], *about["features"]]
     paths = [Path(entry["path"]) for entry in kept]
     if table is not None:
@@ -207,7 +207,7 @@ def load(
     return Study(
         name=name,
         storage=storage,
-        trials=found,
+        trials=optuna_study,
         about=MappingProxyType(about),
         table=tied,
         signals=signals,

@@ -29,14 +29,14 @@ def check_database(where: str, path: Path, *, create: bool) -> None:
     address = f"{path.absolute().as_uri()}?mode={mode}"
     try:
         with contextlib.closing(sqlite3.connect(address, uri=True, timeout=60)) as database:
-            found = _tables(database)
-            empty = [name for name in _VERSIONS if name in found and not _filled(database, name)]
+            present = _tables(database)
+            empty = [name for name in _VERSIONS if name in present and not _filled(database, name)]
     except (sqlite3.Error, UnicodeError) as error:
         raise InputError(
             f"{where}: not a database that can be read ({str(error)[:100]}); choose another file"
         ) from None
-    missing = sorted(_needed() - found)
-    if (create and not found) or not (missing or empty):
+    missing = sorted(_needed() - present)
+    if (create and not present) or not (missing or empty):
         return
     why = f"has no table {missing[0]!r}" if missing else f"says nothing in {empty[0]!r}"
     raise InputError(

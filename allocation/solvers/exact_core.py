@@ -180,21 +180,21 @@ def _extended(
 ) -> tuple[Floats, Floats, _Layer]:
     """Return all states after one more row that no other dominates, by increasing weight."""
     count = len(weight)
-    heavier = np.concatenate([weight, (added_weight[:, None] + weight).ravel()])
-    dearer = np.concatenate([cost, (added_cost[:, None] + cost).ravel()])
+    weights = np.concatenate([weight, (added_weight[:, None] + weight).ravel()])
+    costs = np.concatenate([cost, (added_cost[:, None] + cost).ravel()])
     # Timsort merges the runs, each sorted already.
-    order = np.argsort(heavier, kind="stable")
-    heavier, dearer = heavier[order], dearer[order]
-    least = np.minimum.accumulate(dearer)
+    order = np.argsort(weights, kind="stable")
+    weights, costs = weights[order], costs[order]
+    least = np.minimum.accumulate(costs)
     keep = np.ones(len(order), dtype=np.bool_)
-    keep[1:] = dearer[1:] < least[:-1]
+    keep[1:] = costs[1:] < least[:-1]
     kept = np.flatnonzero(keep)
     # Of equal weights the last one kept is the cheapest.
-    kept = kept[np.diff(heavier[kept], append=np.inf) > 0]
+    kept = kept[np.diff(weights[kept], append=np.inf) > 0]
     move, parent = np.divmod(order[kept], count)
     empty = np.empty(0, dtype=np.int64)
     layer = _Layer(parent=parent.astype(np.int32), move=(move - 1).astype(np.int16), moves=empty)
-    return heavier[kept], dearer[kept], layer
+    return weights[kept], costs[kept], layer
 
 
 def _floor(core: Core, number: int, weight: Floats, cost: Floats) -> Floats:
@@ -209,11 +209,11 @@ def _floor(core: Core, number: int, weight: Floats, cost: Floats) -> Floats:
 
 def _traced(core: Core, history: list[_Layer], state: int) -> tuple[tuple[int, int], ...]:
     """Follow one state back to the base plan; (row, position) of every move."""
-    found: list[tuple[int, int]] = []
+    moves: list[tuple[int, int]] = []
     for layer in reversed(history):
         move = int(layer.move[state])
         if move >= 0:
             deviation = layer.moves[move]
-            found.append((int(core.row[deviation]), int(core.option[deviation])))
+            moves.append((int(core.row[deviation]), int(core.option[deviation])))
         state = int(layer.parent[state])
-    return tuple(found)
+    return tuple(moves)

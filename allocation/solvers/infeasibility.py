@@ -49,13 +49,13 @@ def check_each_reachable(problem: Problem) -> None:
 def clash(problem: Problem, solver: str) -> BitknapError:
     """Return the error that a solver's "infeasible" means: which limits clash, what to relax."""
     deadline = time.monotonic() + _PATIENCE
-    found = clashing(problem, deadline)
-    names = [problem.limits[index].name for index in found]
+    clashes = clashing(problem, deadline)
+    names = [problem.limits[index].name for index in clashes]
     if not names:
         return BitknapError(f"{solver}: says infeasible, but a plan exists; report it")
     if len(names) == 1:
         return InfeasibleError(f"{names[0]}: no plan is within the limit; relax it or add formats")
-    texts = [_remedy(problem, found, index, deadline) for index in found[:_REMEDIES]]
+    texts = [_remedy(problem, clashes, index, deadline) for index in clashes[:_REMEDIES]]
     remedies = [text for text in texts if text]
     joined = f"{', '.join(names[:-1])} and {names[-1]}"
     return InfeasibleError(
@@ -79,9 +79,9 @@ def clashing(problem: Problem, deadline: float = np.inf) -> list[int]:
     return left
 
 
-def _remedy(problem: Problem, found: list[int], index: int, deadline: float) -> str:
+def _remedy(problem: Problem, clashes: list[int], index: int, deadline: float) -> str:
     """Say how far one limit must move so that a plan is within all of them; "" if unknown."""
-    for others in (_finite(problem), found):
+    for others in (_finite(problem), clashes):
         rest = [other for other in others if other != index]
         choice = _cheapest(problem, rest, deadline, least=index)
         if choice is not None:
@@ -122,8 +122,8 @@ def _cheapest(
     seconds = max(deadline - time.monotonic(), 0.1)
     weights, bounds = problem.weights[limits], problem.bounds[limits]
     gap = 0.99 if least is None else 1e-3
-    found = answer(cost, weights, bounds, run, gap=gap, time_limit=min(seconds, 60)).choice
-    return None if found is None else np.asarray(found, dtype=np.int64)
+    choice = answer(cost, weights, bounds, run, gap=gap, time_limit=min(seconds, 60)).choice
+    return None if choice is None else np.asarray(choice, dtype=np.int64)
 
 
 def _shares(values: Floats) -> Floats:

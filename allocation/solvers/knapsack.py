@@ -67,12 +67,12 @@ class Knapsack:
         if finite.sum() > 1 or (weight < 0).any():
             return self._several(problem)
         bound = float(problem.bounds[finite][0])
-        found = options(fitting(problem.cost, weight, bound), weight)
-        edges = steps(found)
+        pruned = options(fitting(problem.cost, weight, bound), weight)
+        edges = steps(pruned)
         if not np.isfinite(edges.gain).all():
             # Slopes beyond floats; HiGHS scales.
             return self._several(problem)
-        return self._single(found, edges, bound)
+        return self._single(pruned, edges, bound)
 
     def _several(self, problem: Problem) -> Answer:
         from bitknap.allocation.solvers.highs import run
@@ -82,38 +82,38 @@ class Knapsack:
         weights, bounds = problem.weights[finite], problem.bounds[finite]
         return answer(problem.cost, weights, bounds, run, gap=self.gap, time_limit=self.time_limit)
 
-    def _single(self, found: Options, edges: Steps, bound: float) -> Answer:
-        lightest = np.argmax(found.hull, axis=0)
-        divisor = common_divisor(found)
-        room = _room(found, lightest, bound, divisor)
+    def _single(self, pruned: Options, edges: Steps, bound: float) -> Answer:
+        lightest = np.argmax(pruned.hull, axis=0)
+        divisor = common_divisor(pruned)
+        room = _room(pruned, lightest, bound, divisor)
         if room < 0:
             return Answer(choice=None, bound=np.inf, status=Status.INFEASIBLE)
         taken, left = split(edges, room)
         base = _advanced(lightest, edges, taken)
-        cost = _total(found.cost, base)
+        cost = _total(pruned.cost, base)
         if not len(left):
-            return _answer(found, base, cost, Status.OPTIMAL)
+            return _answer(pruned, base, cost, Status.OPTIMAL)
         multiplier = float(edges.gain[left[0]])
-        room = max(_room(found, base, bound, divisor), 0.0)
+        room = max(_room(pruned, base, bound, divisor), 0.0)
         dual = cost - multiplier * room
         best, saved = _filled(base, edges, left, room)
         gap, above = multiplier * room - saved, 0.0
-        each = found.cost[base, np.arange(len(base))]
+        each = pruned.cost[base, np.arange(len(base))]
         enough = self.gap * abs(cost - saved) + _NOISE * float(np.abs(each).sum())
         if gap > enough:
             core = collect(
-                found.cost, found.weight, base, multiplier=multiplier, room=room, gap=gap
+                pruned.cost, pruned.weight, base, multiplier=multiplier, room=room, gap=gap
             )
             better = improve(core, gap=gap, enough=enough, states=self.states, effort=self.effort)
             best, above, gap = _moved(base, best, better), better.above, better.gap
-        cost = _total(found.cost, best)
+        cost = _total(pruned.cost, best)
         if above < gap - enough or self.gap:
-            return _answer(found, best, min(dual + above, cost), Status.FEASIBLE)
-        return _answer(found, best, cost, Status.OPTIMAL)
+            return _answer(pruned, best, min(dual + above, cost), Status.FEASIBLE)
+        return _answer(pruned, best, cost, Status.OPTIMAL)
 
 
-def _answer(found: Options, position: Longs, bound: float, status: Status) -> Answer:
-    choice = found.option[position, np.arange(len(position))]
+def _answer(pruned: Options, position: Longs, bound: float, status: Status) -> Answer:
+    choice = pruned.option[position, np.arange(len(position))]
     return Answer(choice=choice, bound=bound, status=status)
 
 
@@ -127,9 +127,9 @@ def _unlimited(problem: Problem) -> Answer:
     return Answer(choice=choice, bound=cost, status=Status.OPTIMAL)
 
 
-def _room(found: Options, position: Longs, bound: float, divisor: float) -> float:
+def _room(pruned: Options, position: Longs, bound: float, divisor: float) -> float:
     """Return the weight left under the bound, less what no plan can use; below 0: too heavy."""
-    used = _total(found.weight, position)
+    used = _total(pruned.weight, position)
     if divisor:
         return float(divisor * np.floor((bound - used) / divisor))
     # A tenth of what the final check allows for rounding, so that a tight limit can be met.

@@ -101,10 +101,10 @@ def maximise(cost: Floats, weights: Floats, bounds: Floats) -> Point:
 
 def _sorted(cost: Floats, weights: Floats, bounds: Floats) -> Point | None:
     """Return the optimum of one limit by sorting, None where slopes are beyond floats."""
-    found = options(cost, weights[0])
-    edges = steps(found)
-    lightest = np.argmax(found.hull, axis=0)
-    room = bounds[0] - found.weight[lightest, np.arange(len(cost))].sum()
+    pruned = options(cost, weights[0])
+    edges = steps(pruned)
+    lightest = np.argmax(pruned.hull, axis=0)
+    room = bounds[0] - pruned.weight[lightest, np.arange(len(cost))].sum()
     if room < 0 or not np.isfinite(edges.gain).all():
         return None
     left = split(edges, float(room))[1]
@@ -123,10 +123,10 @@ def _sampled(rows: _Rows, light: Floats, span: Floats, best: Point, box: float) 
     share = (rows.bounds - light.sum(axis=1)) / _or_one(span.sum(axis=1))
     bounds = light[:, picked].sum(axis=1) + share * span[:, picked].sum(axis=1)
     sample = replace(rows, cost=rows.cost[picked], weights=rows.weights[:, picked], bounds=bounds)
-    found = _program(sample, sample.cost.argmin(axis=1), np.isfinite(sample.cost), box)
-    if found is None:
+    solution = _program(sample, sample.cost.argmin(axis=1), np.isfinite(sample.cost), box)
+    if solution is None:
         return best
-    point = evaluate(rows.cost, rows.weights, rows.bounds, found[0])
+    point = evaluate(rows.cost, rows.weights, rows.bounds, solution[0])
     return point if point.value > best.value else best
 
 
@@ -141,10 +141,10 @@ def _generated(rows: _Rows, best: Point, box: float) -> Point:
         cut = np.partition(finite, size)[size] if size < len(finite) else np.inf
         columns |= left < cut
         columns[every, best.choice] = True
-        found = _program(rows, best.choice, columns & np.isfinite(rows.cost), box)
-        if found is None:
+        solution = _program(rows, best.choice, columns & np.isfinite(rows.cost), box)
+        if solution is None:
             break
-        multipliers, promised = found
+        multipliers, promised = solution
         point = evaluate(rows.cost, rows.weights, rows.bounds, multipliers)
         columns[every, point.choice] = True
         if point.value > best.value:

@@ -56,24 +56,24 @@ def lagrangian_path(cost: Floats, weight: Floats) -> Path:
     Raises:
         InputError: a gain is beyond floats.
     """
-    found = options(cost, weight)
-    edges = steps(found)
+    pruned = options(cost, weight)
+    edges = steps(pruned)
     # The lightest option that is left is on the hull, unless its slopes overflow.
-    first = np.argmax(np.isfinite(found.cost), axis=0)
+    first = np.argmax(np.isfinite(pruned.cost), axis=0)
     rows = np.arange(len(first))
-    if not (found.hull[first, rows].all() and np.isfinite(edges.gain).all()):
+    if not (pruned.hull[first, rows].all() and np.isfinite(edges.gain).all()):
         raise InputError("limit: cost over weight is beyond floats; scale the weights or use Ilp")
-    reached = found.option[edges.end, edges.row]
+    reached = pruned.option[edges.end, edges.row]
     order = np.argsort(-edges.gain, kind="stable")
     gain, added = edges.gain[order], edges.weight[order]
     return Path(
-        start=found.option[first, rows],
+        start=pruned.option[first, rows],
         row=edges.row[order],
         option=reached[order],
         gain=gain,
-        weight=_summed(float(found.weight[first, rows].sum()), added),
+        weight=_summed(float(pruned.weight[first, rows].sum()), added),
         # From the cheap end, where a sum from the dear end would drown in its rounding.
-        cost=_summed(_least(found), (gain * added)[::-1])[::-1],
+        cost=_summed(_least(pruned), (gain * added)[::-1])[::-1],
     )
 
 
@@ -81,5 +81,5 @@ def _summed(first: float, parts: Floats) -> Floats:
     return first + np.concatenate([[0.0], np.cumsum(parts)])
 
 
-def _least(found: Options) -> float:
-    return float(found.cost.min(axis=0).sum())
+def _least(pruned: Options) -> float:
+    return float(pruned.cost.min(axis=0).sum())

@@ -101,21 +101,21 @@ def _hull(cost: Floats, weight: Floats) -> Bools:
     return inside
 
 
-def steps(found: Options) -> Steps:
+def steps(pruned: Options) -> Steps:
     """Return the hull edges, in no useful order."""
-    count, rows = found.cost.shape
+    count, rows = pruned.cost.shape
     last = np.full(rows, -1)
     parts: list[tuple[Longs, Longs, Longs, Floats, Floats]] = []
     last_cost, last_weight = np.zeros(rows), np.zeros(rows)
     for position in range(count):
-        here = np.flatnonzero(found.hull[position])
+        here = np.flatnonzero(pruned.hull[position])
         row = here[last[here] >= 0]
-        saved = last_cost[row] - found.cost[position, row]
-        added = found.weight[position, row] - last_weight[row]
+        saved = last_cost[row] - pruned.cost[position, row]
+        added = pruned.weight[position, row] - last_weight[row]
         parts.append((row, last[row], np.full(len(row), position), saved, added))
         last[here] = position
-        last_cost[here] = found.cost[position, here]
-        last_weight[here] = found.weight[position, here]
+        last_cost[here] = pruned.cost[position, here]
+        last_weight[here] = pruned.weight[position, here]
     row, start, end, saved, added = (np.concatenate(part) for part in zip(*parts, strict=True))
     with np.errstate(over="ignore"):
         gain = saved / added
@@ -148,15 +148,15 @@ def split(edges: Steps, room: float, *, sort: int = 4096) -> tuple[Longs, Longs]
     return np.concatenate([*taken, near[:fits]]), near[fits:]
 
 
-def common_divisor(found: Options) -> float:
+def common_divisor(pruned: Options) -> float:
     """Return the largest d such that all plans' weights differ by multiples of d; 0 if unknown.
 
     Only sums of whole numbers are exact; other weights have no divisor.
     """
-    allowed = np.isfinite(found.cost)
-    difference = (found.weight - found.weight[0])[allowed]
+    allowed = np.isfinite(pruned.cost)
+    difference = (pruned.weight - pruned.weight[0])[allowed]
     difference = difference[difference != 0]
-    if not difference.size or (found.weight != np.floor(found.weight))[allowed].any():
+    if not difference.size or (pruned.weight != np.floor(pruned.weight))[allowed].any():
         return 0.0
     if np.abs(difference).max() >= 2**53:
         return 0.0

@@ -107,7 +107,7 @@ def _checked_choice(problem: Problem, choice: object, solver: str) -> Ints:
 
 def _checked_use(problem: Problem, choice: Ints, solver: str) -> dict[str, float]:
     """Return what a choice of each unit takes of each limit, after checking the bounds."""
-    each, found = np.arange(len(choice)), {}
+    each, shown = np.arange(len(choice)), {}
     for limit in problem.limits:
         used = np.broadcast_to(limit.weight, problem.table.cost.shape)[each, choice]
         total = float(used.sum())
@@ -116,8 +116,8 @@ def _checked_use(problem: Problem, choice: Ints, solver: str) -> dict[str, float
                 f"{solver}: broke the limit {limit.name}: {limit.shown(total):.17g} of "
                 f"{limit.shown(limit.bound):.17g}"
             )
-        found[limit.name] = limit.shown(total)
-    return found
+        shown[limit.name] = limit.shown(total)
+    return shown
 
 
 def _checked_bound(

@@ -129,8 +129,8 @@ def _numbers(
 def _field(content: dict[str, Any], key: str, kind: type, path: Path, prefix: str = "") -> Any:
     value = content.get(key)
     if not isinstance(value, kind):
-        found = type(value).__name__
-        raise FileError(f"{path}: {prefix}{key}: {found} found, {kind.__name__} expected")
+        actual = type(value).__name__
+        raise FileError(f"{path}: {prefix}{key}: {actual} found, {kind.__name__} expected")
     return value
 
 

@@ -81,9 +81,9 @@ def price(
     least = None if free is None else free.cost
     prices = []
     for rule in chosen:
-        found, why = (free, reason) if rule == _FREE else _under(rule, table, limits, solver)
-        ratio = found.cost / least if found is not None and least and least > 0 else None
-        prices.append(Price(profile=rule, solution=found, ratio=ratio, reason=why))
+        solution, why = (free, reason) if rule == _FREE else _under(rule, table, limits, solver)
+        ratio = solution.cost / least if solution is not None and least and least > 0 else None
+        prices.append(Price(profile=rule, solution=solution, ratio=ratio, reason=why))
     return tuple(prices)
 
 

@@ -53,16 +53,16 @@ def uniform_plans_within(
 
     Those that leave more than a twentieth of the bytes are left out where others use them.
     """
-    found = []
+    plans = []
     for plan in uniform_plans(units, formats, nbytes, model):
         if plan.total_bytes > nbytes and len(plan.formats) == 2:
             low, high = plan.formats
             small, large = storage(units, (low, high)).T
             plan = round_robin(units, low, high, nbytes - int((large - small).max()), model)
         if plan.total_bytes <= nbytes:
-            found.append(plan)
-    full = [plan for plan in found if plan.total_bytes > _FULL * nbytes]
-    return full or found
+            plans.append(plan)
+    full = [plan for plan in plans if plan.total_bytes > _FULL * nbytes]
+    return full or plans
 
 
 def round_robin(units: Units, low: Format, high: Format, nbytes: int, model: str = "") -> BitPlan:

@@ -92,12 +92,12 @@ def padded(rows: int, cols: int) -> tuple[int, int]:
 
 def blocks(cols: int) -> list[Blocks]:
     """Return the blocks of a row of `cols` weights, first column first."""
-    found, first, total = [], 0, padded(0, cols)[1]
+    runs, first, total = [], 0, padded(0, cols)[1]
     for lanes in _LANES:
         if repeat := (total - first) // (SLOTS * lanes):
-            found.append(Blocks(first, repeat, lanes))
-            first += found[-1].width
-    return found
+            runs.append(Blocks(first, repeat, lanes))
+            first += runs[-1].width
+    return runs
 
 
 def tile_bytes(rows: int, cols: int, bits: int) -> int:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from bitknap.allocation import CostTable, formats
-from bitknap.allocation.refinement.cost_posterior import Belief, Groups, kinds_of
+from bitknap.allocation.refinement.cost_posterior import Groups, Posterior, kinds_of
 from bitknap.testing import random_table, routed_units
 
 
@@ -25,14 +25,14 @@ def losses(table, choices, factor):
 
 def test_losses_as_predicted_leave_costs_alone(table):
     choices = drawn(table, 12)
-    belief = Belief.of(table, choices, losses(table, choices, np.ones(table.cost.shape)))
-    np.testing.assert_allclose(belief.mean(), 1.0, atol=1e-6)
+    posterior = Posterior.of(table, choices, losses(table, choices, np.ones(table.cost.shape)))
+    np.testing.assert_allclose(posterior.mean(), 1.0, atol=1e-6)
 
 
 def test_a_layer_that_costs_more_is_found(table):
     truth = np.where(table.units.layer == 1, 1.8, 1.0)[:, None] * np.ones(table.cost.shape)
     choices = drawn(table, 60)
-    factor = Belief.of(table, choices, losses(table, choices, truth)).mean()
+    factor = Posterior.of(table, choices, losses(table, choices, truth)).mean()
     heavy = factor[table.units.layer == 1].mean()
     light = factor[table.units.layer != 1].mean()
     assert 1.3 < heavy / light < 1.8
@@ -43,7 +43,7 @@ def test_prediction_of_new_plans_gets_better(table):
     truth = np.exp(0.3 * draw.standard_normal(3))[table.units.layer][:, None] * 1.5
     truth = truth * np.ones(table.cost.shape)
     known, new = drawn(table, 40), drawn(table, 40, seed=2)
-    factor = Belief.of(table, known, losses(table, known, truth)).mean()
+    factor = Posterior.of(table, known, losses(table, known, truth)).mean()
     wanted = losses(table, new, truth)
     before = np.abs(losses(table, new, np.ones(table.cost.shape)) - wanted).mean()
     after = np.abs(losses(table, new, factor) - wanted).mean()
@@ -53,11 +53,11 @@ def test_prediction_of_new_plans_gets_better(table):
 def test_samples_spread_around_the_mean_and_are_positive(table):
     choices = drawn(table, 6)
     truth = 2 * np.ones(table.cost.shape)
-    belief = Belief.of(table, choices, losses(table, choices, truth))
+    posterior = Posterior.of(table, choices, losses(table, choices, truth))
     generator = np.random.default_rng(3)
-    samples = np.stack([belief.sample(generator) for _ in range(200)])
+    samples = np.stack([posterior.sample(generator) for _ in range(200)])
     assert (samples > 0).all()
-    np.testing.assert_allclose(samples.mean(0).mean(), belief.mean().mean(), rtol=0.15)
+    np.testing.assert_allclose(samples.mean(0).mean(), posterior.mean().mean(), rtol=0.15)
     assert samples.std(0).mean() > 0
 
 
@@ -66,8 +66,8 @@ def test_one_plan_is_enough_and_forbidden_costs_play_no_part(table):
     cost[0, 0] = np.inf
     held = CostTable.from_arrays(cost, units=table.units, formats=table.formats)
     choice = [np.full(len(table.units), 2, dtype=np.int32)]
-    belief = Belief.of(held, choice, np.array([3.0]))
-    assert np.isfinite(belief.mean()).all()
+    posterior = Posterior.of(held, choice, np.array([3.0]))
+    assert np.isfinite(posterior.mean()).all()
 
 
 def test_every_cost_has_one_effect_of_each_kind(table):
@@ -87,8 +87,8 @@ def test_what_two_layers_do_to_each_other_is_found(table):
         return sums.sum() + 1.5 * np.sqrt(sums[0] * sums[1])
 
     choices = drawn(table, 80)
-    belief = Belief.of(table, choices, np.array([loss(choice) for choice in choices]))
-    factor = belief.mean()[each, choices[0]]
+    posterior = Posterior.of(table, choices, np.array([loss(choice) for choice in choices]))
+    factor = posterior.mean()[each, choices[0]]
     means = [factor[layer == number].mean() for number in range(3)]
     assert min(means[:2]) > means[2] + 0.2
 
