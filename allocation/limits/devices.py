@@ -26,22 +26,23 @@ def device_bytes(
     device: npt.ArrayLike | None = None,
     name: str = "rank",
 ) -> tuple[Limit, ...]:
-    """Limit the bytes of every rank under expert parallelism; one limit a rank.
+    """Limit the bytes of every rank under expert parallelism; one limit per rank.
 
-    Expert e of the E of its layer lies on rank e·ranks // E, all else on every rank. With
-    `at_most` a rank's bytes are those of its experts and of what lies on every rank. With
-    `balance` a rank's experts take at most that many times an even share of what the budget
-    leaves for them: experts on the rank <= balance × (budget - bytes on every rank) / ranks.
+    Expert e of the E experts in a layer lies on rank e·ranks // E; all other units lie on every
+    rank. With `at_most`, a rank's bytes include its experts and the units that lie on every rank.
+    With `balance`, a rank's experts take at most `balance` times an even share of the bytes that
+    the budget leaves for experts: experts on the rank <= balance × (budget - bytes on every rank) /
+    ranks.
 
     Args:
         table: the table.
         ranks: number of devices.
         at_most: bytes of the units on one rank.
-        balance: from 1, which is even.
+        balance: at least 1; 1 means perfectly even.
         budget: with `balance`, bytes of all units, each counted once: a budget, the limit it
             resolved to, or a number.
-        device: rank of each unit instead, int[U]; -1 for on every rank.
-        name: limits are called by it and the rank, such as "rank 3".
+        device: rank of each unit, in place of the default placement, int[U]; -1 for every rank.
+        name: prefix of the limits' names; the rank follows, such as "rank 3".
 
     Raises:
         InputError: a number is out of range, or not exactly one kind of bound is given.
@@ -71,7 +72,7 @@ def device_bytes(
 
 
 def _contiguous(table: CostTable, ranks: int) -> Ints:
-    """Return the rank of each routed unit, experts in contiguous runs; -1 for all else."""
+    """Return the rank of each routed unit, experts in contiguous runs; -1 for other units."""
     units = table.units
     routed = (units.role == ROLES.index("routed")) & (units.expert >= 0)
     if not routed.any():

@@ -25,12 +25,12 @@ _TOP = ("format", "version", "limits")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Kind:
-    """What an entry of one kind may say.
+    """The keys that an entry of one kind may have.
 
     Attributes:
         make: the function of `bitknap.allocation.limits`.
-        needed: keys that must be there, and what reads their values.
-        allowed: keys that may be there.
+        needed: required keys, and the functions that read their values.
+        allowed: optional keys, and the functions that read their values.
     """
 
     make: Callable[..., Limit | tuple[Limit, ...]]
@@ -39,7 +39,7 @@ class _Kind:
 
 
 def read_limits(path: str | Path, table: CostTable) -> tuple[Limit, ...]:
-    """Read the limits of a file for one table.
+    """Read the limits in a file for one table.
 
     The file is an object with "format" "bitknap.limits", "version" and "limits", a list of
     objects. Each has a "kind": a function of `bitknap.allocation.limits` with its arguments by
@@ -48,7 +48,7 @@ def read_limits(path: str | Path, table: CostTable) -> tuple[Limit, ...]:
 
     Raises:
         FileError: one line with the path of the file and of the bad field.
-        InfeasibleError: a budget in the file is below what is not quantized.
+        InfeasibleError: a budget in the file is smaller than the unquantized parts.
     """
     path = Path(path)
     content = read_json(path)
@@ -101,7 +101,7 @@ def _read(entry: Any, where: str, folder: Path, table: CostTable) -> tuple[Limit
 
 
 def _located(error: BitknapError, where: str, keys: tuple[str, ...]) -> BitknapError:
-    """Return the error as one of the file, at the key that its text begins with."""
+    """Return the error with its place in the file: the key that its message begins with."""
     text = str(error)
     kind = InfeasibleError if isinstance(error, InfeasibleError) else FileError
     key = text.partition(":")[0]
@@ -113,7 +113,7 @@ def _located(error: BitknapError, where: str, keys: tuple[str, ...]) -> BitknapE
 
 
 def _refuse_unknown(content: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
-    # A limit that is silently left out would be a wrong plan.
+    # A limit that is silently ignored would give a wrong plan.
     for key in content:
         if key not in known:
             raise FileError(f"{where}{key}: unknown key; known: {', '.join(known)}")

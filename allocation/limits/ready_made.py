@@ -1,10 +1,9 @@
-"""Limits that people ask for: decode speed, devices, shares, floors and caps, counts, their own.
+"""Ready-made limits: decode speed, devices, shares, floors and caps, counts, custom sums.
 
-Every function returns limits for a `Problem`, beside its budget:
+Every function returns limits to give to a `Problem` along with a budget:
 `Problem(table, [Budget.bits(2.5), *device_bytes(table, 8, at_most=2**30)])`. Names are unique
-unless the same demand is made twice. A floor ("at least") is stored negated and marked as one. One
-limit holds U x F
-numbers, and a layer or a rank is one limit.
+unless the same limit is made twice. A floor ("at least") is stored negated and marked as one. Each
+limit holds U x F numbers, and every layer or rank gets a limit of its own.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ __all__ = [
     "share_at_most",
 ]
 
-# So that 0.29 of 100 weights is 29 of them, not 28.999999999999996.
+# Makes 0.29 of 100 weights equal 29, not 28.999999999999996.
 _WHOLE = 1 + 1e-12
 
 Weight = npt.ArrayLike | Callable[[Unit, Format], float]
@@ -48,15 +47,15 @@ def bytes_per_token(
     *,
     name: str = "bytes per token",
 ) -> Limit:
-    """Limit the bytes of weights that one token is expected to read, which decoding waits for.
+    """Limit the expected bytes of weights read per token, which bound decoding speed.
 
     The sum over units of frequency × bytes (methods.md#decode-time, the time term of a memory-bound
-    decoder that serves one request). With 1 - (1 - table.frequency)**n as the frequency it
-    limits what a batch of n unrelated tokens reads, an expert once for all of them.
+    decoder that serves one request). With 1 - (1 - table.frequency)**n as the frequency, it limits
+    the bytes that a batch of n unrelated tokens reads; an expert is read once for the whole batch.
 
     Args:
         table: the table.
-        at_most: expected bytes a token.
+        at_most: expected bytes per token.
         frequency: share of tokens that read each unit, float[U], 0 to 1; `table.frequency` when
             not given.
         name: shown in messages.
@@ -86,9 +85,9 @@ def share_at_most(
 
     Args:
         table: the table; its units need shapes.
-        share: from 0 to 1, of all weights of the pattern's units.
-        bits: formats of that many bits or fewer are narrow; a kept precision never is.
-        pattern: which units, as `Units.matches` reads it; all when not given.
+        share: largest share of the weights of the selected units, from 0 to 1.
+        bits: formats with at most this many bits count as narrow; a kept precision never does.
+        pattern: units to select, as `Units.matches` reads it; all when not given.
         name: shown in messages; made from the bits and the pattern when not given.
 
     Raises:
@@ -116,14 +115,14 @@ def bits_per_layer(
     *,
     name: str = "bits per weight",
 ) -> tuple[Limit, ...]:
-    """Limit each layer's average bits per weight, all bytes counted; one limit a layer and side.
+    """Limit each layer's average bits per weight, all bytes counted; one limit per layer and side.
 
     Args:
         table: the table; its units need shapes.
         at_least: floor of every layer, bits per weight.
         at_most: cap of every layer, bits per weight.
-        pattern: which units of a layer, as `Units.matches` reads it; all when not given.
-        name: limits are called by it, the layer and the side.
+        pattern: units of a layer to select, as `Units.matches` reads it; all when not given.
+        name: prefix of the limits' names; the layer and the side follow.
 
     Raises:
         InputError: a number is out of range, units have no shapes, or the pattern is wrong.
@@ -161,7 +160,7 @@ def count_at_least(
     wider: bool = False,
     name: str | None = None,
 ) -> tuple[Limit, ...]:
-    """Ask for a number of units at a width; one limit a layer, or one in all.
+    """Require a number of units at a width; one limit per layer, or one overall.
 
     Units are counted, not weights. Every expert has exactly one down projection, so the default
     pattern counts experts wherever an expert has one format (profile "expert") and its matrices
@@ -171,12 +170,12 @@ def count_at_least(
 
     Args:
         table: the table.
-        count: how many, from 0 to the units there are.
-        bits: of that many bits exactly, whatever the group size.
-        pattern: which units, as `Units.matches` reads it.
-        per_layer: count in every layer that has such units, not over all of them.
+        count: number of units required, at most the number selected.
+        bits: the exact width, with any group size.
+        pattern: units to count, as `Units.matches` reads it.
+        per_layer: count in every layer that has such units, not over all layers together.
         wider: count wider formats as well; a kept precision is wider than every grid.
-        name: limits are called by it and the layer.
+        name: prefix of the limits' names; the layer follows.
 
     Raises:
         InputError: a number is out of range, no format has the bits, or the pattern is wrong.
@@ -208,10 +207,10 @@ def count_at_most(
     wider: bool = False,
     name: str | None = None,
 ) -> tuple[Limit, ...]:
-    """Allow only a number of units at a width; one limit a layer, or one in all.
+    """Allow at most a number of units at a width; one limit per layer, or one overall.
 
-    Arguments and errors are those of `count_at_least`, but a count may be above the units there
-    are, and a width without a format is never reached.
+    Arguments and errors are those of `count_at_least`, except that the count may exceed the number
+    of units and the width need not have a format.
     """
     allowed = whole("count", count)
     counted = _counted(table, bits, wider)
@@ -231,16 +230,17 @@ def custom(
     *,
     unit: str = "",
 ) -> Limit:
-    """Limit any sum of numbers, one for each unit and format.
+    """Limit the sum of custom numbers, one for each unit and format.
 
     Args:
         table: the table.
         name: shown in messages.
-        weight: numbers that broadcast to [U,F] ([F] is one a format, [U,1] one a unit), or a
+        weight: numbers that broadcast to [U,F] ([F] is one per format, [U,1] one per unit), or a
             function of a unit and a format, called once for each pair, in Python.
-        at_most: what the sum must not exceed; weights of +inf forbid.
-        at_least: what the sum must reach instead; stored negated, weights finite.
-        unit: "bytes" to have messages speak of GiB.
+        at_most: upper bound on the sum; a weight of +inf forbids the choice.
+        at_least: lower bound on the sum, in place of `at_most`; stored negated; weights must be
+            finite.
+        unit: "bytes" makes messages show GiB.
 
     Raises:
         InputError: a weight is no number, the shape is wrong, or not exactly one bound is given.
@@ -306,7 +306,7 @@ def _selected(table: CostTable, pattern: str | None) -> Bools:
 
 
 def _layers(table: CostTable, pattern: str | None) -> Iterator[tuple[int, Bools]]:
-    """Yield each layer that has units of the pattern, and which those are, bool[U]."""
+    """Yield each layer that has selected units, with a mask of them, bool[U]."""
     rows = _selected(table, pattern)
     numbers = np.unique(table.units.layer[rows & (table.units.layer >= 0)])
     if not len(numbers):
@@ -316,7 +316,7 @@ def _layers(table: CostTable, pattern: str | None) -> Iterator[tuple[int, Bools]
 
 
 def _parts(table: CostTable, pattern: str, per_layer: bool) -> Iterator[tuple[str, Bools]]:
-    """Yield the end of a limit's name and the units it counts."""
+    """Yield the suffix of each limit's name and a mask of the units it counts."""
     if not per_layer:
         yield "", _selected(table, pattern)
         return
@@ -325,7 +325,7 @@ def _parts(table: CostTable, pattern: str, per_layer: bool) -> Iterator[tuple[st
 
 
 def _numel(table: CostTable, rows: Bools, what: str) -> Longs:
-    """Return the weights of the selected units, 0 for others."""
+    """Return the number of weights of each selected unit, 0 for others."""
     numel = np.where(rows, table.units.numel, 0)
     unknown = rows & (numel == 0)
     if unknown.any():

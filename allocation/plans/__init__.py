@@ -1,1 +1,1 @@
-"""What was decided: bit plans, their files and differences, and solutions with their bounds."""
+"""Results: bit plans, their files and differences, and solutions with their bounds."""

@@ -18,22 +18,22 @@ from bitknap.allocation.problem.table import storage
 from bitknap.allocation.problem.units import Units
 from bitknap.errors import FileError, InputError
 
-# What a plan keeps of its table's provenance.
+# Keys of the table's provenance that a plan keeps.
 CARRIED = ("estimator", "method", "profile", "rewritten", "row_blocks", "seed", "text")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class BitPlan:
-    """What every unit gets.
+    """One format for every unit.
 
     Attributes:
         units: the units.
-        formats: the formats that could be chosen.
+        formats: the formats available.
         choice: index into `formats`, int32[U].
         nbytes: stored bytes, int64[U]; derived from the formats when not given, and equal to
             `Format.nbytes` wherever that is defined.
         model: fingerprint of the model, or "".
-        header: how the plan came about: solver, objective, bound, seed, profile, …; JSON values.
+        header: how the plan was made: solver, objective, bound, seed, profile, …; JSON values.
     """
 
     units: Units
@@ -122,7 +122,7 @@ class BitPlan:
         return self.formats[int(self.choice[unit])]
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON, one line a unit, sorted by unit; whole or not at all."""
+        """Write the plan atomically as JSON, one line per unit, sorted by unit."""
         stored = {item.name: getattr(self, item.name) for item in fields(self)}
         write_plan(stored, self.totals, Path(path))
 

@@ -1,4 +1,4 @@
-"""What differs between two plans of the same units."""
+"""Differences between two plans of the same units."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from bitknap.errors import MismatchError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Moved:
-    """What changed among some units.
+    """Counts of changes among some units.
 
     Attributes:
         layer: decoder layer; -1 when there is none.
-        kind: projection, with its role unless routed.
+        kind: projection, with its role unless that is routed.
         up: units that take more bytes than before.
-        down: units that take fewer.
-        other: units in another format of as many bytes.
+        down: units that take fewer bytes than before.
+        other: units in a different format of equal size.
         same: units in the same format.
-        nbytes: bytes more than before, of all of them; negative when they shrank.
+        nbytes: change in the total bytes of these units; negative when they shrank.
     """
 
     layer: int
@@ -39,13 +39,13 @@ class Moved:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class PlanDiff:
-    """Two plans, unit by unit in one order.
+    """Two plans, with their units in the same order.
 
     Attributes:
-        before: the plan compared with.
-        after: the other one, its units in the order of `before`.
-        delta: bytes of each unit, after less before, int64[U].
-        changed: units with another format, or other bytes in the same one, bool[U].
+        before: the old plan.
+        after: the new plan, its units in the order of `before`.
+        delta: change in the bytes of each unit, after minus before, int64[U].
+        changed: units whose format changed, or whose bytes changed in the same format, bool[U].
     """
 
     before: BitPlan
@@ -55,11 +55,11 @@ class PlanDiff:
 
     @property
     def units(self) -> Units:
-        """The units of both."""
+        """The units of both plans."""
         return self.before.units
 
     def moved(self, mask: Bools, layer: int = -1, kind: str = "all") -> Moved:
-        """Return what changed among the units of `mask`, bool[U]."""
+        """Return the changes among the units of `mask`, bool[U]."""
         delta, changed = self.delta[mask], self.changed[mask]
         return Moved(
             layer=layer,
@@ -72,7 +72,7 @@ class PlanDiff:
         )
 
     def groups(self) -> list[Moved]:
-        """Return what changed by layer and projection, in this order."""
+        """Return the changes by layer, then by projection."""
         layers, of_kind = self.units.layer, kinds(self.units)
         return [
             self.moved(mask & (layers == layer), int(layer), kind)
@@ -82,9 +82,9 @@ class PlanDiff:
         ]
 
     def transitions(self) -> tuple[list[str], list[str], Longs]:
-        """Return the formats before, those after, and how many units went from each to each.
+        """Return the formats before, the formats after, and unit counts by transition.
 
-        Formats are sorted by the bytes a weight takes in them, then by name; counts are int64[F,G].
+        Formats are sorted by bytes per weight, then by name; counts are int64[F,G].
         """
         rows, row = _ranked(self.before)
         columns, column = _ranked(self.after)
@@ -100,10 +100,10 @@ class PlanDiff:
 
 
 def plan_diff(before: BitPlan, after: BitPlan) -> PlanDiff:
-    """Return what differs between two plans of one model, in whatever order their units are.
+    """Return the differences between two plans of one model; the order of units does not matter.
 
     Raises:
-        MismatchError: the plans are of other models or have other units.
+        MismatchError: the plans are for different models or have different units.
     """
     if before.model and after.model and before.model != after.model:
         raise MismatchError(
@@ -117,7 +117,7 @@ def plan_diff(before: BitPlan, after: BitPlan) -> PlanDiff:
 
 
 def _ordered_as(plan: BitPlan, units: Units) -> BitPlan:
-    """Return the plan with its units in the order of `units`, which must be the same ones."""
+    """Return the plan with its units reordered as in `units`, which must hold the same units."""
     wanted, there = _keys(units), _keys(plan.units)
     if wanted == there:
         return plan
@@ -154,7 +154,7 @@ def _names(plan: BitPlan) -> npt.NDArray[Any]:
 
 
 def _ranked(plan: BitPlan) -> tuple[list[str], Ints]:
-    """Return the names of the formats in use, narrow ones first, and each unit's place in them."""
+    """Return the names of the formats in use, narrow ones first, and each unit's index."""
     used, place = np.unique(plan.choice, return_inverse=True)
     sizes = np.bincount(place, weights=plan.nbytes)
     weights = np.maximum(np.bincount(place, weights=plan.units.numel), 1)

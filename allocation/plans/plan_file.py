@@ -84,13 +84,13 @@ def read_plan(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _columns(rows: list[Any], path: Path) -> dict[str, list[Any]]:
-    """Turn the rows into columns, all numbers int and all texts str."""
+    """Turn the rows into columns; numbers must be int and names str."""
     columns: dict[str, list[Any]] = {}
     kinds: dict[str, type] = dict.fromkeys(_NUMBERS, int) | dict.fromkeys(_TEXTS, str)
     for name, kind in kinds.items():
         try:
             columns[name] = [row[name] for row in rows]
-            # `type`, since a bool is an int.
+            # `type`, not `isinstance`, since a bool is an int.
             sound = all(type(value) is kind for value in columns[name])
         except (KeyError, TypeError):
             sound = False

@@ -1,4 +1,4 @@
-"""What a solver answers, and what the library makes of it."""
+"""The answer of a solver, and the checked solution made from it."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ class Status(Enum):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Answer:
-    """What a solver says; the library checks it.
+    """The answer of a solver, not yet checked.
 
     Attributes:
         choice: chosen format of each row, int[R], or None.
-        bound: a number that no plan within the limits costs less than, nats per token.
-        status: what the solver claims.
+        bound: lower bound on the cost of every plan within the limits, nats per token.
+        status: the status that the solver claims.
     """
 
     choice: Ints | Longs | None
@@ -42,11 +42,12 @@ class Solution:
         plan: the plan.
         choice: chosen format of each unit, int32[U].
         cost: cost of the plan, recomputed from the table, nats per token.
-        bound: no plan within the limits costs less.
+        bound: lower bound on the cost of every plan within the limits, nats per token.
         seconds: wall time of the solver.
-        solver: its name.
-        used: what the plan takes of each limit, or reaches of a floor ("at least"), by the limit's
-            name, as it was asked for: bytes, a count, a share from 0 to 1, bits per weight.
+        solver: name of the solver.
+        used: the amount that the plan uses of each limit, or reaches for a floor ("at least"), by
+            the limit's name, in the limit's own unit: bytes, a count, a share from 0 to 1, bits per
+            weight.
     """
 
     status: Status

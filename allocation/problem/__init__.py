@@ -1,1 +1,1 @@
-"""What is decided: units, formats, cost tables, budgets and limits, and the problem they make."""
+"""The problem: units, formats, cost tables, budgets and limits."""

@@ -15,7 +15,7 @@ Floats = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 Ints = npt.NDArray[np.int32]
 
-# Of the sum of absolute summands: what adding n floats in another order may change.
+# Largest change from adding floats in another order, relative to the sum of their magnitudes.
 ROUNDING = 1e-12
 
 
@@ -25,7 +25,8 @@ def frozen(
     """Return `values` as a read-only array of `dtype`, a copy unless it already is one.
 
     Raises:
-        InputError: the values are not numbers, lose their value in `dtype`, or have another shape.
+        InputError: the values are not numbers, lose their value in `dtype`, or have the wrong
+            shape.
     """
     try:
         given = np.asarray(values)
@@ -55,7 +56,7 @@ def numbered(*columns: npt.NDArray[Any]) -> Ints:
 
 
 def slack(summands: Floats) -> float:
-    """Return by how much a sum may pass its bound: nothing for whole numbers, else rounding."""
+    """Return how far a sum may exceed its bound: 0 for whole numbers, else the rounding error."""
     if np.array_equal(summands, np.floor(summands)):
         return 0.0
     return ROUNDING * float(np.abs(summands).sum())

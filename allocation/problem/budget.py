@@ -1,4 +1,4 @@
-"""Budgets: byte limits as people write them, still to be resolved with a table."""
+"""Budgets: byte limits as people write them, resolved later with a table."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Budget:
     """A limit on bytes; `limit(table)` turns it into numbers.
 
     Attributes:
-        kind: what is limited: bits per weight of the units, bytes of the units, bytes of the
+        kind: the quantity limited: bits per weight of the units, bytes of the units, bytes of the
             whole checkpoint, or the checkpoint as a share of the source checkpoint.
         value: bits, bytes, bytes, or a fraction.
-        text: what `str` gives and `parse` reads.
+        text: the text that `str` returns and `parse` reads.
     """
 
     kind: Literal["bits", "bytes", "checkpoint", "share"]
@@ -83,8 +83,8 @@ class Budget:
         """Return the limit "memory" on the bytes of the table's units.
 
         Raises:
-            InputError: the table lacks what the budget refers to.
-            InfeasibleError: the parts of the checkpoint that are not units fill the budget.
+            InputError: the table lacks a number that the budget refers to.
+            InfeasibleError: the unquantized parts of the checkpoint already fill the budget.
         """
         bound, note = self._bound(table), ""
         if self.kind in ("checkpoint", "share"):
@@ -122,7 +122,7 @@ def parse_size(text: str) -> int:
     """Return the bytes of a text such as "12GiB" or "800MB".
 
     Raises:
-        InputError: the text is no size.
+        InputError: the text is not a size.
     """
     match = _PATTERN.fullmatch(text.strip().lower())
     if not match or match[2] not in _BY_NAME or match[3]:
@@ -131,7 +131,7 @@ def parse_size(text: str) -> int:
 
 
 def _in_bytes(match: re.Match[str]) -> int:
-    # Whole bytes stay exact beyond 2**53 as well.
+    # int keeps whole bytes exact beyond 2**53.
     size = int(match[1]) if match[1].isdecimal() else float(match[1])
     return math.floor(size * _BY_NAME[match[2]])
 

@@ -24,7 +24,7 @@ def number(what: str, value: object, low: float = 0, high: float = math.inf) -> 
     """Return `value` as a float.
 
     Raises:
-        InputError: it is no number, or not from `low` to `high`.
+        InputError: it is not a number, or not from `low` to `high`.
     """
     converted = None if isinstance(value, bool | np.bool_) else as_float(value)
     if converted is None or not low <= converted <= high:
@@ -37,7 +37,7 @@ def whole(what: str, value: object, low: int = 0) -> int:
     """Return `value` as an int.
 
     Raises:
-        InputError: it is no whole number, or below `low`.
+        InputError: it is not a whole number, or is below `low`.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < low:
         raise InputError(f"{what}: {value} is not a whole number from {low}")

@@ -1,4 +1,4 @@
-"""Formats that a runtime cannot run on a matrix, because groups do not divide its rows."""
+"""Forbid formats that a runtime cannot run because groups do not divide the rows of a matrix."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bitknap.allocation.problem.arrays import Bools
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError
 
-# Matrices that tensor parallelism splits along their input features; all others along outputs.
+# Matrices that tensor parallelism splits along input features; it splits others along outputs.
 _SPLIT_INPUTS = frozenset({"down", "down_proj", "w2", "wo", "o", "o_proj", "out_proj"})
 
 
@@ -19,14 +19,14 @@ def divisible(table: CostTable, tensor_parallel: int = 1, multiple_of: int = 1) 
 
     Bitknap's own kernels take short last groups; others refuse them (vLLM's Marlin kernels, most
     runtimes under tensor parallelism) or fall back to another format in silence (llama.cpp's
-    k-quants). Rows of 1408 split over two devices are 704: groups of 128 fail there, groups of 64
-    work. Formats with one scale a row and kept ones need no groups.
+    k-quants). Rows of 1408 split over two devices are 704 long: groups of 128 fail there, groups of
+    64 work. Formats with one scale per row and kept formats need no groups.
 
     Args:
         table: units with shapes.
         tensor_parallel: devices that share each matrix: down and output projections are split
             along their inputs, all others along their outputs.
-        multiple_of: what every row must be a multiple of for any quantized format; 256 for
+        multiple_of: every row length must be a multiple of this for any quantized format; 256 for
             llama.cpp's k-quants.
 
     Raises:

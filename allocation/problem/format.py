@@ -18,9 +18,9 @@ from bitknap.names import guess
 # Weights that share a scale, in the formats that are offered where none are asked for.
 GROUP_SIZES = (32, 64, 128, 256, "row")
 _KEPT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp8": 8, "fp8-block": 8, "mxfp4": 4}
-# Rows and weights of a row that share a scale, and its bytes.
+# Block sharing one scale (rows, weights along a row), and bytes per scale.
 _KEPT_SCALES = {"fp8-block": (128, 128, 4), "mxfp4": (1, 32, 1)}
-# Bits of a group's scale as a share of its row's; 0 is a scale of its own.
+# Bits of a group's scale as a fraction of its row's scale; 0: the group has its own fp16 scale.
 _SHARE_BITS = {"fp16": 0, "compact": 8, "compact6": 6}
 _EXAMPLES = "int3-g64-sym, int4-row-asym-compact, int2-g32-asym-compact6, keep-bf16"
 
@@ -32,9 +32,10 @@ class Format:
     Attributes:
         bits: bits of one code, 1 to 8 for grids.
         group_size: weights along a row that share a scale; 0 is the whole row.
-        symmetric: no zero point; at 1 bit, no mean.
-        metadata: "fp16", one fp16 scale (and zero) a group; or "compact", one fp16 scale a row,
-            an 8-bit scale a group, and zeros as wide as the codes; "compact6" has 6-bit scales.
+        symmetric: whether there is no zero point (at 1 bit, no mean).
+        metadata: "fp16": one fp16 scale (and zero) per group; "compact": one fp16 scale per row, an
+            8-bit scale per group, and zeros as wide as the codes; "compact6": the same with 6-bit
+            scales.
         kind: "grid", "keep" (source precision) or "made-up" (no storage at all).
         source: the kept precision ("bf16", …) or the number of the made-up option.
     """
@@ -73,7 +74,7 @@ class Format:
         """Return the format that leaves a matrix in its source precision, such as "bf16".
 
         Bytes of "fp8-block" (128 × 128, fp32 scales) and "mxfp4" (32 along a row) include their
-        scales; those of plain "fp8" do not, since one scale a tensor does not change with the plan.
+        scales; those of plain "fp8" do not, since one scale per tensor does not depend on the plan.
 
         Raises:
             InputError: the precision is unknown.
@@ -90,12 +91,12 @@ class Format:
 
     @property
     def share_bits(self) -> int:
-        """Bits of a group's scale as a share of its row's; 0 if it is an fp16 of its own."""
+        """Bits of a group's scale as a fraction of its row's; 0 if it has its own fp16 scale."""
         return _SHARE_BITS[self.metadata]
 
     @property
     def compact(self) -> bool:
-        """Whether scales are shares of a row's scale, and zeros integers among the codes."""
+        """Whether scales are fractions of a row's scale and zeros are integers among the codes."""
         return self.share_bits > 0
 
     @property
@@ -127,7 +128,7 @@ class Format:
 
     @classmethod
     def parse(cls, name: str) -> Format:
-        """Return the format of that name.
+        """Return the format with that name.
 
         Raises:
             InputError: the name is malformed.
@@ -147,12 +148,12 @@ class Format:
         raise InputError(f"format {name!r} is unknown; examples: {_EXAMPLES}{near}")
 
     def groups(self, cols: npt.ArrayLike) -> Longs:
-        """Return the groups of one row with `cols` weights, int64; the last may be short."""
+        """Return the number of groups in a row of `cols` weights, int64; the last may be short."""
         width = np.asarray(cols, dtype=np.int64)
         return _ceil(width, self.group_size) if self.group_size else np.sign(width)
 
     def padding(self, cols: npt.ArrayLike) -> Longs:
-        """Return by how many weights the last group of a row is short, int64 like `cols`."""
+        """Return how many weights the last group of a row lacks, int64 like `cols`."""
         width = np.asarray(cols, dtype=np.int64)
         return self.groups(width) * self.group_size - width if self.group_size else width * 0
 
@@ -174,7 +175,7 @@ class Format:
         per_row = self.groups(width)
         if not self.compact:
             return codes + height * per_row * (2 if self.symmetric else 4)
-        # With one group a row the fp16 row scale says it all.
+        # With one group per row, the fp16 row scale is enough.
         shares = _ceil(height * np.where(per_row > 1, per_row, 0) * self.share_bits, 8)
         scales = height * 2 * np.sign(width) + shares
         zeros = 0 if self.symmetric else _ceil(height * per_row * self.bits, 8)
@@ -188,17 +189,17 @@ def formats(
     metadata: str | Sequence[str] = "fp16",
     keep: str | None = None,
 ) -> tuple[Format, ...]:
-    """Return all valid combinations, each once, sorted by bits, group size (row last) and the rest.
+    """Return all valid combinations, each once, sorted by bits, then group size (row last).
 
     Args:
         bits: code widths, 1 to 8.
         group_size: weights that share a scale; "row" or 0 is the whole row.
-        symmetric: without or with a zero point, or both.
+        symmetric: True (no zero point), False (a zero point), or both.
         metadata: "fp16", "compact", "compact6", or several.
-        keep: a source precision such as "bf16" to offer as well; it comes last.
+        keep: a source precision such as "bf16" to include; it comes last.
 
     Raises:
-        InputError: a value is wrong, or no combination is valid.
+        InputError: a value is invalid, or no combination is valid.
     """
     sizes = [group_size] if isinstance(group_size, int | str) else list(group_size)
     combinations: set[Format] = set()
@@ -208,7 +209,7 @@ def formats(
         [symmetric] if isinstance(symmetric, bool) else list(symmetric),
         [metadata] if isinstance(metadata, str) else list(metadata),
     ):
-        # The combinations of valid values that have no storage.
+        # 1 bit with a mean has no compact form.
         if (width, even) != (1, False) or not _SHARE_BITS.get(meta):
             combinations.add(Format(width, size, symmetric=even, metadata=meta))
     if not combinations:

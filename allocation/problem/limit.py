@@ -21,12 +21,12 @@ class Limit:
         weight: float64[U,F], or [U,1] or [1,F] to broadcast; +inf forbids a choice. Whole
             numbers are summed exactly up to 2**53.
         bound: in the unit of `weight`; +inf means no limit.
-        unit: "bytes" to have messages speak of GiB and bits per weight.
-        note: said after the bound in messages, such as what else the memory holds.
-        floor: the sum of the unsigned weights must reach the unsigned bound ("at least"): both are
-            stored negated here, and shown without the sign wherever people read them.
-        per: amounts are shown divided by it: the weights that a share is a share of, or an eighth
-            of the weights that bits per weight are counted for.
+        unit: "bytes" makes messages show GiB and bits per weight.
+        note: text after the bound in messages, such as what else the memory holds.
+        floor: whether this is an "at least" limit: weights and bound are stored negated, and shown
+            without the sign in messages.
+        per: divisor for amounts in messages: the total weights for a share, or an eighth of the
+            weights for bits per weight.
     """
 
     name: str
@@ -54,5 +54,5 @@ class Limit:
         object.__setattr__(self, "bound", bound)
 
     def shown(self, value: float) -> float:
-        """Return an amount of this limit as people write it, such as a share or a floor's count."""
+        """Return an amount of this limit as shown to people, such as a share or a floor's count."""
         return (0.0 - value if self.floor else value) / self.per

@@ -19,9 +19,9 @@ __all__ = ["Budget", "Limit", "Problem"]
 
 @dataclass(frozen=True, slots=True, init=False, eq=False)
 class Problem:
-    """Choose one format a row, minimise the cost, respect every limit.
+    """Choose one format per row at the least cost within every limit.
 
-    A row is a unit, or all units tied together, with costs and weights summed; solvers see rows.
+    A row is one unit, or several tied units with costs and weights summed; solvers see rows.
 
     Attributes:
         table: the table as given.
@@ -43,7 +43,8 @@ class Problem:
         """Resolve the budgets and sum over ties.
 
         Raises:
-            InputError: a limit has another shape, two have one name, or a row has no format.
+            InputError: a limit has the wrong shape, two share a name, or a row has no allowed
+                format.
         """
         given = [limits] if isinstance(limits, Limit | Budget) else list(limits)
         resolved = tuple(x.limit(table) if isinstance(x, Budget) else x for x in given)

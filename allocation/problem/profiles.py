@@ -1,4 +1,4 @@
-"""Profiles: which units a runtime forces to share one format."""
+"""Profiles: rules for which units a runtime forces to share one format."""
 
 from __future__ import annotations
 
@@ -25,10 +25,12 @@ class Profile:
 
     Attributes:
         name: the key in `PROFILES`.
-        about: one sentence for lists.
-        layer_wide: all routed experts of a layer share; otherwise each expert is on its own.
-        joins: which projections of an expert share: "none", "gate_up", or "all".
-        joins_qkv: whether q, k and v of one attention block share, since the runtime fuses them.
+        about: one-sentence description for lists.
+        layer_wide: whether all routed experts of a layer share a format; otherwise each has its
+            own.
+        joins: projections of an expert that share a format: "none", "gate_up", or "all".
+        joins_qkv: whether q, k and v of one attention block share a format, since the runtime fuses
+            them.
     """
 
     name: str
@@ -40,12 +42,13 @@ class Profile:
     def labels(self, units: Units) -> Ints:
         """Return a group number for each unit, int32[U]; equal numbers must share a format.
 
-        Only experts are tied across projections, and only routed ones across a layer. Shared
-        experts follow `joins` in the per-expert profiles; in the layer-wide ones shared experts,
-        and in every profile dense MLPs, tie gate to up, since runtimes fuse the two. `joins_qkv`
-        ties q, k and v of a layer; all else of attention, embedding and head stay free, and
-        `free` ties nothing at all. A matrix cut into blocks stays so only where its projections
-        are not all joined, experts are not tied, and q, k and v are not.
+        Only experts are tied across projections, and only routed experts across a layer. Shared
+        experts follow `joins` in the per-expert profiles. Gate is tied to up in shared experts
+        under layer-wide profiles, and in dense MLPs under every profile, since runtimes fuse the
+        two. `joins_qkv` ties q, k and v of a layer; the rest of attention, embedding and head stay
+        free, and `free` ties nothing at all. Row blocks of a matrix keep separate formats only
+        where its projections are not all joined, its experts are not tied, and q, k and v are not
+        tied.
         """
         if self.name == "free":
             return np.arange(len(units), dtype=np.int32)
@@ -116,7 +119,7 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
 
 
 def profile(name: str) -> Profile:
-    """Return the profile of that name.
+    """Return the profile with that name.
 
     Raises:
         InputError: the name is unknown.

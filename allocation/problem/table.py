@@ -1,4 +1,4 @@
-"""The cost table: what every format would cost every unit, in nats per token and in bytes."""
+"""The cost table: cost in nats per token and size in bytes of every unit in every format."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from bitknap.errors import FileError, InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CostTable:
-    """Units by formats, checked once and never changed.
+    """Costs and bytes of units by formats; validated and immutable.
 
     Attributes:
         units: the rows.
@@ -30,12 +30,12 @@ class CostTable:
         cost: expected increase of next-token loss, float64[U,F], nats per token; +inf forbids.
         nbytes: stored bytes, int64[U,F]; equal to `Format.nbytes` wherever that is defined.
         spread: standard deviation of `cost`, float64[U,F], or None.
-        ties: group of each unit, int32[U], units of one group share a format; or None.
+        ties: group of each unit, int32[U]; units of one group share a format. Or None.
         frequency: share of tokens that read the unit's weights, float64[U], 0 to 1: the routing
-            frequency of its expert, 1 for what every token passes; or None.
-        provenance: where the numbers come from; JSON values only. Keys with a meaning here:
-            "fixed_bytes", bytes of everything in the checkpoint that is not a unit;
-            "source_bytes", bytes of the source checkpoint; "model", its fingerprint.
+            frequency of its expert, 1 for units that every token uses; or None.
+        provenance: where the numbers come from; JSON values only. Keys used by this library:
+            "fixed_bytes", bytes of everything in the checkpoint that is not a unit; "source_bytes",
+            bytes of the source checkpoint; "model", its fingerprint.
     """
 
     units: Units
@@ -134,10 +134,10 @@ class CostTable:
         return int(self.units.numel.sum())
 
     def tie(self, rule: Profile | npt.ArrayLike) -> CostTable:
-        """Return a table where units of one group must share a format, with the earlier ties kept.
+        """Return a table where units of one group must share a format; earlier ties stay.
 
         Args:
-            rule: a profile, or one group number a unit, int[U].
+            rule: a profile, or the group number of each unit, int[U].
         """
         labels = rule.labels(self.units) if isinstance(rule, Profile) else rule
         fresh = numbered(frozen("ties", labels, np.int64, (len(self.units),)))
@@ -152,18 +152,18 @@ class CostTable:
         at_least: float | None = None,
         at_most: float | None = None,
     ) -> CostTable:
-        """Return a table where the units of a pattern may only use some formats.
+        """Return a table where the selected units may only use some formats.
 
-        Pins add up: a unit keeps the formats that all of its pins leave. Give `bits`, or
+        Pins combine: a unit keeps only the formats that all of its pins allow. Give `bits`, or
         `format`, or one or both of `at_least` and `at_most`.
 
         Args:
-            pattern: which units, as `Units.matches` reads it.
-            bits: leave only the formats of that many bits.
-            format: leave only that one.
-            at_least: leave only formats of that many bits or more, a floor of every unit.
-            at_most: leave only formats of that many bits or fewer, a cap of every unit. For
-                both, a kept precision is wider than every grid (see `widths`).
+            pattern: units to select, as `Units.matches` reads it.
+            bits: allow only formats with this many bits.
+            format: allow only this format.
+            at_least: allow only formats with this many bits or more.
+            at_most: allow only formats with this many bits or fewer. For both, a kept precision is
+                wider than every grid (see `widths`).
 
         Raises:
             InputError: no such format, no such unit, or a unit is left without a format.
@@ -202,7 +202,7 @@ class CostTable:
         return replace(self, cost=cost)
 
     def save(self, path: str | Path) -> None:
-        """Write the table as `.safetensors`, whole or not at all."""
+        """Write the table atomically as `.safetensors`."""
         write_table({item.name: getattr(self, item.name) for item in fields(self)}, Path(path))
 
     @classmethod
@@ -238,7 +238,7 @@ def shares(units: Units, frequency: npt.ArrayLike) -> Floats:
     """Return checked shares of tokens, float64[U], read-only.
 
     Raises:
-        InputError: another shape, or a value that is not from 0 to 1.
+        InputError: the shape is wrong, or a value is not from 0 to 1.
     """
     values = frozen("frequency", frequency, np.float64, (len(units),))
     wrong = ~((values >= 0) & (values <= 1))
@@ -253,7 +253,7 @@ def shares(units: Units, frequency: npt.ArrayLike) -> Floats:
 def _between(
     formats: Sequence[Format], at_least: float | None, at_most: float | None
 ) -> tuple[Bools, str]:
-    """Return which formats have so many bits, bool[F], and how messages say it."""
+    """Return which formats are within the bounds, bool[F], and the wording for messages."""
     bits = widths(formats)
     allowed = np.ones(len(bits), dtype=np.bool_)
     said = []
@@ -267,8 +267,8 @@ def _between(
 
 
 def storage(units: Units, formats: Sequence[Format]) -> Longs:
-    """Return the bytes each unit takes in each format, int64[U,F]; -1 where it cannot be known."""
-    # A model has a handful of shapes: compute those, then spread them over the units.
+    """Return the bytes of each unit in each format, int64[U,F]; -1 where unknown."""
+    # A model has few distinct shapes: compute each once, then copy to the units.
     kind = numbered(units.rows, units.cols)
     first = np.unique(kind, return_index=True)[1]
     rows, cols = units.rows[first], units.cols[first]

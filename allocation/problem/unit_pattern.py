@@ -21,7 +21,7 @@ def matching(
     numbers: Mapping[str, npt.NDArray[Any]],
     names: Mapping[str, tuple[npt.NDArray[Any], Sequence[str]]],
 ) -> Bools:
-    """Return which entries all comma-separated `key=value` parts accept, bool[U].
+    """Return which entries match all comma-separated `key=value` parts, bool[U].
 
     Args:
         pattern: numbers take integers and ranges (`0-3`), names take globs (`*_proj`);

@@ -1,4 +1,4 @@
-"""Units: the things that get one format each, as columns."""
+"""Units: the matrices or row blocks that get one format each, stored as columns."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bitknap.errors import InputError
 
 ROLES = ("routed", "shared", "dense", "attention", "embedding", "head")
 
-# What `to_arrays` writes, in this order; `projections` travels beside it.
+# Columns that `to_arrays` writes, in order; `projections` is stored separately.
 COLUMNS: Mapping[str, type[np.signedinteger[Any]]] = {
     "layer": np.int32,
     "role": np.int8,
@@ -28,7 +28,7 @@ COLUMNS: Mapping[str, type[np.signedinteger[Any]]] = {
 
 
 class Unit(NamedTuple):
-    """One unit, as `Units.row` gives it: its key and its shape, names as texts."""
+    """One unit as `Units.row` returns it: its key, with names as text, and its shape."""
 
     layer: int
     role: str
@@ -40,7 +40,7 @@ class Unit(NamedTuple):
 
     @property
     def numel(self) -> int:
-        """Weights of the unit; 0 when the shape is unknown."""
+        """Number of weights of the unit; 0 when the shape is unknown."""
         return self.rows * self.cols
 
 
@@ -49,14 +49,14 @@ class Units:
     """The units of one model, one array entry each.
 
     Attributes:
-        layer: decoder layer, int32[U]; -1 when there is none.
+        layer: decoder layer, int32[U]; -1 outside decoder layers.
         role: index into `ROLES`, int8[U].
-        expert: expert number in its layer, int32[U]; -1 when there is none.
+        expert: expert number in its layer, int32[U]; -1 outside experts.
         projection: index into `projections`, int16[U].
-        block: run of output rows, int32[U]; 0 when a matrix is one unit.
+        block: number of the row block within its matrix, int32[U]; 0 when a matrix is one unit.
         rows: output features of the unit, int64[U]; 0 when the shape is unknown.
         cols: input features of the unit, int64[U]; 0 when the shape is unknown.
-        projections: the vocabulary, such as ("gate", "up", "down").
+        projections: names that `projection` indexes, such as ("gate", "up", "down").
     """
 
     layer: Ints
@@ -118,9 +118,9 @@ class Units:
         cols: npt.ArrayLike,
         block: npt.ArrayLike | None = None,
     ) -> Units:
-        """Build from sequences of equal length, roles and projections by name.
+        """Build from sequences of equal length, with roles and projections given by name.
 
-        The vocabulary is the projection names in order of first appearance.
+        `projections` lists the names in order of first appearance.
 
         Raises:
             InputError: lengths differ, a role is unknown, or a key appears twice.
@@ -154,16 +154,16 @@ class Units:
 
     @property
     def numel(self) -> Longs:
-        """Weights of each unit, int64[U]; 0 where the shape is unknown."""
+        """Number of weights of each unit, int64[U]; 0 where the shape is unknown."""
         return self.rows * self.cols
 
     @property
     def has_shapes(self) -> bool:
-        """Whether every unit has a shape, so that bits per weight mean something."""
+        """Whether every unit has a shape, so that bits per weight are defined."""
         return bool((self.numel > 0).all())
 
     def row(self, unit: int) -> Unit:
-        """Return one unit as a value, for rules written one unit at a time."""
+        """Return one unit as a tuple, for rules that look at one unit at a time."""
         return Unit(
             layer=int(self.layer[unit]),
             role=ROLES[self.role[unit]],
@@ -175,7 +175,7 @@ class Units:
         )
 
     def label(self, unit: int) -> str:
-        """Return how messages name a unit: "layer=3 role=routed expert=5 proj=gate"."""
+        """Return the name of a unit in messages: "layer=3 role=routed expert=5 proj=gate"."""
         parts = [f"layer={self.layer[unit]}", f"role={ROLES[self.role[unit]]}"]
         if self.expert[unit] >= 0:
             parts.append(f"expert={self.expert[unit]}")
@@ -196,7 +196,7 @@ class Units:
         return matching(pattern, numbers, names)
 
     def same_as(self, other: Units) -> bool:
-        """Return whether the other ones are the same, in the same order."""
+        """Return whether `other` holds the same units in the same order."""
         ours, theirs = (np.array(x.projections)[x.projection] for x in (self, other))
         return np.array_equal(ours, theirs) and all(
             np.array_equal(getattr(self, name), getattr(other, name))
@@ -205,7 +205,7 @@ class Units:
         )
 
     def to_arrays(self) -> dict[str, npt.NDArray[Any]]:
-        """Return the columns by name; the vocabulary `projections` is saved beside them."""
+        """Return the columns by name; `projections` must be saved separately."""
         return {name: getattr(self, name) for name in COLUMNS}
 
     @classmethod
@@ -224,7 +224,7 @@ class Units:
 
 
 def kinds(units: Units) -> dict[str, Bools]:
-    """Return a mask of the units of each projection, roles other than routed named with it."""
+    """Return a mask of the units of each projection; names include the role unless it is routed."""
     masks = {}
     for role, projection in sorted(
         {*zip(units.role.tolist(), units.projection.tolist(), strict=True)}

@@ -1,13 +1,13 @@
-"""What measured plans say of a cost table: how far each cost is off, and how sure that is.
+"""The posterior of a cost table given measured plans: correction factors and their uncertainty.
 
-A plan's loss is taken as the sum of its costs, each times 1 plus some effects: one of all, one of
-its layer, of its layer's projection, of its expert, of the unit, of the width and of how scales
-are stored; and, for each two layers in a row, an effect times the geometric mean of what the two
-cost, for what they do to each other. Effects are independent and normal around 0, a loss is read
-with normal noise, so what losses of whole plans say of them is Bayesian linear regression, done in
-its dual form: a matrix of plans × plans, whatever the number of units. (Rasmussen and Williams,
-Gaussian Processes for Machine Learning, 2006, eq. 2.11 and 2.12; samples by Matheron's rule,
-Wilson et al., arXiv 2002.09309, eq. 9.)
+A plan's loss is modelled as the sum of its costs, each times 1 plus several effects: one global,
+and one each for the layer, its projection, the expert, the unit, the width, and how scales are
+stored. For each pair of consecutive layers, an interaction effect times the geometric mean of their
+costs is added. Effects are independent and normal around 0, and losses have normal noise, so
+inferring effects from the losses of whole plans is Bayesian linear regression, done in its dual
+form: a matrix of plans × plans, whatever the number of units. (Rasmussen and Williams, Gaussian
+Processes for Machine Learning, 2006, eq. 2.11 and 2.12; samples by Matheron's rule, Wilson et al.,
+arXiv 2002.09309, eq. 9.)
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ import numpy as np
 from bitknap.allocation.problem.arrays import Floats, Ints, numbered
 from bitknap.allocation.problem.table import CostTable
 
-# Prior deviation of each kind of effect where the scale is 1: group gains measured one by one miss
-# what groups do to each other (up to half the loss below 2 bits, methods.md#small-models) and
-# little else.
+# Prior standard deviation of each kind of effect at scale 1: group gains measured one by one miss
+# interactions between groups (up to half the loss below 2 bits, methods.md#small-models) and little
+# else.
 _DEVIATIONS = {
     "all": 1.0,
     "layer": 0.3,
@@ -35,12 +35,12 @@ _DEVIATIONS = {
     "family": 0.15,
 }
 _PAIRS = 0.3
-# Tried for the likelihood's sake: scales of all deviations but the first, and noise over the loss.
+# Candidates for maximum likelihood: scales of all deviations but the first, and relative noise.
 _SCALES = (0.25, 0.5, 1.0, 2.0)
 _NOISES = (0.001, 0.003, 0.01, 0.03, 0.1)
-# Of what a plan loses beyond the best one: more noise, since sums are only good near by.
+# Extra noise, as a share of the loss above the best plan: sums are accurate only near it.
 _FAR = 0.3
-# A cost is never believed to be less than this share of what the table says.
+# Lower bound on a corrected cost, as a share of the cost in the table.
 _LEAST = 0.05
 
 
@@ -48,30 +48,30 @@ class Kind(Protocol):
     """One kind of effects.
 
     Attributes:
-        count: how many there are.
-        deviation: deviation of each around 0, before.
+        count: number of effects.
+        deviation: prior standard deviation of each effect.
     """
 
     @property
     def count(self) -> int:
-        """How many there are."""
+        """Number of effects."""
         ...
 
     @property
     def deviation(self) -> float:
-        """Of each around 0, before."""
+        """Prior standard deviation of each effect."""
         ...
 
     def scaled(self, scale: float) -> Kind:
-        """Return it with `scale` times the deviation."""
+        """Return the same effects with `scale` times the deviation."""
         ...
 
     def sums(self, cost: Floats, choice: Ints) -> Floats:
-        """Return by what each effect is multiplied in a plan's loss, float64[count]."""
+        """Return the coefficient of each effect in a plan's loss, float64[count]."""
         ...
 
     def factor(self, effects: Floats) -> Floats:
-        """Return what effects float64[count] add to the factor of each cost, float64[U,F or 1]."""
+        """Return the amounts that effects float64[count] add to cost factors, float64[U,F or 1]."""
         ...
 
 
@@ -80,9 +80,9 @@ class Groups:
     """Effects that groups of costs share.
 
     Attributes:
-        of: which effect each cost has, int32[U,F].
-        count: how many there are.
-        deviation: deviation of each around 0, before.
+        of: index of the effect on each cost, int32[U,F].
+        count: number of effects.
+        deviation: prior standard deviation of each effect.
     """
 
     of: Ints
@@ -90,11 +90,11 @@ class Groups:
     deviation: float
 
     def scaled(self, scale: float) -> Groups:
-        """Return it with `scale` times the deviation."""
+        """Return the same effects with `scale` times the deviation."""
         return replace(self, deviation=scale * self.deviation)
 
     def sums(self, cost: Floats, choice: Ints) -> Floats:
-        """Return what a plan costs by group, float64[count]."""
+        """Return the cost of a plan by group, float64[count]."""
         each = np.arange(len(choice))
         totals = np.zeros(self.count)
         np.add.at(totals, self.of[each, choice], cost[each, choice])
@@ -108,14 +108,14 @@ class Groups:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Pairs:
-    """Effects that two layers in a row have together: times sqrt(cost of one × of the other).
+    """Interaction effects of consecutive layers, times sqrt(cost of one × cost of the other).
 
-    In an exact solve costs must add up, so they count by their slope at a plan.
+    An exact solve needs additive costs, so effects enter by their slope at one plan.
 
     Attributes:
         layer: layer of each unit, from 0, int32[U].
-        at: what that plan costs by layer, float64[L], L at least 1.
-        deviation: deviation of each around 0, before.
+        at: cost of that plan by layer, float64[L], L at least 1.
+        deviation: prior standard deviation of each effect.
     """
 
     layer: Ints
@@ -124,21 +124,21 @@ class Pairs:
 
     @property
     def count(self) -> int:
-        """One less than there are layers."""
+        """Number of effects: one less than the number of layers."""
         return len(self.at) - 1
 
     def scaled(self, scale: float) -> Pairs:
-        """Return it with `scale` times the deviation."""
+        """Return the same effects with `scale` times the deviation."""
         return replace(self, deviation=scale * self.deviation)
 
     def sums(self, cost: Floats, choice: Ints) -> Floats:
-        """Return the geometric mean of what each two layers cost, float64[count]."""
+        """Return the geometric mean of the costs of consecutive layers, float64[count]."""
         layers = by_layer(self.layer, cost, choice)
         means: Floats = np.sqrt(layers[:-1] * layers[1:])
         return means
 
     def factor(self, effects: Floats) -> Floats:
-        """Return the slopes of each cost, float64[U,1]."""
+        """Return the slope for each cost, float64[U,1]."""
         known = np.maximum(self.at, np.finfo(float).tiny)
         slope = np.zeros(len(known))
         slope[:-1] += effects * np.sqrt(known[1:] / known[:-1]) / 2
@@ -148,17 +148,17 @@ class Pairs:
 
 
 def by_layer(layer: Ints, cost: Floats, choice: Ints) -> Floats:
-    """Return what a plan costs by layer, float64[L]."""
+    """Return the cost of a plan by layer, float64[L]."""
     each = np.arange(len(choice))
     return np.bincount(layer, weights=cost[each, choice]).astype(np.float64)
 
 
 def kinds_of(table: CostTable, choice: Ints) -> tuple[Kind, ...]:
-    """Return the kinds of effects that a table's costs may have; that of all comes first.
+    """Return the kinds of effects on a table's costs; the global effect comes first.
 
     Args:
-        table: the costs; what is forbidden counts nothing.
-        choice: the plan that pairs of layers are taken at, int32[U].
+        table: the costs; forbidden choices count as 0.
+        choice: the plan at which interactions of layers are linearised, int32[U].
     """
     units, formats, shape = table.units, table.formats, table.cost.shape
     width = numbered(np.array([item.bits for item in formats]))
@@ -187,14 +187,14 @@ def kinds_of(table: CostTable, choice: Ints) -> tuple[Kind, ...]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Posterior:
-    """What losses of plans say of a table.
+    """The posterior of cost factors given measured losses of plans.
 
     Attributes:
-        kinds: the effects, with what was thought of them before.
-        features: by kind, by what each effect is multiplied in each plan, float64[N, count].
+        kinds: the effects, with their priors.
+        features: by kind, the coefficient of each effect in each plan, float64[N, count].
         inverse: inverse of the plans' covariance, float64[N, N].
-        surprise: the losses, less what the table says, float64[N].
-        noise: deviation of each loss's noise, float64[N].
+        surprise: the losses minus those predicted by the table, float64[N].
+        noise: standard deviation of each loss's noise, float64[N].
     """
 
     kinds: tuple[Kind, ...]
@@ -205,12 +205,12 @@ class Posterior:
 
     @classmethod
     def of(cls, table: CostTable, choices: Sequence[Ints], losses: Floats) -> Posterior:
-        """Return what the losses say, under the scale and the noise that make them likeliest.
+        """Return the posterior under the scale and the noise of the highest likelihood.
 
         Args:
-            table: the costs; what is forbidden plays no part.
+            table: the costs; forbidden choices are ignored.
             choices: the plans, int32[U] each.
-            losses: what each was measured to lose, float64[N], N at least 1.
+            losses: measured loss of each plan, float64[N], N at least 1.
         """
         cost, best = _finite(table.cost), choices[int(np.argmin(losses))]
         first, *rest = kinds_of(table, best)
@@ -242,18 +242,18 @@ class Posterior:
         return likelihood, posterior
 
     def mean(self) -> Floats:
-        """Return what each cost is to be multiplied by, float64[U,F]."""
+        """Return the posterior mean of the factor on each cost, float64[U,F]."""
         return self._factor([np.zeros(kind.count) for kind in self.kinds], self.surprise)
 
     def sample(self, generator: np.random.Generator) -> Floats:
-        """Return multipliers as likely as they are believed to be, float64[U,F]."""
+        """Return cost factors drawn from the posterior, float64[U,F]."""
         drawn = [kind.deviation * generator.standard_normal(kind.count) for kind in self.kinds]
         explained = sum(feature @ one for feature, one in zip(self.features, drawn, strict=True))
         noise = self.noise * generator.standard_normal(len(self.surprise))
         return self._factor(drawn, self.surprise - explained - noise)
 
     def _factor(self, start: Sequence[Floats], rest: Floats) -> Floats:
-        """Return multipliers from effects that leave `rest` of the losses to be explained."""
+        """Return cost factors from effects that leave `rest` of the losses unexplained."""
         weight = self.inverse @ rest
         parts = [
             kind.factor(one + kind.deviation**2 * (feature.T @ weight))

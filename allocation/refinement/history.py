@@ -1,4 +1,4 @@
-"""How far a closed loop is: the plans it measured, the best of them, and what they say."""
+"""The state of a closed loop: measured plans, the best of them, and the posterior."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bitknap.allocation.refinement.cost_posterior import Posterior
 from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.errors import BitknapError, InfeasibleError
 
-# Loss of a plan on each block of one part of a text, float64[B], from the choice of each unit.
+# Returns the loss of a plan on each block of one part of a text, float64[B], given its choice.
 Measure = Callable[[Ints], Floats]
 
 
@@ -22,14 +22,14 @@ class Step:
     """One measured plan.
 
     Attributes:
-        origin: where it came from: "table", "other table", "sample" or "mean" of what is believed,
+        origin: source of the plan: "table", "other table", "sample" or "mean" of the posterior, or
             "optuna".
         choice: format of each unit, int32[U].
-        losses: loss of the blocks it was run on, float64[B].
-        predicted: what costs, corrected by all steps before, said of it.
-        gain: mean by which it loses less than the best plan before, on these blocks.
-        error: standard error of that.
-        accepted: whether it took that plan's place.
+        losses: loss on each block it was run on, float64[B].
+        predicted: loss predicted by costs corrected with all earlier steps.
+        gain: mean reduction in loss against the previous best plan, on these blocks.
+        error: standard error of the gain.
+        accepted: whether it became the best plan.
     """
 
     origin: str
@@ -46,11 +46,11 @@ class Rounds:
     """Measured plans of one problem.
 
     Attributes:
-        problem: what plans must keep to.
-        parts: measures of the parts of a text; a plan that is clearly worse on the first ones is
-            not run on the rest.
-        sure: standard errors by which a plan must gain to become the best.
-        steps: every plan that was measured, in order.
+        problem: the costs and limits of all plans.
+        parts: measures on parts of a text; a plan that is clearly worse on the first parts is not
+            run on the rest.
+        sure: gain, in standard errors, that a plan needs to become the best.
+        steps: every measured plan, in order.
         best: the best of them.
         seen: digests of their choices.
     """
@@ -63,10 +63,10 @@ class Rounds:
     seen: set[bytes] = field(default_factory=set)
 
     def take(self, origin: str, choice: Ints) -> Step:
-        """Measure a plan, and make it the best one if a paired test supports that.
+        """Measure a plan and make it the best one if it passes a paired test.
 
         Raises:
-            BitknapError: its loss is no number.
+            BitknapError: its loss is not a number.
         """
         factor = self.posterior().mean() if self.steps else None
         predicted = cost_of(self.problem, choice, factor)
@@ -96,11 +96,11 @@ class Rounds:
         return step
 
     def new(self, choice: Ints | None) -> bool:
-        """Return whether there is a plan, and it was not measured yet."""
+        """Return whether `choice` is a plan that has not been measured yet."""
         return choice is not None and choice.tobytes() not in self.seen
 
     def posterior(self) -> Posterior:
-        """Return what all steps say; of one that was not run to its end, as far as it got."""
+        """Return the posterior given all steps; partly measured plans count by their blocks."""
         if self.best is None:
             raise BitknapError("refine: nothing was measured yet")
         losses, level = self.best.losses, float(self.best.losses.mean())
@@ -110,7 +110,7 @@ class Rounds:
 
 
 def solved(problem: Problem, cost: Floats) -> Ints | None:
-    """Return the exact plan for other costs float64[U,F] within the same limits; None if none."""
+    """Return the exact plan for other costs float64[U,F], same limits; None if none fits."""
     other = Problem(replace(problem.table, cost=cost), problem.limits)
     try:
         choice = Knapsack().answer(other).choice
@@ -120,7 +120,7 @@ def solved(problem: Problem, cost: Floats) -> Ints | None:
 
 
 def cost_of(problem: Problem, choice: Ints, factor: Floats | None = None) -> float:
-    """Return what the table says of a plan, each cost times `factor`, float64[U,F]."""
+    """Return the cost of a plan, with each cost times `factor`, float64[U,F]."""
     each = np.arange(len(choice))
     cost = problem.table.cost[each, choice]
     return float((cost if factor is None else cost * factor[each, choice]).sum())

@@ -1,10 +1,10 @@
-"""The closed loop: plans are measured, what that says is believed, and better ones are solved for.
+"""The closed loop: measure plans, update the posterior of the costs, solve for better plans.
 
-A cost table's sum orders plans well, but misses what units do to each other. So the table's plan
-is measured, then others within the same limits: each the exact optimum of costs that are still
-believable after all measurements so far (Thompson sampling: Russo et al., arXiv 1707.02038), no
-further from the table than a trust region allows. A plan takes the place of the best one only where
-a paired test over blocks of text says that it loses less.
+The sum of a plan's table costs ranks plans well, but misses interactions between units. So the
+table's plan is measured first, then others within the same limits: each is the exact optimum for
+costs drawn from the posterior (Thompson sampling: Russo et al., arXiv 1707.02038), restricted to a
+trust region around the table. A plan replaces the best one only if a paired test over blocks of
+text shows a lower loss.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _DRIVERS = ("belief", "tpe", "cmaes")
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Refined:
-    """What a closed loop came to.
+    """The result of a closed loop.
 
     Attributes:
         solution: the best plan, checked against all limits; its cost and bound are the table's.
-        table: the costs as measurements have corrected them.
-        steps: every plan that was measured, in order.
+        table: the costs, corrected by the measurements.
+        steps: every measured plan, in order.
         best: the step of the best plan.
     """
 
@@ -52,18 +52,18 @@ class Refined:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refine:
-    """A closed loop; a solver too, for those who want no more than its plan.
+    """A closed loop; also usable as a solver when only its plan is needed.
 
-    Deterministic by seed where the measurements are.
+    Deterministic for a given seed if the measurements are.
 
     Attributes:
-        parts: measures of the parts of a text; a plan that is clearly worse on the first ones is
-            not run on the rest.
-        evaluations: plans to measure, at least 1.
-        others: tables of the same units and formats whose plans are measured next.
-        driver: what proposes costs: "belief", what is believed of the table; or "tpe" or "cmaes",
-            Optuna's samplers over tilts of each layer's each projection.
-        sure: standard errors by which a plan must gain to be accepted.
+        parts: measures on parts of a text; a plan that is clearly worse on the first parts is not
+            run on the rest.
+        evaluations: number of plans to measure, at least 1.
+        others: other tables of the same units and formats; their plans are measured second.
+        driver: how costs are proposed: "belief" samples the posterior; "tpe" and "cmaes" are
+            Optuna's samplers over one tilt per layer and projection.
+        sure: gain, in standard errors, that a plan needs to be accepted.
         seed: random seed.
         progress: called with ("refine", done, of).
     """
@@ -100,15 +100,15 @@ class Refine:
         return _answer(problem, rounds, start)
 
     def run(self, problem: Problem) -> Refined:
-        """Return the best plan found, and what was learnt on the way.
+        """Return the best plan found, with the corrected table and all measured plans.
 
         Raises:
             InfeasibleError: no plan is within the limits.
             MismatchError: another table has other units or formats.
-            BitknapError: a plan's loss is no number.
+            BitknapError: a plan's loss is not a number.
         """
         start = Knapsack().answer(problem)
-        solve(problem, _Known(start))  # which refuses what has no plan, and says why
+        solve(problem, _Known(start))  # raises, with the reason, if there is no plan
         rounds = self._rounds(problem, start)
         solution = solve(problem, _Known(_answer(problem, rounds, start)))
         said = {**problem.table.provenance, "refined": len(rounds.steps)}

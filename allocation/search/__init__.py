@@ -1,1 +1,1 @@
-"""Optuna: a solver that samples, and studies that several workers share."""
+"""Optuna: a sampling solver, and studies shared by several workers."""

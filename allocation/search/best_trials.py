@@ -1,4 +1,4 @@
-"""The trials of a study: all of them, the best, and the front of bytes and loss."""
+"""The trials of a study: all, the best, and the Pareto front of bytes and loss."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ def records(study: Study) -> list[Record]:
 
 
 def best(study: Study, budget: str | None = None) -> Record:
-    """Return the trial of the least measured loss.
+    """Return the trial with the lowest measured loss.
 
     Args:
         study: the study.
-        budget: with a range of budgets, what its plan must keep; the widest when not given.
+        budget: for a study with a range of budgets, the budget of the plan; the widest by default.
 
     Raises:
         InputError: no trial is complete.
-        InfeasibleError: no measured plan keeps the budget.
+        InfeasibleError: no measured plan is within the budget.
     """
     complete = [record for record in records(study) if record.state == "complete"]
     if not complete:
@@ -42,7 +42,7 @@ def best(study: Study, budget: str | None = None) -> Record:
 
 
 def front(study: Study) -> list[Record]:
-    """Return the trials that no other one beats in bytes and in loss, by bytes; each plan once."""
+    """Return the Pareto-optimal trials in bytes and loss, sorted by bytes; each plan once."""
     complete = [record for record in records(study) if record.state == "complete"]
     front_trials: list[Record] = []
     for record in sorted(complete, key=lambda r: (r.nbytes or 0, loss_of(r), r.number)):

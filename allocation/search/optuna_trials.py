@@ -1,7 +1,7 @@
-"""Trials in an Optuna storage: opening it, drawing, measuring, telling, and who died meanwhile.
+"""Trials in an Optuna storage: open it, run trials, and fail those of dead workers.
 
-Optuna's heartbeats work in databases alone and under its own loop alone, so every trial carries
-its worker instead: a trial left running by a dead process of this machine is told as failed.
+Optuna's heartbeats work only in databases and under its own loop, so every trial records its worker
+instead: a trial left running by a dead process of this machine is marked as failed.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ if TYPE_CHECKING:
     from optuna.storages import BaseStorage
 
 SAMPLERS = ("tpe", "cmaes", "nsga2")
-# Keys of what a trial carries.
+# Keys of a trial's attributes.
 PLAN, REASON, WORKER = "plan", "reason", "worker"
 _JOURNALS = (".log", ".journal")
 _EXAMPLES = "sqlite:///study.db, journal:study.log, postgresql://user@host/name"
-# Workers on one SQLite file wait for each other so long, in seconds.
+# How long workers on one SQLite file wait for each other, in seconds.
 _PATIENCE = 60
 # NSGA-II's population: Optuna's 50 would spend a study of 100 trials on two generations.
 _POPULATION = 20
@@ -39,7 +39,7 @@ _POPULATION = 20
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Keep Optuna from logging and from warning of experimental options while the block runs."""
+    """Silence Optuna's logging and its warnings about experimental options inside the block."""
     import optuna
 
     before = optuna.logging.get_verbosity()
@@ -53,7 +53,7 @@ def quietly() -> Iterator[None]:
 
 
 def shown(url: str) -> str:
-    """Return a storage URL as messages and pages may show it: without its password."""
+    """Return a storage URL without its password, safe for messages and pages."""
     if "://" not in url:
         return url
     from sqlalchemy.engine import make_url
@@ -67,7 +67,7 @@ def shown(url: str) -> str:
 
 @contextlib.contextmanager
 def reaching(url: str) -> Iterator[None]:
-    """Turn a storage's errors into one line.
+    """Turn a storage's errors into one-line errors.
 
     Raises:
         InputError: the storage cannot be reached or read, or its driver is missing.
@@ -89,7 +89,7 @@ def reaching(url: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def understanding(url: str) -> Iterator[None]:
-    """Turn whatever Optuna fails with when it reads what is not its own into one line.
+    """Turn any failure of Optuna on damaged or foreign data into a one-line error.
 
     Raises:
         InputError: a study or a trial in the storage cannot be read.
@@ -102,7 +102,7 @@ def understanding(url: str) -> Iterator[None]:
     except (BitknapError, SQLAlchemyError, StorageInternalError, MemoryError):
         raise
     except Exception as error:
-        # Optuna makes studies and trials of rows without checking them.
+        # Optuna builds studies and trials from rows without checking them.
         raise InputError(
             f"storage {shown(url)}: a study in it is damaged ({_line(error)[:100]}); "
             "choose another storage"
@@ -117,11 +117,11 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
     """Return the storage behind a URL.
 
     Args:
-        url: any that Optuna knows, "journal:PATH", or a path that ends in .log or .journal.
-        create: make the file if there is none.
+        url: any URL that Optuna accepts, "journal:PATH", or a path that ends in .log or .journal.
+        create: whether to create a missing file.
 
     Raises:
-        InputError: it cannot be reached or read, its driver is missing, or there is no such file.
+        InputError: the storage cannot be reached or read, its driver or its file is missing.
     """
     if url.startswith("journal:") or ("://" not in url and url.endswith(_JOURNALS)):
         path = Path(url.removeprefix("journal:"))
@@ -154,7 +154,7 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
 
 
 def file_of(url: str) -> Path | None:
-    """Return the file of a storage; None if it is no file, or the URL is none that is known."""
+    """Return the file of a storage; None if it is not a file or the URL is unknown."""
     if url.startswith("journal:") or ("://" not in url and url.endswith(_JOURNALS)):
         return Path(url.removeprefix("journal:"))
     from sqlalchemy.engine import make_url
@@ -173,9 +173,10 @@ def _check_there(url: str, path: Path, *, create: bool) -> None:
 
 
 def make_sampler(name: str, seed: int) -> BaseSampler:
-    """Return a sampler whose draws in trial n depend on the seed and on n alone.
+    """Return a sampler whose draws in trial n depend only on the seed and n.
 
-    So two workers never draw the same, and a resumed worker draws what an uninterrupted one would.
+    So two workers never repeat each other's draws, and a resumed worker continues as an
+    uninterrupted one would.
 
     Raises:
         InputError: the name is unknown.
@@ -185,7 +186,7 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
     from optuna.samplers import BaseSampler
 
     class Seeded(BaseSampler):
-        """The named sampler, made anew for every trial; its state lies in the storage."""
+        """The named sampler, created anew for every trial; its state is in the storage."""
 
         def __init__(self) -> None:
             self._inner = _plain_sampler(name, seed)
@@ -226,12 +227,11 @@ def _plain_sampler(name: str, seed: int) -> BaseSampler:
 def attempt(
     study: optuna.Study, evaluate: Callable[[optuna.Trial], Sequence[float]]
 ) -> optuna.trial.FrozenTrial:
-    """Ask for a trial, evaluate it, tell the result, and return the finished trial.
+    """Ask for a trial, evaluate it, report the result, and return the finished trial.
 
-    Parameters without a plan are told as pruned and a value that is no number as failed, with the
-    reason; any other error is told as failed and raised again. SQLite does not lock rows, so two
-    workers may take the same waiting trial: it is that of the last to sign it, and the other still
-    owes one.
+    A trial without a plan is pruned, and a value that is not a number fails it, with the reason;
+    any other error fails it and is raised again. SQLite does not lock rows, so two workers may take
+    the same waiting trial: the last to sign it owns it, and the other must run another.
     """
     from optuna.exceptions import UpdateFinishedTrialError
     from optuna.trial import TrialState
@@ -295,7 +295,7 @@ def attempts(
 
 
 def known_values(study: optuna.Study) -> dict[str, list[float]]:
-    """Return what was measured already, by the digest of the plan."""
+    """Return the values already measured, by the digest of the plan."""
     from optuna.trial import TrialState
 
     return {
@@ -306,16 +306,16 @@ def known_values(study: optuna.Study) -> dict[str, list[float]]:
 
 
 def worker() -> str:
-    """Return who this process is: the machine, its process namespace, and the process."""
+    """Return an identifier of this process: machine, process namespace and process."""
     namespace = Path("/proc/self/ns/pid")
     inner = namespace.stat().st_ino if namespace.exists() else 0
     return f"{platform.node()}/{inner}:{os.getpid()}"
 
 
 def fail_abandoned(study: optuna.Study) -> int:
-    """Tell trials left running by dead processes of this machine as failed; return how many.
+    """Mark trials left running by dead processes of this machine as failed; return how many.
 
-    What was enqueued for them is enqueued again.
+    Their enqueued parameters are enqueued again.
     """
     from optuna.trial import TrialState
 

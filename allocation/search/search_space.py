@@ -1,4 +1,4 @@
-"""Outer knobs: what a study may turn, and what turning them does to a cost table.
+"""Knobs: the parameters of a study, and their effect on a cost table.
 
 Every knob has a neutral value that leaves the table as it is, so an unfitted knob changes nothing
 (methods.md#modifiers).
@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 GROUPS = ("layer", "proj")
 # Largest k in cost + k * spread, and largest exponent of a feature.
 _RISK, _EXPONENT = 3.0, 1.0
-# A tilt beyond it would drown the table: exp(10) is 22,000.
+# A larger tilt would swamp the table: exp(10) is 22,000.
 _WIDEST = 10.0
 _BY = ("layer", "role", "expert", "proj")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Knobs:
-    """What a study may turn; nothing unless said so.
+    """The knobs that a study may turn; none by default.
 
     Attributes:
         exponents: names of feature tables; each multiplies the cost by exp(theta * z), theta from
@@ -44,7 +44,7 @@ class Knobs:
         tilts: columns of the units ("layer", "role", "expert", "proj") that make groups; each
             group's cost is multiplied by exp(tilt).
         width: tilts go from -width to width.
-        budget: least and greatest bits per weight, for size against loss.
+        budget: lowest and highest bits per weight, to trade size against loss.
     """
 
     exponents: tuple[str, ...] = ()
@@ -87,13 +87,13 @@ class Knobs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Range:
-    """Where one parameter may lie, and where it changes nothing.
+    """The range of one parameter, and its neutral value.
 
     Attributes:
         low: least value.
         high: greatest value.
         neutral: value that leaves the table as it is.
-        kind: a real number, a whole number, or a yes (1) or no (0).
+        kind: real number, whole number, or switch (1 is on, 0 is off).
     """
 
     low: float
@@ -103,24 +103,24 @@ class Range:
 
 
 def check_groups(by: Sequence[str]) -> None:
-    """Raise InputError unless every name is a column that groups can be made of."""
+    """Raise InputError unless every name is a column that can define groups."""
     for name in by:
         if name not in _BY:
             raise InputError(f"tilts: {name!r} is not one of {', '.join(_BY)}")
 
 
 def check_width(width: float) -> None:
-    """Raise InputError unless tilts of that width can be multiplied into costs."""
+    """Raise InputError unless the width of tilts is in range."""
     if not 0 < width <= _WIDEST:
         raise InputError(f"width: {width} is not above 0 and at most {_WIDEST:g}")
 
 
 def space(knobs: Knobs, table: CostTable) -> dict[str, Range]:
-    """Return every parameter of a study of `table`, by name.
+    """Return the range of every parameter of a study of `table`, by name.
 
     Args:
-        knobs: what may be turned.
-        table: the table, ties included: groups follow the first unit of a tie.
+        knobs: the knobs that may be turned.
+        table: the table with its ties; tied units belong to the group of the first one.
 
     Raises:
         InputError: a knob has nothing to turn in this table.
@@ -187,7 +187,7 @@ def _families(formats: Sequence[Format]) -> list[str]:
 
 
 def _widths(knobs: Knobs, formats: Sequence[Format]) -> dict[str, Range]:
-    """Return the ranges of floor and cap, which meet in the middle and so never clash."""
+    """Return the ranges of floor and cap, which meet in the middle so that they never clash."""
     widths = sorted({item.bits for item in formats})
     if len(widths) < 2:
         raise InputError("knobs floor and cap: the table has one width; leave them out")
@@ -203,7 +203,7 @@ def _widths(knobs: Knobs, formats: Sequence[Format]) -> dict[str, Range]:
 def groups(table: CostTable, by: Sequence[str] = GROUPS) -> tuple[Ints, tuple[str, ...]]:
     """Return the group of each unit, int32[U], and the name of each group's parameter.
 
-    Units that are tied belong to the group of the first of them.
+    Tied units belong to the group of the first one.
 
     Args:
         table: the table.
@@ -226,10 +226,11 @@ def groups(table: CostTable, by: Sequence[str] = GROUPS) -> tuple[Ints, tuple[st
 
 
 def signal(table: CostTable, feature: CostTable, name: str = "feature") -> Floats:
-    """Return how dear each unit is in another table, float64[U]: mean 0, deviation 1.
+    """Return the standardised log-cost of each unit in another table, float64[U].
 
-    The mean over formats of the logarithm of the unit's cost, centred within each projection.
-    Costs that are forbidden or not above 0 say nothing; a unit without any other has 0.
+    The mean over formats of the logarithm of the unit's cost, centred within each projection and
+    scaled to deviation 1. Forbidden costs and costs not above 0 are ignored; a unit without others
+    gets 0.
 
     Raises:
         MismatchError: the tables have other units.
@@ -249,20 +250,20 @@ def signal(table: CostTable, feature: CostTable, name: str = "feature") -> Float
     mean = np.bincount(kind, weights=np.where(known, level, 0.0)) / seen
     centred = np.where(known, level - mean[kind], 0.0)
     deviation = float(np.sqrt((centred**2).sum() / max(1, int(known.sum()))))
-    # Rounding of equal costs is no signal.
+    # Differences this small are rounding errors of equal costs.
     return np.zeros(len(ours)) if deviation < 1e-9 else centred / deviation
 
 
 def apply(
     table: CostTable, params: Mapping[str, Any], features: Mapping[str, Floats] | None = None
 ) -> CostTable:
-    """Return the table that the parameters make of `table`.
+    """Return `table` modified by the parameters.
 
     Costs become (cost + k * spread) * exp(sum of theta * z + tilt); then formats are forbidden.
 
     Args:
         table: the table.
-        params: what `suggest` or `neutral` returned; the budget in it changes nothing here.
+        params: the parameters from `suggest` or `neutral`; their budget is ignored here.
         features: `signal` of each feature table, by name.
 
     Raises:
@@ -297,7 +298,7 @@ def _named(params: Mapping[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _tilt(table: CostTable, tilts: Mapping[str, float]) -> Floats | float:
-    """Return the tilt of each unit, float64[U]; the parameters' own names say what a group is."""
+    """Return the tilt of each unit, float64[U]; the parameters' names define the groups."""
     if not any(tilts.values()):
         return 0.0
     first = next(iter(tilts)).removeprefix("tilt:")
@@ -312,7 +313,7 @@ def _tilt(table: CostTable, tilts: Mapping[str, float]) -> Floats | float:
 
 
 def _allowed(formats: Sequence[Format], params: Mapping[str, Any]) -> Bools:
-    """Return which formats the floor, the cap and the families leave, bool[F]."""
+    """Return which formats the floor, the cap and the families allow, bool[F]."""
     off = {name for name, on in _named(params, "allow:").items() if not on}
     low, high = params.get("floor", 0), params.get("cap", np.inf)
     return np.array(

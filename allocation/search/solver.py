@@ -1,4 +1,4 @@
-"""Search around the knapsack's plan, for losses that are no sum over units."""
+"""Search around the knapsack's plan, for losses that are not sums over units."""
 
 from __future__ import annotations
 
@@ -34,29 +34,29 @@ from bitknap.progress import Progress
 if TYPE_CHECKING:
     import optuna
 
-# What a stored search is about.
+# Attribute of a stored study that identifies its problem.
 _PROBLEM = "problem"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Search:
-    """Tilt the costs of groups of rows, solve again exactly, keep the plan of the least objective.
+    """Tilt the costs of groups of rows, solve exactly again, keep the best plan by the objective.
 
     Every candidate is the knapsack's plan for cost * exp(tilt), so it is within all limits. The
-    first candidate is the untilted plan: by the objective the result is never worse. Equal plans
-    are measured once. Deterministic by seed where `Knapsack` and the objective are.
+    first candidate is the untilted plan, so the result is never worse by the objective. Equal plans
+    are measured once. Deterministic for a given seed if `Knapsack` and the objective are.
 
     Attributes:
         objective: loss of a plan from the choice of each unit, int32[U]; the table's own cost when
             not given.
-        trials: how many candidates to try.
+        trials: number of candidates to try.
         sampler: "cmaes" or "tpe".
         width: tilts go from -width to width.
-        groups: columns of the units ("layer", "role", "expert", "proj") that make groups; tied
-            units follow the first of them.
+        groups: columns of the units ("layer", "role", "expert", "proj") that define groups; tied
+            units belong to the group of the first one.
         seed: random seed of the sampler.
-        storage: an Optuna storage URL to keep trials in and to resume from; memory if not given.
-        study: name of the study there.
+        storage: an Optuna storage URL that keeps trials for resuming; in memory if not given.
+        study: name of the study in the storage.
         progress: called with (what, done, of).
     """
 
@@ -86,11 +86,11 @@ class Search:
         return "search"
 
     def answer(self, problem: Problem) -> Answer:
-        """Return the candidate of the least objective, with the knapsack's bound on the cost.
+        """Return the candidate with the least objective, and the knapsack's bound on the cost.
 
         Raises:
-            BitknapError: the objective was a number for no candidate.
-            MismatchError: the stored study is of another problem.
+            BitknapError: the objective was not a number for any candidate.
+            MismatchError: the stored study is about another problem.
         """
         start = Knapsack().answer(problem)
         if start.choice is None:
@@ -112,7 +112,7 @@ class Search:
 
         study = self._study(problem, names)
         known = known_values(study)
-        # Of all plans only the best is kept: a million rows times all trials fill a memory.
+        # Only the best plan is kept: a million rows times all trials would fill memory.
         least, best, latest = np.inf, start, start
 
         def evaluate(trial: optuna.Trial) -> list[float]:
@@ -141,7 +141,7 @@ class Search:
         return float(self.objective(problem.expand(choice)))
 
     def _study(self, problem: Problem, names: tuple[str, ...]) -> optuna.Study:
-        """Return the study to go on with, the untilted plan first in a new one."""
+        """Return the study to continue; a new one starts with the untilted plan."""
         import optuna
 
         sampler = make_sampler(self.sampler, self.seed)
@@ -188,7 +188,7 @@ def _tilted(problem: Problem, tilt: Floats) -> Longs:
     object.__setattr__(other, "cost", problem.cost * np.exp(tilt)[:, None])
     choice = Knapsack().answer(other).choice
     if choice is None:
-        # Several limits may take HiGHS too long; the search goes on.
+        # With several limits HiGHS may run out of time; the search goes on.
         raise InfeasibleError("the knapsack found no plan for the tilted costs in its time")
     return np.asarray(choice)
 

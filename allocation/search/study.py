@@ -1,8 +1,8 @@
-"""Studies: many measured plans of one table, shared by workers over an Optuna storage.
+"""Studies: many measured plans of one table, shared by workers through an Optuna storage.
 
-A trial turns the knobs, solves the table they make exactly, and measures the plan; so a plan is
-known by its parameters alone. What a study is about is stored with it, and running it with
-anything else is refused.
+A trial turns the knobs, solves the modified table exactly, and measures the plan; so its parameters
+alone determine a plan. The inputs of a study are recorded in it, and running it with different
+inputs is refused.
 """
 
 from __future__ import annotations
@@ -52,11 +52,11 @@ class Study:
         name: its name in the storage.
         storage: the storage's URL.
         trials: Optuna's own study.
-        about: what it is about, JSON values: "table" and "features" with their SHA-256, "budget",
-            "profile", "knobs", "sampler", "seed", "model".
+        about: the recorded inputs, JSON values: "table" and "features" with their SHA-256,
+            "budget", "profile", "knobs", "sampler", "seed", "model".
         table: the table, units tied as the profile says.
         signals: `signal` of each feature table, by name.
-        knobs: what is turned.
+        knobs: the knobs that are turned.
     """
 
     name: str
@@ -69,7 +69,7 @@ class Study:
 
     @property
     def measured(self) -> Mapping[str, Any]:
-        """What the measurements are of, JSON values; empty before the first run."""
+        """Description of what is measured, JSON values; empty before the first run."""
         stored: Mapping[str, Any] = self.trials.user_attrs.get(MEASURED, {})
         return stored
 
@@ -86,22 +86,22 @@ def create(
     knobs: Knobs | None = None,
     seed: int = 0,
 ) -> Study:
-    """Create a study and enqueue its first trial, which turns nothing.
+    """Create a study and enqueue its first trial, with every knob neutral.
 
     Args:
         name: name of the study, new in the storage.
-        storage: any URL that Optuna knows, or "journal:PATH".
+        storage: any URL that Optuna accepts, or "journal:PATH".
         table: file of the table to solve.
         features: files of other tables of the same units, for exponents; named by their stems.
-        budget: what every plan must keep; not with a range of budgets in the knobs.
-        profile_name: which units share a format.
+        budget: budget of every plan; not allowed with a range of budgets in the knobs.
+        profile_name: profile that says which units share a format.
         sampler: "tpe", "cmaes", or "nsga2", which trades bytes against loss.
-        knobs: what may be turned; tilts by layer and projection when not given.
+        knobs: the knobs that may be turned; tilts by layer and projection when not given.
         seed: random seed of the sampler.
 
     Raises:
         InputError: a value cannot be used, the storage cannot be reached, or the study exists.
-        InfeasibleError: no plan keeps the budget.
+        InfeasibleError: no plan is within the budget.
         FileError: a table cannot be read.
     """
     chosen = knobs or Knobs(tilts=("layer", "proj"))
@@ -159,13 +159,13 @@ def load(
     table: str | Path | None = None,
     features: Sequence[str | Path] = (),
 ) -> Study:
-    """Return a study of a storage, with its tables.
+    """Return a study from a storage, with its tables.
 
     Args:
         name: name of the study.
         storage: the URL it was created with.
-        table: where its table lies now, if it moved.
-        features: where its feature tables lie now, in their first order, if they moved.
+        table: current path of its table, if it moved.
+        features: current paths of its feature tables, in the original order, if they moved.
 
     Raises:
         InputError: the storage cannot be reached, or has no such study.
@@ -225,18 +225,19 @@ def run(
 ) -> None:
     """Measure `trials` more plans; several processes may do so at once.
 
-    A killed process loses its running trial at most. Equal plans are measured once.
+    A killed process loses at most its running trial. Equal plans are measured once.
 
     Args:
         study: from `create` or `load`.
-        measure: loss of a plan, a number.
-        trials: how many this process shall complete.
-        measured: what is measured, such as model and text, JSON values; the first run keeps it.
+        measure: returns the loss of a plan, a number.
+        trials: number of trials for this process to complete.
+        measured: description of what is measured, such as model and text, JSON values; the first
+            run records it.
         watch: called with each finished trial.
 
     Raises:
-        MismatchError: the study was measured on something else before.
-        InputError: the storage is lost.
+        MismatchError: earlier runs of the study measured something else.
+        InputError: the storage can no longer be reached.
         BitknapError: 50 trials in a row failed.
     """
     if trials < 1:
@@ -264,18 +265,19 @@ def run(
 
 
 def plan_of(study: Study, params: Mapping[str, Any], record: Record | None = None) -> BitPlan:
-    """Return the plan of a trial's parameters, the same at every call.
+    """Return the plan for a trial's parameters, the same at every call.
 
     Args:
         study: the study.
         params: the parameters, such as a record's.
-        record: a trial whose number and loss the plan's header shall carry.
+        record: a trial whose number and loss go into the plan's header.
 
     Raises:
-        InfeasibleError: the parameters leave no plan.
+        InfeasibleError: the parameters allow no plan.
     """
     plan = _solved(study.table, study.signals, study.about["budget"], params)
-    # Objective and bound are those of the turned costs; what counts is the study's own table.
+    # Objective and bound refer to the modified costs, but the plan is reported by the study's
+    # table.
     header = {key: value for key, value in plan.header.items() if key != "bound"}
     cost = study.table.cost[np.arange(len(plan.choice)), plan.choice].sum()
     header |= {"objective": float(cost), "study": study.name, "params": dict(params)}
@@ -314,7 +316,7 @@ def _tables(
 
 
 def _starts(knobs: Knobs, table: CostTable) -> list[dict[str, Any]]:
-    """Return the first trials: nothing turned, with a range of budgets also at both ends."""
+    """Return the first trials: neutral knobs, and for a range of budgets also both ends."""
     first = neutral(knobs, table)
     return [first, *({**first, "bits": bits} for bits in knobs.budget or ())]
 
@@ -328,7 +330,7 @@ def _solved(
 
 
 def _claim(study: Study, measured: dict[str, Any]) -> None:
-    """Keep what is measured, or refuse if it was something else before."""
+    """Record what is measured, or refuse if earlier runs measured something else."""
     before = study.trials.user_attrs.get(MEASURED)
     if before is None:
         study.trials.set_user_attr(MEASURED, measured)

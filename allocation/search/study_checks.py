@@ -1,4 +1,4 @@
-"""What a study may be made of, and whether one in a storage is ours: anybody may write there."""
+"""Checks of the inputs of a study, and of studies in a storage, where anybody may write."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bitknap.errors import InputError
 if TYPE_CHECKING:
     import optuna
 
-# Where a study's own attributes keep what it is about, and what is measured.
+# Attributes of a study that hold its inputs, and what is measured.
 ABOUT, MEASURED = "about", "measured"
 
 _FILE = {"name": str, "path": str, "sha256": str}
@@ -39,9 +39,9 @@ _TEXTS = {"reason?": str, "worker?": str}
 
 
 def is_ours(study: optuna.Study) -> bool:
-    """Return whether a study and all its trials say what `study.run` writes, and nothing else.
+    """Return whether a study and all its trials hold exactly what `study.run` writes.
 
-    Trials that are not complete may lack what was not known yet.
+    Incomplete trials may lack values that were not known yet.
     """
     if not fits(dict(study.user_attrs), _STUDY):
         return False
@@ -63,7 +63,7 @@ def is_ours(study: optuna.Study) -> bool:
 
 
 def check_choices(name: str, budget: str | None, sampler: str, knobs: Knobs) -> None:
-    """Refuse what no study can be made of, before anything is read or written.
+    """Refuse invalid inputs of a study before anything is read or written.
 
     Raises:
         InputError: the name is empty, or a budget, a sampler and knobs do not go together.

@@ -1,4 +1,4 @@
-"""Optuna's tables in an SQLite file: asked for before Optuna adds those that are missing."""
+"""Check for Optuna's tables in an SQLite file before Optuna adds those that are missing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from bitknap.errors import InputError
 
-# Where Optuna keeps its version; it adds a line where there is none.
+# Tables where Optuna keeps its version; it adds a row to an empty one.
 _VERSIONS = ("version_info", "alembic_version")
 
 
@@ -19,12 +19,12 @@ def check_database(where: str, path: Path, *, create: bool) -> None:
     Args:
         where: the storage, as messages name it.
         path: the file.
-        create: whether a file without any table will do, in which Optuna then makes its own.
+        create: whether to accept a file without tables, in which Optuna then creates its own.
     """
     if not path.is_file() or (create and not path.stat().st_size):
         return
-    # What a killed process left half written is undone by whoever opens the file next, for which
-    # it must be open for writing.
+    # The next process to open the file rolls back a half-written transaction of a killed process,
+    # which requires opening it for writing.
     mode = "rw" if os.access(path, os.W_OK) else "ro"
     address = f"{path.absolute().as_uri()}?mode={mode}"
     try:

@@ -1,4 +1,4 @@
-"""Optuna's journal of trials in a file: opened with care for files that are something else."""
+"""Optuna's journal of trials in a file, opened without damaging files of another kind."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ _RECORD = b'{"op_code":'
 
 
 def open_journal(url: str, path: Path) -> BaseStorage:
-    """Return the storage in a journal file, which is made if it is not there.
+    """Return the storage in a journal file, which is created if it is missing.
 
     Args:
-        url: named in messages.
+        url: the URL shown in messages.
         path: the file.
 
     Raises:
-        InputError: the file cannot be used, or holds something else, and is left as it is.
+        InputError: the file cannot be used or is not a journal; it is left unchanged.
     """
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
@@ -35,7 +35,7 @@ def open_journal(url: str, path: Path) -> BaseStorage:
         if path.exists():
             with path.open("rb") as opened:
                 first = opened.read(len(_RECORD))
-            if not _RECORD.startswith(first):  # Optuna would write behind a line of text
+            if not _RECORD.startswith(first):  # Optuna would append after a line of text
                 raise InputError(f"storage {url}: not a journal of Optuna; choose another file")
         storage = JournalStorage(JournalFileBackend(file, lock))
         storage.get_all_studies()
@@ -45,16 +45,16 @@ def open_journal(url: str, path: Path) -> BaseStorage:
     except (MemoryError, InputError):
         raise
     except Exception:
-        # Optuna replays the file without checking it, and fails in whatever way a line is wrong.
+        # Optuna replays the file without checking it, so a bad line can raise any error.
         raise InputError(f"storage {url}: not a journal of Optuna; choose another file") from None
     return storage
 
 
 def _mend(path: Path, lock: Any) -> None:
-    """Cut an unfinished last line, which a machine that stopped in the middle of it left.
+    """Cut off an unfinished last line, left by a machine that stopped while writing it.
 
     Raises:
-        ValueError: what follows the last whole line is nothing that Optuna writes.
+        ValueError: the text after the last whole line was not written by Optuna.
     """
 
     def torn() -> bytes:
@@ -65,7 +65,7 @@ def _mend(path: Path, lock: Any) -> None:
         return
     lock.acquire()
     try:
-        # Under the lock nobody writes: what is unfinished now stays so.
+        # Nobody writes under the lock, so an unfinished line stays unfinished.
         rest = torn()
         if not _RECORD.startswith(rest[: len(_RECORD)]):
             raise ValueError(f"{rest[:20]!r} does not begin as a record does")

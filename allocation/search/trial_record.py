@@ -1,4 +1,4 @@
-"""One trial of a study, as it ended or as it stands."""
+"""One trial of a study, finished or in its current state."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """One trial as it ended, or as it stands.
+    """One trial, finished or in its current state.
 
     Attributes:
         number: the trial's number.
         state: "complete", "failed", "pruned", "running" or "waiting".
         loss: the measured loss, or None.
-        predicted: cost of its plan by the study's table, nats per token, or None.
+        predicted: cost of its plan according to the study's table, nats per token, or None.
         nbytes: bytes of its plan, or None.
         bpw: bits per weight of its plan, or None.
         params: value of each parameter.
@@ -43,7 +43,7 @@ class Record:
 
 
 def record_of(trial: optuna.trial.FrozenTrial) -> Record:
-    """Return what a trial says."""
+    """Return the record of a trial."""
     states = {"complete": "complete", "fail": "failed", "pruned": "pruned", "waiting": "waiting"}
     state = states.get(trial.state.name.lower(), "running")
     facts = trial.user_attrs

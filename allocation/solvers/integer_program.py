@@ -1,4 +1,4 @@
-"""One small integer program, pick one option a row under a few limits, and who can solve it."""
+"""A small integer program: pick one option per row under a few limits; and the solver protocol."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from dataclasses import dataclass
 
 from bitknap.allocation.problem.arrays import Bools, Floats, Longs
 
-# Absolute, on rows and on the objective: what solvers of floats can promise.
+# Absolute tolerance on limits and objective that floating-point solvers can guarantee.
 TOLERANCE = 1e-6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Program:
-    """Minimise the cost of the picked options, exactly one a row.
+    """Minimise the cost of the picked options, exactly one per row.
 
     Attributes:
         cost: float64[N].
         row: row of each option, 0, 1, 2, ... without holes, int[N].
         weights: float64[M,N].
         bounds: float64[M].
-        start: a pick to begin with, bool[N], which need not be within the limits.
+        start: an initial pick, bool[N], which may break the limits.
     """
 
     cost: Floats
@@ -32,12 +32,13 @@ class Program:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Result:
-    """What an integer solver says.
+    """The result of an integer solver.
 
     Attributes:
         picked: bool[N], or None when nothing was found.
-        bound: no pick costs less, within `TOLERANCE`; -inf when it does not tell.
-        finished: the pick is optimal within the gap asked for, or, without one, none exists.
+        bound: lower bound on the cost, within `TOLERANCE`; -inf when the solver gives none.
+        finished: whether the pick is optimal within the requested gap, or, without a pick, whether
+            it is proven that none exists.
     """
 
     picked: Bools | None

@@ -1,1 +1,1 @@
-"""What a budget or a profile costs: frontiers, prices of profiles, uniform recipes."""
+"""Trade-offs: frontiers over budgets, prices of profiles, uniform recipes."""

@@ -24,11 +24,11 @@ def write_frontier(
 ) -> None:
     """Write the fields of a `Frontier`; equal frontiers give equal bytes.
 
-    `start`, `row_of` and `steps` hold every plan. Bytes of the units are written only where the
-    formats do not tell them.
+    `start`, `row_of` and `steps` hold every plan. Bytes of the units are written only where they do
+    not follow from the formats.
 
     Args:
-        fields: by name.
+        fields: the fields by name.
         points: bits per weight, bytes and cost of some plans, for people and plots.
         path: the file.
     """
@@ -98,10 +98,10 @@ def read_frontier(path: Path) -> dict[str, Any]:
 
 
 def is_frontier(path: Path) -> bool:
-    """Return whether a JSON file says that it is a frontier.
+    """Return whether a JSON file declares itself a frontier.
 
     Raises:
-        FileError: it is no JSON file.
+        FileError: it is not a JSON file.
     """
     content = read_json(path)
     return isinstance(content, dict) and content.get("format") == KIND
@@ -119,7 +119,7 @@ def _numbers(
         array = np.asarray(values)
     except ValueError:
         array = np.asarray("ragged")
-    # An empty list has no kind of its own.
+    # NumPy makes an empty list an array of floats.
     if array.size and array.dtype.kind not in ("i" if dtype is np.int64 else "if"):
         wanted = "whole numbers" if dtype is np.int64 else "numbers"
         raise FileError(f"{path}: {prefix}{key}: not a list of {wanted}")

@@ -22,7 +22,7 @@ from bitknap.allocation.solvers.lagrangian_path import lagrangian_path, taken
 from bitknap.allocation.tradeoffs.frontier_file import read_frontier, write_frontier
 from bitknap.errors import FileError, InfeasibleError, InputError
 
-# What plans keep of their table's provenance, and what budgets and pictures refer to besides.
+# Provenance keys that plans keep, and those that budgets and figures need in addition.
 _KEPT = (*CARRIED, "model", "unit", "fixed_bytes", "source_bytes")
 
 
@@ -38,21 +38,21 @@ class FrontierPoint(NamedTuple):
 class Frontier:
     """The Lagrangian path of a table: S steps, each moving one row to a heavier, better format.
 
-    The plan after every step is optimal at its own bytes. Between two such plans the line that
-    joins them is a lower bound on the cost. Formats above the convex hull of their row are never
-    on the path; `solve` uses them to fill the bytes between two steps, so its plans may be
-    better there, but they are not nested.
+    The plan after every step is optimal at its own bytes. The line between two such plans is a
+    lower bound on the cost. Formats above the convex hull of their row are never on the path;
+    `solve` uses them to fill the bytes between two steps, so its plans may be better there, but
+    they are not nested.
 
     Attributes:
         units: the units.
-        formats: the formats that could be chosen.
+        formats: the formats available.
         unit_bytes: stored bytes, int64[U,F].
         row_of: row of each unit, int32[U]; tied units share one.
         start: format of each row in the smallest plan, int32[R].
-        row: row that a step moves, int32[S].
-        format: format that the step gives it, int32[S].
+        row: row that each step moves, int32[S].
+        format: format that each step gives its row, int32[S].
         nbytes: bytes of the plan after 0, 1, … S steps, int64[S+1], rising.
-        cost: its cost, float64[S+1], nats per token, falling.
+        cost: cost of that plan, float64[S+1], nats per token, falling.
         header: where the table came from; JSON values.
     """
 
@@ -101,13 +101,13 @@ class Frontier:
         return int(self.units.numel.sum())
 
     def plan(self, budget: int | Budget) -> BitPlan:
-        """Return the last plan of the path within a budget, bytes of the units when a number.
+        """Return the last plan of the path within a budget; a number means bytes of the units.
 
-        A larger budget only upgrades units of the plan for a smaller one.
+        The plan for a larger budget only upgrades units of the plan for a smaller one.
 
         Raises:
             InfeasibleError: the smallest plan is above the budget.
-            InputError: the budget refers to what the table did not know.
+            InputError: the budget refers to a number that the table lacked.
         """
         limit = self._limit(budget)
         steps = int(np.searchsorted(self.nbytes, limit.bound, side="right")) - 1
@@ -131,13 +131,13 @@ class Frontier:
         )
 
     def bound_at(self, nbytes: float) -> float:
-        """Return what no plan of at most `nbytes` costs less than; +inf where there is none."""
+        """Return a lower bound on the cost of plans of at most `nbytes`; +inf if there are none."""
         if nbytes < self.nbytes[0]:
             return float("inf")
         return float(np.interp(nbytes, self.nbytes, self.cost))
 
     def points(self, count: int = 200) -> tuple[FrontierPoint, ...]:
-        """Return at most `count` plans, spread evenly in bytes, the first and the last among them.
+        """Return at most `count` plans, evenly spaced in bytes, including the first and the last.
 
         Raises:
             InputError: `count` is below 2.
@@ -158,7 +158,7 @@ class Frontier:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the frontier as JSON, whole or not at all."""
+        """Write the frontier atomically as JSON."""
         stored = {item.name: getattr(self, item.name) for item in fields(self)}
         write_frontier(stored, self.points(), Path(path))
 
@@ -200,7 +200,7 @@ class Frontier:
 
 
 def frontier(source: CostTable | Problem) -> Frontier:
-    """Return the plans of every byte budget: all hull steps, the best gain a byte first.
+    """Return the plans of every byte budget: all hull steps, by falling gain per byte.
 
     Pruned by dominance and to convex hulls, then sorted once: O(U F^2 + S log S). See Kellerer,
     Pferschy and Pisinger (2004), section 11.2, for the linear relaxation that the path solves.
@@ -209,7 +209,7 @@ def frontier(source: CostTable | Problem) -> Frontier:
         source: a table, or a problem whose only limit is a budget of bytes (its bound is ignored).
 
     Raises:
-        InputError: the problem has a limit that is not on the table's bytes.
+        InputError: the problem has a limit on something other than the table's bytes.
     """
     table = source.table if isinstance(source, Problem) else source
     for limit in source.limits if isinstance(source, Problem) else ():

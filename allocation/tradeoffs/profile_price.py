@@ -1,4 +1,4 @@
-"""The price of a runtime: what its grouping rule costs at the same limits."""
+"""The price of a runtime: the extra cost of its grouping rule at the same limits."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _FREE = PROFILES["free"]
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Price:
-    """What one profile costs.
+    """The cost of one profile.
 
     Attributes:
         profile: the rule.
         solution: the checked plan under it; None when no plan is within the limits.
         ratio: cost over the cost of `free` within the same limits; None when either is missing
             or `free` does not cost more than 0.
-        reason: why there is no plan, with the least reachable; "" when there is one.
+        reason: why there is no plan, and the smallest reachable; "" when there is one.
     """
 
     profile: Profile
@@ -48,7 +48,7 @@ class Price:
 
     @property
     def bound(self) -> float:
-        """What no plan under the profile costs less than; +inf when there is none."""
+        """Lower bound on the cost of plans under the profile; +inf when there are none."""
         return float("inf") if self.solution is None else self.solution.bound
 
     @property
@@ -66,8 +66,8 @@ def price(
     """Solve the same limits under each profile and compare with choosing freely.
 
     Args:
-        table: its own ties and pins hold under every profile.
-        limits: as `Problem` takes them.
+        table: the costs; its own ties and pins hold under every profile.
+        limits: the limits, as `Problem` takes them.
         profiles: rules to compare, in this order.
         solver: `Knapsack()` when not given.
 
@@ -75,7 +75,7 @@ def price(
         InputError: the limits do not belong to the table.
     """
     chosen = list(profiles.values() if isinstance(profiles, Mapping) else profiles)
-    # Without any profile: what is wrong here is wrong with the limits, not with a profile.
+    # Without any profile: errors here are about the limits, not about a profile.
     problem = Problem(table, limits)
     free, reason = _tried(problem, solver)
     least = None if free is None else free.cost
@@ -120,7 +120,7 @@ def _under(
     try:
         problem = Problem(under(table, rule), limits)
     except InputError as error:
-        # Pins that contradict each other once their units are tied.
+        # The pins contradict each other once their units are tied.
         return None, str(error)
     return _tried(problem, solver)
 

@@ -1,4 +1,4 @@
-"""Uniform recipes: what people use without an allocator, and what ours must beat at equal bytes."""
+"""Uniform recipes: the usual choice without an allocator, and the baseline at equal bytes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from bitknap.allocation.problem.units import Units
 
 # A format this much larger than the budget still counts as fitting it, in the recipe's favour.
 _CLOSE = 1.02
-# Of a limit: what recipes use, or they count only where none uses so much.
+# Share of the limit that a recipe must use to count, unless none uses that much.
 _FULL = 0.95
 
 
 def uniform_plans(
     units: Units, formats: Sequence[Format], nbytes: int, model: str = ""
 ) -> list[BitPlan]:
-    """Return every uniform recipe that a user could mean by a budget of `nbytes`.
+    """Return every uniform recipe that a user might use for a budget of `nbytes`.
 
     For each family (group size, zero point, metadata): the widest format within the budget; the
     next one if it is at most 2 % over; otherwise a round robin of the two over the units that
@@ -49,9 +49,9 @@ def uniform_plans(
 def uniform_plans_within(
     units: Units, formats: Sequence[Format], nbytes: int, model: str = ""
 ) -> list[BitPlan]:
-    """Return the uniform recipes that take `nbytes` at most; none if no format is so small.
+    """Return the uniform recipes of at most `nbytes`; none if no format is small enough.
 
-    Those that leave more than a twentieth of the bytes are left out where others use them.
+    Recipes that leave over a twentieth of the bytes unused are dropped if others use more.
     """
     plans = []
     for plan in uniform_plans(units, formats, nbytes, model):
@@ -66,11 +66,11 @@ def uniform_plans_within(
 
 
 def round_robin(units: Units, low: Format, high: Format, nbytes: int, model: str = "") -> BitPlan:
-    """Give `high` to evenly spaced units, as few as bring the plan to `nbytes` or more."""
+    """Give `high` to the fewest evenly spaced units that bring the plan to `nbytes` or more."""
     small, large = storage(units, (low, high)).T
     count = len(units)
-    # Unit i comes up as the van der Corput-like golden-ratio sequence visits it: every prefix of
-    # this order is spread evenly over layers, experts and projections.
+    # Units in the order of a golden-ratio (van der Corput-like) sequence: every prefix is spread
+    # evenly over layers, experts and projections.
     order = np.argsort((np.arange(count) * 0.6180339887498949) % 1.0, kind="stable")
     total = small.sum() + np.cumsum((large - small)[order])
     enough = int(np.searchsorted(total, nbytes)) + 1
