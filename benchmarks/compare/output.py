@@ -129,7 +129,12 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
             check_only(part, _NAMES)
             if not _goes_on(part, about):
                 drop(part, _NAMES)
-        (part / WORK).mkdir(parents=True, exist_ok=True)
+        if not part.exists():  # never there without the folder that says a run goes on in it
+            new = beside(part, "new")
+            check_only(new, _NAMES)
+            (new / WORK).mkdir(parents=True, exist_ok=True)
+            new.rename(part)
+        (part / WORK).mkdir(exist_ok=True)
         sign(part, [*_written(part), f"{WORK}/"])
         yield part
         sign(part, _written(part))
