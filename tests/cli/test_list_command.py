@@ -144,7 +144,7 @@ def test_a_solver_of_another_package(made, packages, tmp_path, document, refused
         (("--solver", "nothing"), "my_solvers:Nothing of my-solvers 1.0 has no name or no answer"),
         (
             ("--solver", "cheapst"),
-            "search, cheapest, nothing (did you mean 'cheapest'?)",
+            "'cheapest', 'nothing' (did you mean 'cheapest'?)",
         ),
     ):
         assert says in refused(*solve, *option, "-o", tmp_path / "q.json")
