@@ -58,7 +58,8 @@ def _tensors(header: Any, data: bytes | bytearray) -> list[tuple[str, str, int, 
     for name, entry in header.items() if isinstance(header, dict) else ():
         try:
             start, stop = entry["data_offsets"]
-            if name != "__metadata__" and 0 <= start < stop <= len(data):
+            sized = all(type(n) is int and n > 0 for n in entry["shape"])
+            if name != "__metadata__" and sized and 0 <= start < stop <= len(data):
                 found.append((name, _NUMPY[entry["dtype"]], start, stop))
         except (TypeError, KeyError, ValueError):
             continue
