@@ -20,6 +20,7 @@ from bitknap.estimators.measuring.kl_replay import Losses, Replay
 from bitknap.estimators.measuring.text import BUILTIN, read_text, token_windows
 from bitknap.estimators.published import rule
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import resolve
@@ -82,7 +83,7 @@ def reference(name: str, tokens: int, judged: int) -> Reference:
     layout = walk(model)
     text = read_text(BUILTIN, "calibration")
     windows = token_windows(tokenizer_of(folder), text, tokens, longest_of(model.config))
-    evidence = calibrate(model, layout, windows, curvature=True, gradients=True)
+    evidence = calibrate(model, layout, windows, Recorded(curvature=True, gradients=True))
     held_out = evaluation_windows(folder, BUILTIN, judged)
     judge = Judge(replay=Replay(model, layout, held_out, cache=False), evidence=evidence)
     return Reference(

@@ -80,7 +80,7 @@ def named(words: Sequence[str], settings: Settings | None = None) -> Estimator:
             settings.calibrate is not None or settings.check or settings.journal is not None
         ):
             raise InputError(
-                f"--estimator {FUZZY}: --calibrate, --check and --journal are of its base; "
+                f"`estimator={FUZZY}`: `calibrate`, `check` and `journal` are of its base; "
                 f"name one: {FUZZY},{CALIBRATED},fisher"
             )
         rules = Sampled(
@@ -89,10 +89,10 @@ def named(words: Sequence[str], settings: Settings | None = None) -> Estimator:
             progress=settings.progress,
         )
         return rules if alone else replace(rules, base=_plain(words[1:], settings))
-    of_fuzzy = {"--samples": settings.samples, "--measurements": settings.measurements}
-    for flag, value in of_fuzzy.items():
+    of_fuzzy = {"samples": settings.samples, "measurements": settings.measurements}
+    for name, value in of_fuzzy.items():
         if value is not None:
-            raise InputError(f"{flag}: only --estimator {FUZZY} takes it")
+            raise InputError(f"`{name}`: only `estimator={FUZZY}` takes it")
     return _plain(words, settings)
 
 
@@ -101,7 +101,7 @@ def _plain(words: Sequence[str], settings: Settings) -> Estimator:
     plain = [word for word in words if word != CALIBRATED]
     known = names()
     strange = [word for word in plain if word not in known]
-    asked = f"--estimator {','.join(words)!r}"
+    asked = f"`estimator` {','.join(words)!r}"
     if strange or not words or len(set(words)) < len(words):
         raise InputError(
             f"{asked}: give one of {', '.join(known)}, {CALIBRATED} with a base and signals, "
@@ -119,11 +119,11 @@ def _plain(words: Sequence[str], settings: Settings) -> Estimator:
     if isinstance(base, Measured):
         base = replace(base, progress=settings.progress, journal=settings.journal)
     elif settings.journal is not None:
-        raise InputError("--journal: only measured-kl, measured-layer and measured-block keep one")
+        raise InputError("`journal`: only measured-kl, measured-layer and measured-block keep one")
     if not calibrated:
         if settings.check:
             raise InputError(
-                f"--check: only calibrated tables are; write --estimator {CALIBRATED},{words[0]}"
+                f"`check`: only calibrated tables are; write `estimator={CALIBRATED},{words[0]}`"
             )
         return base
     signals = tuple(_signal(word, settings.routers) for word in plain[1:])

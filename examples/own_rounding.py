@@ -76,7 +76,10 @@ def main() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         # `force`, since the costs of `DataFree` are those of rounding to nearest.
         sizes = bitknap.quantize(
-            "reference:mixtral", plan, Path(folder) / "out", method=MinMax(), force=True
+            "reference:mixtral",
+            plan,
+            Path(folder) / "out",
+            packing=bitknap.Packing(rounding=MinMax(), force=True),
         )
     print(f"packed by {sizes['method']}: {sizes['written']:,} bytes")
     return errors

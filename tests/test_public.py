@@ -79,7 +79,7 @@ def test_the_main_example(model, tmp_path):
         estimator=bitknap.Fisher(),
         formats=bitknap.formats(bits=(2, 3, 4, 8), group_size=64),
         text=str(ROOT / "LICENSE"),
-        tokens=256,
+        calibration=bitknap.Calibration(tokens=256),
     )
     table = table.tie(bitknap.profile("expert")).pin("layer=0", bits=8)
     weight = table.nbytes * (table.units.layer == 1)[:, None]

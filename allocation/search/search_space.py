@@ -239,7 +239,7 @@ def signal(table: CostTable, feature: CostTable, name: str = "feature") -> Float
     if not ours.same_as(theirs):
         raise MismatchError(
             f"feature {name}: its {len(theirs)} units are not the {len(ours)} of the table; "
-            "estimate it on the same model with the same --include"
+            "estimate it on the same model with the same `include`"
         )
     usable = np.isfinite(feature.cost) & (feature.cost > 0)
     count = usable.sum(axis=1)

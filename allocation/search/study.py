@@ -20,14 +20,13 @@ from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.allocation.problem.budget import Budget
 from bitknap.allocation.problem.problem import Problem
-from bitknap.allocation.problem.profiles import profile
+from bitknap.allocation.problem.profiles import Profile
 from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.search.optuna_trials import (
     PLAN,
     attempts,
     fail_abandoned,
     known_values,
-    make_sampler,
     open_storage,
     quietly,
     reaching,
@@ -35,7 +34,8 @@ from bitknap.allocation.search.optuna_trials import (
     understanding,
 )
 from bitknap.allocation.search.search_space import Knobs, apply, neutral, signal, suggest
-from bitknap.allocation.search.study_checks import ABOUT, MEASURED, check_choices, is_ours
+from bitknap.allocation.search.study_checks import ABOUT, MEASURED, is_ours
+from bitknap.allocation.search.study_design import Design
 from bitknap.allocation.search.trial_record import Record, record_of
 from bitknap.allocation.solvers.solving import solve
 from bitknap.errors import FileError, InputError, MismatchError
@@ -56,7 +56,7 @@ class Study:
             "budget", "profile", "knobs", "sampler", "seed", "model".
         table: the table, units tied as the profile says.
         signals: `signal` of each feature table, by name.
-        knobs: the knobs that are turned.
+        design: how it searches.
     """
 
     name: str
@@ -65,7 +65,12 @@ class Study:
     about: Mapping[str, Any]
     table: CostTable
     signals: Mapping[str, Floats]
-    knobs: Knobs
+    design: Design
+
+    @property
+    def knobs(self) -> Knobs:
+        """What is turned."""
+        return self.design.knobs
 
     @property
     def measured(self) -> Mapping[str, Any]:
@@ -78,78 +83,77 @@ def create(
     name: str,
     storage: str,
     table: str | Path,
+    design: Design,
     *,
     features: Sequence[str | Path] = (),
-    budget: str | None = None,
-    profile_name: str = "gate_eq_up",
-    sampler: str = "tpe",
-    knobs: Knobs | None = None,
-    seed: int = 0,
 ) -> Study:
     """Create a study and enqueue its first trial, with every knob neutral.
 
     Args:
-        name: name of the study, new in the storage.
-        storage: any URL that Optuna accepts, or "journal:PATH".
-        table: file of the table to solve.
-        features: files of other tables of the same units, for exponents; named by their stems.
-        budget: budget of every plan; not allowed with a range of budgets in the knobs.
-        profile_name: profile that says which units share a format.
-        sampler: "tpe", "cmaes", or "nsga2", which trades bytes against loss.
-        knobs: the knobs that may be turned; tilts by layer and projection when not given.
-        seed: random seed of the sampler.
+        name: Name of the study, new in the storage.
+        storage: Any URL that Optuna knows, or "journal:PATH".
+        table: File of the table to solve.
+        design: What every plan keeps, and how the study searches.
+        features: Files of other tables of the same units, for exponents; named by their stems.
 
     Raises:
-        InputError: a value cannot be used, the storage cannot be reached, or the study exists.
-        InfeasibleError: no plan is within the budget.
-        FileError: a table cannot be read.
+        InputError: A value cannot be used, the storage cannot be reached, or the study exists.
+        InfeasibleError: No plan keeps the budget.
+        FileError: A table cannot be read.
     """
-    chosen = knobs or Knobs(tilts=("layer", "proj"))
-    check_choices(name, budget, sampler, chosen)
+    if not name.strip():
+        raise InputError("study: the name is empty")
     paths = [Path(table), *map(Path, features)]
     about = {
         "table": _named_file(paths[0]),
         "features": [_named_file(path) for path in paths[1:]],
-        "budget": None if budget is None else str(Budget.parse(budget)),
-        "profile": profile_name,
-        "knobs": chosen.to_dict(),
-        "sampler": sampler,
-        "seed": seed,
+        **design.to_dict(),
     }
-    tied, signals = _tables(paths, profile_name)
+    tied, signals = _tables(paths, design.profile)
     about["model"] = str(tied.provenance.get("model", ""))
-    starts = _starts(chosen, tied)
+    starts = _starts(design.knobs, tied)
     for params in starts:
-        _solved(tied, signals, budget, params)
+        _solved(tied, signals, design.budget, params)
+    return Study(
+        name=name,
+        storage=storage,
+        trials=_created(name, storage, design, about, starts),
+        about=MappingProxyType(about),
+        table=tied,
+        signals=signals,
+        design=design,
+    )
+
+
+def _created(
+    name: str,
+    storage: str,
+    design: Design,
+    about: dict[str, Any],
+    starts: Sequence[dict[str, Any]],
+) -> optuna.Study:
+    """Return a new study of Optuna's, whose first trials are enqueued."""
     import optuna
 
     with quietly():
         opened = open_storage(storage, create=True)
-        ways = [optuna.study.StudyDirection.MINIMIZE] * (2 if chosen.budget else 1)
+        ways = [optuna.study.StudyDirection.MINIMIZE] * (2 if design.knobs.budget else 1)
         try:
             with reaching(storage):
-                optuna_study = optuna.create_study(
+                made = optuna.create_study(
                     study_name=name,
                     storage=opened,
                     directions=ways,
-                    sampler=make_sampler(sampler, seed),
+                    sampler=design.sampler.make(),
                 )
-                optuna_study.set_user_attr(ABOUT, about)
+                made.set_user_attr(ABOUT, about)
                 for params in starts:
-                    optuna_study.enqueue_trial(params)
+                    made.enqueue_trial(params)
         except optuna.exceptions.DuplicatedStudyError:
             raise InputError(
                 f"study {name!r} exists in {shown(storage)}; run it, or choose another name"
             ) from None
-    return Study(
-        name=name,
-        storage=storage,
-        trials=optuna_study,
-        about=MappingProxyType(about),
-        table=tied,
-        signals=signals,
-        knobs=chosen,
-    )
+    return made
 
 
 def load(
@@ -162,33 +166,20 @@ def load(
     """Return a study from a storage, with its tables.
 
     Args:
-        name: name of the study.
-        storage: the URL it was created with.
-        table: current path of its table, if it moved.
-        features: current paths of its feature tables, in the original order, if they moved.
+        name: Name of the study.
+        storage: The URL it was created with.
+        table: Where its table lies now, if it moved.
+        features: Where its feature tables lie now, in their first order, if they moved.
 
     Raises:
-        InputError: the storage cannot be reached, or has no such study.
-        MismatchError: a table is not the one that the study is about.
-        FileError: a table cannot be read.
+        InputError: The storage cannot be reached, or has no such study.
+        MismatchError: A table is not the one that the study is about.
+        FileError: A table cannot be read.
     """
-    import optuna
-
-    with quietly():
-        opened = open_storage(storage)
-        with reaching(storage), understanding(storage):
-            try:
-                optuna_study = optuna.load_study(study_name=name, storage=opened)
-            except KeyError:
-                names = ", ".join(map(str, optuna.get_all_study_names(opened))) or "none"
-                raise InputError(
-                    f"study {name!r} is not in {shown(storage)}; there: {names}"
-                ) from None
-            ours = is_ours(optuna_study)
-    if not ours:
-        raise InputError(f"study {name!r} in {shown(storage)} is not of Bitknap; choose another")
-    about = optuna_study.user_attrs[ABOUT]
-    optuna_study.sampler = make_sampler(about["sampler"], about["seed"])
+    trials = _stored(name, storage)
+    about = trials.user_attrs[ABOUT]
+    design = Design.from_dict(about)
+    trials.sampler = design.sampler.make()
     kept = [about["table"], *about["features"]]
     paths = [Path(entry["path"]) for entry in kept]
     if table is not None:
@@ -203,16 +194,36 @@ def load(
                 f"{path}: not the table that study {name!r} is about "
                 f"(SHA-256 {entry['sha256'][:12]}…); pass that one, or create a new study"
             )
-    tied, signals = _tables(paths, about["profile"], [entry["name"] for entry in kept[1:]])
+    tied, signals = _tables(paths, design.profile, [entry["name"] for entry in kept[1:]])
     return Study(
         name=name,
         storage=storage,
-        trials=optuna_study,
+        trials=trials,
         about=MappingProxyType(about),
         table=tied,
         signals=signals,
-        knobs=Knobs.from_dict(about["knobs"]),
+        design=design,
     )
+
+
+def _stored(name: str, storage: str) -> optuna.Study:
+    """Return Optuna's study of a storage, if it is one of ours."""
+    import optuna
+
+    with quietly():
+        opened = open_storage(storage)
+        with reaching(storage), understanding(storage):
+            try:
+                trials = optuna.load_study(study_name=name, storage=opened)
+            except KeyError:
+                names = ", ".join(map(str, optuna.get_all_study_names(opened))) or "none"
+                raise InputError(
+                    f"study {name!r} is not in {shown(storage)}; there: {names}"
+                ) from None
+            ours = is_ours(trials)
+    if not ours:
+        raise InputError(f"study {name!r} in {shown(storage)} is not of Bitknap; choose another")
+    return trials
 
 
 def run(
@@ -275,9 +286,8 @@ def plan_of(study: Study, params: Mapping[str, Any], record: Record | None = Non
     Raises:
         InfeasibleError: the parameters allow no plan.
     """
-    plan = _solved(study.table, study.signals, study.about["budget"], params)
-    # Objective and bound refer to the modified costs, but the plan is reported by the study's
-    # table.
+    plan = _solved(study.table, study.signals, study.design.budget, params)
+    # Objective and bound are those of the turned costs; what counts is the study's own table.
     header = {key: value for key, value in plan.header.items() if key != "bound"}
     cost = study.table.cost[np.arange(len(plan.choice)), plan.choice].sum()
     header |= {"objective": float(cost), "study": study.name, "params": dict(params)}
@@ -299,12 +309,12 @@ def _digest(path: Path) -> str:
 
 
 def _tables(
-    paths: Sequence[Path], profile_name: str, names: Sequence[str] | None = None
+    paths: Sequence[Path], ties: Profile, names: Sequence[str] | None = None
 ) -> tuple[CostTable, Mapping[str, Floats]]:
     """Return the tied table and the signals of the features."""
     table = CostTable.load(paths[0])
-    kept = {**table.provenance, "profile": profile_name}
-    tied = replace(table.tie(profile(profile_name)), provenance=kept)
+    kept = {**table.provenance, "profile": ties.name}
+    tied = replace(table.tie(ties), provenance=kept)
     stems = list(names or [path.stem for path in paths[1:]])
     if len(set(stems)) != len(stems):
         raise InputError(f"features: {', '.join(stems)} has a name twice; rename a file")
@@ -322,10 +332,13 @@ def _starts(knobs: Knobs, table: CostTable) -> list[dict[str, Any]]:
 
 
 def _solved(
-    table: CostTable, signals: Mapping[str, Floats], budget: str | None, params: Mapping[str, Any]
+    table: CostTable,
+    signals: Mapping[str, Floats],
+    budget: Budget | None,
+    params: Mapping[str, Any],
 ) -> BitPlan:
     turned = apply(table, params, signals)
-    limit = Budget.bits(params["bits"]) if budget is None else Budget.parse(budget)
+    limit = Budget.bits(params["bits"]) if budget is None else budget
     return solve(Problem(turned, limit)).plan
 
 

@@ -1,13 +1,10 @@
-"""Checks of the inputs of a study, and of studies in a storage, where anybody may write."""
+"""Whether a study in a storage is ours: anybody may write there."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from bitknap.allocation.search.optuna_trials import SAMPLERS
-from bitknap.allocation.search.search_space import Knobs
 from bitknap.disk.json_shapes import fits
-from bitknap.errors import InputError
 
 if TYPE_CHECKING:
     import optuna
@@ -60,19 +57,3 @@ def is_ours(study: optuna.Study) -> bool:
         if len(losses) != values or not fits(losses, [float]):
             return False
     return True
-
-
-def check_choices(name: str, budget: str | None, sampler: str, knobs: Knobs) -> None:
-    """Refuse invalid inputs of a study before anything is read or written.
-
-    Raises:
-        InputError: the name is empty, or a budget, a sampler and knobs do not go together.
-    """
-    if not name.strip():
-        raise InputError("study: the name is empty")
-    if sampler not in SAMPLERS:
-        raise InputError(f"sampler: {sampler!r} is not one of {', '.join(SAMPLERS)}")
-    if (budget is None) == (knobs.budget is None):
-        raise InputError("give a budget or a range of budgets, one of them")
-    if (sampler == "nsga2") != (knobs.budget is not None):
-        raise InputError("nsga2 trades bytes against loss: it goes with a range of budgets, alone")

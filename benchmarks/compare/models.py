@@ -16,7 +16,8 @@ from bitknap.allocation import Format
 from bitknap.allocation import formats as make_formats
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.api.calibration import encoded, longest_of
-from bitknap.api.refining import REFINE_TOKENS, Loop, open_loop
+from bitknap.api.refining import Loop, open_loop
+from bitknap.api.requests import REFINE_TOKENS
 from bitknap.benchmarks.compare.judge import Judge, check_apart
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
@@ -25,6 +26,7 @@ from bitknap.estimators.measuring.text import BUILTIN, read_text
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.published.chowdhury import router_norms
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.progress import Progress
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.models.matrix_views import Layout
@@ -123,9 +125,7 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
         model,
         layout,
         windows,
-        full=rounding.needs_inputs,
-        curvature=True,
-        gradients=True,
+        Recorded(full=rounding.needs_inputs, curvature=True, gradients=True),
         seed=options.seed,
         progress=progress,
     )

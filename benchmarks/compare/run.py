@@ -16,6 +16,7 @@ from bitknap.allocation import BitPlan, Budget, CostTable, profile
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.api.refining import run_loop
+from bitknap.api.requests import Refinement
 from bitknap.benchmarks.compare.judge import bootstrap_error, mean_ranks
 from bitknap.benchmarks.compare.models import Setting
 from bitknap.benchmarks.compare.strategies import OURS, Strategy, plan_of, strategies
@@ -304,8 +305,7 @@ def _ours(run: Comparison, budget: float, work: Path | None) -> None:
         setting.loop,
         table,
         [Budget.bits(budget)],
-        evaluations=setting.options.evaluations,
-        seed=setting.options.seed,
+        Refinement(evaluations=setting.options.evaluations, seed=setting.options.seed),
         readings=journal,
         progress=setting.progress,
     )

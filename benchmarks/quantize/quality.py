@@ -23,6 +23,7 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import Losses, Replay, standard_error
 from bitknap.estimators.measuring.text import BUILTIN, read_text, token_windows
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq, round_trip
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
@@ -128,7 +129,7 @@ def measured(
     layout = walk(live)
     text = read_text(BUILTIN, "calibration")
     windows = token_windows(tokenizer_of(folder), text, tokens, longest_of(live.config))
-    evidence = calibrate(live, layout, windows, full=True)
+    evidence = calibrate(live, layout, windows, Recorded(full=True))
     replay = Replay(live, layout, evaluation_windows(folder, BUILTIN, judged), cache=False)
     rows = []
     for name in formats:

@@ -22,6 +22,7 @@ from bitknap.allocation import Budget, formats
 from bitknap.api.calibration import evaluation_windows
 from bitknap.api.planning import plan_for
 from bitknap.api.quantizing import CALIBRATION_TOKENS, estimate, quantize
+from bitknap.api.requests import Calibration, Formats
 from bitknap.arguments import add_output
 from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.estimators.measuring.kl_replay import Losses, compare, standard_error
@@ -30,11 +31,11 @@ from bitknap.quantization.source.checkpoint import resolve
 
 BUDGETS = (2.0, 2.5)
 FORMATS = formats((1, 2, 3, 4), (64, "row"), (False, True), ("compact",))
-WAYS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "4 blocks": {"row_blocks": 4},
-    "4 blocks, sorted": {"row_blocks": 4, "permute": True},
-    "rotated": {"rotate": True},
+WAYS = {
+    "plain": Formats(options=FORMATS),
+    "4 blocks": Formats(options=FORMATS, row_blocks=4),
+    "4 blocks, sorted": Formats(options=FORMATS, row_blocks=4, permute=True),
+    "rotated": Formats(options=FORMATS, rotate=True),
 }
 
 
@@ -46,9 +47,9 @@ def rows_for(name: str, tokens: int, calibration: int) -> list[dict[str, Any]]:
     original = load(folder, torch.float32)
     plain: dict[float, Losses] = {}
     rows = []
-    for way, options in WAYS.items():
+    for way, menu in WAYS.items():
         start = time.monotonic()
-        table = estimate(model, formats=FORMATS, tokens=calibration, **options)
+        table = estimate(model, formats=menu, calibration=Calibration(tokens=calibration))
         seconds = time.monotonic() - start
         for bits in BUDGETS:
             solution = plan_for(table, Budget.bits(bits))

@@ -20,6 +20,7 @@ from bitknap.api.calibration import evaluation_windows
 from bitknap.api.evaluation import best_uniform
 from bitknap.api.planning import plan_for
 from bitknap.api.quantizing import CALIBRATION_TOKENS, estimate
+from bitknap.api.requests import Calibration
 from bitknap.arguments import add_output
 from bitknap.benchmarks.result_files import claim, write_report, write_results
 from bitknap.estimators.measuring.kl_replay import Replay, standard_error
@@ -34,7 +35,7 @@ BUDGETS = (2.0, 2.1, 2.25, 2.5, 3.0, 4.0)
 def compare_model(name: str, tokens: int, calibration: int) -> list[dict[str, Any]]:
     """Return one row a budget: our plan and the best uniform recipe at the same bytes."""
     start = time.monotonic()
-    table = estimate(f"reference:{name}", tokens=calibration)
+    table = estimate(f"reference:{name}", calibration=Calibration(tokens=calibration))
     seconds = time.monotonic() - start
     folder = resolve(f"reference:{name}")
     model = load(folder, torch.float32)

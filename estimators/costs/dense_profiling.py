@@ -236,7 +236,7 @@ def _checked(evidence: Evidence, kind: str) -> Replay:
     other = np.flatnonzero(units.role != ROLES.index("routed"))
     if kind != "kl" and len(other):
         raise InputError(
-            f"{kind}: {units.label(int(other[0]))} is no routed expert's; measure kl with --include"
+            f"{kind}: {units.label(int(other[0]))} is no routed expert's; measure kl with `include`"
         )
     return evidence.replay
 

@@ -159,7 +159,7 @@ def _traced_layer(evidence: Evidence, run: np.ndarray) -> int:
 
 def _check_routed(evidence: Evidence, run: np.ndarray) -> None:
     if role_of(evidence.units, run) != "routed":
-        raise InputError("fisher covers routed experts only; use moments with --include")
+        raise InputError("fisher covers routed experts only; use moments with `include`")
 
 
 def _output_costs(block: Block, evidence: Evidence, run: np.ndarray, changed: Tensor) -> Tensor:

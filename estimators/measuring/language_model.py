@@ -76,7 +76,7 @@ def _logits_inside(model: Any, given: Mapping[str, Tensor]) -> Tensor:
     if not parts or head is None or any(getattr(text, name, None) for name in _AFTER_HEAD):
         raise ModelError(
             f"{type(model).__name__}: transformers cannot run it on text alone, and its language "
-            "model cannot be called by itself; use --estimator data-free"
+            "model cannot be called by itself; use `estimator=DataFree()`"
         )
     with _running(model):
         logits: Tensor = head(parts[0](**given, use_cache=False).last_hidden_state)
@@ -97,7 +97,7 @@ def _logits(whole: Any, model: Any, given: Mapping[str, Tensor]) -> Tensor:
     if not isinstance(logits, Tensor) or logits.dim() != 3 or logits.shape[-1] < words:
         raise ModelError(
             f"{type(whole).__name__}: no language-model head, so no text can be predicted with "
-            "it; use --estimator data-free, or the model with its head"
+            "it; use `estimator=DataFree()`, or the model with its head"
         )
     return logits
 
@@ -105,5 +105,5 @@ def _logits(whole: Any, model: Any, given: Mapping[str, Tensor]) -> Tensor:
 def _running(model: Any) -> Any:
     return calling_transformers(
         f"{type(model).__name__}: transformers cannot run it on text alone",
-        "use --estimator data-free",
+        "use `estimator=DataFree()`",
     )

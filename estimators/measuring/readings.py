@@ -176,7 +176,7 @@ def key_of(which: npt.ArrayLike, formats: Iterable[Format]) -> str:
 
 def _opened(path: Path, about: Mapping[str, Any], *, overwrite: bool) -> Readings:
     ours = not path.exists() or is_ours(path)
-    way_out = f"pass --overwrite or delete {path}" if ours else f"move {path} away"
+    way_out = f"pass `overwrite=True` or delete {path}" if ours else f"move {path} away"
     try:
         return Readings.open(path, about, way_out=way_out)
     except (MismatchError, FileError) as error:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from bitknap.errors import InputError
+from bitknap.estimators.measuring.documents import Documents, Text, TokenWindows
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.quantization.source.transformers_calls import calling_transformers
 
@@ -96,7 +97,7 @@ class Encoded:
         if wanted > there:
             raise InputError(
                 f"the text has {len(self.ids)} tokens, {self._of(tokens, wanted)} were asked for; "
-                "lower --tokens or add text"
+                "lower `tokens` or add text"
             )
         return self._cut(np.arange(wanted) * there // wanted, length)
 
@@ -121,22 +122,35 @@ class Encoded:
         return Windows(ids=ids, prefix=len(self.prefix))
 
 
-def encode(tokenizer: Any, text: str, vocabulary: int | None = None) -> Encoded:
-    """Return a document as tokens: those of the whole text, and how each window is to begin.
+def document_of(text: Text, purpose: str) -> Documents | TokenWindows:
+    """Return a text as documents or token windows; a file is read, and is one document.
+
+    Args:
+        text: From `text_of`.
+        purpose: "calibration" or "evaluation", which of the bundled texts "builtin" names.
+
+    Raises:
+        InputError: The file cannot be read, or holds no UTF-8 text.
+    """
+    return Documents((read_text(text, purpose),)) if isinstance(text, str) else text
+
+
+def encode(tokenizer: Any, text: str | Documents, vocabulary: int | None = None) -> Encoded:
+    """Return documents as tokens: those of each whole document, and how each window is to begin.
 
     Args:
         tokenizer: a transformers tokenizer.
-        text: the document.
+        text: the document or documents; blank ones are left out.
         vocabulary: rows of the model's embedding; not checked when not given.
 
     Raises:
         InputError: the text is empty, or the tokenizer does not fit it or the model.
     """
-    if not text.strip():
-        raise InputError("the text is empty; pass one of a few thousand words")
-    prefix, suffix = _around(tokenizer, text)
-    whole = _ids(tokenizer, text)
-    ids = whole[len(prefix) : len(whole) - suffix]
+    documents = text if isinstance(text, Documents) else Documents((text,))
+    parts = [part for part in documents.parts if part.strip()]
+    prefix, suffix = _around(tokenizer, parts[0])
+    every = [_ids(tokenizer, part) for part in parts]
+    ids = np.concatenate([whole[len(prefix) : len(whole) - suffix] for whole in every])
     unknown = getattr(tokenizer, "unk_token_id", None)
     if not len(ids) or (unknown is not None and (ids == unknown).all()):
         raise InputError(

@@ -94,7 +94,7 @@ def experts_at(model: Any, layer: ExpertLayer) -> Experts:
     if kind in _KNOWN:
         return _KNOWN[kind](module, layer)
     why = _BROKEN.get(kind, "compute in a way that calibration does not know")
-    raise ModelError(f"{layer.module}: experts of class {kind} {why}; use --estimator data-free")
+    raise ModelError(f"{layer.module}: experts of class {kind} {why}; use `estimator=DataFree()`")
 
 
 def _interface(module: Any, layer: ExpertLayer) -> Experts:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from bitknap.errors import InputError, ModelError
+from bitknap.errors import ModelError
 from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay
 from bitknap.estimators.measuring.language_model import settle
@@ -19,21 +19,21 @@ from bitknap.estimators.measuring.windows import Windows, logits_of
 from bitknap.estimators.sweep.expert_recording import LayerSums, caught_alone, check_seen, recording
 from bitknap.estimators.sweep.layer_gains import gain_of, noisy
 from bitknap.estimators.sweep.linear_recording import recording_linears
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.progress import Progress
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.stacks.apply import read_units
+
+# Routing and diagonal moments alone.
+PLAIN = Recorded()
 
 
 def calibrate(
     model: Any,
     layout: Layout,
     windows: Tensor | Windows,
+    recorded: Recorded = PLAIN,
     *,
-    full: bool = False,
-    curvature: bool = False,
-    traces: bool = False,
-    gradients: bool = False,
-    trace_tokens: int | None = None,
     by_layer: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
@@ -46,12 +46,7 @@ def calibrate(
         model: a language model in evaluation mode, decoder-only or encoder-decoder.
         layout: its units, from `walk`.
         windows: the text; a tensor int64 [windows, length] has no special tokens.
-        full: also record whole second-moment matrices.
-        curvature: also record squared gradients with labels drawn from the model.
-        traces: also keep the experts' inputs and routing, token by token.
-        gradients: also keep the loss's gradients at the experts' output, labels drawn from the
-            model; keeps traces too.
-        trace_tokens: keep only the first so many tokens; all when not given.
+        recorded: what to record beside routing and diagonal moments.
         by_layer: catch the gradients of one layer a backward pass, so that only that layer and
             those after it hold a graph; as many more passes as there are MoE layers, and the
             same result up to rounding.
@@ -59,42 +54,44 @@ def calibrate(
         progress: called with (what, done, of).
 
     Raises:
-        InputError: `trace_tokens` is below 1.
         ModelError: an MoE layer saw no expert call, or cannot be watched.
     """
-    if trace_tokens is not None and trace_tokens < 1:
-        raise InputError(f"trace_tokens: {trace_tokens} is below 1; leave it out to keep all")
     windows = Windows.of(windows)
     batches = windows.batches(BATCH_TOKENS)
     generator = torch.Generator().manual_seed(seed)
     settle(model, windows.ids)
-    traced = (trace_tokens or windows.ids.numel()) if traces or gradients else 0
     with recording(
-        model, layout, full=full, curvature=curvature, trace_tokens=traced, gradients=gradients
+        model,
+        layout,
+        full=recorded.full,
+        curvature=recorded.curvature,
+        trace_tokens=recorded.traced(windows.ids.numel()),
+        gradients=recorded.gradients,
     ) as sums:
-        drawn = generator if curvature or gradients else None
+        drawn = generator if recorded.curvature or recorded.gradients else None
         # A model whose parameters are all frozen has no graph of its own.
         alone = by_layer or not any(p.requires_grad for p in model.parameters())
-        with recording_linears(model, layout, full=full) as linears:
+        with recording_linears(model, layout, full=recorded.full) as linears:
             labels = _run(model, batches, drawn, backward=not alone, progress=progress)
         if labels and alone:
             _backward_by_layer(model, batches, labels, sums, progress)
     check_seen(sums)
     replay = Replay(model, layout, windows)
-    tensors = dict(model.named_parameters())
-
-    def weights(which: np.ndarray) -> Tensor:
-        return read_units(layout, which, tensors).detach()
-
     return Evidence(
         layout=layout,
         layers=_layers(model, layout, sums, replay, generator, progress),
         linears={unit: seen.evidence() for unit, seen in linears.items()},
-        weights=weights,
+        weights=_weights_of(model, layout),
         replay=replay,
         provenance=provenance_of(windows.ids, seed),
         traces={number: kept for number, layer in sums.items() if (kept := layer.trace())},
     )
+
+
+def _weights_of(model: Any, layout: Layout) -> Callable[[np.ndarray], Tensor]:
+    """Return what reads the weights of units, [n, rows, cols], off a live model."""
+    tensors = dict(model.named_parameters())
+    return lambda which: read_units(layout, which, tensors).detach()
 
 
 def digest_of(windows: Tensor) -> str:
@@ -150,7 +147,7 @@ def _drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
     if not bool(torch.isfinite(logits).all()):
         raise ModelError(
             "calibration: the model's output is NaN or infinite on this text; repair its weights, "
-            "or use --estimator data-free"
+            "or use `estimator=DataFree()`"
         )
     return torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
 

@@ -28,9 +28,10 @@ from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.expert_recording import LayerSums, check_seen, recording
 from bitknap.estimators.sweep.finished_layers import Shelf
-from bitknap.estimators.sweep.in_memory import digest_of, layer_evidence, provenance_of
+from bitknap.estimators.sweep.in_memory import PLAIN, digest_of, layer_evidence, provenance_of
 from bitknap.estimators.sweep.layer_gains import gain_of, noisy
 from bitknap.estimators.sweep.linear_recording import LinearSums, recording_linears
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.text_stream import Stream, Streamed
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
@@ -43,12 +44,9 @@ _FIRST, _PLAIN = "first", "plain"
 def calibrate_by_layer(
     source: Checkpoint,
     windows: Tensor | Windows,
+    recorded: Recorded = PLAIN,
     *,
     include: Collection[str] = (),
-    full: bool = False,
-    traces: bool = False,
-    trace_tokens: int | None = None,
-    spilled: torch.dtype = torch.float32,
     seed: int = 0,
     readings: Readings | None = None,
     progress: Progress | None = None,
@@ -58,12 +56,8 @@ def calibrate_by_layer(
     Args:
         source: the checkpoint; its weights are read twice, and again by estimators.
         windows: the text; a tensor int64 [windows, length] has no special tokens.
+        recorded: what to record; gradients and curvature cannot be.
         include: roles that are units beside the routed experts.
-        full: also record whole second-moment matrices.
-        traces: also keep the experts' inputs and routing, token by token.
-        trace_tokens: keep only the first so many tokens; all when not given.
-        spilled: what activations are kept in between layers; bfloat16 takes half the disk, and
-            its rounding is measured as noise too.
         seed: random seed of the noise that measures gains.
         readings: journal of finished layers, whose files the evidence reads; none if not given.
         progress: called with (what, done, of).
@@ -72,27 +66,27 @@ def calibrate_by_layer(
         What `calibrate` returns, up to rounding, but for `replay`, which is None.
 
     Raises:
-        InputError: `trace_tokens` is below 1.
+        InputError: gradients or curvature are asked for.
         ModelError: the model cannot be run layer by layer, or an MoE layer saw no expert call.
         FileError: a tensor, or a file beside the journal, is missing or damaged.
         BitknapError: the disk has no room for the activations.
     """
-    if trace_tokens is not None and trace_tokens < 1:
-        raise InputError(f"trace_tokens: {trace_tokens} is below 1; leave it out to keep all")
+    if recorded.gradients or recorded.curvature:
+        raise InputError("a pass layer by layer records no gradients; run the model in one piece")
     skeleton = Skeleton(source, include)
     windows = Windows.of(windows)
-    text = Stream(windows.batches(BATCH_TOKENS), spilled)
+    text = Stream(windows.batches(BATCH_TOKENS), recorded.spilled)
     about = (source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
-    shelf = Shelf.of(readings or Readings(), *about, spilled, full, traces, trace_tokens)
+    shelf = Shelf.of(readings or Readings(), *about, *recorded.by_layer)
     work = _Pass(Streamed(skeleton), shelf)
     with (
         recording(
             skeleton.model,
             skeleton.layout,
-            full=full,
-            trace_tokens=(trace_tokens or windows.ids.numel()) if traces else 0,
+            full=recorded.full,
+            trace_tokens=recorded.traced(windows.ids.numel()),
         ) as sums,
-        recording_linears(skeleton.model, skeleton.layout, full=full) as linears,
+        recording_linears(skeleton.model, skeleton.layout, full=recorded.full) as linears,
     ):
         work.record(text, sums, linears, progress)
     check_seen(sums)

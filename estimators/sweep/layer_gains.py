@@ -51,6 +51,6 @@ def gain_of(kl: float, sums: LayerSums) -> float:
         raise ModelError(
             f"layer {sums.layer.layer}: the KL is {kl} when noise is added to its experts' output: "
             "the model's own output leaves float32 on this text; repair its weights, or use "
-            "--estimator data-free"
+            "`estimator=DataFree()`"
         )
     return float(max(kl, 1e-12) / (noise_scale(sums) ** 2 * sums.layer.hidden))

@@ -167,5 +167,5 @@ class Streamed:
         kind = type(self.skeleton.layers[place]).__name__
         return ModelError(
             f"decoder layer {place} ({kind}) {why}, so the model cannot be calibrated layer by "
-            "layer; raise --max-memory, or use --estimator data-free"
+            "layer; raise `max_memory`, or use `estimator=DataFree()`"
         )

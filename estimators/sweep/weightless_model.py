@@ -162,7 +162,7 @@ def _hollow(source: Checkpoint) -> Any:
     if config.is_encoder_decoder:
         raise ModelError(
             f"{source.folder}: an encoder-decoder cannot be calibrated layer by layer; "
-            "raise --max-memory, or use --estimator data-free"
+            "raise `max_memory`, or use `estimator=DataFree()`"
         )
     model = hollow(source.folder, config)
     for tensor in model.state_dict(keep_vars=True).values():
@@ -186,7 +186,7 @@ def _list_of_layers(model: nn.Module, layout: Layout) -> str:
     if len(lists) != 1 or "" in lists:
         raise ModelError(
             f"{type(model).__name__}: its units do not lie in one list of decoder layers, so it "
-            "cannot be calibrated layer by layer; raise --max-memory, or use --estimator data-free"
+            "cannot be calibrated layer by layer; raise `max_memory`, or use `estimator=DataFree()`"
         )
     return lists.pop()
 

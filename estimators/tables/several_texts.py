@@ -95,7 +95,7 @@ def check_sets(provenances: Sequence[Mapping[str, object]]) -> None:
     Raises:
         InputError: fewer than two sets, or all of one text and one estimator.
     """
-    remedy = "calibrate on two or more texts (--text A --text B)"
+    remedy = "calibrate on two or more texts (`text=TextSets([A, B])`)"
     if len(provenances) < 2:
         raise InputError(f"calibration sets: {len(provenances)} is below 2; {remedy}")
     origins = {(str(x.get("text", "")), str(x.get("estimator", ""))) for x in provenances}

@@ -175,8 +175,8 @@ def arrange(found: Iterable[Found], layers: Iterable[ExpertLayer]) -> Layout:
     rows = sorted(found, key=_order)
     if not rows:
         raise ModelError(
-            "the model has no routed experts; pass include=('attention', 'dense'), or --include "
-            "attention,dense, to plan the rest"
+            "the model has no routed experts; pass `include=('attention', 'dense')` to "
+            "plan the rest"
         )
     for one, other in pairwise(rows):
         if one[:4] == other[:4]:

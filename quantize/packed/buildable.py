@@ -173,7 +173,7 @@ def check_head(folder: Path, model: Any) -> None:
     if not any(getattr(m, "get_output_embeddings", lambda: None)() for m in model.modules()):
         raise ModelError(
             f"{folder}: {type(model).__name__} has no language-model head, so no text can be "
-            "predicted with it; use --estimator data-free, or the model with its head"
+            "predicted with it; use `estimator=DataFree()`, or the model with its head"
         )
 
 

@@ -64,7 +64,7 @@ class Partial:
             MismatchError: the journal is about something else, and `overwrite` is false.
             FileError: it is no journal, and `overwrite` is false.
         """
-        way_out = f"pass --overwrite or delete {self.folder}"
+        way_out = f"pass `overwrite=True` or delete {self.folder}"
         if self.journal.exists() and shards.are_in(self.files):
             try:
                 return self._done(open_lines(self.journal, about, way_out=way_out))

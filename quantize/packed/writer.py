@@ -18,6 +18,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -46,7 +47,7 @@ from bitknap.quantization.packed.outline import (
 )
 from bitknap.quantization.packed.pipeline import Output, run
 from bitknap.quantization.packed.resume import Partial
-from bitknap.quantization.packed.shards import MAX_SHARD_SIZE
+from bitknap.quantization.packed.shards import MAX_SHARD_SIZE, Shards
 from bitknap.quantization.packed.work_pieces import (
     COPY,
     Decoded,
@@ -64,12 +65,31 @@ from bitknap.quantization.stacks.row_blocks import layout_for
 
 __all__ = [
     "PREFIX",
+    "Rounded",
     "check_finite",
     "fixed_bytes",
     "save",
     "stream_name",
     "streams",
 ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rounded:
+    """How a plan's weights are rounded.
+
+    Attributes:
+        rounding: How to round.
+        inputs: What units' inputs were like, for ways of rounding that ask.
+        about: What `inputs` come from, such as text, tokens and seed; JSON values.
+    """
+
+    rounding: Rounding = RTN
+    inputs: Watched | None = None
+    about: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+
+BY_RTN = Rounded()
 
 
 def fixed_bytes(source: Checkpoint, layout: Layout) -> int:
@@ -89,10 +109,8 @@ def save(
     source: Checkpoint,
     plan: BitPlan,
     out: Path,
+    rounded: Rounded = BY_RTN,
     *,
-    rounding: Rounding = RTN,
-    inputs: Watched | None = None,
-    about: Mapping[str, Any] = MappingProxyType({}),
     max_shard_size: int | str = MAX_SHARD_SIZE,
     overwrite: bool = False,
     progress: Progress | None = None,
@@ -107,9 +125,7 @@ def save(
         source: the checkpoint.
         plan: what becomes of its units.
         out: the folder to write.
-        rounding: how to round.
-        inputs: what units' inputs were like, for ways of rounding that ask.
-        about: what `inputs` come from, such as text, tokens and seed; JSON values.
+        rounded: how to round, and by what inputs.
         max_shard_size: most bytes of a file, such as "5GB"; a larger tensor has its own.
         overwrite: replace `out`, and what a run with other inputs left.
         progress: called with ("quantize", done, of) after each piece.
@@ -131,9 +147,25 @@ def save(
     check_output(
         out, "folder", overwrite=overwrite, inputs=[source.folder], copied_from=source.folder
     )
-    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
-    if limit < 1:
-        raise InputError(f"max_shard_size: {max_shard_size!r} is not above 0, such as 5GB")
+    limit = _limit(max_shard_size)
+    work, shards = _work(source, plan, rounded, limit)
+    pieces = work.pieces()
+    known = identity(work, shards, pieces) | {"max_shard_size": limit, **rounded.about}
+    lines = [{"piece": n, "source": stamp} for n, stamp in enumerate(work.stamps(pieces))]
+    partial = Partial(out=out, lines=lines)
+    check_space(out, fixed_bytes(source, work.layout) + plan.total_bytes - partial.allocated())
+    with partial.locked():
+        done = partial.begin(known, shards, overwrite=overwrite)
+        with partial.keeping():
+            _fill(work, pieces, done, partial, progress)
+            sizes = _finish(source, work.layout, work.plan, partial.files, out)
+        place(partial.files, out, overwrite=overwrite, copied_from=source.folder)
+        shutil.rmtree(partial.folder)
+    return sizes | _decoded(source, work.kept)
+
+
+def _work(source: Checkpoint, plan: BitPlan, rounded: Rounded, limit: int) -> tuple[Work, Shards]:
+    """Return what is to be made of the plan's units, and the files that it goes to."""
     layout = walk_headers(source.config, source.shapes, include=roles_of(plan.units))
     layout = layout_for(plan.units, layout)
     plan = aligned(plan, layout)
@@ -146,22 +178,17 @@ def save(
         kept=planned.kept,
         places=planned.shards.places,
         unit_places=planned.unit_places,
-        rounding=rounding,
-        inputs=inputs,
+        rounding=rounded.rounding,
+        inputs=rounded.inputs,
     )
-    pieces = work.pieces()
-    known = identity(work, planned.shards, pieces) | {"max_shard_size": limit, **about}
-    lines = [{"piece": n, "source": stamp} for n, stamp in enumerate(work.stamps(pieces))]
-    partial = Partial(out=out, lines=lines)
-    check_space(out, fixed_bytes(source, layout) + plan.total_bytes - partial.allocated())
-    with partial.locked():
-        done = partial.begin(known, planned.shards, overwrite=overwrite)
-        with partial.keeping():
-            _fill(work, pieces, done, partial, progress)
-            sizes = _finish(source, layout, plan, partial.files, out)
-        place(partial.files, out, overwrite=overwrite, copied_from=source.folder)
-        shutil.rmtree(partial.folder)
-    return sizes | _decoded(source, planned.kept)
+    return work, planned.shards
+
+
+def _limit(max_shard_size: int | str) -> int:
+    limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
+    if limit < 1:
+        raise InputError(f"max_shard_size: {max_shard_size!r} is not above 0, such as 5GB")
+    return limit
 
 
 def check_plan(source: Checkpoint, plan: BitPlan) -> None:

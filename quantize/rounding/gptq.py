@@ -123,7 +123,7 @@ def _factor(moments: Tensor, damping: Tensor, first: int, act_order: bool) -> _F
     if not bool(finite.all()):
         raise InputError(
             f"gptq: second moments of matrix {first + int((~finite).nonzero()[0])} are NaN or "
-            "infinite; calibrate again in float32, or use --method hqq"
+            "infinite; calibrate again in float32, or use `rounding=Hqq()`"
         )
     order = torch.arange(moments.shape[1], device=moments.device).expand(diagonal.shape)
     if act_order:
@@ -145,7 +145,7 @@ def _factor(moments: Tensor, damping: Tensor, first: int, act_order: bool) -> _F
     else:
         raise InputError(
             f"gptq: second moments of matrix {first + int(failed.nonzero()[0])} are those of no "
-            "inputs (a negative eigenvalue); calibrate again, or use --method hqq"
+            "inputs (a negative eigenvalue); calibrate again, or use `rounding=Hqq()`"
         )
     upper = lower.flip(1, 2)
     pivot = upper.diagonal(dim1=1, dim2=2).clone()

@@ -155,7 +155,7 @@ class Gptq:
         if inputs is None:
             raise InputError(
                 "gptq: needs second moments of the units' inputs; calibrate with full moments, or "
-                "use --method hqq"
+                "use `rounding=Hqq()`"
             )
         noise = inputs.moments.shape[-1] / inputs.tokens.clamp_min(1).float()
         rounded = partial(
@@ -195,7 +195,7 @@ def planned(plan: BitPlan, way: str | Rounding | None = None, *, force: bool = F
     if found.name != known and not force:
         raise MismatchError(
             f"the plan is made for rounding by {known}, not by {found.name}; make a plan "
-            f"from costs of {found.name} (estimate --method {found.name}), or force it"
+            f"from costs of {found.name} (estimate with `rounding={found.name}`), or force it"
         )
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from bitknap.errors import BitknapError
+from bitknap.errors import BitknapError, InfeasibleError, InputError
 from bitknap.transformers_hook import install as _install
 from bitknap.version import __version__
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
         Profile,
         Search,
         Solution,
+        Solver,
         Status,
         Units,
         divisible,
@@ -38,13 +39,18 @@ if TYPE_CHECKING:
         solve,
     )
     from bitknap.api.estimation import estimate
+    from bitknap.api.live import LiveModel
     from bitknap.api.quantizing import evaluate, load, quantize
-    from bitknap.api.refining import refine
+    from bitknap.api.refining import Outcome, refine
+    from bitknap.api.requests import Calibration, Formats, Packing, Refinement, Resume, TextSets
     from bitknap.estimators.costs.data_free import DataFree
+    from bitknap.estimators.costs.dense_profiling import Measured
+    from bitknap.estimators.costs.estimator import Estimator
     from bitknap.estimators.costs.fisher import Fisher
     from bitknap.estimators.costs.moments import SecondMoments
     from bitknap.estimators.costs.weight_error import WeightError
     from bitknap.estimators.group_kl.calibrated import Calibrated
+    from bitknap.estimators.measuring.kl_replay import Losses
     from bitknap.quantization.rounding.methods import Gptq, Hqq, Rtn
 
 _HOMES = {
@@ -63,6 +69,7 @@ _HOMES = {
         "Profile",
         "Search",
         "Solution",
+        "Solver",
         "Status",
         "Units",
         "divisible",
@@ -73,14 +80,26 @@ _HOMES = {
         "solve",
     ),
     "bitknap.api.estimation": ("estimate",),
+    "bitknap.api.live": ("LiveModel",),
     "bitknap.api.quantizing": ("evaluate", "load", "quantize"),
-    "bitknap.estimators.group_kl.calibrated": ("Calibrated",),
+    "bitknap.api.refining": ("Outcome", "refine"),
+    "bitknap.api.requests": (
+        "Calibration",
+        "Formats",
+        "Packing",
+        "Refinement",
+        "Resume",
+        "TextSets",
+    ),
     "bitknap.estimators.costs.data_free": ("DataFree",),
+    "bitknap.estimators.costs.estimator": ("Estimator",),
     "bitknap.estimators.costs.fisher": ("Fisher",),
     "bitknap.estimators.costs.moments": ("SecondMoments",),
     "bitknap.estimators.costs.weight_error": ("WeightError",),
+    "bitknap.estimators.costs.dense_profiling": ("Measured",),
+    "bitknap.estimators.group_kl.calibrated": ("Calibrated",),
+    "bitknap.estimators.measuring.kl_replay": ("Losses",),
     "bitknap.quantization.rounding.methods": ("Gptq", "Hqq", "Rtn"),
-    "bitknap.api.refining": ("refine",),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
 
@@ -89,25 +108,39 @@ __all__ = [
     "BitknapError",
     "Budget",
     "Calibrated",
+    "Calibration",
     "CostTable",
     "DataFree",
+    "Estimator",
     "Fisher",
     "Format",
+    "Formats",
     "Frontier",
     "Gptq",
     "Greedy",
     "Hqq",
     "Ilp",
+    "InfeasibleError",
+    "InputError",
     "Knapsack",
     "Limit",
+    "LiveModel",
+    "Losses",
+    "Measured",
+    "Outcome",
+    "Packing",
     "Price",
     "Problem",
     "Profile",
+    "Refinement",
+    "Resume",
     "Rtn",
     "Search",
     "SecondMoments",
     "Solution",
+    "Solver",
     "Status",
+    "TextSets",
     "Units",
     "WeightError",
     "__version__",

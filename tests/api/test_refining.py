@@ -12,8 +12,9 @@ import bitknap
 from bitknap.allocation import BitPlan, Budget, Problem, formats, profile
 from bitknap.allocation.solvers.solving import within
 from bitknap.allocation.tradeoffs.profile_price import under
-from bitknap.api.calibration import Calibration, gather
+from bitknap.api.calibration import gather
 from bitknap.api.refining import loop_windows, losses_of, measures, open_loop, refine, run_loop
+from bitknap.api.requests import Calibration, Refinement
 from bitknap.cli import main
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.costs.moments import SecondMoments
@@ -24,6 +25,8 @@ from bitknap.quantization.source.checkpoint import Checkpoint
 TEXT = Path(__file__).parent.parent.parent / "LICENSE"
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "256", "--text", str(TEXT))
 
+ASKED = Calibration(text=str(TEXT), tokens=256)
+
 
 @pytest.fixture(scope="module")
 def model(saved, tmp_path_factory):
@@ -32,15 +35,13 @@ def model(saved, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(model):
-    return bitknap.estimate(
-        model, SecondMoments(), formats((2, 4), (8, "row")), text=str(TEXT), tokens=256
-    )
+    return bitknap.estimate(model, SecondMoments(), formats((2, 4), (8, "row")), calibration=ASKED)
 
 
 @pytest.fixture(scope="module")
 def loop(model):
     source = Checkpoint.open(model)
-    evidence = gather(source, frozenset({"replay"}), Calibration(text=str(TEXT), tokens=256))
+    evidence = gather(source, frozenset({"replay"}), ASKED)
     replay = evidence.replay
     assert replay is not None
     return open_loop(replay.model, evidence, TEXT.read_text(), replay.windows, 512, model)
@@ -79,7 +80,7 @@ def test_layers_answered_from_memory_change_nothing(loop, table):
 
 def test_the_loops_plan_is_within_limits_and_no_worse_where_it_was_measured(loop, table):
     tied = under(table, profile("expert"))
-    outcome = run_loop(loop, tied, [Budget.bits(4)], evaluations=6)
+    outcome = run_loop(loop, tied, [Budget.bits(4)], Refinement(evaluations=6))
     problem = Problem(tied, [Budget.bits(4)])
     assert within(problem, outcome.plan)
     first, best = outcome.refined.steps[0], outcome.refined.best
@@ -92,7 +93,7 @@ def test_the_loops_plan_is_within_limits_and_no_worse_where_it_was_measured(loop
 def test_a_plan_that_loses_more_than_uniform_does_not_pass_the_gate(loop, table):
     # Costs turned round: what is dear gets fewest bits.
     wrong = replace(table, cost=table.cost.max() - table.cost + table.cost.min())
-    outcome = run_loop(loop, wrong, [Budget.bits(5)], evaluations=1)
+    outcome = run_loop(loop, wrong, [Budget.bits(5)], Refinement(evaluations=1))
     assert not outcome.passed
     assert outcome.recipe
     assert within(Problem(wrong, [Budget.bits(5)]), outcome.plan)
@@ -114,7 +115,7 @@ def test_a_text_too_short_for_loop_and_gate_is_refused(loop, model):
 def test_a_table_of_another_model_is_refused(model, table, saved, tmp_path):
     other = saved(tmp_path / "other", num_hidden_layers=1)
     with pytest.raises(MismatchError, match="the table is of another model"):
-        refine(other, table, [Budget.bits(4)], text=str(TEXT), tokens=256)
+        refine(other, table, [Budget.bits(4)], calibration=ASKED)
 
 
 @pytest.mark.parametrize(

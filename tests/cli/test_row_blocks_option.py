@@ -174,9 +174,11 @@ def test_row_blocks_in_python(made):
     text = TEXT[1]
     grids = [Format.parse("int2-g8-asym"), Format.parse("int4-g8-asym")]
     table = bitknap.estimate(
-        made.model, formats=grids, text=text, tokens=128, row_blocks=2, permute=True
+        made.model,
+        formats=bitknap.Formats(options=grids, row_blocks=2, permute=True),
+        calibration=bitknap.Calibration(text=text, tokens=128),
     )
     assert table.provenance["row_blocks"] == 2
     assert table.provenance["model"] != Checkpoint.open(made.model).fingerprint
     with pytest.raises(InputError, match="row blocks"):
-        bitknap.estimate(made.model, row_blocks=1000)
+        bitknap.estimate(made.model, formats=bitknap.Formats(row_blocks=1000))

@@ -85,7 +85,7 @@ def test_folders_that_were_made_above_go_again(tmp_path, error):
 def test_an_existing_folder_or_file_is_refused(tmp_path):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").write_text("mine")
-    assert "exists; choose another name or pass --overwrite" in message(
+    assert "exists; choose another name or pass `overwrite=True`" in message(
         tmp_path / "folder", overwrite=False
     )
     for overwrite in (False, True):

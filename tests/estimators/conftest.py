@@ -9,6 +9,7 @@ import torch
 
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.stacks.apply import read_units
 from bitknap.testing import tiny_model
@@ -36,7 +37,7 @@ def case():
         replay=None,
         provenance={},
     )
-    evidence = calibrate(model, layout, windows, full=True, curvature=True)
+    evidence = calibrate(model, layout, windows, Recorded(full=True, curvature=True))
     plain = calibrate(model, layout, windows[:1])
     return SimpleNamespace(
         layout=layout,

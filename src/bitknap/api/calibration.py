@@ -2,56 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitknap.api.live import LiveModel
+from bitknap.api.requests import Calibration
 from bitknap.errors import InputError, ModelError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.evidence.of_weights import of_weights
+from bitknap.estimators.measuring.documents import Documents, TextLike, TokenWindows, text_of
 from bitknap.estimators.measuring.readings import Readings
-from bitknap.estimators.measuring.text import Encoded, encode, read_text
+from bitknap.estimators.measuring.text import Encoded, document_of, encode
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.in_memory import calibrate, provenance_of
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
 from bitknap.estimators.sweep.peak_memory import way_to_calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.progress import Progress
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.outline import settings
-from bitknap.quantization.rounding.methods import RTN, Gptq
-from bitknap.quantization.rounding.rounding import Rounding
+from bitknap.quantization.rounding.methods import Gptq
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.architecture import config_of, text_config_of
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.transformers_calls import calling_transformers
 from bitknap.quantization.stacks.apply import stacks
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Calibration:
-    """What a model is watched on.
-
-    Attributes:
-        text: calibration text, a file or "builtin".
-        tokens: how much of it to use.
-        include: roles beside routed experts.
-        seed: random seed.
-        rounding: how weights will be rounded; it may need whole second moments.
-        max_memory: bytes; None for any number.
-    """
-
-    text: str
-    tokens: int
-    include: Collection[str] = ()
-    seed: int = 0
-    rounding: Rounding = RTN
-    max_memory: int | None = None
 
 
 def gather(
@@ -67,50 +49,55 @@ def gather(
     Args:
         source: the model.
         needs: what an estimator needs.
-        asked: on what.
+        asked: on what; one text.
         readings: where measurements are kept; nowhere if not given.
         progress: called with (what, done, of).
 
     Raises:
         InputError: a pass over the text would take more than `max_memory` bytes.
     """
-    if asked.rounding.needs_inputs:
+    if asked.method.needs_inputs:
         needs = needs | {"full"}
     if not needs:
-        return of_weights(source, asked.include, rounding=asked.rounding, seed=asked.seed)
-    on_disk = walk_headers(source.config, source.shapes, asked.include)
-    way = way_to_calibrate(source, on_disk, asked.tokens, needs, asked.max_memory)
-    windows = _windows(source, asked)
+        return of_weights(source, asked.include, rounding=asked.method, seed=asked.seed)
+    kept = readings or Readings()
+    evidence = _pass(source, needs, asked, kept, progress)
+    provenance = {**evidence.provenance, "model": source.fingerprint}
+    return replace(evidence, provenance=provenance, rounding=asked.method, readings=kept)
+
+
+def _pass(
+    source: Checkpoint,
+    needs: frozenset[str],
+    asked: Calibration,
+    readings: Readings,
+    progress: Progress | None,
+) -> Evidence:
+    """Return what a pass over the text records, in one piece or layer by layer."""
+    layout = walk_headers(source.config, source.shapes, asked.include)
+    way = way_to_calibrate(source, layout, asked.tokens, needs, asked.max_memory)
+    windows, recorded = _windows(source, asked), Recorded.of(needs)
     writer.check_finite(source)
-    full, traces = "full" in needs, "traces" in needs
     if way == "layers":
-        found = calibrate_by_layer(
+        return calibrate_by_layer(
             source,
             windows,
+            recorded,
             include=asked.include,
-            full=full,
-            traces=traces,
             seed=asked.seed,
             readings=readings,
             progress=progress,
         )
-    else:
-        model = loading.load(source.folder, torch.float32)
-        found = calibrate(
-            model,
-            walk(model, asked.include),
-            windows,
-            full=full,
-            curvature="curvature" in needs,
-            traces=traces,
-            gradients="gradients" in needs,
-            by_layer=way == "gradients",
-            seed=asked.seed,
-            progress=progress,
-        )
-    provenance = {**found.provenance, "model": source.fingerprint}
-    kept = readings or Readings()
-    return replace(found, provenance=provenance, rounding=asked.rounding, readings=kept)
+    model = loading.load(source.folder, torch.float32)
+    return calibrate(
+        model,
+        walk(model, asked.include),
+        windows,
+        recorded,
+        by_layer=way == "gradients",
+        seed=asked.seed,
+        progress=progress,
+    )
 
 
 def readings_about(
@@ -136,7 +123,7 @@ def readings_about(
         "tokens": first.tokens,
         "include": sorted(roles_of(units)),
         "seed": first.seed,
-        "method": settings(first.rounding),
+        "method": settings(first.method),
         "rotation": rotation,
         "sorting": blocks,
     }
@@ -144,18 +131,34 @@ def readings_about(
 
 def _windows(source: Checkpoint, asked: Calibration) -> Windows:
     config = config_of(source.folder)
-    document = encoded(source.folder, read_text(asked.text, "calibration"), config)
+    document = encoded(source.folder, document_of(text_of(asked.only_text), "calibration"), config)
     return document.windows(asked.tokens, longest_of(config))
 
 
-def encoded(folder: Path, text: str, config: Any) -> Encoded:
+def encoded(
+    folder: Path, text: str | Documents | TokenWindows, config: Any
+) -> Encoded | TokenWindows:
     """Return a document as tokens of the model in a folder, whose configuration is given.
 
     Raises:
         InputError: the text is empty, or the tokenizer is missing or not the model's.
     """
+    return _encoded(None if isinstance(text, TokenWindows) else tokenizer_of(folder), text, config)
+
+
+def _encoded(
+    tokenizer: Any, text: str | Documents | TokenWindows, config: Any
+) -> Encoded | TokenWindows:
     vocabulary = getattr(text_config_of(config), "vocab_size", None)
-    return encode(tokenizer_of(folder), text, vocabulary)
+    if not isinstance(text, TokenWindows):
+        return encode(tokenizer, text, vocabulary)
+    most = int(text.ids.max())
+    if vocabulary is not None and most >= vocabulary:
+        raise InputError(
+            f"text: has token {most}, the model's embedding has {vocabulary:,} rows; pass windows "
+            "of the model's own tokenizer"
+        )
+    return text
 
 
 def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, str, int]]:
@@ -173,13 +176,17 @@ def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, s
     return found
 
 
-def evaluation_windows(folder: Path, text: str, tokens: int) -> Windows:
-    """Return the windows of an evaluation text for the model in `folder`."""
-    config = config_of(folder)
+def evaluation_windows(model: Path | LiveModel, text: TextLike, tokens: int) -> Windows:
+    """Return the windows of an evaluation text for the model in a folder, or a live one."""
+    live = isinstance(model, LiveModel)
+    config = model.model.config if isinstance(model, LiveModel) else config_of(model)
     if config.is_encoder_decoder:
-        raise ModelError(f"{folder}: an encoder-decoder; losses are those of decoder-only models")
-    document = encoded(folder, read_text(text, "evaluation"), config)
-    return document.windows(tokens, longest_of(config))
+        name = "the model" if live else model
+        raise ModelError(f"{name}: an encoder-decoder; losses are those of decoder-only models")
+    document = document_of(text_of(text), "evaluation")
+    if isinstance(model, LiveModel):
+        return _encoded(model.tokenizer, document, config).windows(tokens, longest_of(config))
+    return encoded(model, document, config).windows(tokens, longest_of(config))
 
 
 def longest_of(config: Any) -> int:

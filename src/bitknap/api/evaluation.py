@@ -9,7 +9,8 @@ import torch
 
 from bitknap.allocation import BitPlan, uniform_plans
 from bitknap.api.calibration import evaluation_windows
-from bitknap.api.quantizing import default_formats, evaluate
+from bitknap.api.quantizing import evaluate
+from bitknap.api.requests import default_formats
 from bitknap.errors import InputError
 from bitknap.estimators.measuring.kl_replay import Losses, Replay, standard_error
 from bitknap.estimators.measuring.windows import Windows
@@ -45,7 +46,7 @@ def rows_for(
     rows = {"original": summary(original)}
     if uniform:
         if plan is None:
-            raise InputError(f"{model}: not a packed checkpoint; --uniform compares at its bytes")
+            raise InputError(f"{model}: not a packed checkpoint; `uniform` compares at its bytes")
         windows = evaluation_windows(resolve(reference), text, tokens)
         name, at, losses = best_uniform_of(reference, plan, windows, progress)
         rows[f"uniform {name}"] = summary(losses, at.total_bytes)

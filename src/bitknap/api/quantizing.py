@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,20 @@ import torch
 
 from bitknap.allocation import BitPlan
 from bitknap.allocation.problem.format import GROUP_SIZES
-from bitknap.api.calibration import (
+from bitknap.api.calibration import evaluation_windows, gather, readings_about, too_few_tokens
+from bitknap.api.estimation import estimate
+from bitknap.api.former_keywords import former_keywords, group
+from bitknap.api.live import LiveModel, Model, check_named, on_disk, opened
+from bitknap.api.requests import (
+    CALIBRATION_TOKENS,
     Calibration,
-    evaluation_windows,
-    gather,
-    readings_about,
-    too_few_tokens,
+    Packing,
+    Resume,
+    default_formats,
 )
-from bitknap.api.estimation import CALIBRATION_TOKENS, default_formats, estimate
 from bitknap.disk.outputs import check_apart, check_output
 from bitknap.errors import MismatchError
+from bitknap.estimators.measuring.documents import TextLike, text_of
 from bitknap.estimators.measuring.kl_replay import Losses, compare
 from bitknap.estimators.measuring.readings import beside
 from bitknap.estimators.measuring.text import BUILTIN
@@ -29,9 +34,7 @@ from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check, check_source
 from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.resume import Partial
-from bitknap.quantization.packed.shards import MAX_SHARD_SIZE
 from bitknap.quantization.rounding.methods import Gptq, planned
-from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.runtime.dequantized_cache import CACHE_BYTES
 from bitknap.quantization.source.checkpoint import Checkpoint, places, resolve
@@ -52,20 +55,19 @@ __all__ = [
 EVALUATION_TOKENS = 32_768
 
 
+@former_keywords(
+    packing=group(Packing, "force", "max_shard_size", method="rounding"),
+    calibration=group(Calibration, "text", "tokens", "max_memory", "seed"),
+    resume=group(Resume, "journal", "overwrite"),
+)
 def quantize(
-    model: str | Path,
+    model: Model,
     plan: BitPlan,
     out: str | Path,
     *,
-    method: str | Rounding | None = None,
-    force: bool = False,
-    text: str = BUILTIN,
-    tokens: int = CALIBRATION_TOKENS,
-    max_memory: int | None = None,
-    seed: int = 0,
-    max_shard_size: int | str = MAX_SHARD_SIZE,
-    journal: Path | None = None,
-    overwrite: bool = False,
+    packing: Packing | None = None,
+    calibration: Calibration | None = None,
+    resume: Resume | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the model quantized as the plan says, piece by piece, little of it in memory.
@@ -75,20 +77,17 @@ def quantize(
     how that is made: its weights are written to a second hidden folder first, which goes again.
 
     Args:
-        model: a folder, a hub id, or "reference:NAME".
-        plan: made from a table of this model.
-        out: folder to write; appears when all of it is there.
-        method: how to round, "rtn", "hqq" or "gptq"; what the plan was made for when not given.
-        force: round in another way than the plan's costs are of.
-        text: text of methods that calibrate, a file or "builtin".
-        tokens: how much of it to use.
-        max_memory: bytes; when calibrating would take more, it goes layer by layer.
-        seed: random seed of the calibration.
-        max_shard_size: most bytes of a file, such as "5GB"; a larger tensor has its own.
-        journal: file that keeps each layer that a calibration layer by layer has finished, such as
-            the one that `estimate` was given; `journal.forget` it when `out` is there.
-        overwrite: replace `out` if it exists, and what a run with other inputs left.
-        progress: called with ("quantize", done, of).
+        model: A folder, a hub id, "reference:NAME", or a `LiveModel`, which is saved to a temporary
+            folder first.
+        plan: Made from a table of this model.
+        out: Folder to write; appears when all of it is there.
+        packing: How to round, and the size of files; rounding as the plan says when not given.
+        calibration: What methods that calibrate are run on: text, tokens, seed and memory. Roles
+            are the plan's, rounding is that of `packing`.
+        resume: `journal` keeps each layer that a calibration layer by layer has finished, such as
+            the one that `estimate` was given; `overwrite` replaces `out` if it exists, and what a
+            run with other inputs left.
+        progress: Called with ("quantize", done, of).
 
     Returns:
         "predicted" and "written" bytes of the units, which are equal; those of the "checkpoint",
@@ -99,58 +98,81 @@ def quantize(
         names.
 
     Raises:
-        MismatchError: the plan is for another model or method, or an unfinished run had other
+        MismatchError: The plan is for another model or method, or an unfinished run had other
             inputs.
-        ModelError: a weight is NaN or infinite, or transformers could not load what is written.
+        ModelError: A weight is NaN or infinite, or transformers could not load what is written.
         InputError: `out` exists, the disk has no room for it, or `max_memory` does not suffice.
-        BitknapError: the disk is full.
+        BitknapError: The disk is full.
     """
-    rounding = planned(plan, method, force=force)
-    check_apart(Path(out), places(model))  # before anything is fetched
-    inputs, about, few = None, {}, []
-    origin = Checkpoint.open(resolve(model))
+    how, kept = packing or Packing(), resume or Resume()
+    rounding = planned(plan, how.rounding, force=how.force)
+    if not isinstance(model, LiveModel):
+        check_named(model)
+        check_apart(Path(out), places(model))  # before anything is fetched
+    asked = replace(calibration or Calibration(), include=roles_of(plan.units), rounding=rounding)
+    with on_disk(model) as place:
+        origin = Checkpoint.open(resolve(place))
+        return _written(origin, plan, Path(out), asked, how.max_shard_size, kept, progress)
+
+
+def _written(
+    origin: Checkpoint,
+    plan: BitPlan,
+    out: Path,
+    asked: Calibration,
+    max_shard_size: int | str,
+    resume: Resume,
+    progress: Progress | None,
+) -> dict[str, Any]:
+    """Write a checkpoint quantized as the plan says; return what `quantize` returns."""
     check_output(
-        Path(out),
+        out,
         "folder",
-        overwrite=overwrite,
+        overwrite=resume.overwrite,
         inputs=[origin.folder],
         copied_from=origin.folder,
     )
     left_out = {why: list(names) for why, names in origin.companions.left.items()}
-    roles = roles_of(plan.units)
-    check_source(origin, roles, reads_text=rounding.needs_inputs)
-    with _planned(origin, plan, Path(out)) as source:
-        if rounding.needs_inputs:
-            writer.check_plan(source, plan)
-            asked = Calibration(
-                text=text,
-                tokens=tokens,
-                include=roles,
-                seed=seed,
-                rounding=rounding,
-                max_memory=max_memory,
-            )
-            # In one piece the pass is quick, and nothing of it is kept.
-            kept = journal if max_memory is not None else None
-            about = {} if kept is None else _depends_on(origin, asked, plan)
-            with beside(kept, about, overwrite=overwrite) as readings:
-                evidence = gather(source, frozenset(), asked, readings=readings, progress=progress)
-            cut = layout_for(plan.units, evidence.layout)
-            inputs = inputs_of_blocks(cut.units, evidence.units, evidence.inputs)
-            about = {name: evidence.provenance[name] for name in ("text", "tokens", "seed")}
-            few = too_few_tokens(evidence, rounding) if isinstance(rounding, Gptq) else []
+    check_source(origin, asked.include, reads_text=asked.method.needs_inputs)
+    with _planned(origin, plan, out) as source:
+        rounded, few = _rounded(origin, source, plan, asked, resume, progress)
         sizes = writer.save(
             source,
             plan,
-            Path(out),
-            rounding=rounding,
-            inputs=inputs,
-            about=about,
+            out,
+            rounded,
             max_shard_size=max_shard_size,
-            overwrite=overwrite,
+            overwrite=resume.overwrite,
             progress=progress,
         )
-    return {**sizes, "method": rounding.name, "few_tokens": few, "left_out": left_out}
+    return {**sizes, "method": asked.method.name, "few_tokens": few, "left_out": left_out}
+
+
+def _rounded(
+    origin: Checkpoint,
+    source: Checkpoint,
+    plan: BitPlan,
+    asked: Calibration,
+    resume: Resume,
+    progress: Progress | None,
+) -> tuple[writer.Rounded, list[tuple[int, int, str, int]]]:
+    """Return how a plan is rounded, if it asks by which inputs, and which units saw too few."""
+    if not asked.method.needs_inputs:
+        return writer.Rounded(rounding=asked.method), []
+    writer.check_plan(source, plan)
+    # In one piece the pass is quick, and nothing of it is kept.
+    journal = resume.journal if asked.max_memory is not None else None
+    about = {} if journal is None else _depends_on(origin, asked, plan)
+    with beside(journal, about, overwrite=resume.overwrite) as readings:
+        evidence = gather(source, frozenset(), asked, readings=readings, progress=progress)
+    cut = layout_for(plan.units, evidence.layout)
+    rounding = asked.method
+    rounded = writer.Rounded(
+        rounding=rounding,
+        inputs=inputs_of_blocks(cut.units, evidence.units, evidence.inputs),
+        about={name: evidence.provenance[name] for name in ("text", "tokens", "seed")},
+    )
+    return rounded, too_few_tokens(evidence, rounding) if isinstance(rounding, Gptq) else []
 
 
 def _depends_on(origin: Checkpoint, asked: Calibration, plan: BitPlan) -> dict[str, Any]:
@@ -162,9 +184,9 @@ def _depends_on(origin: Checkpoint, asked: Calibration, plan: BitPlan) -> dict[s
 
 @contextlib.contextmanager
 def _planned(origin: Checkpoint, plan: BitPlan, out: Path) -> Iterator[Checkpoint]:
-    """Yield what a plan is for: the model, or the twin that the plan describes, made beside `out`.
+    """Yield what a plan is for: the model, or the transformed copy that it describes, beside `out`.
 
-    The twin goes again, unless pieces that were read from it are kept.
+    The copy goes again, unless pieces that were read from it are kept.
     """
     folder = transformed_model.beside(out)
     try:
@@ -199,37 +221,53 @@ def load(
 
 
 def evaluate(
-    model: str | Path,
-    reference: str | Path | None = None,
+    model: Model,
+    reference: Model | None = None,
     *,
-    text: str = BUILTIN,
+    text: TextLike = BUILTIN,
     tokens: int = EVALUATION_TOKENS,
 ) -> Losses:
     """Measure a model on a text that calibration did not see, against a reference model.
 
     Args:
-        model: what to measure.
-        reference: what KL and top-1 agreement refer to; the model itself when not given.
-        text: evaluation text, a file or "builtin".
-        tokens: how much of it to use.
+        model: What to measure: a folder, a hub id, "reference:NAME", or a `LiveModel`, which is run
+            as it is.
+        reference: What KL and top-1 agreement refer to; the model itself when not given.
+        text: Evaluation text: a path, "builtin", a list of strings, or token windows.
+        tokens: How much of it to use.
 
     Raises:
-        MismatchError: the two have different tokenizers.
-        ModelError: a weight is NaN or infinite, or the model predicts no text.
+        MismatchError: The two have different tokenizers.
+        ModelError: A weight is NaN or infinite, or the model predicts no text.
     """
-    folder = resolve(model)
-    other = folder if reference is None else resolve(reference)
+    asked, given = opened(model), text_of(text)
+    other = asked if reference is None else opened(reference)
     # What cannot be read is refused before the work.
-    source, _ = Checkpoint.open(folder), Checkpoint.open(other)
-    for one in dict.fromkeys((folder, other)):
-        check(one, reads_text=True)
-    windows = evaluation_windows(folder, text, tokens)
-    writer.check_finite(source)
-    measured = loading.load(folder, torch.float32)
-    if reference is None:
-        return compare(measured, measured, windows)
-    if not torch.equal(windows.ids, evaluation_windows(other, text, tokens).ids):
-        raise MismatchError(
-            f"{model} and {reference} split the text differently; compare models of one tokenizer"
-        )
-    return compare(measured, loading.load(other, torch.float32), windows)
+    folders = [one for one in dict.fromkeys((asked, other)) if isinstance(one, Path)]
+    sources = {folder: Checkpoint.open(folder) for folder in folders}
+    for folder in folders:
+        check(folder, reads_text=True)
+    windows = evaluation_windows(asked, given, tokens)
+    if isinstance(asked, Path):
+        writer.check_finite(sources[asked])
+    with _running(asked) as measured:
+        if reference is None:
+            return compare(measured, measured, windows)
+        if not torch.equal(windows.ids, evaluation_windows(other, given, tokens).ids):
+            raise MismatchError(
+                f"{_named(model)} and {_named(reference)} split the text differently; compare "
+                "models of one tokenizer"
+            )
+        with _running(other) as original:
+            return compare(measured, original, windows)
+
+
+def _running(model: Path | LiveModel) -> contextlib.AbstractContextManager[Any]:
+    """Return the context in which a model runs: loaded in float32, or as it is."""
+    if isinstance(model, LiveModel):
+        return model.evaluating()
+    return contextlib.nullcontext(loading.load(model, torch.float32))
+
+
+def _named(model: Model) -> str:
+    return "the live model" if isinstance(model, LiveModel) else str(model)

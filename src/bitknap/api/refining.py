@@ -11,7 +11,7 @@ import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,17 +19,20 @@ from torch import Tensor
 
 from bitknap.allocation import ROLES, BitPlan, Budget, CostTable, Limit, Problem
 from bitknap.allocation.problem.arrays import Floats, Ints
-from bitknap.allocation.refinement.loop import EVALUATIONS, Measure, Refine, Refined
+from bitknap.allocation.refinement.loop import Measure, Refine, Refined
 from bitknap.allocation.solvers.solving import within
 from bitknap.allocation.tradeoffs.uniform_recipes import uniform_plans_within
-from bitknap.api.calibration import Calibration, encoded, gather
+from bitknap.api.calibration import encoded, gather
 from bitknap.api.evaluation import name_of
-from bitknap.api.quantizing import CALIBRATION_TOKENS
+from bitknap.api.former_keywords import former_keywords, group
+from bitknap.api.live import Model, on_disk
+from bitknap.api.requests import Calibration, Refinement, Resume
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.measuring.documents import Documents, TokenWindows, text_of
 from bitknap.estimators.measuring.kl_replay import Losses, Replay, standard_error
 from bitknap.estimators.measuring.readings import Readings, beside, key_of
-from bitknap.estimators.measuring.text import BUILTIN, Encoded, read_text
+from bitknap.estimators.measuring.text import Encoded, document_of
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.in_memory import digest_of
 from bitknap.progress import Progress
@@ -40,8 +43,8 @@ from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 from bitknap.quantization.stacks.apply import applied
 from bitknap.quantization.stacks.row_blocks import inputs_of_blocks, layout_for
 
-# Of the calibration text: what plans are measured on, and what the gate judges on.
-REFINE_TOKENS, GATE_TOKENS = 16_384, 8_192
+# Tokens of the calibration text that the gate judges on.
+GATE_TOKENS = 8_192
 # A plan is measured on one part of the text after the other, as long as it may still be better.
 PARTS = 4
 
@@ -103,7 +106,9 @@ class Outcome:
         return row
 
 
-def loop_windows(document: Encoded, taken: Tensor, tokens: int) -> tuple[Windows, Windows]:
+def loop_windows(
+    document: Encoded | TokenWindows, taken: Tensor, tokens: int
+) -> tuple[Windows, Windows]:
     """Return the windows of a text that plans are measured on, and those of the gate.
 
     All lie on the grid of `taken`; the gate's are neither in it nor among the loop's.
@@ -123,23 +128,28 @@ def loop_windows(document: Encoded, taken: Tensor, tokens: int) -> tuple[Windows
     count = min(len(rest), max(1, GATE_TOKENS // length))
     if count < 2:
         raise InputError(
-            f"--refine: of the text's {len(every)} windows of {length} tokens, calibration and "
-            f"the loop read all but {len(rest)}, and the gate needs 2; lower --tokens or "
-            "--refine-tokens, or add text"
+            f"`refine`: of the text's {len(every)} windows of {length} tokens, calibration and "
+            f"the loop read all but {len(rest)}, and the gate needs 2; lower "
+            "`calibration.tokens` or `refinement.tokens`, or add text"
         )
     picked = np.arange(count) * len(rest) // count
     return loop, replace(every, ids=torch.stack([rest[at] for at in picked.tolist()]))
 
 
 def open_loop(
-    model: Any, evidence: Evidence, words: str, taken: Tensor, tokens: int, folder: Path
+    model: Any,
+    evidence: Evidence,
+    text: str | Documents | TokenWindows,
+    taken: Tensor,
+    tokens: int,
+    folder: Path,
 ) -> Loop:
     """Return a loop on a live model.
 
     Args:
         model: the model.
         evidence: its calibration pass.
-        words: the calibration text.
+        text: the calibration text.
         taken: what calibration read of it.
         tokens: to measure plans on.
         folder: folder of the model, for its tokenizer.
@@ -147,7 +157,7 @@ def open_loop(
     Raises:
         InputError: the text is too short.
     """
-    windows, gate = loop_windows(encoded(folder, words, model.config), taken, tokens)
+    windows, gate = loop_windows(encoded(folder, text, model.config), taken, tokens)
     # Every part has windows from all over the text.
     count = min(PARTS, len(windows))
     parts = [windows[part::count] for part in range(count)]
@@ -163,11 +173,9 @@ def run_loop(
     loop: Loop,
     table: CostTable,
     limits: Sequence[Limit | Budget],
+    refinement: Refinement | None = None,
     *,
-    evaluations: int = EVALUATIONS,
     others: tuple[CostTable, ...] = (),
-    driver: Literal["belief", "tpe", "cmaes"] = "belief",
-    seed: int = 0,
     readings: Readings | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
@@ -177,33 +185,31 @@ def run_loop(
         loop: the model and the texts.
         table: the costs, tied as plans must be.
         limits: what plans keep to.
-        evaluations: plans to measure.
+        refinement: how many plans are measured, and what proposes them.
         others: tables whose plans are measured as well.
-        driver: what proposes plans.
-        seed: random seed.
         readings: what was measured before, and where to keep what is measured.
         progress: called with (what, done, of).
 
     Raises:
         InfeasibleError: no plan is within the limits.
     """
-    problem = Problem(table, limits)
+    problem, how = Problem(table, limits), refinement or Refinement()
     refine = Refine(
         parts=measures(loop, table, readings or Readings()),
-        evaluations=evaluations,
+        evaluations=how.evaluations,
         others=others,
-        driver=driver,
-        seed=seed,
+        driver=how.driver,
+        seed=how.seed,
         progress=progress,
     )
-    found = refine.run(problem)
-    plan = found.solution.plan
+    refined = refine.run(problem)
+    plan = refined.solution.plan
     ours = losses_of(loop, loop.gate, plan)
     recipe, other, uniform = _best_uniform(loop, problem, plan, progress)
     passed = uniform is None or float(ours.kl.mean()) < float(uniform.kl.mean())
     return Outcome(
         plan=plan if passed or other is None else other,
-        refined=found,
+        refined=refined,
         recipe=recipe,
         ours=ours,
         uniform=uniform,
@@ -309,74 +315,74 @@ def _best_uniform(
     return best
 
 
+@former_keywords(
+    refinement=group(Refinement, "evaluations", "driver", "seed", refine_tokens="tokens"),
+    calibration=group(Calibration, "text", "tokens", "seed"),
+    resume=group(Resume, "journal", "overwrite"),
+)
 def refine(
-    model: str | Path,
+    model: Model,
     table: CostTable,
     limits: Sequence[Limit | Budget],
     *,
-    evaluations: int = EVALUATIONS,
-    driver: Literal["belief", "tpe", "cmaes"] = "belief",
-    text: str = BUILTIN,
-    tokens: int = CALIBRATION_TOKENS,
-    refine_tokens: int = REFINE_TOKENS,
-    seed: int = 0,
-    journal: Path | None = None,
-    overwrite: bool = False,
+    refinement: Refinement | None = None,
+    calibration: Calibration | None = None,
+    resume: Resume | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
     """Measure plans of a model, and return the best one, or the best uniform recipe.
 
     Args:
-        model: a folder, a hub id, or "reference:NAME".
-        table: its costs, tied as plans must be.
-        limits: what plans keep to.
-        evaluations: plans to measure.
-        driver: what proposes plans: "belief", or Optuna's "tpe" or "cmaes".
-        text: calibration text, a file or "builtin".
-        tokens: number of tokens of it, as the table was calibrated on.
-        refine_tokens: of it, to measure plans on.
-        seed: the random seed.
-        journal: where measurements are kept, so that a killed run goes on.
-        overwrite: start a journal of other inputs anew.
-        progress: called with (what, done, of).
+        model: A folder, a hub id, "reference:NAME", or a `LiveModel`.
+        table: Its costs, tied as plans must be.
+        limits: What plans keep to.
+        refinement: How many plans are measured, on how many tokens, and what proposes them.
+        calibration: Text, tokens and seed, as the table was calibrated on; roles and rounding are
+            the table's.
+        resume: `journal` keeps measurements, so that a killed run goes on; `overwrite` starts a
+            journal of other inputs anew.
+        progress: Called with (what, done, of).
 
     Raises:
-        InfeasibleError: no plan is within the limits.
-        MismatchError: the table is of another model, or the journal of other inputs.
-        InputError: the text is too short.
+        InfeasibleError: No plan is within the limits.
+        MismatchError: The table is of another model, or the journal of other inputs.
+        InputError: The text is too short.
     """
+    how, kept = refinement or Refinement(), resume or Resume()
+    with on_disk(model) as place:
+        loop = _opened(place, table, calibration or Calibration(), how, progress)
+        about = {
+            "what": "refine, KL of windows in nats/token",
+            "model": loop.evidence.provenance["model"],
+            "method": loop.evidence.rounding.name,
+            "formats": [item.name for item in table.formats],
+            "text": [digest_of(part.windows) for part in loop.parts],
+        }
+        with beside(kept.journal, about, overwrite=kept.overwrite) as readings:
+            return run_loop(loop, table, limits, how, readings=readings, progress=progress)
+
+
+def _opened(
+    model: str | Path,
+    table: CostTable,
+    calibration: Calibration,
+    how: Refinement,
+    progress: Progress | None,
+) -> Loop:
+    """Return the loop on a model, calibrated as its table was."""
     source = Checkpoint.open(resolve(model))
     known = table.provenance.get("model", source.fingerprint)
     if known != source.fingerprint:
         raise MismatchError(f"{model}: the table is of another model; estimate it on this one")
-    asked = Calibration(
-        text=text,
-        tokens=tokens,
-        include=roles_of(table.units),
-        seed=seed,
-        rounding=Remembered(rounding=method_of(str(table.provenance.get("method", "rtn")))),
+    rounding = method_of(str(table.provenance.get("method", "rtn")))
+    asked = replace(
+        calibration, include=roles_of(table.units), rounding=Remembered(rounding=rounding)
     )
     evidence = gather(source, frozenset({"replay"}), asked, progress=progress)
     if evidence.replay is None:
-        raise InputError("--refine: the model must fit in memory; leave out --max-memory")
-    live, taken = evidence.replay.model, evidence.replay.windows
-    words = read_text(text, "calibration")
-    loop = open_loop(live, evidence, words, taken, refine_tokens, source.folder)
-    about = {
-        "what": "refine, KL of windows in nats/token",
-        "model": source.fingerprint,
-        "method": evidence.rounding.name,
-        "formats": [item.name for item in table.formats],
-        "text": [digest_of(part.windows) for part in loop.parts],
-    }
-    with beside(journal, about, overwrite=overwrite) as readings:
-        return run_loop(
-            loop,
-            table,
-            limits,
-            evaluations=evaluations,
-            driver=driver,
-            seed=seed,
-            readings=readings,
-            progress=progress,
+        raise InputError(
+            "`refine`: the model must fit in memory to be measured; leave out `max_memory`"
         )
+    live, taken = evidence.replay.model, evidence.replay.windows
+    text = document_of(text_of(asked.only_text), "calibration")
+    return open_loop(live, evidence, text, taken, how.tokens, source.folder)

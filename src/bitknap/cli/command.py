@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import click
 
+from bitknap.cli.argument_names import in_options
 from bitknap.cli.options.commands import Group, missing
 from bitknap.cli.terminal import fail, print_any_name, quiet
 from bitknap.disk.append_log import no_room
@@ -30,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except click.ClickException as error:
         fail(error.format_message())
     except BitknapError as error:
-        fail(str(error))
+        fail(in_options(str(error)))
     except OSError as error:
         fail(f"{error.filename or 'output'}: {no_room(error) or error.strerror or error}")
 

@@ -186,7 +186,7 @@ def _budgets(texts: Sequence[str]) -> tuple[float, ...]:
 
 def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
     from bitknap.allocation import profile
-    from bitknap.api.refining import REFINE_TOKENS
+    from bitknap.api.requests import REFINE_TOKENS
     from bitknap.benchmarks.compare.models import Options
 
     profile(options["profile"])

@@ -16,6 +16,7 @@ from bitknap.cli.options import common
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import option
 from bitknap.cli.options.estimating import (
+    calibration_of,
     check_kept,
     estimating,
     files_of,
@@ -23,14 +24,12 @@ from bitknap.cli.options.estimating import (
     journal_of,
     resumable,
     run_estimate,
-    size_of,
 )
 from bitknap.cli.options.refining import check_refining, refine_journal, refining, run_refine
 from bitknap.cli.options.rules import check_options
 from bitknap.cli.options.solving import (
     check_solving,
     free_path,
-    given,
     listed,
     run_solve,
     solved,
@@ -122,6 +121,7 @@ def quantize(
     from bitknap.allocation.problem.budget import parse_size
     from bitknap.allocation.tradeoffs.profile_price import priced
     from bitknap.api import quantizing
+    from bitknap.api.requests import Packing, Resume
     from bitknap.cli.views.tables import bits_table, facts_table, widths_table
     from bitknap.estimators.measuring import readings
     from bitknap.report.table_facts import decoded_note, few_tokens_note, left_out_note
@@ -144,15 +144,9 @@ def quantize(
             model,
             choice.plan,
             out,
-            method=options["method"],
-            force=force,
-            text=options["text"][0],
-            tokens=given(options["tokens"], quantizing.CALIBRATION_TOKENS),
-            max_memory=size_of(options["max_memory"]),
-            seed=options["seed"],
-            max_shard_size=max_shard_size,
-            journal=journal_of(path),
-            overwrite=overwrite,
+            packing=Packing(rounding=options["method"], force=force, max_shard_size=max_shard_size),
+            calibration=calibration_of(options, text=options["text"][0]),
+            resume=Resume(journal=journal_of(path), overwrite=overwrite),
             progress=progress,
         )
     forget(path)

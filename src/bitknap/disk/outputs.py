@@ -61,7 +61,7 @@ def check_output(
         what = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "a device"
         raise InputError(f"{path} is {what}, and a {kind} is to be written; choose another name")
     if not overwrite:
-        raise InputError(f"{path} exists; choose another name or pass --overwrite")
+        raise InputError(f"{path} exists; choose another name or pass `overwrite=True`")
     if kind == "folder":
         _check_replaceable(path)
         manifest.check_ours(path, copied_from)

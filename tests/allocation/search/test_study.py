@@ -14,12 +14,13 @@ import numpy as np
 import optuna
 import pytest
 
-from bitknap.allocation import BitPlan, CostTable, formats
+from bitknap.allocation import BitPlan, Budget, CostTable, formats
 from bitknap.allocation.search.best_trials import best, front, records
 from bitknap.allocation.search.optuna_trials import attempts, make_sampler, open_storage, shown
 from bitknap.allocation.search.optuna_trials import worker as worker_name
 from bitknap.allocation.search.search_space import Knobs
 from bitknap.allocation.search.study import create, load, plan_of, run
+from bitknap.allocation.search.study_design import Design, Sampler
 from bitknap.allocation.search.trial_record import Record
 from bitknap.errors import (
     BitknapError,
@@ -31,7 +32,12 @@ from bitknap.errors import (
 from bitknap.testing import routed_units
 
 TILTS = Knobs(tilts=("layer", "proj"))
+AT = Budget.bits(4.5)
 WIDTHS = formats((2, 3, 4), (8, "row"))
+
+
+def design(**how):
+    return Design(budget=AT, **how)
 
 
 def save(path, seed=0, model="abc"):
@@ -80,7 +86,7 @@ def journal(tmp_path):
 
 
 def test_a_study_is_made_run_and_read(table, journal):
-    made = create("s", journal, table, budget="4.5bpw", knobs=TILTS, seed=1)
+    made = create("s", journal, table, design(knobs=TILTS, sampler=Sampler("tpe", seed=1)))
     assert [record.state for record in records(made)] == ["waiting"]
     told: list[Record] = []
     run(made, loss, 4, measured={"text": "a"}, watch=told.append)
@@ -110,7 +116,7 @@ def test_a_study_is_made_run_and_read(table, journal):
 
 
 def test_the_header_can_be_saved(table, journal, tmp_path):
-    made = create("s", journal, table, budget="4.5bpw")
+    made = create("s", journal, table, design())
     run(made, loss, 1)
     plan_of(made, best(made).params, best(made)).save(tmp_path / "plan.json")
     assert BitPlan.load(tmp_path / "plan.json").header["trial"] == 0
@@ -121,7 +127,7 @@ def test_one_worker_is_repeatable_and_may_stop_in_between(table, tmp_path, sampl
     params = []
     for name, parts in (("a", (12,)), ("b", (5, 7))):
         url = f"journal:{tmp_path}/{name}.log"
-        made = create("s", url, table, budget="4.5bpw", sampler=sampler, knobs=TILTS, seed=7)
+        made = create("s", url, table, design(knobs=TILTS, sampler=Sampler(sampler, seed=7)))
         run(made, loss, parts[0])
         for part in parts[1:]:
             run(load("s", url), loss, part)
@@ -133,7 +139,12 @@ def test_one_worker_is_repeatable_and_may_stop_in_between(table, tmp_path, sampl
 def test_a_seed_matters(table, tmp_path):
     found = []
     for seed in (0, 1):
-        made = create("s", f"{tmp_path}/{seed}.log", table, budget="4.5bpw", knobs=TILTS, seed=seed)
+        made = create(
+            "s",
+            f"{tmp_path}/{seed}.log",
+            table,
+            design(knobs=TILTS, sampler=Sampler("tpe", seed=seed)),
+        )
         run(made, loss, 2)
         found.append(records(made)[1].params)
     assert found[0] != found[1]
@@ -146,7 +157,7 @@ def test_equal_plans_are_measured_once(table, journal):
         seen.append(plan.choice.tobytes())
         return loss(plan)
 
-    made = create("s", journal, table, budget="4.5bpw", knobs=Knobs(tilts=("layer",), width=0.01))
+    made = create("s", journal, table, design(knobs=Knobs(tilts=("layer",), width=0.01)))
     run(made, count, 8)
     assert len(seen) == len(set(seen)) < 8
     assert len({record.loss for record in records(made)}) == len(seen)
@@ -155,7 +166,7 @@ def test_equal_plans_are_measured_once(table, journal):
 def test_features_turn_costs(table, journal, tmp_path):
     other = save(tmp_path / "other.safetensors", seed=5)
     knobs = Knobs(exponents=("other",), risk=True, formats=True, floor=True, cap=True)
-    made = create("s", journal, table, features=[other], budget="4.5bpw", knobs=knobs)
+    made = create("s", journal, table, design(knobs=knobs), features=[other])
     run(made, loss, 6)
     study = load("s", journal, table=table, features=[other])
     assert set(records(study)[1].params) == {
@@ -169,7 +180,7 @@ def test_features_turn_costs(table, journal, tmp_path):
 
 def test_size_against_loss_gives_a_front(table, journal):
     knobs = Knobs(tilts=("layer",), budget=(4.5, 8.0))
-    made = create("s", journal, table, sampler="nsga2", knobs=knobs)
+    made = create("s", journal, table, Design(knobs=knobs, sampler=Sampler("nsga2")))
     run(made, loss, 23)
     assert [record.params["bits"] for record in records(made)[:3]] == [6.25, 4.5, 8.0]
     ends = front(made)
@@ -191,7 +202,7 @@ def test_size_against_loss_gives_a_front(table, journal):
 
 def test_failures_are_told_and_the_study_goes_on(table, journal):
     values = iter([float("nan"), 1.0, float("inf"), 2.0])
-    made = create("s", journal, table, budget="4.5bpw", knobs=Knobs(tilts=("layer",), width=9))
+    made = create("s", journal, table, design(knobs=Knobs(tilts=("layer",), width=9)))
     run(made, lambda plan: next(values), 2)
     assert [(r.state, r.reason, r.loss) for r in records(made)] == [
         ("failed", "the objective is nan", None),
@@ -203,7 +214,7 @@ def test_failures_are_told_and_the_study_goes_on(table, journal):
 
 def test_parameters_without_a_plan_are_pruned(table, journal):
     # 3 bits and a zero point a row of 16 do not fit 4.5 bpw: half of the floors have no plan.
-    made = create("s", journal, table, budget="4.5bpw", knobs=Knobs(floor=True, formats=True))
+    made = create("s", journal, table, design(knobs=Knobs(floor=True, formats=True)))
     run(made, loss, 12)
     pruned = [record for record in records(made) if record.state == "pruned"]
     assert pruned
@@ -225,7 +236,7 @@ def test_failing_without_end_is_an_error(table):
 
 
 def test_an_error_of_the_measurement_comes_through(table, journal):
-    made = create("s", journal, table, budget="4.5bpw", knobs=TILTS)
+    made = create("s", journal, table, design(knobs=TILTS))
 
     def broken(plan):
         raise ZeroDivisionError("by the user")
@@ -270,7 +281,7 @@ def worker(url, trials, seconds):
 @pytest.mark.slow
 def test_two_workers_share_a_study(table, url):
     knobs = Knobs(tilts=("layer",), width=3)
-    made = create("s", url, table, budget="4.5bpw", knobs=knobs)
+    made = create("s", url, table, design(knobs=knobs))
     processes = [worker(url, 2, 0.1) for _ in range(2)]
     for process in processes:
         process.communicate(timeout=60)
@@ -283,7 +294,7 @@ def test_two_workers_share_a_study(table, url):
 
 
 def test_a_trial_that_another_worker_told_first_is_made_up_for(table, journal):
-    study = create("s", journal, table, budget="4.5bpw", knobs=TILTS)
+    study = create("s", journal, table, design(knobs=TILTS))
 
     def told(plan):
         if len(study.trials.trials) == 1:
@@ -296,7 +307,7 @@ def test_a_trial_that_another_worker_told_first_is_made_up_for(table, journal):
 
 
 def test_a_killed_worker_loses_its_running_trial_alone(table, journal):
-    create("s", journal, table, budget="4.5bpw", knobs=TILTS)
+    create("s", journal, table, design(knobs=TILTS))
     process = worker(journal, 5, 60)
     assert process.stdout.readline() == "measuring\n"
     process.send_signal(signal.SIGKILL)
@@ -317,7 +328,7 @@ def test_a_killed_worker_loses_its_running_trial_alone(table, journal):
     "name", [worker_name(), "elsewhere/0:1", ""], ids=["live", "foreign", "unsigned"]
 )
 def test_a_live_or_foreign_workers_trial_is_left_alone(table, journal, name):
-    study = create("s", journal, table, budget="4.5bpw", knobs=TILTS)
+    study = create("s", journal, table, design(knobs=TILTS))
     study.trials.ask().set_user_attr("worker", name)
     run(study, loss, 1)
     assert [record.state for record in records(study)] == ["running", "complete"]
@@ -325,7 +336,7 @@ def test_a_live_or_foreign_workers_trial_is_left_alone(table, journal, name):
 
 def test_a_torn_journal_is_mended(table, tmp_path):
     path = tmp_path / "s.log"
-    made = create("s", str(path), table, budget="4.5bpw", knobs=TILTS)
+    made = create("s", str(path), table, design(knobs=TILTS))
     run(made, loss, 2)
     whole = path.read_bytes()
     path.write_bytes(whole + b'{"op_code":4,"wor')
@@ -342,7 +353,7 @@ def test_a_file_of_somebody_else_is_left_as_it_is(content, table, tmp_path):
     with pytest.raises(InputError, match="not a journal of Optuna"):
         load("s", str(path))
     with pytest.raises(InputError, match="not a journal of Optuna"):
-        create("s", str(path), table, budget="4.5bpw")
+        create("s", str(path), table, design())
     assert path.read_bytes() == content
 
 
@@ -364,7 +375,7 @@ def edited(path, where, change):
 )
 def test_a_study_that_says_something_else_is_not_ours(where, change, table, tmp_path):
     path = tmp_path / "s.log"
-    run(create("s", str(path), table, budget="4.5bpw", knobs=TILTS), loss, 1)
+    run(create("s", str(path), table, design(knobs=TILTS)), loss, 1)
     edited(path, where, change)
     with pytest.raises(InputError, match="is not of Bitknap; choose another"):
         load("s", str(path))
@@ -373,7 +384,7 @@ def test_a_study_that_says_something_else_is_not_ours(where, change, table, tmp_
 @pytest.mark.parametrize("attribute", [{"bytes": "many"}, {"predicted": [1]}, {"bpw": None}])
 def test_trials_that_say_something_else_are_not_ours(attribute, table, tmp_path):
     path = tmp_path / "s.log"
-    made = create("s", str(path), table, budget="4.5bpw", knobs=TILTS)
+    made = create("s", str(path), table, design(knobs=TILTS))
     run(made, loss, 1)
     made.trials._storage.set_trial_user_attr(made.trials.ask()._trial_id, *attribute.popitem())
     with pytest.raises(InputError, match="is not of Bitknap; choose another"):
@@ -382,7 +393,7 @@ def test_trials_that_say_something_else_are_not_ours(attribute, table, tmp_path)
 
 def test_a_dead_workers_lock_is_broken(table, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    made = create("s", "journal:s.log", table, budget="4.5bpw", knobs=TILTS)
+    made = create("s", "journal:s.log", table, design(knobs=TILTS))
     (tmp_path / "s.log.lock").touch()
     storage: Any = made.trials._storage
     storage._backend._lock.grace_period = 1
@@ -404,7 +415,7 @@ def test_draws_depend_on_the_seed_and_the_number_alone():
 
 
 def test_another_table_is_refused(table, journal, tmp_path):
-    create("s", journal, table, budget="4.5bpw")
+    create("s", journal, table, design())
     other = save(tmp_path / "other.safetensors", seed=9)
     with pytest.raises(MismatchError, match=r"other\.safetensors: not the table that study 's'"):
         load("s", journal, table=other)
@@ -415,7 +426,7 @@ def test_another_table_is_refused(table, journal, tmp_path):
 
 
 def test_another_measurement_is_refused(table, journal):
-    made = create("s", journal, table, budget="4.5bpw")
+    made = create("s", journal, table, design())
     run(made, loss, 1, measured={"model": "a", "tokens": 10})
     with pytest.raises(MismatchError) as error:
         run(made, loss, 1, measured={"model": "a", "tokens": 20})
@@ -425,9 +436,9 @@ def test_another_measurement_is_refused(table, journal):
 
 
 def test_existing_and_missing_studies(table, journal):
-    create("s", journal, table, budget="4.5bpw")
+    create("s", journal, table, design())
     with pytest.raises(InputError, match=r"study 's' exists in .*; run it, or choose another name"):
-        create("s", journal, table, budget="4.5bpw")
+        create("s", journal, table, design())
     with pytest.raises(InputError, match=r"study 't' is not in .*; there: s"):
         load("t", journal)
     with pytest.raises(InputError, match="study 's' has no complete trial; run it first"):
@@ -454,7 +465,7 @@ def test_a_study_of_somebody_else_is_refused(table, journal):
 )
 def test_unreachable_storages_are_one_line(table, storage, message):
     with pytest.raises(InputError, match=message) as error:
-        create("s", storage, table, budget="4.5bpw")
+        create("s", storage, table, design())
     assert "\n" not in str(error.value)
     assert "secret" not in str(error.value)
 
@@ -484,17 +495,24 @@ def test_passwords_are_not_shown():
     ("options", "message"),
     [
         ({}, "give a budget or a range of budgets, one of them"),
-        ({"budget": "4.5bpw", "sampler": "grid"}, "sampler: 'grid' is not one of tpe, cmaes"),
-        ({"budget": "4.5bpw", "sampler": "nsga2"}, "nsga2 trades bytes against loss"),
+        (
+            {"budget": Budget.bits(4.5), "sampler": "grid"},
+            "sampler: 'grid' is not one of tpe, cmaes",
+        ),
+        ({"budget": AT, "sampler": "nsga2"}, "nsga2 trades bytes against loss"),
         ({"knobs": Knobs(budget=(3, 4))}, "nsga2 trades bytes against loss"),
-        ({"budget": "0.5bpw"}, "memory: smallest plan needs"),
-        ({"budget": "4.5bpw", "knobs": Knobs(exponents=("x",))}, "exponent:x: no such feature"),
-        ({"budget": "4.5bpw", "profile_name": "none"}, "profile 'none' is unknown"),
+        ({"budget": Budget.bits(0.5)}, "memory: smallest plan needs"),
+        (
+            {"budget": AT, "knobs": Knobs(exponents=("x",))},
+            "exponent:x: no such feature",
+        ),
     ],
 )
 def test_nothing_is_created_of_bad_values(table, tmp_path, options, message):
     with pytest.raises(BitknapError, match=message):
-        create("s", f"{tmp_path}/s.log", table, **options)
+        if "sampler" in options:
+            options = {**options, "sampler": Sampler(options["sampler"])}
+        create("s", f"{tmp_path}/s.log", table, Design(**options))
     assert list(tmp_path.iterdir()) == [table]
 
 
@@ -540,14 +558,14 @@ def test_a_database_that_is_not_optunas_is_left_as_it_is(damage, table, tmp_path
     """Optuna would add its tables to it."""
     path = tmp_path / "s.db"
     if damage is not notes:
-        create("s", f"sqlite:///{path}", table, budget="4bpw", knobs=TILTS)
+        create("s", f"sqlite:///{path}", table, design(knobs=TILTS))
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         damage(database)
     content = path.read_bytes()
     with pytest.raises(InputError, match=r"s\.db: it .* no database of this version of Optuna"):
         load("s", f"sqlite:///{path}")
     with pytest.raises(InputError, match=r"s\.db: it .* no database of this version of Optuna"):
-        create("t", f"sqlite:///{path}", table, budget="4bpw", knobs=TILTS)
+        create("t", f"sqlite:///{path}", table, design(knobs=TILTS))
     assert path.read_bytes() == content
 
 
@@ -562,7 +580,7 @@ def test_a_database_that_is_not_optunas_is_left_as_it_is(damage, table, tmp_path
 )
 def test_a_damaged_study_in_a_database_is_one_line(damage, table, tmp_path):
     url = f"sqlite:///{tmp_path}/s.db"
-    run(create("s", url, table, budget="4bpw", knobs=TILTS), loss, 1)
+    run(create("s", url, table, design(knobs=TILTS)), loss, 1)
     with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
         database.execute(damage)
     with pytest.raises(InputError, match=r"damaged|not of Bitknap"):

@@ -16,6 +16,7 @@ from bitknap.estimators.published.chowdhury import router_norms
 from bitknap.estimators.published.rule import Material
 from bitknap.estimators.published.xie import xie
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.testing import tiny_model
 
@@ -52,7 +53,7 @@ def text(seed):
 def case():
     model = tiny_model("mixtral")
     layout = walk(model)
-    evidence = calibrate(model, layout, text(0), curvature=True, gradients=True)
+    evidence = calibrate(model, layout, text(0), Recorded(curvature=True, gradients=True))
     final = router_norms(dict(model.named_parameters()), layout)
     generator = np.random.default_rng(0)
     known = Material(

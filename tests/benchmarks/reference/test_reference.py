@@ -38,7 +38,9 @@ def test_texts_are_small_and_do_not_overlap():
 @pytest.mark.slow
 def test_main_job_beats_the_best_uniform_recipe(tmp_path):
     options = bitknap.formats((1, 2, 3, 4), (64, "row"), True, ("fp16", "compact"))
-    table = bitknap.estimate("reference:mixtral", formats=options, tokens=2048)
+    table = bitknap.estimate(
+        "reference:mixtral", formats=options, calibration=bitknap.Calibration(tokens=2048)
+    )
     solution = plan_for(table, bitknap.Budget.bits(2.5))
     sizes = bitknap.quantize("reference:mixtral", solution.plan, tmp_path / "out")
     assert sizes["predicted"] == sizes["written"] <= 2.5 * table.weights / 8
@@ -55,7 +57,10 @@ def test_full_moments_are_recorded_when_asked_for():
     options = bitknap.formats((2, 4), "row", True)
     diagonal, full = (
         bitknap.estimate(
-            "reference:mixtral", bitknap.SecondMoments(full=full), options, tokens=1024
+            "reference:mixtral",
+            bitknap.SecondMoments(full=full),
+            options,
+            calibration=bitknap.Calibration(tokens=1024),
         )
         for full in (False, True)
     )

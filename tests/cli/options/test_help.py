@@ -120,7 +120,7 @@ def test_shown_defaults_are_those_of_the_library():
     from typing import get_args
 
     from bitknap import Ilp, Knapsack
-    from bitknap.api import quantizing, refining
+    from bitknap.api import quantizing, requests
     from bitknap.benchmarks.compare import models
     from bitknap.cli.options import common, measuring
     from bitknap.estimators.tables.several_texts import Rule
@@ -133,7 +133,7 @@ def test_shown_defaults_are_those_of_the_library():
         return next(one.usual for one in options(LEAVES["compare"]) if one.name == name)
 
     assert shown(measuring.tokens) == str(quantizing.CALIBRATION_TOKENS)
-    assert shown(common.refine_tokens) == str(refining.REFINE_TOKENS)
+    assert shown(common.refine_tokens) == str(requests.REFINE_TOKENS)
     assert shown(measuring.group_size) == ",".join(map(str, quantizing.GROUP_SIZES))
     assert measuring.protect_bits.settings["default"] == FLOOR
     assert set(measuring.robust.settings["type"].names) == set(get_args(Rule))

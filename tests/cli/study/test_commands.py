@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitknap.allocation import BitPlan, CostTable, formats
-from bitknap.allocation.search.search_space import Knobs
+from bitknap.allocation import BitPlan, Budget, CostTable, formats
 from bitknap.allocation.search.study import create, load, run
+from bitknap.allocation.search.study_design import Design
 from bitknap.cli import main
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
@@ -18,6 +18,7 @@ from bitknap.report.study_page import page
 from bitknap.testing import routed_units
 
 WIDTHS = formats((2, 3, 4, 8), "row")
+DESIGN = Design(budget=Budget.bits(4.5))
 ROOT = Path(__file__).parents[3]
 TEXT = ("--text", str(ROOT / "LICENSE"))  # short: quick to tokenize
 
@@ -114,7 +115,7 @@ def test_the_whole_way_on_a_real_model(tmp_path, capsys):
 
 @pytest.mark.parametrize("trials", [0, 1, 2, 15])
 def test_a_page_of_any_number_of_trials(table, journal, tmp_path, capsys, trials):
-    made = create("<s> & co", journal, table, budget="4.5bpw", knobs=Knobs(tilts=("layer", "proj")))
+    made = create("<s> & co", journal, table, DESIGN)
     if trials:
         run(made, loss, trials)
     out = tmp_path / "page.html"
@@ -198,7 +199,7 @@ def test_bad_words_are_one_line(table, journal, tmp_path, capsys, more, message)
 
 
 def test_nothing_is_overwritten(table, journal, tmp_path, capsys):
-    made = create("s", journal, table, budget="4.5bpw")
+    made = create("s", journal, table, DESIGN)
     run(made, loss, 1)
     out = tmp_path / "there"
     out.write_text("mine")

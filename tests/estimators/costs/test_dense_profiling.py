@@ -15,6 +15,7 @@ from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.evidence.super_experts import super_experts
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.methods import round_trip
 from bitknap.quantization.stacks.apply import replaced, stacks
@@ -41,7 +42,7 @@ def case():
             router[1], router[3], router[UNSEEN] = -router[0], -router[2], 0
     layout = walk(model)
     windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows, traces=True)
+    evidence = calibrate(model, layout, windows, Recorded(traces=True))
     return SimpleNamespace(model=model, layout=layout, windows=windows, evidence=evidence)
 
 
@@ -279,7 +280,7 @@ def test_a_super_expert_is_seen_in_outputs_and_in_tables():
         model.model.layers[1].mlp.experts.down_proj[3] *= 60
     layout = walk(model)
     windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows, traces=True)
+    evidence = calibrate(model, layout, windows, Recorded(traces=True))
     assert [(layer, expert) for layer, expert, _ in super_experts(evidence)] == [(1, 3)]
     for measured in (Measured(kind="layer"), Measured(kind="block", squared=True)):
         table = measured.estimate(evidence, FORMATS[::3])

@@ -17,6 +17,7 @@ from bitknap.estimators.evidence.evidence import FEW_TOKENS, Evidence
 from bitknap.estimators.group_kl.calibrated import Calibrated, anchors, gains, group_kl
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.methods import round_trip
 from bitknap.quantization.stacks.apply import applied, read_units, stacks
@@ -42,7 +43,7 @@ def case():
     model = lopsided()
     layout = walk(model)
     windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows, full=True, curvature=True)
+    evidence = calibrate(model, layout, windows, Recorded(full=True, curvature=True))
     return SimpleNamespace(model=model, layout=layout, windows=windows, evidence=evidence)
 
 
@@ -290,7 +291,7 @@ def test_other_roles_are_charged_too():
     model = tiny_model("qwen2_moe")
     layout = walk(model, ("attention", "shared"))
     windows = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows, curvature=True)
+    evidence = calibrate(model, layout, windows, Recorded(curvature=True))
     options = [Format(2, 8), Format(5, 0)]
     for estimator in (SecondMoments(), WeightError(), DataFree(), Calibrated()):
         cost = estimator.estimate(evidence, options).cost

@@ -12,6 +12,7 @@ from bitknap.estimators.costs.dense_profiling import Measured
 from bitknap.estimators.costs.fisher import Fisher, row_costs
 from bitknap.estimators.evidence.evidence import PRIOR_TOKENS
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.methods import round_trip
 from bitknap.quantization.stacks.apply import replaced, stacks
@@ -30,7 +31,7 @@ def case():
             router[1], router[3], router[UNSEEN] = -router[0], -router[2], 0
     layout = walk(model)
     windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows, curvature=True, gradients=True)
+    evidence = calibrate(model, layout, windows, Recorded(curvature=True, gradients=True))
     return SimpleNamespace(model=model, layout=layout, windows=windows, evidence=evidence)
 
 
@@ -131,7 +132,7 @@ def test_rows_of_down_are_the_coordinates_of_the_output(case):
 
 
 def test_what_was_not_recorded_is_asked_for(case):
-    bare = calibrate(case.model, case.layout, case.windows[:1], traces=True)
+    bare = calibrate(case.model, case.layout, case.windows[:1], Recorded(traces=True))
     with pytest.raises(InputError, match="calibrate with gradients=True"):
         Fisher("output").estimate(bare, FORMATS)
     with pytest.raises(InputError, match="calibrate with curvature=True"):
@@ -142,6 +143,6 @@ def test_other_roles_are_refused():
     model = tiny_model("mixtral")
     layout = walk(model, ("attention",))
     windows = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows, gradients=True)
+    evidence = calibrate(model, layout, windows, Recorded(gradients=True))
     with pytest.raises(InputError, match="routed experts only"):
         Fisher("output").estimate(evidence, FORMATS)

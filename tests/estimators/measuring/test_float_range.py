@@ -21,6 +21,7 @@ from bitknap.estimators.measuring.float_range import (
 from bitknap.estimators.named import named
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.layer_gains import gain_of
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.methods import Gptq
 from bitknap.testing import tiny_model
@@ -38,7 +39,7 @@ def evidence_of(up=1.0, experts=None, **recorded):
             for expert in range(len(down)) if experts is None else experts:
                 gate_up[expert, down.shape[2] :] *= up
                 down[expert] /= up
-    return calibrate(model, walk(model), IDS, **recorded)
+    return calibrate(model, walk(model), IDS, Recorded(**recorded))
 
 
 @pytest.mark.slow
@@ -107,7 +108,7 @@ def test_a_model_whose_output_is_no_number_is_said(recorded):
             layer.mlp.experts.gate_up_proj.mul_(1e20)
             layer.mlp.experts.down_proj.mul_(1e20)
     with pytest.raises(ModelError, match=r"own output leaves|output is NaN or infinite"):
-        calibrate(model, walk(model), IDS, **recorded)
+        calibrate(model, walk(model), IDS, Recorded(**recorded))
 
 
 def test_ordinary_numbers_stay_in_float32():

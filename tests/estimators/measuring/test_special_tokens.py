@@ -9,7 +9,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from transformers import ByT5Tokenizer, PerceiverTokenizer, PreTrainedTokenizerFast
 
 from bitknap.api import quantizing
-from bitknap.api.calibration import Calibration, gather
+from bitknap.api.calibration import gather
+from bitknap.api.requests import Calibration
 from bitknap.errors import InputError
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.text import encode

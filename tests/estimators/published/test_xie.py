@@ -20,6 +20,7 @@ from bitknap.estimators.published.xie import (
 )
 from bitknap.estimators.signals.scored import checked
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.stacks.apply import read_units
 from bitknap.quantization.stacks.row_blocks import block_units
@@ -42,7 +43,7 @@ def case():
         replay=None,
         provenance={"seed": 0},
     )
-    curved = calibrate(model, layout, windows, curvature=True)
+    curved = calibrate(model, layout, windows, Recorded(curvature=True))
     return SimpleNamespace(layout=layout, bare=bare, curved=curved, units=layout.units)
 
 

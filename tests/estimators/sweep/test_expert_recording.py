@@ -13,6 +13,7 @@ from bitknap.estimators.evidence.evidence import PRIOR_TOKENS, Evidence
 from bitknap.estimators.sweep.expert_recording import check_seen, recording
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.linear_recording import recording_linears
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import matrix, walk
 from bitknap.testing import tiny_model
 
@@ -172,7 +173,7 @@ def test_curvature_is_the_sum_of_squared_gradients_of_single_tokens(family):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_calibration_catches_gradients_in_every_layer(family):
     model = tiny_model(family)
-    evidence = calibrate(model, walk(model), IDS, curvature=True)
+    evidence = calibrate(model, walk(model), IDS, Recorded(curvature=True))
     for layer in evidence.layers.values():
         for squares in layer.curvature.values():
             assert squares.isfinite().all()
@@ -275,7 +276,7 @@ def test_experts_that_transformers_calls_wrongly_are_refused():
         raise AssertionError("never entered")
     assert str(error.value) == (
         "model.encoder.layers.1.ffn.experts: experts of class NllbMoeExperts get every token sent "
-        "to experts 0 and 1 by transformers; use --estimator data-free"
+        "to experts 0 and 1 by transformers; use `estimator=DataFree()`"
     )
 
 
@@ -289,7 +290,7 @@ def test_experts_of_an_unknown_class_name_the_way_out():
         raise AssertionError("never entered")
     assert str(error.value) == (
         f"{layout.layers[0].module}: experts of class Unheard compute in a way that calibration "
-        "does not know; use --estimator data-free"
+        "does not know; use `estimator=DataFree()`"
     )
     assert not any("forward" in vars(module) for module in model.modules())
 
@@ -342,7 +343,7 @@ def test_linears_keep_whole_moments_only_when_asked():
 
 def evidence_of(model, layout, linears):
     """Return the evidence of a full pass, with what ordinary linears saw."""
-    return replace(calibrate(model, layout, IDS, full=True), linears=linears)
+    return replace(calibrate(model, layout, IDS, Recorded(full=True)), linears=linears)
 
 
 def test_inputs_are_moments_a_token_for_every_role():
@@ -376,7 +377,7 @@ def test_an_expert_without_tokens_has_its_layers_moments():
         for layer in model.model.layers:
             router = layer.mlp.gate.weight
             router[1], router[3], router[4] = -router[0], -router[2], 0
-    evidence: Evidence = calibrate(model, walk(model), IDS, full=True)
+    evidence: Evidence = calibrate(model, walk(model), IDS, Recorded(full=True))
     units = evidence.units
     gate = (units.layer == 0) & (units.projection == units.projections.index("gate"))
     known = evidence.inputs(np.flatnonzero(gate))

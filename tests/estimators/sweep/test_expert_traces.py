@@ -10,6 +10,7 @@ from bitknap.estimators.measuring.windows import logits_of
 from bitknap.estimators.sweep.expert_recording import recording
 from bitknap.estimators.sweep.expert_traces import block_of
 from bitknap.estimators.sweep.in_memory import calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.stacks.apply import replaced, stacks
 from bitknap.testing import tiny_model
@@ -54,7 +55,7 @@ def added(layer, seen):
 def test_traces_are_what_the_experts_were_given(family):
     model = tiny_model(family)
     layout = walk(model)
-    evidence = calibrate(model, layout, IDS, traces=True)
+    evidence = calibrate(model, layout, IDS, Recorded(traces=True))
     found = watched(model, layout)
     with torch.no_grad():
         run(model)
@@ -98,14 +99,12 @@ def test_one_layer_a_backward_pass_catches_the_same(family, monkeypatch):
     model = tiny_model(family, **OTHERS.get(family, {}))
     layout = walk(model, ("attention",))
     said = []
-    whole = calibrate(model, layout, IDS, curvature=True, gradients=True, trace_tokens=25)
+    whole = calibrate(model, layout, IDS, Recorded(curvature=True, gradients=True, trace_tokens=25))
     parts = calibrate(
         model,
         layout,
         IDS,
-        curvature=True,
-        gradients=True,
-        trace_tokens=25,
+        Recorded(curvature=True, gradients=True, trace_tokens=25),
         by_layer=True,
         progress=lambda *args: said.append(args),
     )
@@ -133,8 +132,8 @@ def test_one_layer_a_backward_pass_catches_the_same(family, monkeypatch):
 def test_a_frozen_model_has_gradients_too():
     model = tiny_model("mixtral")
     layout = walk(model)
-    expected = calibrate(model, layout, IDS, gradients=True)
-    frozen = calibrate(model.requires_grad_(False), layout, IDS, gradients=True)
+    expected = calibrate(model, layout, IDS, Recorded(gradients=True))
+    frozen = calibrate(model.requires_grad_(False), layout, IDS, Recorded(gradients=True))
     for number, trace in expected.traces.items():
         torch.testing.assert_close(
             frozen.traces[number].gradient, trace.gradient, rtol=1e-4, atol=1e-7
@@ -147,7 +146,7 @@ def test_a_frozen_model_has_gradients_too():
 def test_running_from_a_trace_is_running_the_layer(family):
     model = tiny_model(family, **OTHERS.get(family, {}))
     layout = walk(model)
-    evidence = calibrate(model, layout, IDS, traces=True)
+    evidence = calibrate(model, layout, IDS, Recorded(traces=True))
     found = watched(model, layout)
     units, layers = layout.units, {x.layer: x for x in layout.layers}
     with torch.no_grad():
@@ -194,7 +193,7 @@ def test_gradients_of_scaled_copies_are_those_of_their_tokens():
 def test_a_trace_keeps_one_scaled_copy_a_token():
     model = tiny_model("llama4_text", num_experts_per_tok=2)
     with pytest.raises(ModelError) as error:
-        calibrate(model, walk(model), IDS, traces=True)
+        calibrate(model, walk(model), IDS, Recorded(traces=True))
     assert str(error.value) == (
         "layer 1: each expert scales its own input, and a token has 2 of them, but a trace keeps "
         "one; use an estimator without traces, such as moments"
@@ -204,7 +203,7 @@ def test_a_trace_keeps_one_scaled_copy_a_token():
 def test_a_token_routed_to_an_expert_twice_moves_once_by_both():
     model = tiny_model("mixtral")
     layout = walk(model)
-    evidence = calibrate(model, layout, IDS, traces=True)
+    evidence = calibrate(model, layout, IDS, Recorded(traces=True))
     trace = evidence.traces[0]
     twice = LayerTrace(
         hidden=trace.hidden[:1],
@@ -236,13 +235,13 @@ def test_what_was_not_kept_is_asked_for():
     with pytest.raises(InputError, match="calibrate with traces=True"):
         block_of(bare, 0)
     with pytest.raises(InputError, match="trace_tokens: 0 is below 1"):
-        calibrate(model, layout, IDS, traces=True, trace_tokens=0)
+        calibrate(model, layout, IDS, Recorded(traces=True, trace_tokens=0))
 
 
 def test_largest_outputs_are_those_of_single_experts():
     model = tiny_model("mixtral")
     layout = walk(model)
-    evidence = calibrate(model, layout, IDS, traces=True)
+    evidence = calibrate(model, layout, IDS, Recorded(traces=True))
     for number, layer in evidence.layers.items():
         block = block_of(evidence, number)
         for expert, seen in enumerate(block.seen):

@@ -8,7 +8,8 @@ import torch
 from safetensors import SafetensorError
 
 from bitknap.allocation import formats
-from bitknap.api.quantizing import estimate
+from bitknap.api.estimation import estimate
+from bitknap.api.requests import Calibration
 from bitknap.errors import BitknapError, FileError, InputError, ModelError
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.group_kl.calibrated import Calibrated
@@ -25,6 +26,7 @@ from bitknap.estimators.sweep import in_memory as whole_pass
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
 from bitknap.estimators.sweep.peak_memory import layer_bytes, peak_bytes, way_to_calibrate
+from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
@@ -51,10 +53,10 @@ def windows(count=5):
     return torch.randint(3, 60, (count, 33), generator=torch.Generator().manual_seed(1))
 
 
-def both(source, include=(), **kwargs):
+def both(source, include=(), **recorded):
     model = loading.load(source.folder, torch.float32)
-    one = calibrate(model, walk(model, include), windows(), **kwargs)
-    return one, calibrate_by_layer(source, windows(), include=include, **kwargs)
+    one = calibrate(model, walk(model, include), windows(), Recorded(**recorded))
+    return one, calibrate_by_layer(source, windows(), Recorded(**recorded), include=include)
 
 
 @pytest.mark.slow
@@ -100,7 +102,12 @@ def test_estimate_within_a_limit():
     limit = layer_bytes(found, walk_headers(found.config, found.shapes, ()), 64, {"moments"})
     options = formats((2, 4), (32,), (False,), ("fp16",))
     one, other = (
-        estimate(found.folder, SecondMoments(), options, tokens=64, max_memory=most)
+        estimate(
+            found.folder,
+            SecondMoments(),
+            options,
+            calibration=Calibration(tokens=64, max_memory=most),
+        )
         for most in (None, limit)
     )
     assert other.cost == pytest.approx(one.cost, rel=1e-3)
@@ -125,7 +132,7 @@ def test_a_tied_head(tmp_path):
 def test_half_the_disk(tmp_path):
     source = stored(tmp_path)
     one = calibrate_by_layer(source, windows())
-    half = calibrate_by_layer(source, windows(), spilled=torch.bfloat16)
+    half = calibrate_by_layer(source, windows(), Recorded(spilled=torch.bfloat16))
     first, last = one.layers
     assert torch.equal(half.layers[first].input_square, one.layers[first].input_square)
     assert not torch.equal(half.layers[last].input_square, one.layers[last].input_square)
@@ -151,10 +158,10 @@ def test_the_evidence_holds_no_weights(tmp_path):
 
 def test_fewer_traces(tmp_path):
     source = stored(tmp_path)
-    found = calibrate_by_layer(source, windows(), traces=True, trace_tokens=40)
+    found = calibrate_by_layer(source, windows(), Recorded(traces=True, trace_tokens=40))
     assert {len(trace.hidden) for trace in found.traces.values()} == {40}
     with pytest.raises(InputError, match=r"^trace_tokens: 0 is below 1; leave it out to keep all$"):
-        calibrate_by_layer(source, windows(), traces=True, trace_tokens=0)
+        calibrate_by_layer(source, windows(), Recorded(traces=True, trace_tokens=0))
 
 
 def test_progress(tmp_path):
@@ -196,7 +203,7 @@ def test_a_pass_stopped_anywhere_goes_on(family, tmp_path, monkeypatch):
 
     def found(readings=None):
         return calibrate_by_layer(
-            source, windows(), include=INCLUDE, full=True, traces=True, readings=readings
+            source, windows(), Recorded(full=True, traces=True), include=INCLUDE, readings=readings
         )
 
     whole, left, stops = found(), [0], 0
@@ -286,7 +293,7 @@ def test_a_layer_that_gives_two_tensors_is_refused(tmp_path, monkeypatch):
         calibrate_by_layer(source, windows())
     assert str(caught.value) == (
         "decoder layer 0 (MixtralDecoderLayer) gives more than one tensor, so the model cannot be "
-        "calibrated layer by layer; raise --max-memory, or use --estimator data-free"
+        "calibrated layer by layer; raise `max_memory`, or use `estimator=DataFree()`"
     )
 
 

@@ -31,6 +31,7 @@ from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks import apply
 from bitknap.testing import tiny_model
 
+FILES = bitknap.Packing(max_shard_size="40kB")
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
 PARTIAL = ".out.partial"
 
@@ -54,14 +55,14 @@ def case(tmp_path_factory):
     source = Checkpoint.open(root / "model")
     plan = plan_for(source, (*GRIDS, Format.keep("fp32")))
     plan.save(root / "plan.json")
-    bitknap.quantize(root / "model", plan, root / "out", max_shard_size="40kB")
+    bitknap.quantize(root / "model", plan, root / "out", packing=FILES)
     return SimpleNamespace(
         root=root, folder=root / "model", source=source, plan=plan, whole=contents(root / "out")
     )
 
 
 def save(case, out, **options):
-    return bitknap.quantize(case.folder, case.plan, out, max_shard_size="40kB", **options)
+    return bitknap.quantize(case.folder, case.plan, out, packing=FILES, **options)
 
 
 @pytest.fixture
@@ -159,8 +160,7 @@ def test_what_watches_inputs_gets_matrices_whole(case, tmp_path, small):
         case.source,
         case.plan,
         tmp_path / "out",
-        rounding=Watching(),
-        inputs=inputs,
+        writer.Rounded(rounding=Watching(), inputs=inputs),
         max_shard_size="40kB",
     )
     assert shapes == {(48, 64), (64, 48)}
@@ -221,11 +221,15 @@ def test_other_inputs_are_refused(case, tmp_path, small):
     before = contents(tmp_path / PARTIAL / "files")
     units = case.plan.units
     other = BitPlan.uniform(units, GRIDS[0], case.plan.model)
-    way_out = f"pass --overwrite or delete {tmp_path / PARTIAL}"
+    way_out = f"pass `overwrite=True` or delete {tmp_path / PARTIAL}"
     refusals: tuple[tuple[BitPlan, dict[str, Any], str], ...] = (
         (case.plan, {}, "max_shard_size"),
         (other, {"max_shard_size": "40kB"}, "plan"),
-        (case.plan, {"max_shard_size": "40kB", "about": {"text": "x"}}, "text"),
+        (
+            case.plan,
+            {"max_shard_size": "40kB", "rounded": writer.Rounded(about={"text": "x"})},
+            "text",
+        ),
     )
     for plan, options, what in refusals:
         with pytest.raises(MismatchError) as error:
@@ -234,7 +238,7 @@ def test_other_inputs_are_refused(case, tmp_path, small):
         assert f"of another {'layout, ' if what != 'text' else ''}{what}; give" in message
         assert message.endswith(way_out)
     assert contents(tmp_path / PARTIAL / "files") == before
-    bitknap.quantize(case.folder, other, out, overwrite=True)
+    bitknap.quantize(case.folder, other, out, resume=bitknap.Resume(overwrite=True))
     assert BitPlan.load(out / PLAN).format_of(0) == GRIDS[0]
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -242,7 +246,7 @@ def test_other_inputs_are_refused(case, tmp_path, small):
 def test_a_folder_that_is_no_journal_is_left_alone(case, tmp_path):
     (tmp_path / PARTIAL).mkdir()
     (tmp_path / PARTIAL / "journal.jsonl").write_text("notes\n")
-    with pytest.raises(FileError, match=r"not a journal; pass --overwrite or delete"):
+    with pytest.raises(FileError, match=r"not a journal; pass `overwrite=True` or delete"):
         save(case, tmp_path / "out")
     assert (tmp_path / PARTIAL / "journal.jsonl").read_text() == "notes\n"
 
@@ -274,7 +278,7 @@ def test_bad_weights_keep_what_is_done_and_a_repair_goes_on(case, tmp_path, smal
     next(iter(tensors.values())).view(-1)[-1] = float("nan")
     save_file(tensors, last, metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"NaN or infinite weight.*; \d+ of \d+ pieces are kept"):
-        bitknap.quantize(folder, case.plan, tmp_path / "out", max_shard_size="40kB")
+        bitknap.quantize(folder, case.plan, tmp_path / "out", packing=FILES)
     last.write_bytes(good)
     os.utime(last, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     said = []
@@ -282,7 +286,7 @@ def test_bad_weights_keep_what_is_done_and_a_repair_goes_on(case, tmp_path, smal
     def tell(*args):
         said.append(args)
 
-    bitknap.quantize(folder, case.plan, tmp_path / "out", max_shard_size="40kB", progress=tell)
+    bitknap.quantize(folder, case.plan, tmp_path / "out", packing=FILES, progress=tell)
     assert said[0][1] > 0
     assert contents(tmp_path / "out") == case.whole
 
@@ -357,15 +361,18 @@ def test_two_processes_do_not_share_a_folder(case, tmp_path):
 @pytest.mark.parametrize("size", [0, -5, "5 apples", "0B"])
 def test_sizes_that_make_no_sense(case, tmp_path, size):
     with pytest.raises(InputError):
-        bitknap.quantize(case.folder, case.plan, tmp_path / "out", max_shard_size=size)
+        bitknap.quantize(
+            case.folder, case.plan, tmp_path / "out", packing=bitknap.Packing(max_shard_size=size)
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 # Pieces of a few rows, journalled one by one, so that kills fall between and inside of them.
 SMALL = """
-from bitknap.quantization import apply, pieces, streaming
-apply.PIECE = pieces.PIECE = pieces.COPY = 4096
-streaming.BATCH_BYTES = 1
+from bitknap.quantization.packed import pipeline, work_pieces
+from bitknap.quantization.stacks import apply
+apply.PIECE = work_pieces.PIECE = work_pieces.COPY = 4096
+pipeline.BATCH_BYTES = 1
 """
 SLOWED = [("bitknap.quantization.packed.work_pieces.Work.make", 0.005)]
 

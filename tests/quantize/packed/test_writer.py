@@ -22,6 +22,7 @@ from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.apply import apply
 from bitknap.testing import tiny_model
 
+OVER = bitknap.Resume(overwrite=True)
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
 FAMILIES = (
     "mixtral",
@@ -202,11 +203,11 @@ def test_an_existing_folder_is_left_alone(mixtral, tmp_path):
     with pytest.raises(InputError, match="exists"):
         bitknap.quantize(mixtral.folder, mixtral.plan, out)
     with pytest.raises(InputError, match=r"out: mine\.txt was not written by Bitknap"):
-        bitknap.quantize(mixtral.folder, mixtral.plan, out, overwrite=True)
+        bitknap.quantize(mixtral.folder, mixtral.plan, out, resume=OVER)
     assert contents(tmp_path) == {"out/mine.txt": b"keep me"}
     (out / "mine.txt").unlink()
     for _ in range(2):  # an empty folder, and one of its own
-        bitknap.quantize(mixtral.folder, mixtral.plan, out, overwrite=True)
+        bitknap.quantize(mixtral.folder, mixtral.plan, out, resume=OVER)
         assert contents(out) == contents(mixtral.packed)
     assert [file.name for file in tmp_path.iterdir()] == ["out"]
 
@@ -234,7 +235,7 @@ def test_a_nan_leaves_what_was_there(mixtral, tmp_path, name):
     (tmp_path / "out" / "old").write_text("old")
     sign(tmp_path / "out")
     with pytest.raises(ModelError):
-        bitknap.quantize(folder, mixtral.plan, tmp_path / "out", overwrite=True)
+        bitknap.quantize(folder, mixtral.plan, tmp_path / "out", resume=OVER)
     nothing_left(tmp_path, "source", "out", ".out.partial")
     assert contents(tmp_path / "out").keys() == {"old", MANIFEST}
 

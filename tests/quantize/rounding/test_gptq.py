@@ -190,7 +190,7 @@ def test_moments_that_are_not_finite(bad):
         quantize(gauss(3, 4, 40), Format(3, 8), moments)
     assert str(error.value) == (
         "gptq: second moments of matrix 1 are NaN or infinite; calibrate again in float32, or use "
-        "--method hqq"
+        "`rounding=Hqq()`"
     )
 
 

@@ -77,7 +77,7 @@ def test_gptq_alone_needs_inputs():
         Gptq().quantize(gauss(1, 4, 8), Format(2, 8))
     assert str(error.value) == (
         "gptq: needs second moments of the units' inputs; calibrate with full moments, or use "
-        "--method hqq"
+        "`rounding=Hqq()`"
     )
 
 

@@ -74,7 +74,10 @@ def check_reloaded(folder, plan, out, include):
 def planned(folder, estimator, include, bits=4.0):
     """Return a table from a calibration text, and the best plan of a budget that mixes formats."""
     table = bitknap.estimate(
-        folder, estimator, OPTIONS, text=TEXT, tokens=TOKENS, include=include, protect=0
+        folder,
+        estimator,
+        bitknap.Formats(options=OPTIONS, protect=0),
+        calibration=bitknap.Calibration(text=TEXT, tokens=TOKENS, include=include),
     )
     assert np.isfinite(table.cost).all()
     assert (table.cost[:, :-1] > 0).all()
@@ -156,6 +159,5 @@ def test_a_model_without_experts_at_the_command_line(dense, tmp_path, document):
 def test_a_model_without_experts_names_the_way_out(command, dense, tmp_path, refused):
     extra = ("-o", tmp_path / "t.safetensors") if command == "estimate" else ()
     assert refused(command, dense, *extra) == (
-        "bitknap: the model has no routed experts; pass include=('attention', 'dense'), or "
-        "--include attention,dense, to plan the rest"
+        "bitknap: the model has no routed experts; pass --include attention,dense to plan the rest"
     )

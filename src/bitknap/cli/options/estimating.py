@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from bitknap.cli.interrupts import stoppable
 from bitknap.cli.options import common, measuring
@@ -20,6 +20,9 @@ from bitknap.disk.outputs import check_output
 from bitknap.errors import InputError
 from bitknap.progress import Progress
 from bitknap.quiet import silence_transformers
+
+if TYPE_CHECKING:
+    from bitknap.api.requests import Calibration, Formats
 
 estimating = options_of(
     measuring.estimator,
@@ -113,29 +116,20 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
         overwrite: whether what a run with other inputs kept may be lost.
     """
     from bitknap.api import quantizing
+    from bitknap.api.requests import Resume
     from bitknap.quantization.transforms import transformed_model
 
     silence_transformers()
+    resume = Resume(
+        journal=journal_of(out), scratch=transformed_model.beside(out), overwrite=overwrite
+    )
     with progress_bars() as progress:
         table = quantizing.estimate(
             model,
             _estimator(model, options, progress),
-            _formats(model, options),
-            text=options["text"],
-            robust=options["robust"],
-            risk=1.0 if options["risk"] is None else options["risk"],
-            tokens=given(options["tokens"], quantizing.CALIBRATION_TOKENS),
-            include=listed(options["include"]),
-            protect=options["protect_bits"],
-            method=options["method"] or "rtn",
-            row_blocks=options["row_blocks"],
-            permute=options["permute"],
-            rotate=options["rotate"],
-            max_memory=size_of(options["max_memory"]),
-            seed=options["seed"],
-            journal=journal_of(out),
-            scratch=transformed_model.beside(out),
-            overwrite=overwrite,
+            _formats(options),
+            calibration=calibration_of(options),
+            resume=resume,
             progress=progress,
         )
     if "router-norm" not in listed(options["estimator"]):
@@ -182,39 +176,53 @@ def _routers(model: str, initial: str | None) -> Any:
     return RouterNorm(final=norms(model), initial=None if initial is None else norms(initial))
 
 
-def _formats(model: str, options: dict[str, Any]) -> Any:
+def calibration_of(options: dict[str, Any], *, text: str | None = None) -> Calibration:
+    """Return what the options say of calibrating.
+
+    Args:
+        options: those of `estimating`.
+        text: one text, where several mean nothing; those of the options when not given.
+    """
+    from bitknap.api.requests import CALIBRATION_TOKENS, Calibration, TextSets
+
+    texts, robust = (options["text"], options["robust"]) if text is None else ((text,), None)
+    return Calibration(
+        text=texts[0] if len(texts) == 1 else TextSets(texts),
+        tokens=given(options["tokens"], CALIBRATION_TOKENS),
+        include=listed(options["include"]),
+        seed=options["seed"],
+        rounding=options["method"] or "rtn",
+        max_memory=size_of(options["max_memory"]),
+        robust=robust,
+        risk=1.0 if options["risk"] is None else options["risk"],
+    )
+
+
+def _formats(options: dict[str, Any]) -> Formats:
+    """Return what the options say of formats, row blocks and transforms."""
     from bitknap.allocation import formats
-    from bitknap.api.quantizing import GROUP_SIZES
+    from bitknap.allocation.problem.format import GROUP_SIZES
+    from bitknap.api.requests import Formats
 
     bits, size, metadata = (listed(options[x]) for x in ("bits", "group_size", "metadata"))
-    if not (bits or size or metadata or options["keep"]):
-        return None
     try:
         widths = [int(b) for b in bits] or list(range(1, 9))
     except ValueError:
         raise InputError(
             f"--formats {options['bits']!r}: widths are numbers, such as 2,3,4,8"
         ) from None
-    kept = _precision(model) if options["keep"] else None
-    return formats(
-        widths, size or GROUP_SIZES, (False, True), metadata or ("fp16", "compact"), kept
+    chosen = None
+    if bits or size or metadata:
+        sizes, ways = size or GROUP_SIZES, metadata or ("fp16", "compact")
+        chosen = formats(widths, sizes, (False, True), ways)
+    return Formats(
+        options=chosen,
+        keep=options["keep"],
+        protect=options["protect_bits"],
+        row_blocks=options["row_blocks"],
+        permute=options["permute"],
+        rotate=options["rotate"],
     )
-
-
-def _precision(model: str) -> str:
-    """Return the precision that a model's experts are stored in, all of them in one."""
-    from bitknap.quantization.models.headers_only import walk_headers
-    from bitknap.quantization.source.checkpoint import Checkpoint, resolve
-
-    source = Checkpoint.open(resolve(model))
-    views = walk_headers(source.config, source.shapes, ()).views
-    found = {source.precision(view.tensor) for view in views}
-    if len(found) > 1:
-        raise InputError(f"--keep: experts are stored in {', '.join(sorted(found))}; leave it out")
-    kept = found.pop()
-    if not kept:
-        raise InputError("--keep: experts are stored in a form that cannot be kept; leave it out")
-    return kept
 
 
 def size_of(text: str | None) -> int | None:

@@ -26,8 +26,14 @@ def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out
     """Return what the closed loop and its gate make of a table; kept beside `out` if killed."""
     from bitknap.allocation import Budget, profile
     from bitknap.allocation.tradeoffs.profile_price import under
-    from bitknap.api.quantizing import CALIBRATION_TOKENS
-    from bitknap.api.refining import REFINE_TOKENS, refine
+    from bitknap.api.refining import refine
+    from bitknap.api.requests import (
+        CALIBRATION_TOKENS,
+        REFINE_TOKENS,
+        Calibration,
+        Refinement,
+        Resume,
+    )
     from bitknap.cli.terminal import progress_bars
 
     table = pinned(table, options)
@@ -37,13 +43,18 @@ def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out
             model,
             under(table, profile(options["profile"])),
             [Budget.parse(budget), *limits],
-            evaluations=options["refine"],
-            driver=_DRIVERS.get(options["refine_driver"], options["refine_driver"]),
-            text=options["text"][0],
-            tokens=given(options["tokens"], CALIBRATION_TOKENS),
-            refine_tokens=given(options["refine_tokens"], REFINE_TOKENS),
-            seed=options["seed"],
-            journal=refine_journal(out),
+            refinement=Refinement(
+                evaluations=options["refine"],
+                driver=_DRIVERS.get(options["refine_driver"], options["refine_driver"]),
+                tokens=given(options["refine_tokens"], REFINE_TOKENS),
+                seed=options["seed"],
+            ),
+            calibration=Calibration(
+                text=options["text"][0],
+                tokens=given(options["tokens"], CALIBRATION_TOKENS),
+                seed=options["seed"],
+            ),
+            resume=Resume(journal=refine_journal(out)),
             progress=progress,
         )
 

@@ -114,14 +114,14 @@ def _feasible(table: Any, budget: str, options: dict[str, Any]) -> bool:
 
 
 def _solved(table: Any, budget: str, options: dict[str, Any]) -> tuple[Any, tuple[Any, ...]]:
-    from bitknap.allocation import Budget
+    from bitknap.allocation import Budget, profile
     from bitknap.allocation.tradeoffs.profile_price import price
     from bitknap.api.planning import plan_for
 
     table, solver, wanted = pinned(table, options), _solver(options), Budget.parse(budget)
     limits = [limit for file in options["limits"] for limit in limits_of(file, table)]
     solution = plan_for(
-        table, wanted, profile_name=options["profile"], solver=solver, limits=limits
+        table, wanted, ties=profile(options["profile"]), solver=solver, limits=limits
     )
     prices = price(table, [wanted, *limits], solver=solver) if options["price"] else ()
     return solution, prices

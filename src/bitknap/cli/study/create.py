@@ -73,7 +73,10 @@ def create(
     as_json: bool,
 ) -> None:
     """Create the study NAME; its first trial is the plan of the knapsack solver."""
+    from bitknap.allocation import Budget
+    from bitknap.allocation import profile as profile_of
     from bitknap.allocation.search.study import create as make
+    from bitknap.allocation.search.study_design import Design, Sampler
     from bitknap.cli.views.study_view import present_study
 
     if budget is not None and budgets is None and _RANGE.fullmatch(budget.lower()):
@@ -84,12 +87,13 @@ def create(
         name,
         storage,
         table,
+        Design(
+            budget=None if budget is None else Budget.parse(budget),
+            profile=profile_of(profile),
+            sampler=Sampler(sampler or ("nsga2" if budgets else "tpe"), seed),
+            knobs=_knobs(knobs, table, features, budgets),
+        ),
         features=features,
-        budget=budget,
-        profile_name=profile,
-        sampler=sampler or ("nsga2" if budgets else "tpe"),
-        knobs=_knobs(knobs, table, features, budgets),
-        seed=seed,
     )
     present_study(made, as_json)
 

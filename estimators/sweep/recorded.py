@@ -1,0 +1,58 @@
+"""What a calibration pass records beside routing and diagonal second moments."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+
+from bitknap.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recorded:
+    """What a pass records; each item costs memory, and the last two also time.
+
+    Attributes:
+        full: Whole second-moment matrices.
+        curvature: Squared gradients, with labels drawn from the model.
+        traces: The experts' inputs and routing, token by token.
+        gradients: The loss's gradients at the experts' output, labels drawn from the model; keeps
+            traces too.
+        trace_tokens: Keep traces of the first so many tokens only; of all when not given.
+        spilled: Dtype of activations on disk in between layers, where a pass goes layer by layer;
+            bfloat16 takes half the disk, and its rounding is measured as noise too.
+    """
+
+    full: bool = False
+    curvature: bool = False
+    traces: bool = False
+    gradients: bool = False
+    trace_tokens: int | None = None
+    spilled: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        if self.trace_tokens is not None and self.trace_tokens < 1:
+            raise InputError(
+                f"trace_tokens: {self.trace_tokens} is below 1; leave it out to keep all"
+            )
+
+    @classmethod
+    def of(cls, needs: Collection[str]) -> Recorded:
+        """Return what an estimator's needs ask for."""
+        return cls(
+            full="full" in needs,
+            curvature="curvature" in needs,
+            traces="traces" in needs,
+            gradients="gradients" in needs,
+        )
+
+    @property
+    def by_layer(self) -> tuple[torch.dtype, bool, bool, int | None]:
+        """What names a pass layer by layer in a journal, beside model and text."""
+        return self.spilled, self.full, self.traces, self.trace_tokens
+
+    def traced(self, tokens: int) -> int:
+        """Return of how many of a text's tokens traces are kept."""
+        return (self.trace_tokens or tokens) if self.traces or self.gradients else 0
