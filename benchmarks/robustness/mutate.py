@@ -185,7 +185,8 @@ def _retyped(value: Any, chance: random.Random) -> Any:
         at = chance.randrange(len(value))
         return chance.choice((value[:at], value + value, value[::-1], [value], value[at]))
     if isinstance(value, int | float):
-        return chance.choice((str(value), value + 1, value - 1, -value, float(value), [value]))
+        real = float(value) if abs(value) < 2**1000 else 1e300
+        return chance.choice((str(value), value + 1, value - 1, -value, real, [value]))
     if isinstance(value, dict):
         return chance.choice((list(value.items()), [value], {"": value}, str(value)))
     return chance.choice(([value], {str(value): value}, f"{value}{value}", f" {value}"))

@@ -58,7 +58,7 @@ def _tensors(header: Any, data: bytes | bytearray) -> list[tuple[str, str, int, 
     for name, entry in header.items() if isinstance(header, dict) else ():
         try:
             start, stop = entry["data_offsets"]
-            sized = all(type(n) is int and n > 0 for n in entry["shape"])
+            sized = all(type(n) is int and n > 0 for n in (*entry["shape"], stop, start + 1))
             if name != "__metadata__" and sized and 0 <= start < stop <= len(data):
                 found.append((name, _NUMPY[entry["dtype"]], start, stop))
         except (TypeError, KeyError, ValueError):
