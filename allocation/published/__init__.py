@@ -1,8 +1,8 @@
-"""Allocators of published methods that need NumPy alone, quirks included: one file a paper.
+"""Allocators of published methods that need only NumPy, quirks included; one file per paper.
 
-They run without torch, on any costs. What a paper computes from a model, its ties, its citation
-and what we could not reproduce stand in `bitknap.estimators.published`, in a file of the same name
-(`pmq` is MC-MoE's program); `RULES` there is the table of all of them.
+They run without torch, on any costs. The statistics that a paper computes from a model, its ties,
+its citation and the parts that we could not reproduce are in `bitknap.estimators.published`, in a
+file of the same name (`pmq` is MC-MoE's program); `RULES` there lists all of them.
 
 | here | where from |
 |---|---|

@@ -1,4 +1,4 @@
-"""Chowdhury et al.: experts ranked by router norms and MaxVar, and widths counted out by rank.
+"""Chowdhury et al.: rank experts by router norms and MaxVar, and assign widths by rank.
 
 Source: Chowdhury et al., ICLR 2026, arXiv 2604.06515, and its code where a docstring says so. The
 norms and variances are read in `bitknap.estimators.published.chowdhury`, which needs torch; this
@@ -16,23 +16,23 @@ import numpy.typing as npt
 from bitknap.allocation.problem.arrays import Floats, Ints, frozen
 from bitknap.errors import InputError, MismatchError
 
-# A bounded distribution varies at most 3 times as much as a uniform one on the same support, so
-# more than that means a wider range (the paper's argument for its ζ).
+# A bounded distribution has at most 3 times the variance of a uniform one on the same support, so a
+# larger ratio means a wider range (the paper's argument for its ζ).
 ZETA = 3.0
 
 
 def norm_changes(
     final: Mapping[int, npt.ArrayLike], initial: Mapping[int, npt.ArrayLike] | None = None
 ) -> dict[int, Floats]:
-    """Return Λ of every expert by layer, float64[E] each: final minus initial norm.
+    """Return Λ, final minus initial norm, of every expert by layer, float64[E] each.
 
     Args:
         final: norms at the end of training, by layer.
-        initial: norms at its start; None takes them as equal, so that the final norm remains.
+        initial: norms at the start of training; None uses the final norms alone.
 
     Raises:
-        MismatchError: the two have other layers or other numbers of experts.
-        InputError: a norm is not a number from 0.
+        MismatchError: the two differ in layers or numbers of experts.
+        InputError: a norm is not a number of at least 0.
     """
     last = {layer: _checked(f"final[{layer}]", norms) for layer, norms in final.items()}
     if initial is None:
@@ -68,18 +68,18 @@ def chowdhury_order(
 ) -> Ints:
     """Return a layer's experts by sensitivity, most sensitive first, int32[E].
 
-    Ascending by norm; then an expert whose MaxVar is at least ζ times that of one before it moves
-    in front of the first such one, until no such pair is left. The paper leaves open which pair
-    comes first. Here the highest ranked expert that has to move does, which keeps all before it
-    in order, so that one pass down the ranking ends with none left.
+    Experts are sorted by ascending norm. Then an expert whose MaxVar is at least ζ times that of an
+    earlier one moves in front of the first such expert, until no such pair is left. The paper does
+    not say which pair to handle first. Here the highest-ranked expert that must move goes first,
+    which keeps all experts before it in order, so one pass down the ranking resolves every pair.
 
     Args:
         norms: Λ of each expert, or its final norm, float64[E].
         variances: MaxVar of each expert, float64[E]; None orders by norms alone.
         zeta: above 1.
-        one_pass: as the authors' code: once over the experts from the last rank to the first,
-            each in front of the first whose MaxVar times ζ is below its own. No pair is left
-            either, but those that move may end in another order.
+        one_pass: whether to follow the authors' code: one pass over the experts from the last rank
+            to the first, moving each in front of the first expert whose MaxVar times ζ is below its
+            own. This also resolves every pair, but the moved experts may end in another order.
 
     Raises:
         InputError: shapes differ, a number is not finite, or zeta is not above 1.
@@ -98,7 +98,7 @@ def chowdhury_order(
     for expert in reversed(ranking[:]) if one_pass else ranking[:]:
         place = ranking.index(expert)
         ahead, own = spread[ranking[:place]], spread[expert]
-        # Two experts without any variance must not chase each other.
+        # Two experts with zero variance must not swap forever.
         wider = zeta * ahead < own if one_pass else (zeta * ahead <= own) & (ahead < own)
         if wider.any():
             ranking.insert(int(wider.argmax()), ranking.pop(place))
@@ -106,27 +106,29 @@ def chowdhury_order(
 
 
 def chowdhury_counts(experts: int, average: float, levels: Sequence[int]) -> tuple[int, ...]:
-    """Return how many experts of a layer get each width, as Chowdhury et al.'s code counts them.
+    """Return the number of experts of a layer at each width, as in Chowdhury et al.'s code.
 
-    Two levels: the share of the wider one is rounded. Three equally spaced levels start from the
-    two around the average; then pairs at the middle are exchanged for one above and one below:
-    nearly all of them above `high - D/3`, until the middle is as rare as the exchanges from
-    `high - 2D/3` on, none below, with D = high - low.
+    With two levels, the number of experts at the wider one is rounded. With three equally spaced
+    levels, the count starts from the two levels around the average; then pairs of experts at the
+    middle level are exchanged for one above and one below. With D = high - low, nearly all pairs
+    are exchanged for averages above `high - D/3`; from `high - 2D/3` on, pairs are exchanged until
+    the middle is as rare as the exchanges; below that, none are.
 
-    Two quirks come with it. The rounded average may miss the one asked for: 8 experts at 1.6 get
-    1.625. And more bits may mean more experts at the lowest width: 64 experts have 16 at 1 bit
-    for an average of 2.25, and 20 for 2.375.
+    This has two quirks. Rounding may miss the requested average: 8 experts at 1.6 get 1.625. And a
+    higher average may put more experts at the lowest width: of 64 experts, 16 get 1 bit at an
+    average of 2.25, but 20 at 2.375.
 
     Args:
         experts: experts of one layer.
-        average: bits an expert; beyond the levels it counts as the nearest one.
+        average: bits per expert; clamped to the range of the levels.
         levels: two widths, or three equally spaced ones, in any order.
 
     Returns:
         Counts from the widest level to the narrowest.
 
     Raises:
-        InputError: the levels are of another kind, or a number makes no sense.
+        InputError: the levels are neither two nor three equally spaced ones, or a number is
+            invalid.
 
     Source: Chowdhury et al., arXiv 2604.06515, as their code computes it.
     """
@@ -162,18 +164,18 @@ def _two_levels(experts: int, average: float, high: int, low: int) -> tuple[int,
 
 
 def chowdhury_bits(order: npt.ArrayLike, average: float, levels: Sequence[int]) -> Ints:
-    """Return the bits of each expert, the first of the order the widest, int32 like `order`.
+    """Return the bits of each expert, widest first along `order`, int32 like `order`.
 
-    Every layer gets the same average; nothing is moved between layers.
+    Every layer gets the same average; no bits move between layers.
 
     Args:
         order: experts by sensitivity, most sensitive first, int[E] or int[L,E]. In the paper that
             is the smallest router norm first (or the smallest change of it in training).
-        average: bits an expert.
+        average: bits per expert.
         levels: as `chowdhury_counts` takes them.
 
     Raises:
-        InputError: a row is not an order of its experts, or the levels are wrong.
+        InputError: a row is not a permutation of its experts, or the levels are invalid.
 
     Source: Chowdhury et al., arXiv 2604.06515.
     """

@@ -1,9 +1,9 @@
-"""Evolutionary search by level switches, as EvoPress does it (arXiv 2410.14649), to compare with.
+"""Evolutionary search by level switches, as in EvoPress (arXiv 2410.14649), for comparison.
 
 Each generation mutates the best plan: some units go one level up and others one down, so that the
-plan stays within its limits. Offspring are selected in stages, all of them on the first part of a
-text, the best quarter on the whole of it, and the best replaces its parent where it loses less. It
-needs no cost table: costs of the problem say which formats are allowed, and nothing else.
+plan stays within its limits. Offspring are selected in stages: all on the first part of a text, the
+best quarter on the whole text; the best one replaces its parent if its loss is lower. The costs in
+the problem are not used, except to see which formats are allowed.
 """
 
 from __future__ import annotations
@@ -20,21 +20,20 @@ from bitknap.allocation.refinement.history import Measure
 from bitknap.errors import InputError
 from bitknap.progress import Progress
 
-# Offspring of a generation, the share of them that the whole text judges, and most switches.
+# Offspring per generation, one in how many is measured on the whole text, and most switches.
 _OFFSPRING, _SHARE, _SWITCHES = 16, 4, 3
-# Switches down that are tried to make up for one up.
+# Attempts at down-switches to compensate for up-switches.
 _TRIES = 10_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evolution:
-    """Search by mutation and selection alone.
+    """Search by mutation and selection only.
 
     Attributes:
         parts: measures of the parts of a text.
-        evaluations: plans to measure, whole or in part.
-        start: choice of each unit to begin with; two neighbouring levels, at random, when not
-            given.
+        evaluations: number of plans to measure, fully or partly.
+        start: initial choice of each unit; two neighbouring levels, at random, when not given.
         seed: the random seed.
         progress: called with ("evolution", done, of).
     """
@@ -57,7 +56,7 @@ class Evolution:
         return "evolution"
 
     def answer(self, problem: Problem) -> Answer:
-        """Return the fittest plan; there is no bound but that costs are not below 0."""
+        """Return the fittest plan; the only bound is that costs are not below 0."""
         generator = np.random.default_rng(self.seed)
         levels = _Levels(problem)
         best = levels.smallest()
@@ -88,7 +87,7 @@ class Evolution:
 
 
 class _Levels:
-    """The allowed formats of each row from small to large, and which places in them fit."""
+    """The allowed formats of each row from small to large; a place is an index into them."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
@@ -119,7 +118,7 @@ class _Levels:
 
 
 def _filled(levels: _Levels, place: Longs, generator: np.random.Generator) -> Longs:
-    """Raise random rows of the lowest level by one while they fit: nearly a uniform recipe."""
+    """Raise random rows of the lowest level by one while they fit, for a nearly uniform recipe."""
     place = place.copy()
     free = np.ones(len(place), dtype=np.bool_)
     while free.any():
@@ -133,7 +132,7 @@ def _filled(levels: _Levels, place: Longs, generator: np.random.Generator) -> Lo
 
 
 def _mutated(levels: _Levels, place: Longs, generator: np.random.Generator) -> Longs:
-    """Raise some rows by one level and lower as many others as it takes."""
+    """Raise some rows by one level and lower as many others as needed to fit."""
     changed = place.copy()
     switches = int(min(generator.integers(1, _SWITCHES + 1, 2)))
     free = np.flatnonzero(changed + 1 < levels.count)

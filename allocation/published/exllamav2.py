@@ -1,7 +1,7 @@
-"""Simulated annealing over error norms, as ExLlamaV2 chooses the bits of its EXL2 files.
+"""Simulated annealing over error norms, as ExLlamaV2 uses for the bits of its EXL2 files.
 
-Source: ExLlamaV2's code, `optimize` and `sim_anneal`. The relative errors that it minimises are in
-`bitknap.estimators.published.exllamav2`, which needs torch; this file does not.
+Source: ExLlamaV2's code, `optimize` and `sim_anneal`. The relative errors that it minimises are
+computed in `bitknap.estimators.published.exllamav2`, which needs torch; this file does not.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.published.one_limit import bounded, lightest, single, within
 from bitknap.errors import InputError
 
-# Of the bound: what thousands of sums may drift when weights are not whole numbers.
+# Drift of thousands of fractional sums, relative to the bound.
 _DRIFT = 1e-12
 # Width of the second sweep around the best exponent of the first.
 _NARROW = 0.15
@@ -25,29 +25,30 @@ _NARROW = 0.15
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Annealing:
-    """Minimise the sum of cost^n by annealing, with n chosen for the smallest largest cost.
+    """Minimise the sum of cost^n by annealing, with n chosen to minimise the largest cost.
 
-    Three stages of `runs` chains each: exponents evenly over `exponents`, then evenly around the
-    one whose plan has the smallest largest cost, then that best one alone, where the chain with
-    the least sum wins. Every chain starts from the lightest options and proposes random options
-    for random rows. Ours differs in four ways: it has a seed, theirs has none; the moves of a
-    sweep fall on different rows and are tried at once; energies are divided by their average
-    range, since temperatures for relative errors mean nothing for nats; and bytes left at the end
-    are spent on what saves most for each, where the version of theirs that was read stops.
+    There are three stages of `runs` chains each: exponents evenly over `exponents`, then evenly
+    around the one whose plan has the smallest maximum cost, then the best exponent alone, where the
+    chain with the smallest sum wins. Every chain starts from the lightest options and proposes
+    random options for random rows. Bitknap's version differs from ExLlamaV2's in four ways: it has
+    a seed; the moves of a sweep are on different rows and are tried at once; energies are divided
+    by their average range, since temperatures chosen for relative errors do not suit nats; and
+    leftover bytes are spent on the options that save most per byte, where the version of ExLlamaV2
+    that was read stops.
 
-    A plan that is best for the largest cost is not best for the sum: the gap says by how much.
-    Theirs treats a block of experts as one row; here rows are what the problem says.
+    The plan with the smallest maximum cost does not minimise the sum; the gap shows the difference.
+    ExLlamaV2 treats a block of experts as one row; here the problem defines the rows.
 
     Attributes:
         seed: random seed.
-        iterations: proposals a chain makes at each temperature, or one a row if that is less. The
-            defaults take about 1 s for 36 rows and 10 s from 5,000 rows on, and are too few for
-            so many: theirs have about a hundred.
+        iterations: proposals per chain at each temperature, or one per row if that is less. The
+            defaults take about 1 s for 36 rows and 10 s from 5,000 rows on, where they are too few:
+            models in ExLlamaV2 have about a hundred rows.
         cooling: factor from one temperature to the next.
         hot: first temperature.
         cold: last temperature.
-        runs: chains a stage; theirs are 80, 8 take about a tenth of the time.
-        exponents: least and largest n.
+        runs: chains per stage; ExLlamaV2 uses 80, and 8 take about a tenth of the time.
+        exponents: smallest and largest n.
 
     Source: ExLlamaV2, `optimize` and `sim_anneal`; its settings are the defaults, `runs` aside.
     """
@@ -77,7 +78,7 @@ class Annealing:
         return "annealing"
 
     def answer(self, problem: Problem) -> Answer:
-        """Return the chosen chain's plan, and a bound on all plans.
+        """Return the plan of the winning chain, and a bound on all plans.
 
         Raises:
             InputError: not exactly one limit is finite.
@@ -105,13 +106,14 @@ class Annealing:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Chains:
-    """One problem as all chains see it.
+    """One problem in the form that all chains use.
 
     Attributes:
-        option: allowed columns of each row first, int[R,F].
-        count: how many are allowed, int[R].
-        error: cost of each, from 0, in units of the largest, float64[R,F]; 0 where forbidden.
-        weight: weight of each, float64[R,F].
+        option: columns of each row, allowed ones first, int[R,F].
+        count: number of allowed columns, int[R].
+        error: cost of each option, at least 0, relative to the largest, float64[R,F]; 0 where
+            forbidden.
+        weight: weight of each option, float64[R,F].
         start: position of the first choice, int[R].
         room: weight left by the first choice.
         settings: settings of the schedule.
@@ -171,7 +173,8 @@ class _Chains:
             rise = (self.error[row, new] ** power - self.error[row, old] ** power) / scale
             taken = generator.random((chains, size)) < np.exp(np.minimum(-rise / temperature, 0))
             added = np.where(taken, self.weight[row, new] - self.weight[row, old], 0)
-            # What makes room goes first; the rest as long as it fits, in the random order of rows.
+            # Moves that free room go first; the others follow in random order of rows while they
+            # fit.
             lighter, heavier = np.minimum(added, 0), np.maximum(added, 0)
             left = (room - lighter.sum(axis=1))[:, None]
             taken &= (added <= 0) | (np.cumsum(heavier, axis=1) <= left)
@@ -182,7 +185,7 @@ class _Chains:
 
 
 def _range(error: Floats, count: Longs, norm: float) -> float:
-    """Return the average over rows of the largest less the least energy; 1 if there is none."""
+    """Return the average over rows of the largest minus the least energy; 1 if that is 0."""
     energy = error**norm
     there = np.arange(error.shape[1]) < count[:, None]
     low = np.where(there, energy, np.inf).min(axis=1)
@@ -190,13 +193,13 @@ def _range(error: Floats, count: Longs, norm: float) -> float:
 
 
 def spent(cost: Floats, weight: Floats, bound: float, choice: Longs) -> Longs:
-    """Return the choice after taking cheaper options, best for their weight first, while they fit.
+    """Return the choice after taking cheaper options while they fit, most saved per weight first.
 
     Args:
         cost: float64[R,F], +inf forbids.
         weight: float64[R,F].
-        bound: on the sum of weights.
-        choice: within the bound, int[R].
+        bound: bound on the sum of weights.
+        choice: initial choice within the bound, int[R].
     """
     rows = np.arange(len(choice))
     result = choice.copy()
@@ -206,7 +209,7 @@ def spent(cost: Floats, weight: Floats, bound: float, choice: Longs) -> Longs:
         saved = cost[rows, result][:, None] - cost
         added = weight - used[:, None]
         good = (saved > 0) & (added <= max(room, 0.0))
-        # Nothing is better than what is cheaper and no heavier.
+        # Options that are cheaper and no heavier come before all others.
         rate = np.where(good, saved / np.where(added > 0, added, 1e-300), -np.inf)
         option = rate.argmax(axis=1)
         row = np.flatnonzero(good.any(axis=1))
@@ -214,7 +217,8 @@ def spent(cost: Floats, weight: Floats, bound: float, choice: Longs) -> Longs:
             return result
         row = row[np.argsort(-rate[row, option[row]], kind="stable")]
         step = added[row, option[row]]
-        # The first always fits alone, so every pass moves at least one row to a cheaper option.
+        # The first option always fits alone, so every pass moves at least one row to a cheaper
+        # option.
         fits = np.cumsum(step) <= max(room, 0.0)
         fits[0] = True
         row = row[: len(fits) if fits.all() else int(fits.argmin())]

@@ -1,7 +1,7 @@
-"""FRI-MxMoE's allocator: a Lagrangian multiplier that bisection steers to one limit.
+"""FRI-MxMoE's allocator: a Lagrangian multiplier found by bisection to meet one limit.
 
 Source: FRI-MxMoE, ACL 2026 (2026.acl-long.982), allocation by Lagrangian relaxation. Its costs are
-in `bitknap.estimators.published.fri_mxmoe`, which needs torch; this file does not.
+computed in `bitknap.estimators.published.fri_mxmoe`, which needs torch; this file does not.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ _DOUBLINGS = 60
 class Lagrangian:
     """Each row takes the least of cost + multiplier * weight; bisection meets the limit.
 
-    The rule of FRI-MxMoE, and of many others. Only options on the lower convex hull of a row are
-    ever chosen, and nothing fills what is left under the limit: up to one row's step, or more
-    where rows are alike, since equal rows all move at once.
+    This is the rule of FRI-MxMoE and many others. Only options on the lower convex hull of a row
+    are ever chosen, and room left under the limit stays unused: up to one row's step, or more where
+    rows are equal, since equal rows all move at once.
 
     Attributes:
-        multiplier: cost for each unit of weight; a given one is used as it is and steers towards
-            no limit, so the plan may break it. The paper's default is 0.25, in its own units.
+        multiplier: cost per unit of weight; a given value is used without bisection, so the plan
+            may break the limit. The paper's default is 0.25, in its own units.
         rounds: rounds of bisection, each one pass over the table.
 
     Source: FRI-MxMoE, ACL 2026 (2026.acl-long.982), allocation by Lagrangian relaxation.
@@ -52,7 +52,7 @@ class Lagrangian:
         return "lagrangian"
 
     def answer(self, problem: Problem) -> Answer:
-        """Return the plan of the smallest multiplier that fits, and the best dual value seen.
+        """Return the plan of the smallest multiplier whose plan fits, and the best dual value seen.
 
         Raises:
             InputError: not exactly one limit is finite.
@@ -83,7 +83,8 @@ class Lagrangian:
             best = max(best, point.value)
         choice = point.choice
         if not within(weight, choice, bound):
-            # Rounding hides the costs at such multipliers: the lightest plan is their limit.
+            # Rounding hides the costs at such large multipliers, where plans approach the lightest
+            # one.
             choice = lightest(cost, weight)
             if not within(weight, choice, bound):
                 return Answer(choice=None, bound=np.inf, status=Status.INFEASIBLE)
@@ -94,13 +95,13 @@ class Lagrangian:
                 high, choice = float(point.multipliers[0]), point.choice
             else:
                 low = float(point.multipliers[0])
-        # Rounding at large multipliers may lift a dual value above what a plan costs.
+        # Rounding at large multipliers may lift a dual value above the cost of the plan.
         least = float(cost[np.arange(len(choice)), choice].sum())
         return Answer(choice=choice, bound=min(best, least), status=Status.FEASIBLE)
 
 
 def _priced(problem: Problem, weight: Floats, bound: float, multiplier: float) -> Answer:
-    # A limit without a bound adds nothing to the dual.
+    # An infinite bound adds nothing to the dual.
     room = bound if math.isfinite(bound) else 0.0
     point = evaluate(problem.cost, weight[None], np.array([room]), np.array([multiplier]))
     value = point.value if math.isfinite(bound) else float(problem.cost.min(axis=1).sum())
@@ -108,7 +109,7 @@ def _priced(problem: Problem, weight: Floats, bound: float, multiplier: float) -
 
 
 def _unit(cost: Floats, weight: Floats) -> float:
-    """Return the average saving for a unit of weight, where bisection starts."""
+    """Return the average saving per unit of weight, where bisection starts."""
     allowed: Bools = np.isfinite(cost)
     spans = []
     for values in (cost, weight):

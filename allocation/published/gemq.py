@@ -1,6 +1,6 @@
-"""GEMQ's program: one number of bits for every expert, over all layers at once.
+"""GEMQ's program: choose one bit width for every expert, over all layers at once.
 
-Source: GEMQ, arXiv 2605.23078, and its code; it counts bits, not bytes. Its costs are in
+Source: GEMQ, arXiv 2605.23078, and its code; it counts bits, not bytes. Its costs are computed in
 `bitknap.estimators.published.gemq`, which needs torch; this file does not.
 """
 
@@ -20,17 +20,18 @@ from bitknap.errors import InputError
 def gemq_problem(table: CostTable, average: float, *, floors: bool = True) -> Problem:
     """Return GEMQ's program over all layers at once, for any solver that takes several limits.
 
-    Bits are counted, not bytes: every unit counts the same, a large shared expert too. Without
-    the floors a layer may end at the lowest width altogether; with them, at least one routed
-    expert of each layer has the most bits and one the second most.
+    Bits are counted, not bytes: every unit counts the same, even a large shared expert. Without the
+    floors a whole layer may end at the lowest width; with them, at least one routed expert of each
+    layer has the most bits and one the second most.
 
     Args:
-        table: units by widths; tie it with `profile("expert")` for one width an expert, as theirs.
-        average: bits a unit.
-        floors: ask for the top two widths in every layer.
+        table: units by widths; tie it with `profile("expert")` for one width per expert, as in the
+            paper.
+        average: average bits per unit.
+        floors: whether to require the top two widths in every layer.
 
     Raises:
-        InputError: the formats have no bits, or floors need two widths.
+        InputError: the formats have no bits, or there are fewer than two widths for the floors.
 
     Source: GEMQ, arXiv 2605.23078, and its code.
     """
@@ -39,7 +40,7 @@ def gemq_problem(table: CostTable, average: float, *, floors: bool = True) -> Pr
         raise InputError("gemq: made-up formats have no bits; give the table real formats")
     if not (math.isfinite(average) and average > 0):
         raise InputError(f"gemq: an average of {average} bits; it must be above 0")
-    # An average such as 2.1 times a count must not lose its last bit to rounding.
+    # An average such as 2.1 times a count must not lose a bit to rounding.
     total = math.floor(round(average * len(table.units), 6))
     limits = [Limit("bits", bits[None, :], total)]
     if floors:

@@ -1,7 +1,8 @@
-"""The threshold on two formats, as mlx-lm and NVIDIA ModelOpt take it.
+"""A sensitivity threshold between two formats, as in mlx-lm and NVIDIA ModelOpt.
 
 Source: the code of mlx-lm (`dynamic_quant`) and of ModelOpt (`auto_quantize`). The costs that
-mlx-lm compares are in `bitknap.estimators.published.mlx_lm`, which needs torch; this file does not.
+mlx-lm compares are computed in `bitknap.estimators.published.mlx_lm`, which needs torch; this file
+does not.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from bitknap.errors import InfeasibleError, InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Threshold:
-    """Two formats; the rows that gain most from the better one get it.
+    """Choose between two formats; the rows that gain most from the better one get it.
 
-    The rule of mlx-lm's dynamic quantization and of ModelOpt's `kl_div` search: a row whose
-    sensitivity, cost at `low` minus cost at `high`, passes a threshold gets `high`. Theirs find
-    the threshold by bisection and fall back to all `low` in silence when even that is too large;
-    here it is the one whose plan is the largest that fits, and too small a limit is an error.
-    Rows of equal sensitivity stay together, as any threshold keeps them. Rows that may have one
-    of the two get it; rows that may have neither get their lightest format.
+    This is the rule of mlx-lm's dynamic quantization and of ModelOpt's `kl_div` search: a row whose
+    sensitivity, cost at `low` minus cost at `high`, exceeds a threshold gets `high`. The originals
+    find the threshold by bisection and silently fall back to all `low` when even that is too large;
+    here the threshold gives the largest plan that fits, and too small a limit is an error. Rows of
+    equal sensitivity get the same format, as with any threshold. Rows that allow only one of the
+    two get it; rows that allow neither get their lightest format.
 
     Attributes:
         low: the format below the threshold.
         high: the format above it.
-        per: what the sensitivity is divided by: "weight", weights of the row (mlx-lm, there in
-            millions); "byte", what `high` adds to the limit; "unit", nothing (ModelOpt).
+        per: divisor of the sensitivity: "weight", the weights of the row (mlx-lm, in millions);
+            "byte", the amount that `high` adds to the limit; "unit", 1 (ModelOpt).
 
-    Source: mlx-lm, `dynamic_quant`; NVIDIA ModelOpt, `auto_quantize`. Theirs estimate the
-    sensitivity by first-order gradients and by forward KL; here it is the table's.
+    Source: mlx-lm, `dynamic_quant`; NVIDIA ModelOpt, `auto_quantize`. They estimate the sensitivity
+        by first-order gradients and by forward KL; here it comes from the table.
     """
 
     low: Format
@@ -62,7 +63,7 @@ class Threshold:
         return "threshold"
 
     def answer(self, problem: Problem) -> Answer:
-        """Return the largest plan of any threshold that fits, and a bound on all plans.
+        """Return the largest plan that fits among all thresholds, and a bound on all plans.
 
         Raises:
             InputError: not exactly one limit is finite, or a format or a shape is missing.

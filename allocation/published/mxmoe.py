@@ -1,10 +1,10 @@
-"""MxMoE's product of loss and time, exactly and without a commercial solver; equal layer budgets.
+"""MxMoE's product of loss and time, exact without a commercial solver; equal layer budgets.
 
-The product of powers is concave in its logarithm and rises with both, so over all plans it is
-least at a corner of the lower left hull of (loss, time). Those corners are what weighted sums
-find, and each weighted sum is a knapsack.
+The logarithm of the product is concave and rises with both, so over all plans the product is least
+at a corner of the lower left hull of (loss, time). Minimising weighted sums yields those corners,
+and each weighted sum is a knapsack.
 
-Source: MxMoE, arXiv 2505.05799, and its code. The losses it adds up are measured in
+Source: MxMoE, arXiv 2505.05799, and its code. The losses that it adds up are measured in
 `bitknap.estimators.published.mxmoe`, which needs torch; this file does not.
 """
 
@@ -27,7 +27,7 @@ from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.allocation.solvers.solver import Solver
 from bitknap.errors import InfeasibleError, InputError
 
-# Of a segment's own value: what a knapsack's rounding may pretend to gain.
+# Relative gain that may be only rounding in the knapsack.
 _NOISE = 1e-11
 
 _Line = tuple[float, float, float]
@@ -38,16 +38,16 @@ class MxMoe:
     """Minimise loss^exponent * time^(1 - exponent) under the limits.
 
     The time of each choice is a limit of the problem, usually one without a bound:
-    `Limit("time", seconds, inf)`. Tie the table with `profile("gate_eq_up")` and wrap the solver
-    in `PerLayer` for what the paper does; alone it works on the whole model. The authors give the
-    logarithms to a commercial solver; here the corners of the hull are enumerated (Aneja and
-    Nair, 1979) and parts that cannot hold the least product are left out, so the answer is exact
-    as far as `Knapsack` proves its own. The bound is one on the loss alone: its gap is the price
-    of the time, and of the layers' equal budgets.
+    `Limit("time", seconds, inf)`. To reproduce the paper, tie the table with
+    `profile("gate_eq_up")` and wrap the solver in `PerLayer`; alone it works on the whole model.
+    The authors give the logarithms to a commercial solver; here the corners of the hull are
+    enumerated (Aneja and Nair, 1979) and segments that cannot hold the least product are skipped,
+    so the answer is exact whenever `Knapsack` proves its own answers. The bound is on the loss
+    alone: its gap is the price of the time, and of equal budgets for layers.
 
     Attributes:
-        exponent: r of the paper; 1 minimises the loss alone and 0 the time alone. The paper
-            takes 0.75 where activations are quantized too, and 1 for weights only.
+        exponent: r in the paper; 1 minimises the loss alone and 0 the time alone. The paper takes
+            0.75 where activations are quantized too, and 1 for weights only.
         time: name of the limit that holds the time; not needed at 1.
 
     Source: MxMoE, arXiv 2505.05799, objective L^r * T^(1-r).
@@ -66,7 +66,7 @@ class MxMoe:
         return "mxmoe"
 
     def answer(self, problem: Problem) -> Answer:
-        """Return the plan of the least product, and a bound on the loss.
+        """Return the plan with the least product, and a bound on the loss.
 
         Raises:
             InputError: no limit holds the time, or a time is negative.
@@ -100,7 +100,7 @@ class MxMoe:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Point:
-    """A plan, and a line that no plan is below: a * loss + b * time >= c."""
+    """A plan, and a line that bounds all plans: a * loss + b * time >= c."""
 
     choice: Longs | Ints
     loss: float
@@ -110,14 +110,14 @@ class _Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Search:
-    """The corners of one problem."""
+    """The search over the corners of one problem."""
 
     problem: Problem
     times: Floats
     exponent: float
 
     def point(self, loss: float, time: float) -> _Point | Answer:
-        """Return the plan of the least weighted sum, or the answer that there is none."""
+        """Return the plan with the least weighted sum, or the answer that there is none."""
         cost = self.problem.cost
         finite = np.isfinite(cost)
         priced = np.where(finite, loss * np.where(finite, cost, 0) + time * self.times, np.inf)
@@ -137,7 +137,7 @@ class _Search:
         return self.exponent * _log(loss) + (1 - self.exponent) * _log(time)
 
     def least(self, cheapest: _Point, fastest: _Point) -> Longs | Ints:
-        """Return the choice of the least product over all corners between two points."""
+        """Return the choice with the least product over all corners between two points."""
         best = min((cheapest, fastest), key=lambda point: self.value(point.loss, point.time))
         segments = [(cheapest, fastest)]
         while segments:
@@ -163,19 +163,19 @@ def _log(value: float) -> float:
 
 
 def _corner(left: _Point, right: _Point) -> tuple[float, float]:
-    """Return the loss and time that no plan between two points goes below, where lines meet."""
+    """Return lower bounds on loss and time between two points: where their lines meet."""
     (a, b, c), (d, e, f) = left.line, right.line
     determinant = a * e - b * d
     loss, time = left.loss, right.time
     if determinant > 1e-9 * (abs(a * e) + abs(b * d)):
-        # Lines of bounds that fell short may meet outside; the box of the two points holds too.
+        # Lines from loose bounds may meet outside the box of the two points, which is also a bound.
         loss = max(loss, (c * e - f * b) / determinant)
         time = max(time, (a * f - d * c) / determinant)
     return loss, time
 
 
 def _recosted(problem: Problem, cost: Floats) -> Problem:
-    """Return the rows of a problem with other costs."""
+    """Return a problem with the same rows and other costs."""
     table = CostTable.from_arrays(cost, np.ones(cost.shape, dtype=np.int64))
     limits = [
         Limit(limit.name, weight, bound)
@@ -191,12 +191,12 @@ def _recosted(problem: Problem, cost: Floats) -> Problem:
 class PerLayer:
     """Give every layer its share of each limit and solve it alone.
 
-    What MxMoE, MC-MoE and Chowdhury et al. do: the same average bits in every layer, nothing moved
-    between layers. The shares are those of the weights (of the units, without shapes). The bound
-    is one for the whole model, so that the gap shows what equal budgets cost.
+    MxMoE, MC-MoE and Chowdhury et al. do this: the same average bits in every layer, with no bits
+    moved between layers. A layer's share is its share of the weights (of the units, without
+    shapes). The bound is for the whole model, so that the gap shows the price of equal budgets.
 
     Attributes:
-        solver: answers each layer.
+        solver: the solver for each layer.
     """
 
     solver: Solver
@@ -207,7 +207,7 @@ class PerLayer:
         return f"{self.solver.name} per layer"
 
     def answer(self, problem: Problem) -> Answer:
-        """Return the layers' choices together, and a bound on all plans.
+        """Return the combined choices of all layers, and a bound on all plans.
 
         Raises:
             InputError: a tie joins layers, or a limit is negative.
@@ -234,14 +234,14 @@ class PerLayer:
 
 
 def _part(problem: Problem, here: Bools) -> Problem:
-    """Return the problem of some units, with the share of each limit that is theirs."""
+    """Return the problem of some units, with their share of each limit."""
     table = problem.table
     units = Units.from_arrays(
         {name: column[here] for name, column in table.units.to_arrays().items()},
         table.units.projections,
     )
     sizes = table.units.numel if table.units.has_shapes else np.ones(len(here), dtype=np.int64)
-    # Every array of a table has one entry a unit.
+    # Every array of a table has one entry per unit.
     columns: dict[str, Any] = {item.name: getattr(table, item.name) for item in fields(table)}
     columns = {name: x[here] for name, x in columns.items() if isinstance(x, np.ndarray)}
     part = replace(table, units=units, **columns)
@@ -249,7 +249,7 @@ def _part(problem: Problem, here: Bools) -> Problem:
         Limit(
             limit.name,
             np.broadcast_to(limit.weight, table.cost.shape)[here],
-            # Multiplied first: a share that is a whole number comes out exact.
+            # Multiplied first, so that whole-number shares are exact.
             limit.bound * int(sizes[here].sum()) / int(sizes.sum()),
             unit=limit.unit,
         )

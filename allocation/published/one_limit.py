@@ -1,4 +1,4 @@
-"""What published rules for one limit share: the limit itself, choices by rows, and a bound."""
+"""Helpers of published rules for one limit: the limit itself, choices by rows, and a bound."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.errors import InputError
 
-# Share of the rounding that the final check allows, which a rule may use up.
+# Share of the final check's rounding tolerance that a rule may use.
 SHARE = 0.1
 
 
@@ -18,7 +18,7 @@ def single(problem: Problem, solver: str) -> tuple[Floats, float]:
     """Return the weights of the one finite limit, float64[R,F], and its bound.
 
     Raises:
-        InputError: there is none, or more than one.
+        InputError: there is no finite limit, or more than one.
     """
     finite = np.flatnonzero(np.isfinite(problem.bounds))
     if len(finite) != 1:
@@ -30,8 +30,8 @@ def single(problem: Problem, solver: str) -> tuple[Floats, float]:
 
 
 def bounded(problem: Problem, choice: Longs | Ints) -> Answer:
-    """Return a choice with the Lagrangian bound, which rules without a proof do not compute."""
-    # So wide a gap leaves the exact pass out; the bound is the dual value alone.
+    """Return the choice with the Lagrangian bound, for rules that compute no bound."""
+    # Such a wide gap skips the exact pass, so the bound is the dual value.
     bound = Knapsack(gap=0.99, effort=1).answer(problem).bound
     return Answer(choice=choice, bound=bound, status=Status.FEASIBLE)
 
@@ -52,6 +52,6 @@ def lightest(cost: Floats, weight: Floats) -> Longs:
 
 
 def within(weight: Floats, choice: Longs, bound: float) -> bool:
-    """Return whether a choice is within a bound, up to a part of the rounding that is allowed."""
+    """Return whether a choice is within a bound, up to part of the rounding tolerance."""
     used = weight[np.arange(len(choice)), choice]
     return bool(used.sum() <= bound + SHARE * slack(used))

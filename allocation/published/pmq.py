@@ -1,9 +1,9 @@
-"""The program of MC-MoE's PMQ (pre-loading mixed-precision quantization): whole bits for experts.
+"""MC-MoE's PMQ program (pre-loading mixed-precision quantization): whole bits for experts.
 
-Source: Huang et al., MC-MoE, arXiv 2410.06270, and its code. Quirks are kept, so that plans are
-those of the authors; bits are counted, not bytes. The signals and the measured errors are in
-`bitknap.estimators.published.mc_moe`, which needs torch; this file does not. It is named after the
-method, since `mc_moe` is its function.
+Source: Huang et al., MC-MoE, arXiv 2410.06270, and its code. Quirks are kept, so that plans match
+those of the authors; bits are counted, not bytes. The signals and the measured errors are computed
+in `bitknap.estimators.published.mc_moe`, which needs torch; this file does not. It is named after
+the method, since `mc_moe` is its function.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ def mc_moe_cost(
     beta: float = 1.5,
     gamma: float = 1.0,
 ) -> Floats:
-    """Return what MC-MoE's program minimises, phi^alpha * w^beta * eps^gamma, float64[L,E,F].
+    """Return the objective of MC-MoE's program, phi^alpha * w^beta * eps^gamma, float64[L,E,F].
 
-    phi and w are shares of their layer times 1000, as in the authors' code; the factor changes no
-    plan. Frequency and routing weight are already inside an output error, so they count twice:
-    their choice, kept.
+    phi and w are shares within their layer times 1000, as in the authors' code; the factor changes
+    no plan. Frequency and routing weight already affect an output error, so they count twice; this
+    choice of the authors is kept.
 
     The defaults are those of the code, whose command line also takes gamma = 2 but never uses it:
     gamma = 1 gives the plans that were published with the paper, 2 does not.
 
     Args:
-        error: eps, change of the block's output with one expert at one width, [L,E,F], from 0.
+        error: eps, change of the block's output with one expert at one width, [L,E,F], at least 0.
         frequency: tokens routed to each expert, [L,E].
-        weight: summed routing weights of each expert, before they are renormalised, [L,E].
+        weight: summed routing weights of each expert before renormalisation, [L,E].
         alpha: exponent of the frequency.
         beta: exponent of the routing weight.
         gamma: exponent of the error.
@@ -76,15 +76,15 @@ def mc_moe(
 ) -> Ints:
     """Return the bits of each expert by MC-MoE's program, layer by layer, int32[L,E].
 
-    Each layer on its own: least cost, at most `total` bits, and at least one expert at each of
-    `required`. Exact, by dynamic programming over the bits spent and the widths present, where
-    the authors call a commercial solver; the 2 bits they require are rarely worth it under their
-    errors, and their plans use them because they must.
+    Each layer is solved separately: least cost, at most `total` bits, and at least one expert at
+    each of the `required` widths. This is exact, by dynamic programming over the bits spent and the
+    widths present, where the authors call a commercial solver. Under their errors, 2 bits rarely
+    pay off; their plans use that width because it is required.
 
     Args:
         cost: cost of each expert at each width, [L,E,F], as `mc_moe_cost` gives it.
         total: bits of all experts of a layer together.
-        bits: the widths, one a column.
+        bits: the widths, one per column.
         required: widths that at least one expert of each layer has.
 
     Raises:

@@ -1,1 +1,1 @@
-"""Solvers of the multiple-choice knapsack: exact with a bound, by integer programs, greedy."""
+"""Solvers for the multiple-choice knapsack: exact with a bound, integer programs, greedy."""

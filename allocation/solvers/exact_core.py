@@ -1,11 +1,11 @@
-"""The exact pass: dynamic programming over the few rows that could still close the gap.
+"""The exact pass: dynamic programming over the few rows that could close the gap.
 
 Costs are measured from the Lagrangian optimum. There each option of a row has a *reduced cost*
-r >= 0, and a plan costs exactly: dual value + sum of r + multiplier x unused room. Deviations from
-the base plan whose r reaches the known gap are fixed out. The rest are added row by row, nearest
-to the break first, keeping only states no other state dominates (Pisinger 1995, "A minimal
+r >= 0, and the cost of a plan is exactly dual value + sum of r + multiplier x unused room.
+Deviations from the base plan whose r reaches the known gap are excluded. The rest are added row by
+row, nearest to the break first, keeping only undominated states (Pisinger 1995, "A minimal
 algorithm for the multiple-choice knapsack problem"). A state is dropped when even the most
-efficient rows left cannot bring it under the best plan known.
+efficient remaining rows cannot make it cheaper than the best known plan.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Core:
 
     Attributes:
         row: row of each deviation, int[D].
-        option: position each deviation moves its row to, int[D].
+        option: position that each deviation moves its row to, int[D].
         weight: weight added to the base plan, float64[D], any sign but 0.
         cost: cost added to the base plan, float64[D], any sign.
         reduced: reduced cost, float64[D], at least 0.
-        first: where each core row begins in the columns above, int[K+1].
+        first: index in the columns above where each core row begins, int[K+1].
         up: least reduced cost per weight added by this or any later row, float64[K+1].
-        down: the same per weight removed, float64[K+1].
+        down: least reduced cost per weight removed, likewise, float64[K+1].
         room: weight that the base plan leaves unused, at least 0.
         multiplier: cost of one unit of weight at the Lagrangian optimum.
     """
@@ -49,12 +49,12 @@ class Core:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Improvement:
-    """What the core found.
+    """The result of the exact pass.
 
     Attributes:
-        moves: (row, position) changes to the base plan, or None to keep the plan already known.
-        above: no plan costs less than the dual value plus this.
-        gap: what the best plan known costs above the dual value.
+        moves: (row, position) changes to the base plan, or None to keep the known plan.
+        above: the dual value plus this is a lower bound on the cost of every plan.
+        gap: cost of the best known plan above the dual value.
     """
 
     moves: tuple[tuple[int, int], ...] | None
@@ -78,8 +78,8 @@ def collect(
         weight: float64[F,R].
         base: position of each row in the base plan, int[R]; minimises cost + multiplier x weight.
         multiplier: the Lagrangian multiplier.
-        room: weight the base plan leaves.
-        gap: cost of the best plan known above the dual value.
+        room: weight that the base plan leaves unused.
+        gap: cost of the best known plan above the dual value.
     """
     rows = np.arange(cost.shape[1])
     added_cost = cost - cost[base, rows]
@@ -126,10 +126,10 @@ def improve(core: Core, *, gap: float, enough: float, states: int, effort: int) 
 
     Args:
         core: the deviations.
-        gap: what the best plan known costs above the dual value.
-        enough: stop looking for improvements of this size or less.
-        states: keep at most so many states after a row; the bound stays valid.
-        effort: stop after so many states in all.
+        gap: cost of the best known plan above the dual value.
+        enough: ignore improvements of this size or less.
+        states: most states to keep after a row; the bound stays valid.
+        effort: stop after this many states in all.
     """
     weight, cost = np.zeros(1), np.zeros(1)
     history: list[_Layer] = []
@@ -141,7 +141,7 @@ def improve(core: Core, *, gap: float, enough: float, states: int, effort: int) 
             continue
         fresh = np.arange(core.first[number], core.first[number + 1])
         fresh = fresh[core.reduced[fresh] < gap]
-        # A row costs about as much as a hundred states, however few there are.
+        # Each row has a fixed cost of about a hundred states.
         spent += len(weight) * (len(fresh) + 1) + 100
         if spent > effort:
             above = min(above, float(_floor(core, number, weight, cost).min()))
@@ -168,7 +168,7 @@ def improve(core: Core, *, gap: float, enough: float, states: int, effort: int) 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Layer:
-    """How each state after one core row came about: from which state, by which move (-1: none)."""
+    """The origin of each state after one core row: its parent state and its move (-1: none)."""
 
     parent: Ints
     move: npt.NDArray[np.int16]
@@ -178,18 +178,18 @@ class _Layer:
 def _extended(
     weight: Floats, cost: Floats, added_weight: Floats, added_cost: Floats
 ) -> tuple[Floats, Floats, _Layer]:
-    """Return all states after one more row that no other dominates, by increasing weight."""
+    """Return the undominated states after one more row, by increasing weight."""
     count = len(weight)
     weights = np.concatenate([weight, (added_weight[:, None] + weight).ravel()])
     costs = np.concatenate([cost, (added_cost[:, None] + cost).ravel()])
-    # Timsort merges the runs, each sorted already.
+    # Timsort merges the runs, which are already sorted.
     order = np.argsort(weights, kind="stable")
     weights, costs = weights[order], costs[order]
     least = np.minimum.accumulate(costs)
     keep = np.ones(len(order), dtype=np.bool_)
     keep[1:] = costs[1:] < least[:-1]
     kept = np.flatnonzero(keep)
-    # Of equal weights the last one kept is the cheapest.
+    # Among equal weights, the last state kept is the cheapest.
     kept = kept[np.diff(weights[kept], append=np.inf) > 0]
     move, parent = np.divmod(order[kept], count)
     empty = np.empty(0, dtype=np.int64)
@@ -198,7 +198,7 @@ def _extended(
 
 
 def _floor(core: Core, number: int, weight: Floats, cost: Floats) -> Floats:
-    """Return what a state costs above the dual value at least, when rows from `number` are left."""
+    """Return the least cost of a state above the dual value, with rows from `number` on left."""
     missing = core.room - weight
     rate = np.where(missing >= 0, core.up[number], core.down[number])
     with np.errstate(invalid="ignore"):
@@ -208,7 +208,7 @@ def _floor(core: Core, number: int, weight: Floats, cost: Floats) -> Floats:
 
 
 def _traced(core: Core, history: list[_Layer], state: int) -> tuple[tuple[int, int], ...]:
-    """Follow one state back to the base plan; (row, position) of every move."""
+    """Trace one state back to the base plan; return (row, position) of every move."""
     moves: list[tuple[int, int]] = []
     for layer in reversed(history):
         move = int(layer.move[state])

@@ -1,4 +1,4 @@
-"""The greedy solver: best gain for each unit of weight first, so that plans are nested."""
+"""The greedy solver: best gain per unit of weight first, so that plans are nested."""
 
 from __future__ import annotations
 
@@ -13,33 +13,33 @@ from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.solvers.lagrangian_dual import maximise
 from bitknap.allocation.solvers.lagrangian_path import Path, lagrangian_path
 
-# Steps of several limits that are looked at together, to bound memory.
+# Steps examined together under several limits, to bound memory.
 _CHUNK = 1 << 16
-# Rounds over the path to get within the other limits; a second one is rarely needed.
+# Rounds over the path to meet the other limits; a second one is rarely needed.
 _ROUNDS = 4
-# Of a sum: a tenth of what the final check allows for rounding.
+# Relative to a sum: a tenth of the final check's rounding tolerance.
 _ROUNDING = 1e-13
 
 
 @dataclass(frozen=True, slots=True)
 class Greedy:
-    """Marginal gain: hull steps by cost saved for each unit of weight, up to the first misfit.
+    """Marginal gain: take hull steps by cost saved per unit of weight, up to the first misfit.
 
     The budget is the first limit with a bound. Under a larger budget the plan only upgrades units
     of the plan for a smaller one: the order of the steps does not depend on the budget, and
-    nothing is filled in behind the first step that does not fit. That costs at most the gain of
-    one step, and options off the hull are never chosen: use `Knapsack` where plans need not be
-    nested. Kellerer, Pferschy and Pisinger (2004), section 11.2.1, name it MCKP-Greedy.
+    no later step is taken after the first that does not fit. That costs at most the gain of one
+    step, and options off the hull are never chosen: use `Knapsack` where plans need not be nested.
+    Kellerer, Pferschy and Pisinger (2004), section 11.2.1, call this MCKP-Greedy.
 
-    Other limits are met first, whatever the budget: steps with the best gain are taken ahead
-    where they bring a broken limit closer. After that, a step that would break another limit
-    ends its row for good. This is a heuristic. It only upgrades along the budget's hulls, so it
-    finds no plan where a limit asks for something else, and its start may be heavier than the
-    lightest plan within the limits; `Knapsack` and `Ilp` do better.
+    Other limits are met first, regardless of the budget: steps that bring a broken limit closer are
+    taken early, best gain first. After that, a step that would break another limit stops its row
+    for good. This is a heuristic. It only upgrades along the budget's hulls, so it finds no plan
+    where a limit requires other options, and its start may be heavier than the lightest plan within
+    the limits; `Knapsack` and `Ilp` do better.
 
-    The order prices the budget alone: where another limit is the tight one, expect a plan far
-    from its bound. The bound is the Lagrangian dual of all limits. One limit is vectorised;
-    several walk the steps in Python, some 10 µs each.
+    The order considers the budget alone: where another limit is the tight one, expect a plan far
+    from its bound. The bound is the Lagrangian dual of all limits. One limit is vectorised; with
+    several, steps are taken in a Python loop, about 10 µs each.
     """
 
     @property
@@ -48,10 +48,10 @@ class Greedy:
         return "greedy"
 
     def answer(self, problem: Problem) -> Answer:
-        """Return the greedy plan, or none where it cannot get within the limits.
+        """Return the greedy plan, or none if it cannot meet the limits.
 
         Raises:
-            InputError: cost over weight is beyond floats.
+            InputError: cost over weight overflows floats.
         """
         finite = np.isfinite(problem.bounds)
         if not finite.any():
@@ -69,7 +69,7 @@ class Greedy:
 
 
 def _single(path: Path, weight: Floats, bound: float) -> Answer:
-    # The running sum may be a rounding off: look from one too many steps.
+    # The running sum may be off by rounding: start from one step too many.
     most = bound + _ROUNDING * float(np.abs(path.weight).max())
     steps = int(np.searchsorted(path.weight, most, side="right")) - 1
     rows = np.arange(len(path.start))
@@ -109,15 +109,15 @@ def _several(path: Path, weights: Floats, bounds: Floats) -> Longs | None:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Walk:
-    """Where each row stands on the path; `at` and `reached` change in place.
+    """The position of each row on the path; `at` and `reached` change in place.
 
     Attributes:
         path: the path.
         weights: float64[M,R,F], the budget's first.
-        most: bound of each limit with its rounding.
-        scale: what each limit could hold at most, to compare excess across limits.
-        at: option of each row, int[R].
-        reached: last step of each row, -1 at the start.
+        most: bound of each limit, including its rounding tolerance.
+        scale: largest possible sum of each limit, to compare excess across limits.
+        at: current option of each row, int[R].
+        reached: last step taken by each row, -1 at the start.
     """
 
     path: Path
@@ -134,7 +134,7 @@ def _used(walk: _Walk) -> list[float]:
 
 
 def _moves(walk: _Walk, first: int) -> Iterator[tuple[int, int, list[float]]]:
-    """Yield each step of one chunk that is ahead of its row: step, row, change of each limit."""
+    """Yield each step of one chunk that is still ahead of its row: step, row, change per limit."""
     path = walk.path
     part = slice(first, first + _CHUNK)
     row, option = path.row[part], path.option[part]
@@ -154,7 +154,7 @@ def _take(walk: _Walk, step: int, row: int, used: list[float], change: list[floa
 
 
 def _repair(walk: _Walk) -> None:
-    """Take the best steps that bring the broken limits closer, the budget aside."""
+    """Take the best steps that bring broken limits closer, ignoring the budget."""
     for _ in range(_ROUNDS):
         before = list(walk.reached)
         for first in range(0, len(walk.path.row), _CHUNK):
@@ -172,7 +172,7 @@ def _repair(walk: _Walk) -> None:
 
 
 def _excess(walk: _Walk, used: list[float]) -> float:
-    """Return by how much the limits other than the budget are broken, in shares of their scale."""
+    """Return the excess over limits other than the budget, as shares of their scales."""
     return sum(
         (one - most) / scale
         for one, most, scale in zip(used[1:], walk.most[1:], walk.scale[1:], strict=True)
@@ -181,10 +181,10 @@ def _excess(walk: _Walk, used: list[float]) -> float:
 
 
 def _upgrade(walk: _Walk) -> None:
-    """Take steps up to the first that the budget refuses; other limits end a row."""
+    """Take steps up to the first that breaks the budget; other limits only stop a row."""
     ended: set[int] = set()
     for first in range(0, len(walk.path.row), _CHUNK):
-        # Summed afresh, so that rounding does not pile up.
+        # Summed afresh, so that rounding errors do not accumulate.
         used = _used(walk)
         for step, row, change in _moves(walk, first):
             if row in ended:

@@ -1,4 +1,4 @@
-"""HiGHS on one small integer program, through highspy.
+"""Solve one small integer program with HiGHS, through highspy.
 
 The HiGHS inside SciPy 1.17 writes debug lines to standard output.
 """
@@ -14,7 +14,7 @@ def run(program: Program, gap: float, seconds: float) -> Result:
     """Solve by branch and cut.
 
     Args:
-        program: what to solve.
+        program: the program to solve.
         gap: absolute gap at which to stop.
         seconds: time limit.
     """
@@ -40,7 +40,7 @@ def run(program: Program, gap: float, seconds: float) -> Result:
     lp.row_lower_ = np.concatenate([np.ones(count), np.full(height, -np.inf)])
     lp.row_upper_ = np.concatenate([np.ones(count), program.bounds])
     lp.integrality_ = [highspy.HighsVarType.kInteger] * width
-    # One column an option: its row, then its weights.
+    # One column per option: its row, then its weights.
     lp.a_matrix_.format_ = highspy.MatrixFormat.kColwise
     lp.a_matrix_.start_ = np.arange(width + 1) * (1 + height)
     lp.a_matrix_.index_ = np.column_stack(

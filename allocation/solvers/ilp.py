@@ -1,8 +1,8 @@
 """The problem as an integer linear program, modelled in PuLP, solved by HiGHS or CBC.
 
-The model is built from arrays and holds only the core: options that could still be part of a
-better plan, by their reduced costs at the dual optimum. So any linear limits cost little more
-than none, and a million units make a program of hundreds of columns.
+The model is built from arrays and holds only the core: options whose reduced costs at the dual
+optimum allow a better plan. So extra linear limits cost little, and a million units make a program
+of hundreds of columns.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from bitknap.errors import BitknapError, InputError
 class Ilp:
     """Branch and cut on the core of the problem; any linear limits.
 
-    With one limit it starts from the knapsack's plan, so that its core holds exactly what could
-    still beat that plan.
+    With one limit it starts from the knapsack's plan, so that its core holds exactly the options
+    that could improve that plan.
 
     Attributes:
         backend: "highs", "cbc" (comes with PuLP), or "auto": HiGHS when it is installed.
-        gap: relative gap at which to stop; 0 proves the optimum within floats.
+        gap: relative gap at which to stop; 0 proves the optimum within float precision.
         time_limit: seconds.
     """
 
@@ -83,11 +83,11 @@ class Ilp:
 
 
 def _modelled(program: Program) -> tuple[Any, list[Any]]:
-    """Return the PuLP model and its variables, one an option, started where the program says."""
+    """Return the PuLP model and its variables, one per option, set to the program's start."""
     import pulp
 
     model = pulp.LpProblem("bits", pulp.LpMinimize)
-    # PuLP 4 wants variables made by their model; older ones have only the class.
+    # PuLP 4 creates variables through the model; older versions have only the class.
     variable = getattr(model, "add_variable", pulp.LpVariable)
     picks = [variable(f"x{i}", cat=pulp.LpBinary) for i in range(len(program.cost))]
     for pick, begun in zip(picks, program.start.tolist(), strict=True):
@@ -122,7 +122,7 @@ def _highs(program: Program, gap: float, seconds: float) -> Result:
         random_seed=0,
         mip_feasibility_tolerance=1e-9,
     )
-    # What `model.solve(solver)` does, with a start in between, which PuLP 3 has no word for.
+    # Does the work of `model.solve(solver)`, plus setting a start, which PuLP 3 does not offer.
     solver.createAndConfigureSolver(model)
     solver.buildSolverModel(model)
     highs = model.solverModel
@@ -163,7 +163,7 @@ def _cbc(program: Program, gap: float, seconds: float) -> Result:
         return Result(picked=None, bound=-np.inf, finished=proven)
     picked = _picked(picks)
     done = model.sol_status == pulp.LpSolutionOptimal
-    # PuLP does not pass on CBC's bound: what it proves is known only when it finished.
+    # PuLP does not pass on CBC's bound, so a bound is known only if CBC finished.
     bound = float(program.cost[picked].sum()) - max(gap, TOLERANCE) if done else -np.inf
     return Result(picked=picked, bound=bound, finished=done)
 

@@ -1,4 +1,4 @@
-"""Why no plan is within the limits, and what would let one in."""
+"""Explain why no plan is within the limits, and which changes would allow one."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bitknap.allocation.problem.limit import Limit
 from bitknap.allocation.problem.problem import Problem
 from bitknap.errors import BitknapError, InfeasibleError
 
-# Seconds for all questions put to the integer solver while looking for the reason.
+# Total seconds for calls of the integer solver in search of the reason.
 _PATIENCE = 30.0
-# Ways out that a message names at most.
+# Most remedies that a message names.
 _REMEDIES = 3
 
 
@@ -23,12 +23,12 @@ def check_each_reachable(problem: Problem) -> None:
     """Check that each limit alone can be met.
 
     Raises:
-        InfeasibleError: one cannot; says the least reachable.
+        InfeasibleError: a limit cannot be met; the message gives the least reachable.
     """
     allowed = np.isfinite(problem.cost)
     for limit, weight, bound in zip(problem.limits, problem.weights, problem.bounds, strict=True):
         least = np.where(allowed, weight, np.inf).min(axis=1)
-        # Solvers use a tenth of what the final check allows.
+        # Solvers use a tenth of the final check's tolerance.
         if least.sum() <= bound + 0.1 * slack(least):
             continue
         if _is_floor(limit):
@@ -47,7 +47,7 @@ def check_each_reachable(problem: Problem) -> None:
 
 
 def clash(problem: Problem, solver: str) -> BitknapError:
-    """Return the error that a solver's "infeasible" means: which limits clash, what to relax."""
+    """Return the error for an "infeasible" answer: the limits that clash, and what to relax."""
     deadline = time.monotonic() + _PATIENCE
     clashes = clashing(problem, deadline)
     names = [problem.limits[index].name for index in clashes]
@@ -65,11 +65,11 @@ def clash(problem: Problem, solver: str) -> BitknapError:
 
 
 def clashing(problem: Problem, deadline: float = np.inf) -> list[int]:
-    """Return limits that cannot be met together, as few as are found in time; empty if all can."""
+    """Return conflicting limits, reduced as far as time allows; empty if all can be met."""
     left = _finite(problem)
     if _cheapest(problem, left, deadline) is not None:
         return []
-    # The first limits are what people set first: they stay in the report if they can.
+    # Later limits are removed first, so that those that people set first stay in the report.
     for limit in reversed(left):
         without = [other for other in left if other != limit]
         if time.monotonic() > deadline:
@@ -80,7 +80,7 @@ def clashing(problem: Problem, deadline: float = np.inf) -> list[int]:
 
 
 def _remedy(problem: Problem, clashes: list[int], index: int, deadline: float) -> str:
-    """Say how far one limit must move so that a plan is within all of them; "" if unknown."""
+    """Say how far one limit must move to make all limits feasible; "" if unknown."""
     for others in (_finite(problem), clashes):
         rest = [other for other in others if other != index]
         choice = _cheapest(problem, rest, deadline, least=index)
@@ -100,19 +100,19 @@ def _finite(problem: Problem) -> list[int]:
 def _cheapest(
     problem: Problem, limits: list[int], deadline: float, *, least: int | None = None
 ) -> Longs | None:
-    """Return a choice within some of the limits, None if there is none or none was found in time.
+    """Return a choice within some of the limits; None if none exists or none is found in time.
 
     Args:
         problem: the problem.
         limits: which limits must hold.
-        deadline: of `time.monotonic`.
-        least: the limit whose weight the choice should (nearly) minimise; none in particular.
+        deadline: a time of `time.monotonic`.
+        least: the limit whose weight the choice should (nearly) minimise, or None.
     """
     from bitknap.allocation.solvers.highs import run
     from bitknap.allocation.solvers.many_limits import answer
 
-    # Costs of the problem keep options apart that weigh the same: without them, whatever weighs
-    # the same ties, and the core would be the whole problem.
+    # The costs of the problem break ties: without them, all options of equal weight would tie, and
+    # the core would be the whole problem.
     cost = _shares(problem.cost)
     if least is not None:
         cost = 1e-3 * cost + _shares(problem.weights[least])
@@ -127,18 +127,18 @@ def _cheapest(
 
 
 def _shares(values: Floats) -> Floats:
-    """Scale to a mean absolute value of 1 a row, forbidden entries left out."""
+    """Scale to a mean absolute value of 1 per row, ignoring forbidden entries."""
     finite = np.where(np.isfinite(values), values, 0.0)
     return finite / (np.abs(finite).mean() or 1.0)
 
 
 def _is_floor(limit: Limit) -> bool:
-    """Whether the limit is an "at least", stored negated: marked so, or plain to see."""
+    """Whether the limit is an "at least", stored negated: by its mark, or by its signs."""
     return limit.floor or bool(limit.bound < 0 and (limit.weight <= 0).all())
 
 
 def _exactly(limit: Limit, value: float) -> str:
-    """Say an amount that can be asked for as it is: with all digits that decide."""
+    """Return an amount as text with all significant digits, so that it can be used as a bound."""
     amount = -value if _is_floor(limit) else value
     if limit.unit == "bytes":
         return f"{human(amount)} ({math.ceil(amount):,} bytes)"
@@ -151,7 +151,7 @@ def _amount(limit: Limit, value: float) -> str:
 
 
 def _rate(problem: Problem, limit: Limit, value: float) -> str:
-    """Say bytes of all units as bits per weight too."""
+    """Return bytes of all units as text in bits per weight."""
     table = problem.table
     whole = limit.unit == "bytes" and np.array_equal(limit.weight, table.nbytes)
     if whole and table.units.has_shapes:

@@ -1,4 +1,4 @@
-"""The default solver: exact for one limit in practice, with a proven gap always."""
+"""The default solver: exact for one limit in practice, always with a proven gap."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from bitknap.allocation.solvers.lower_hulls import (
 )
 from bitknap.errors import InputError
 
-# Costs are sums of R rounded numbers: differences below this share of them mean nothing.
+# Costs are sums of R rounded numbers; relative differences below this are noise.
 _NOISE = 2e-16
-# Steps tried after the break, where a smaller one may still fit.
+# Number of steps to try after the break, where a smaller one may still fit.
 _FILL = 1000
 
 
@@ -35,9 +35,9 @@ class Knapsack:
     weights go through `bitknap.allocation.solvers.many_limits` and HiGHS.
 
     Attributes:
-        gap: stop when the plan is proven within this share of the optimum; 0 proves it.
-        states: keep at most so many partial plans at a time in the exact pass.
-        effort: stop the exact pass after so many partial plans; the bound says what is left.
+        gap: stop when the plan is proven within this share of the optimum; 0 proves optimality.
+        states: most partial plans to keep at a time in the exact pass.
+        effort: stop the exact pass after this many partial plans; the bound stays valid.
         time_limit: seconds for HiGHS, when it is needed.
     """
 
@@ -59,7 +59,7 @@ class Knapsack:
         return "knapsack"
 
     def answer(self, problem: Problem) -> Answer:
-        """Return the best choice found, proven optimal unless the core is beyond the limits."""
+        """Return the best choice found, proven optimal unless `states` or `effort` run out."""
         finite = np.isfinite(problem.bounds)
         if not finite.any():
             return _unlimited(problem)
@@ -70,7 +70,7 @@ class Knapsack:
         pruned = options(fitting(problem.cost, weight, bound), weight)
         edges = steps(pruned)
         if not np.isfinite(edges.gain).all():
-            # Slopes beyond floats; HiGHS scales.
+            # The slopes overflow floats; HiGHS scales its input.
             return self._several(problem)
         return self._single(pruned, edges, bound)
 
@@ -128,11 +128,11 @@ def _unlimited(problem: Problem) -> Answer:
 
 
 def _room(pruned: Options, position: Longs, bound: float, divisor: float) -> float:
-    """Return the weight left under the bound, less what no plan can use; below 0: too heavy."""
+    """Return the usable weight left under the bound; below 0 if the plan is too heavy."""
     used = _total(pruned.weight, position)
     if divisor:
         return float(divisor * np.floor((bound - used) / divisor))
-    # A tenth of what the final check allows for rounding, so that a tight limit can be met.
+    # A tenth of the final check's rounding tolerance, so that a tight limit can be met.
     return bound - used + 1e-13 * used
 
 
@@ -144,7 +144,7 @@ def _advanced(position: Longs, edges: Steps, taken: Longs) -> Longs:
 
 
 def _filled(base: Longs, edges: Steps, left: Longs, room: float) -> tuple[Longs, float]:
-    """Take the next steps that still fit; the positions and the cost saved."""
+    """Take later steps that still fit; return the positions and the cost saved."""
     result, saved = base.copy(), 0.0
     for step in left[:_FILL].tolist():
         row, weight = edges.row[step], float(edges.weight[step])

@@ -1,8 +1,9 @@
 """The Lagrangian dual of several limits, by column generation.
 
-The dual has one multiplier a limit, however many units there are. A linear program over a sample
-of the rows comes close to it; over all rows and the options that are nearly the cheapest under
-those multipliers, it is exact, since every other option is priced out (Dantzig and Wolfe 1960).
+The dual has one multiplier per limit, however many units there are. A linear program over a sample
+of the rows comes close to its optimum; one over all rows and the options that are nearly the
+cheapest under those multipliers is exact, since every other option is priced out (Dantzig and Wolfe
+1960).
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ import numpy as np
 from bitknap.allocation.problem.arrays import Bools, Floats, Longs
 from bitknap.allocation.solvers.lower_hulls import options, split, steps
 
-# Options in the linear program: of the sample, and near the cheapest of all rows.
+# Number of options in the linear programs: of the sample, and near the cheapest over all rows.
 _SAMPLED, _NEAR = 8_000, 12_000
-# Largest multipliers, where the average step is 1: total cost range over total weight range.
+# Largest multipliers, relative to total cost range over total weight range.
 _BOXES = (1e4, 1e9)
 _ROUNDS = 8
 
@@ -27,7 +28,7 @@ class Point:
 
     Attributes:
         multipliers: float64[M], at least 0.
-        value: no plan within the limits costs less.
+        value: the dual value, a lower bound on the cost of every plan within the limits.
         choice: the cheapest options under these multipliers, int[R].
     """
 
@@ -44,8 +45,8 @@ class _Rows:
         cost: float64[R,F].
         weights: float64[M,R,F].
         bounds: float64[M].
-        unit: multipliers of 1, float64[M].
-        worst: no plan costs more.
+        unit: scale of each multiplier, float64[M].
+        worst: upper bound on the cost of any plan.
     """
 
     cost: Floats
@@ -66,7 +67,7 @@ def evaluate(cost: Floats, weights: Floats, bounds: Floats, multipliers: Floats)
 
 
 def reduced(cost: Floats, weights: Floats, point: Point) -> Floats:
-    """Return what each option costs above the cheapest of its row there, float64[R,F]."""
+    """Return the reduced cost of each option, its excess over its row's cheapest, float64[R,F]."""
     priced = cost + np.tensordot(point.multipliers, weights, axes=1)
     least = priced[np.arange(len(cost)), point.choice]
     result: Floats = np.maximum(priced - least[:, None], 0)
@@ -100,7 +101,7 @@ def maximise(cost: Floats, weights: Floats, bounds: Floats) -> Point:
 
 
 def _sorted(cost: Floats, weights: Floats, bounds: Floats) -> Point | None:
-    """Return the optimum of one limit by sorting, None where slopes are beyond floats."""
+    """Return the optimum for one limit by sorting; None if slopes overflow floats."""
     pruned = options(cost, weights[0])
     edges = steps(pruned)
     lightest = np.argmax(pruned.hull, axis=0)
@@ -113,7 +114,7 @@ def _sorted(cost: Floats, weights: Floats, bounds: Floats) -> Point | None:
 
 
 def _sampled(rows: _Rows, light: Floats, span: Floats, best: Point, box: float) -> Point:
-    """Return the dual point of an even sample of the rows, its bounds scaled alike, if better."""
+    """Return the dual point of an even sample of rows, with bounds scaled to it, if better."""
     count, width = rows.cost.shape
     wanted = max(_SAMPLED // width, 100)
     if count <= wanted:
@@ -131,7 +132,7 @@ def _sampled(rows: _Rows, light: Floats, span: Floats, best: Point, box: float) 
 
 
 def _generated(rows: _Rows, best: Point, box: float) -> Point:
-    """Solve over ever more of the options that matter until no option left out does."""
+    """Solve over more and more relevant options until none of the others matters."""
     every = np.arange(len(rows.cost))
     columns = np.zeros(rows.cost.shape, dtype=np.bool_)
     for _ in range(_ROUNDS):
@@ -155,10 +156,10 @@ def _generated(rows: _Rows, best: Point, box: float) -> Point:
 
 
 def _program(rows: _Rows, base: Longs, columns: Bools, box: float) -> tuple[Floats, float] | None:
-    """Solve the linear relaxation over some options; multipliers in the box, and its value.
+    """Solve the linear relaxation over some options; return multipliers in the box and its value.
 
-    What lies above a limit is paid for at the box's price, so that there is always a solution.
-    None when all rows are left with one option, or the numbers are beyond floats.
+    Excess over a limit is paid for at the price of the box, so that a solution always exists.
+    Returns None when all rows are left with one option, or when numbers overflow floats.
     """
     from scipy.optimize import linprog
     from scipy.sparse import block_array, csr_array, eye_array

@@ -1,4 +1,4 @@
-"""The Lagrangian path: every hull step of every row, by falling gain for each unit of weight."""
+"""The Lagrangian path: every hull step of every row, by falling gain per unit of weight."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from bitknap.errors import InputError
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Path:
-    """The plans that are cheapest for some price of weight, each one step from the next.
+    """The plans that are optimal for some price of weight, each one step from the next.
 
     Attributes:
         start: option of each row in the lightest plan, int[R].
-        row: row that a step moves, int[S].
-        option: option it takes, int[S].
-        gain: cost saved for each unit of weight, float64[S], above 0, never rising.
+        row: row that each step moves, int[S].
+        option: option that the row takes, int[S].
+        gain: cost saved per unit of weight, float64[S], above 0, never rising.
         weight: weight of the plan after 0, 1, … S steps, float64[S+1].
-        cost: its cost, float64[S+1].
+        cost: cost of that plan, float64[S+1].
     """
 
     start: Longs
@@ -37,7 +37,7 @@ class Path:
 
 
 def taken(start: Ints | Longs, row: Ints | Longs, option: Ints | Longs) -> Longs:
-    """Return the option of each row after steps that are taken in this order, int[R]."""
+    """Return the option of each row after taking steps in this order, int[R]."""
     last = np.full(len(start), -1)
     np.maximum.at(last, row, np.arange(len(row)))
     result = start.astype(np.int64)
@@ -54,11 +54,11 @@ def lagrangian_path(cost: Floats, weight: Floats) -> Path:
         weight: float64[R,F], any sign: only differences within a row matter.
 
     Raises:
-        InputError: a gain is beyond floats.
+        InputError: a gain overflows floats.
     """
     pruned = options(cost, weight)
     edges = steps(pruned)
-    # The lightest option that is left is on the hull, unless its slopes overflow.
+    # The lightest remaining option is on the hull, unless its slopes overflow.
     first = np.argmax(np.isfinite(pruned.cost), axis=0)
     rows = np.arange(len(first))
     if not (pruned.hull[first, rows].all() and np.isfinite(edges.gain).all()):
@@ -72,7 +72,7 @@ def lagrangian_path(cost: Floats, weight: Floats) -> Path:
         option=reached[order],
         gain=gain,
         weight=_summed(float(pruned.weight[first, rows].sum()), added),
-        # From the cheap end, where a sum from the dear end would drown in its rounding.
+        # Summed from the cheap end: from the expensive end, rounding would swamp small steps.
         cost=_summed(_least(pruned), (gain * added)[::-1])[::-1],
     )
 

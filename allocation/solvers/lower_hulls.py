@@ -18,7 +18,7 @@ class Options:
     """The options of each row by increasing weight.
 
     Attributes:
-        option: which column of the problem each entry was, int[F,R].
+        option: column of the problem that each entry came from, int[F,R].
         cost: float64[F,R]; +inf where an option is forbidden or dominated.
         weight: float64[F,R].
         hull: whether an option lies on the lower convex hull of its row, bool[F,R].
@@ -32,13 +32,13 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Steps:
-    """The hull edges of all rows: what one row pays to weigh more and cost less.
+    """The hull edges of all rows: each makes one row heavier and cheaper.
 
     Attributes:
         row: int[S].
         start: position in `Options` of the lighter end, int[S].
         end: position of the heavier end, int[S].
-        gain: cost saved for each unit of weight, float64[S], above 0, falling along a row.
+        gain: cost saved per unit of weight, float64[S], above 0, falling along a row.
         weight: weight added, float64[S], above 0.
     """
 
@@ -50,12 +50,12 @@ class Steps:
 
 
 def fitting(cost: Floats, weight: Floats, bound: float) -> Floats:
-    """Forbid options that pass the bound even when all other rows weigh least; float64[R,F].
+    """Forbid options that exceed the bound even when all other rows weigh least; float64[R,F].
 
-    Besides sparing work, this keeps costs that no plan can have out of the arithmetic.
+    This saves work, and keeps costs that no plan can have out of the arithmetic.
     """
     light = np.where(np.isfinite(cost), weight, np.inf).min(axis=1)
-    # What summing may have rounded away stays in.
+    # Options that exceed the room only by rounding are kept.
     room = bound - light.sum() + 1e-9 * max(abs(bound), float(np.abs(light).sum()))
     return np.where(weight - light[:, None] > max(room, 0.0), np.inf, cost)
 
@@ -96,13 +96,13 @@ def _hull(cost: Floats, weight: Floats) -> Bools:
                 np.maximum(falling_in[right], slope, out=falling_in[right])
                 np.minimum(falling_out[left], slope, out=falling_out[left])
         inside: Bools = (falling_in < falling_out) & np.isfinite(cost)
-    # Slopes beyond floats compare as equal, but the lightest option is on every hull.
+    # Slopes that overflow compare as equal, but the lightest option is on every hull.
     inside[np.isfinite(cost).argmax(axis=0), np.arange(cost.shape[1])] = True
     return inside
 
 
 def steps(pruned: Options) -> Steps:
-    """Return the hull edges, in no useful order."""
+    """Return the hull edges, in no particular order."""
     count, rows = pruned.cost.shape
     last = np.full(rows, -1)
     parts: list[tuple[Longs, Longs, Longs, Floats, Floats]] = []
@@ -123,11 +123,12 @@ def steps(pruned: Options) -> Steps:
 
 
 def split(edges: Steps, room: float, *, sort: int = 4096) -> tuple[Longs, Longs]:
-    """Return the most rewarding steps that fit into `room` together, and some that come next.
+    """Return the most rewarding steps that fit into `room` together, and some of the next ones.
 
     The first step that does not fit is the first of the second array, which is empty if all fit.
-    A weighted selection instead of a full sort: only about `sort` steps around the break are
-    sorted, by reward and then by index, so that the result depends on no sorting network.
+    This is a weighted selection instead of a full sort: only about `sort` steps around the break
+    are sorted, by reward and then by index, so that the result does not depend on the sorting
+    algorithm.
     """
     near = np.arange(len(edges.gain))
     taken: list[Longs] = []
@@ -151,7 +152,7 @@ def split(edges: Steps, room: float, *, sort: int = 4096) -> tuple[Longs, Longs]
 def common_divisor(pruned: Options) -> float:
     """Return the largest d such that all plans' weights differ by multiples of d; 0 if unknown.
 
-    Only sums of whole numbers are exact; other weights have no divisor.
+    Only sums of whole numbers are exact; for other weights the divisor is unknown.
     """
     allowed = np.isfinite(pruned.cost)
     difference = (pruned.weight - pruned.weight[0])[allowed]
@@ -161,7 +162,7 @@ def common_divisor(pruned: Options) -> float:
     if np.abs(difference).max() >= 2**53:
         return 0.0
     whole = difference.astype(np.int64)
-    # A sample is often enough to know that it is 1.
+    # A sample is often enough to see that the divisor is 1.
     if int(np.gcd.reduce(whole[:: max(1, len(whole) // 1000)])) == 1:
         return 1.0
     return float(np.gcd.reduce(whole))

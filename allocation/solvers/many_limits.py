@@ -1,4 +1,4 @@
-"""Several limits, or weights of any sign: dual multipliers, then an integer solver on the core."""
+"""Several limits, or weights of any sign: dual multipliers, then an integer solver on a core."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bitknap.allocation.solvers.integer_program import TOLERANCE, Program, Runne
 from bitknap.allocation.solvers.lagrangian_dual import Point, maximise, reduced
 from bitknap.allocation.solvers.lower_hulls import fitting
 
-# First size of the core, in deviations from the dual optimum; grows as the gap demands.
+# Initial size of the core, in deviations from the dual optimum; grows while the gap requires it.
 _CORE = 2000
-# A core this large is the last one: integer solvers stop keeping to their time limits beyond.
+# Largest core: on larger ones, integer solvers no longer keep to their time limits.
 _LARGEST = 30_000
-# Relative gap that counts as none, for solvers that compute in floats with absolute tolerances.
+# Relative gap that counts as 0, since solvers use floats with absolute tolerances.
 _PROVEN = 1e-9
 # Largest coefficients given to the integer solver, whose tolerances are absolute.
 _COST_SCALE, _WEIGHT_SCALE = 1e6, 1e5
@@ -39,13 +39,13 @@ class _Task:
 
     def fits(self, choice: Longs) -> bool:
         used = self.weights[:, np.arange(len(choice)), choice]
-        # A tenth of what the final check allows.
+        # A tenth of the final check's tolerance.
         return bool((used.sum(axis=1) <= self.bounds + 1e-13 * np.abs(used).sum(axis=1)).all())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Solved:
-    """What the integer solver says of one core: a choice or none, a bound, and if it finished."""
+    """The result for one core: a choice or none, a bound, and whether the solver finished."""
 
     choice: Longs | None
     bound: float
@@ -68,10 +68,11 @@ def answer(
         cost: float64[R,F], +inf forbids.
         weights: float64[M,R,F], any sign.
         bounds: finite float64[M], at least one.
-        run: solves the integer programs of the cores.
+        run: solver of the integer programs of the cores.
         gap: relative gap at which to stop.
         time_limit: seconds for all cores together.
-        start: a choice within the limits, int[R]; the first core then holds all that could beat it.
+        start: a choice within the limits, int[R]; the first core then holds all options that could
+            improve it.
     """
     deadline = time.monotonic() + time_limit
     for weight, bound in zip(weights, bounds.tolist(), strict=True):
@@ -101,7 +102,8 @@ def _by_cores(task: _Task, dual: Point, start: Longs | None) -> Answer:
         ceiling = best[0] - dual.value
         size = min(_enough(ranked, ceiling), _LARGEST)
     while True:
-        # What is left out costs at least `cut` above the dual value, or more than a known plan.
+        # Plans outside the core cost at least `cut` above the dual value, or more than a known
+        # plan.
         cut = float(ranked[size]) if size < len(ranked) else np.inf
         core = (above < cut) & (above <= ceiling)
         core[np.arange(len(task.cost)), base] = True
@@ -117,7 +119,7 @@ def _by_cores(task: _Task, dual: Point, start: Longs | None) -> Answer:
             continue
         if solved.choice is not None and (best is None or task.value(solved.choice) < best[0]):
             best = task.value(solved.choice), solved.choice
-        # Within the limits, so that the next core has a plan to begin with.
+        # Within the limits, so that the next core starts from a plan.
         value, base = best  # type: ignore[misc]
         bound = min(bound, value)
         open_gap = value - bound > max(task.gap, _PROVEN) * abs(value)
@@ -127,7 +129,7 @@ def _by_cores(task: _Task, dual: Point, start: Longs | None) -> Answer:
                 size = min(_enough(ranked, closer), _LARGEST)
                 continue
             if (core & (above > closer)).any():
-                # Without options that no better plan has, what is left is resolved more finely.
+                # Dropping options that no better plan uses gives the solver a finer scale.
                 ceiling = closer
                 continue
         proven = solved.finished and value - bound <= _PROVEN * abs(value)
@@ -136,12 +138,12 @@ def _by_cores(task: _Task, dual: Point, start: Longs | None) -> Answer:
 
 
 def _enough(ranked: Floats, gap: float) -> int:
-    """Return how many deviations a core needs that holds every plan `gap` above the dual value."""
+    """Return the size of the core that holds every plan up to `gap` above the dual value."""
     return int(np.searchsorted(ranked, gap, side="right")) + 1
 
 
 def _solved(task: _Task, core: Bools, base: Longs) -> _Solved:
-    """Solve the rows with several options left; all others stay at `base`."""
+    """Solve the rows with several options left; the others stay at `base`."""
     cost, weights = task.cost, task.weights
     rows = np.arange(len(cost))
     row, option = np.nonzero(core & (core.sum(axis=1) > 1)[:, None])
@@ -171,10 +173,10 @@ def _solved(task: _Task, core: Bools, base: Longs) -> _Solved:
         result = task.run(program, enough, max(task.deadline - time.monotonic(), 0.1))
         if result.picked is None:
             if np.isinf(bound):
-                # Proven that the core has no plan, or nothing learned of it.
+                # Either the core is proven to have no plan, or nothing is known about it.
                 least_there = np.inf if result.finished else -np.inf
                 return _Solved(choice=None, bound=least_there, finished=result.finished)
-            # Only the limits as tightened below were found wanting.
+            # Infeasible only under the limits as tightened below.
             return _Solved(choice=None, bound=bound, finished=False)
         if np.isinf(bound):
             bound = least + (result.bound - TOLERANCE) / cost_scale
@@ -182,7 +184,7 @@ def _solved(task: _Task, core: Bools, base: Longs) -> _Solved:
         choice[row[result.picked]] = option[result.picked]
         if task.fits(choice):
             return _Solved(choice=choice, bound=bound, finished=result.finished)
-        # The integer solver may allow a little too much: ask for that much less.
+        # The integer solver may exceed a limit slightly: tighten the limit by that excess.
         over = weights[:, rows, choice].sum(axis=1) - task.bounds
         room = room - np.where(over > 0, 2 * over + TOLERANCE / scales, 0)
     return _Solved(choice=None, bound=bound, finished=False)

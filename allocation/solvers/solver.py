@@ -15,11 +15,11 @@ float64 [L].
             return Answer(choice=choice, bound=bound, status=Status.OPTIMAL)
 
 * `Answer.choice` is a format for each row, int [R], or None if the solver has no plan.
-* `Answer.bound` is a number that no plan's cost is below; `-inf` claims nothing.
+* `Answer.bound` is a lower bound on the cost of every plan; `-inf` claims nothing.
 * `Answer.status` is `OPTIMAL`, `FEASIBLE` or `INFEASIBLE`.
 
 `solve(problem, Cheapest())` recomputes the cost, the use of each limit and the bound, and raises
-an error if the answer is wrong: a solver with a mistake cannot make a wrong plan.
+an error if the answer is wrong: a bug in a solver cannot produce a wrong plan.
 
 Test it by subclassing `bitknap.testing.SolverContract`. Offer it to the command line, where it
 becomes `--solver cheapest`, with an entry point in your package's `pyproject.toml`:
@@ -27,8 +27,8 @@ becomes `--solver cheapest`, with an entry point in your package's `pyproject.to
     [project.entry-points."bitknap.solvers"]
     cheapest = "your_package:Cheapest"
 
-The class is called without arguments, or with those of `seed`, `gap` and `time_limit` that it
-takes by name. `examples/own_solver.py` is a whole solver that runs.
+The class is called with those of the arguments `seed`, `gap` and `time_limit` that it takes by
+name. `examples/own_solver.py` is a whole solver that runs.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from bitknap.allocation.problem.problem import Problem
 
 
 class Solver(Protocol):
-    """Anything with a name that answers problems."""
+    """Any object with a name that answers problems."""
 
     @property
     def name(self) -> str:

@@ -1,4 +1,4 @@
-"""Solve a problem with any solver, and believe nothing it says."""
+"""Solve a problem with any solver, and check its whole answer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["solve", "within"]
 
 
 def solve(problem: Problem, solver: Solver | None = None) -> Solution:
-    """Return the solver's plan after checking every limit, its cost and its bound.
+    """Return the solver's plan after checking its limits, cost and bound.
 
     Args:
         problem: a table and limits.
@@ -28,7 +28,7 @@ def solve(problem: Problem, solver: Solver | None = None) -> Solution:
 
     Raises:
         InfeasibleError: no plan is within the limits.
-        BitknapError: the solver's answer is wrong, or it found nothing.
+        BitknapError: the solver's answer is wrong, or it found no plan.
     """
     solver = solver or Knapsack()
     check_each_reachable(problem)
@@ -106,7 +106,7 @@ def _checked_choice(problem: Problem, choice: object, solver: str) -> Ints:
 
 
 def _checked_use(problem: Problem, choice: Ints, solver: str) -> dict[str, float]:
-    """Return what a choice of each unit takes of each limit, after checking the bounds."""
+    """Return how much a choice of each unit uses of each limit, after checking the bounds."""
     each, shown = np.arange(len(choice)), {}
     for limit in problem.limits:
         used = np.broadcast_to(limit.weight, problem.table.cost.shape)[each, choice]
@@ -128,5 +128,5 @@ def _checked_bound(
     noise = ROUNDING * float(np.abs(costs).sum())
     if np.isnan(bound) or bound > cost + noise:
         raise BitknapError(f"{solver}: its bound {bound:.17g} is above its own plan's {cost:.17g}")
-    # A bound within rounding of the cost proves the plan.
+    # A bound within rounding error of the cost proves the plan optimal.
     return cost, cost if bound >= cost - 1e-3 * noise else float(bound)
