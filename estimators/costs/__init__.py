@@ -1,1 +1,1 @@
-"""Estimators whose costs are nats per token: weight errors, second moments, Fisher, measured."""
+"""Estimators with costs in nats per token: weight error, second moments, Fisher, measured."""

@@ -1,8 +1,8 @@
 """Rung E: variance of the weights × the grid's distortion; no data and no rounding at all.
 
-The distortion is what a grid does to Gaussian weights of variance 1 (methods.md#distortion), found
-once a format by running the quantizer on such weights with a fixed seed. It ranks; only measured
-group gains make nats of it.
+The distortion is a grid's mean squared error on Gaussian weights of variance 1
+(methods.md#distortion), obtained once per format by running the quantizer on such weights with a
+fixed seed. The costs only rank units; measured group gains convert them to nats.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.quantization.rounding.methods import round_trip
 from bitknap.quantization.stacks.apply import stack_pieces
 
-_SAMPLE = 1 << 16  # weights; the distortion is then known to about 1 %
+_SAMPLE = 1 << 16  # weights; enough to know the distortion to about 1 %
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,10 +1,11 @@
-"""Dense profiling: round one unit at a time and measure what really happens.
+"""Dense profiling: round one unit at a time and measure the effect.
 
-Three published quantities. "kl" is the model's KL itself. "layer" is MxMoE's (arXiv 2505.05799):
-the Frobenius norm of the change of the decoder layer's output over the whole text. "block" is
-MC-MoE's (arXiv 2410.06270): a whole expert at a time, norms of the change of the experts' output,
-one a window, summed. The norms are not squared, as published; `squared` makes nats of them with
-the layer's measured gain (methods.md#conversions). The quantizer is the one that is deployed.
+Three published quantities can be measured. "kl" is the model's KL itself. "layer" is MxMoE's (arXiv
+2505.05799): the Frobenius norm of the change of the decoder layer's output over the whole text.
+"block" is MC-MoE's (arXiv 2410.06270): a whole expert at a time, the norm of the change of the
+experts' output in each window, summed over windows. The norms are not squared, as published;
+`squared` converts them to nats with the layer's measured gain (methods.md#conversions). The
+quantizer is the one that is deployed.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ Kind = Literal["kl", "layer", "block"]
 
 
 class _Part(NamedTuple):
-    """What is measured and journalled in one go: a stack, or a layer's experts, in one format."""
+    """One unit of measuring and journalling: a stack, or a layer's experts, in one format."""
 
     key: str
     layer: int
@@ -49,27 +50,29 @@ class _Part(NamedTuple):
     columns: np.ndarray
 
 
-# From a part to what was measured of its units, float64 [n].
+# Maps a part to the measurement of each of its units, float64 [n].
 Measure = Callable[[_Part], Floats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """Every unit in every format, measured; as many measurements as there are of both.
+    """Measures every unit in every format: units × formats measurements.
 
-    A unit whose measurement is not above 0 (its expert saw no token, or the KL drowned in
-    rounding) gets the smallest positive cost of its layer's projection in the same format; where
-    there is none, what the second moments estimate. So nothing costs zero but a kept precision.
+    A unit whose measurement is not above 0 (its expert saw no token, or rounding noise exceeds the
+    KL) gets the smallest positive cost of its layer's projection in the same format; if there is
+    none, the second moments' estimate. So only a kept precision costs zero.
 
     Attributes:
-        kind: "kl", nats a token; "layer" or "block", norms of output changes, which only rank.
-            "block" measures whole experts and gives each matrix its share of the weights: tie
-            experts before solving.
-        squared: square the norms and scale them by the layer's gain to nats a token. The gain is
-            that of the experts' output, so "layer" takes it as added to the stream unscaled.
+        kind: "kl", in nats per token; or "layer" or "block", norms of output changes, which only
+            rank. "block" measures whole experts and divides the cost among the matrices by their
+            weights:
+                tie experts before solving.
+        squared: square the norms and scale them by the layer's gain to nats per token. The gain was
+            measured at the experts' output, so "layer" assumes that it is added to the residual
+            stream unscaled.
         progress: called with (what, done, of).
-        journal: file that keeps each finished stack × format; continue with the same inputs, and
-            the table is the same to the bit.
+        journal: file that keeps each finished stack × format; resuming with the same inputs gives a
+            bit-identical table.
     """
 
     kind: Kind = "kl"
@@ -85,21 +88,21 @@ class Measured:
 
     @property
     def name(self) -> str:
-        """What the CLI calls it: "measured-kl", "measured-layer" or "measured-block"."""
+        """The name on the command line: "measured-kl", "measured-layer" or "measured-block"."""
         return f"measured-{self.kind}"
 
     @property
     def needs(self) -> frozenset[str]:
-        """Moments, where nothing could be measured, and the live model; traces for blocks."""
+        """Moments, for units that cannot be measured, and the live model; traces for blocks."""
         return frozenset({"moments", "replay"} | ({"traces"} if self.kind == "block" else set()))
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
         """Return the costs of every unit in every format: nats per token, or a score.
 
         Raises:
-            InputError: the evidence has no live model or no trace, or a unit cannot be measured
-                in this way.
-            MismatchError: the journal is of other inputs.
+            InputError: the evidence has no live model or no trace, or this kind cannot measure a
+                unit.
+            MismatchError: the journal belongs to other inputs.
             FileError: the journal is damaged.
         """
         replay = _checked(evidence, self.kind)
@@ -136,8 +139,8 @@ class Measured:
         formats: Sequence[Format],
         parts: Sequence[_Part],
     ) -> Floats:
-        """Return what was measured, float64 [U, F]; 0 for a kept precision."""
-        found = np.zeros((len(evidence.units), len(formats)))
+        """Return the measurements, float64 [U, F]; 0 for a kept precision."""
+        raw = np.zeros((len(evidence.units), len(formats)))
         squared = " squared" if self.squared else ""
         readings, mark = evidence.readings, f"{evidence.mark} {self.name}{squared} "
         if self.journal is not None:
@@ -147,8 +150,8 @@ class Measured:
         for number, (part, values) in enumerate(measured, start=1):
             if self.progress:
                 self.progress("measure units", number, len(parts))
-            found[np.ix_(part.run, part.columns)] = values[:, None]
-        return found
+            raw[np.ix_(part.run, part.columns)] = values[:, None]
+        return raw
 
     def _unit(self) -> str:
         return "nats/token" if self.kind == "kl" or self.squared else "score"
@@ -156,7 +159,7 @@ class Measured:
     def _about(
         self, evidence: Evidence, replay: Replay, formats: Sequence[Format]
     ) -> dict[str, Any]:
-        """Return what the journal's numbers depend on."""
+        """Return everything that the journal's numbers depend on."""
         columns = b"".join(a.tobytes() for a in evidence.units.to_arrays().values())
         return {
             "kind": self.kind,
@@ -178,19 +181,19 @@ class Measured:
         readings: Readings,
         mark: str,
     ) -> Iterator[tuple[_Part, Floats]]:
-        """Yield what was measured of the units of each part, from the journal where it is."""
+        """Yield each part with its units' measurements, read from the journal if it has them."""
         for layer, group in groupby(parts, key=lambda part: part.layer):
             measure: Measure | None = None
             for part in group:
-                found = readings.known(mark + part.key, len(part.run))
-                if found is None:
+                values = readings.known(mark + part.key, len(part.run))
+                if values is None:
                     measure = measure or self._measure(evidence, replay, layer)
-                    found = measure(part)
-                    readings.keep(mark + part.key, found)
-                yield part, found
+                    values = measure(part)
+                    readings.keep(mark + part.key, values)
+                yield part, values
 
     def _measure(self, evidence: Evidence, replay: Replay, layer: int) -> Measure:
-        """Return what measures the parts of one layer."""
+        """Return the function that measures the parts of one layer."""
         if self.kind == "block":
             block, window = block_of(evidence, layer), replay.span
             return lambda part: _blocks(evidence, block, part, window, self.squared)
@@ -200,7 +203,7 @@ class Measured:
         return lambda part: _each(evidence, replay, part, lambda: replay.kl(layer))
 
     def _scale(self, evidence: Evidence, replay: Replay, *, squared: bool) -> Floats:
-        """Return nats a token of each unit's squared norm, float64 [U]; ones if not squared."""
+        """Return nats per token per unit of squared norm, float64 [U]; 1 if not squared."""
         if not squared:
             return np.ones(len(evidence.units))
         tokens = dict.fromkeys(evidence.layers, len(replay.windows) * replay.span)
@@ -212,21 +215,21 @@ class Measured:
     def _filled(
         self, evidence: Evidence, replay: Replay, formats: Sequence[Format], cost: Floats
     ) -> tuple[Floats, int]:
-        """Return costs above 0 wherever a format is no kept precision, and how many were filled."""
+        """Return costs above 0 for all formats but kept precisions, and how many were filled in."""
         grids = np.array([format.kind != "keep" for format in formats])
         missing = ~(cost > 0) & grids
-        found = cost.copy()
+        filled = cost.copy()
         for run in stacks(evidence.units):
             least = np.where(cost[run] > 0, cost[run], np.inf).min(axis=0)
-            found[run] = np.where(missing[run], least, cost[run])
-        lost = missing & ~np.isfinite(found)
+            filled[run] = np.where(missing[run], least, cost[run])
+        lost = missing & ~np.isfinite(filled)
         if lost.any():
             moments = SecondMoments().estimate(evidence, formats).cost
-            if self._unit() == "score":  # a norm over the text, as the measured ones
+            if self._unit() == "score":  # a norm over the text, like the measured ones
                 scale = self._scale(evidence, replay, squared=True)
                 moments = np.sqrt(moments / scale[:, None])
-            found[lost] = moments[lost]
-        return found, int(missing.sum())
+            filled[lost] = moments[lost]
+        return filled, int(missing.sum())
 
 
 def _checked(evidence: Evidence, kind: str) -> Replay:
@@ -242,7 +245,7 @@ def _checked(evidence: Evidence, kind: str) -> Replay:
 
 
 def _parts(units: Units, formats: Sequence[Format], *, whole: bool) -> list[_Part]:
-    """Return what to measure: stacks, or whole layers, × formats that store differently."""
+    """Return the parts to measure: stacks, or whole layers, × formats that store differently."""
     runs = stacks(units)
     if whole:
         runs = [np.flatnonzero(units.layer == layer) for layer in np.unique(units.layer)]
@@ -267,9 +270,9 @@ def _parts(units: Units, formats: Sequence[Format], *, whole: bool) -> list[_Par
 
 
 def _each(evidence: Evidence, replay: Replay, part: _Part, measure: Callable[[], float]) -> Floats:
-    """Return a measurement of each unit alone in the part's format, float64 [n].
+    """Measure each unit by itself in the part's format, float64 [n].
 
-    An expert without tokens changes nothing, which needs no run.
+    An expert without tokens changes nothing, so it needs no run.
     """
     seen = token_share(evidence)[part.run] > 0
     rounded = evidence.round_trip(part.run, evidence.weights(part.run), part.format)
@@ -286,7 +289,7 @@ def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def _blocks(evidence: Evidence, block: Block, part: _Part, window: int, squared: bool) -> Floats:
-    """Return each matrix's share of what its whole expert does to the output, float64 [n]."""
+    """Return each matrix's share of its whole expert's effect on the output, float64 [n]."""
     units = evidence.units
     changed = {
         name: evidence.round_trip(run, block.weights[name], part.format)
@@ -304,9 +307,9 @@ def _blocks(evidence: Evidence, block: Block, part: _Part, window: int, squared:
 
 def _fingerprint(model: Any) -> str:
     """Return a hash of every parameter of a live model."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, parameter in model.named_parameters():
-        found.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         flat = parameter.detach().cpu().contiguous().flatten()
-        found.update(flat.view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()[:32]
+        digest.update(flat.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:32]

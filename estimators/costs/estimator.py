@@ -1,8 +1,8 @@
 """The protocol `Estimator`, and how to write your own.
 
-An estimator gets `Evidence`, which is what one calibration pass has recorded, and a list of
-formats. It returns a `CostTable`: what storing each unit (one matrix of one expert) in each format
-costs, in nats per token.
+An estimator gets `Evidence`, the record of one calibration pass, and a list of formats. It returns
+a `CostTable`: the cost of storing each unit (one matrix of one expert) in each format, in nats per
+token.
 
     class SquaredError:
         name = "squared-error"
@@ -58,7 +58,7 @@ class Estimator(FromEvidence, Protocol):
         """Return the costs of every unit in every format.
 
         Args:
-            evidence: what was recorded; at least what `needs` names.
+            evidence: the recorded statistics; at least those that `needs` names.
             formats: the columns of the table.
         """
         ...

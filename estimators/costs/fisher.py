@@ -1,10 +1,10 @@
-"""Rung A: half the diagonal empirical Fisher times a squared error, labels from the model.
+"""Rung A: half the diagonal empirical Fisher, with labels drawn from the model, × squared error.
 
 With labels drawn from the model, the expected squared gradient is the curvature of the KL to the
-unchanged model, so ½ Σ F Δ² is its second-order expansion (methods.md#ladder, A; HAWQ's trace is a
-coarser form). Δ is the rounding error of each weight, or the change Δz of the experts' output
-when one matrix is rounded (GEMQ, arXiv 2605.23078: Σ g² Δz²; the ½ and the division by tokens
-make nats of it, methods.md#conversions). Squares are taken per token, before summing.
+unchanged model, so ½ Σ F Δ² is the second-order expansion of that KL (methods.md#ladder, A; HAWQ's
+trace is a coarser form). Δ is the rounding error of each weight, or the change Δz of the experts'
+output when one matrix is rounded (GEMQ, arXiv 2605.23078: Σ g² Δz²; the ½ and the division by
+tokens convert it to nats, methods.md#conversions). Squares are taken per token, before summing.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Fisher:
     """Diagonal empirical Fisher × squared error, of every weight or at the experts' output.
 
     In output space errors of different weights may cancel or add up within a token, and the
-    activation is run, not expanded; it costs a run of the expert for every format.
+    activation function is run, not expanded; this needs one run of the expert per format.
 
     Attributes:
         space: "weight", Fisher of every weight × its squared rounding error; or "output",
@@ -54,12 +54,12 @@ class Fisher:
 
     @property
     def name(self) -> str:
-        """What the CLI calls it: "fisher" or "fisher-output"."""
+        """The name on the command line: "fisher" or "fisher-output"."""
         return "fisher" if self.space == "weight" else "fisher-output"
 
     @property
     def needs(self) -> frozenset[str]:
-        """Squared gradients of weights; or traces with gradients, and the live model."""
+        """Squared gradients; in output space traces with gradients, and the live model."""
         return frozenset(
             {"curvature"} if self.space == "weight" else {"traces", "gradients", "replay"}
         )
@@ -89,23 +89,23 @@ class Fisher:
 def row_costs(
     evidence: Evidence, formats: Sequence[Format], run: np.ndarray, space: Space = "weight"
 ) -> Floats:
-    """Return what each output row of a stack costs; over rows they sum to the unit's cost.
+    """Return the cost of each output row of a stack; a unit's row costs sum to its cost.
 
     The error is additive over output rows for any diagonal curvature (methods.md#ladder).
 
     Args:
-        evidence: with squared gradients; in output space with traces and gradients.
+        evidence: must hold squared gradients; in output space traces and gradients.
         formats: the options; a kept precision costs nothing.
         run: equally shaped units of one layer's one projection, from `stacks`.
-        space: as for `Fisher`. In output space the rows of gate and up meet only in the output,
-            so that it is for down alone.
+        space: as for `Fisher`. Output space is for down only, since the rows of gate and up have
+            effects that cannot be separated in the output.
 
     Returns:
         float64 [n, rows, F], nats per token.
 
     Raises:
-        InputError: gradients were not recorded, the units are not routed experts', or the rows
-            of this projection have no costs of their own.
+        InputError: gradients were not recorded, the units do not belong to routed experts, or the
+            rows of this projection have no separate costs.
     """
     _check(space)
     if space == "output" and projection_of(evidence.units, run) != "down":
@@ -114,7 +114,7 @@ def row_costs(
             "use space='weight'"
         )
     weights = evidence.weights(run)
-    found = np.zeros((*weights.shape[:2], len(formats)))
+    costs = np.zeros((*weights.shape[:2], len(formats)))
     known: dict[Format, np.ndarray] = {}
     block = block_of(evidence, _traced_layer(evidence, run)) if space == "output" else None
     grid = _half_fisher(evidence, run) if block is None else None
@@ -128,8 +128,8 @@ def row_costs(
                 known[same] = _output_costs(block, evidence, run, changed).numpy()
             elif grid is not None:
                 known[same] = weighed_squares(changed - weights, grid).sum(2).double().numpy()
-        found[:, :, column] = known[same]
-    return found
+        costs[:, :, column] = known[same]
+    return costs
 
 
 def _check(space: str) -> None:
@@ -163,7 +163,7 @@ def _check_routed(evidence: Evidence, run: np.ndarray) -> None:
 
 
 def _output_costs(block: Block, evidence: Evidence, run: np.ndarray, changed: Tensor) -> Tensor:
-    """Return ½ Σ g² Δz² / T of each unit by output coordinate, shrunk, float64 [n, H].
+    """Return ½ Σ g² Δz² / T for each unit and output coordinate, shrunk, float64 [n, H].
 
     Args:
         block: the stack's layer.

@@ -1,10 +1,10 @@
 """Rung C: output error from second moments, times the layer's measured gain.
 
-For the down projection the squared output error a token is tr(ΔW S ΔWᵀ) with S = Σ a² h hᵀ / T.
-For gate and up an error dz_k moves the output by (dh_k/dz_k) dz_k W_down[:, k]; so row k weighs
-its mean squared slope times ‖W_down[:, k]‖² (methods.md#ladder, GEMQ's expansion carried one matrix
-further; slopes and inputs are taken as independent). The gain was read as KL over squared
-error, so the product is nats a token.
+For the down projection the squared output error per token is tr(ΔW S ΔWᵀ) with S = Σ a² h hᵀ / T.
+For gate and up an error dz_k moves the output by (dh_k/dz_k) dz_k W_down[:, k]; so row k is
+weighted by its mean squared slope times ‖W_down[:, k]‖² (methods.md#ladder, GEMQ's expansion
+carried one matrix further; slopes and inputs are assumed to be independent). The gain was measured
+as KL over squared error, so the product is in nats per token.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class SecondMoments:
     """Second moments of each projection's input × the layer's gain (ladder rung C).
 
     Attributes:
-        full: use whole matrices S where the evidence has them, not their diagonals.
+        full: use whole matrices S, not only their diagonals, where the evidence has them.
     """
 
     full: bool = False
@@ -43,7 +43,7 @@ class SecondMoments:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Moments, whole matrices of them if `full`."""
+        """Moments; whole matrices if `full`."""
         return frozenset({"moments", "full"} if self.full else {"moments"})
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
@@ -63,12 +63,12 @@ class SecondMoments:
 
 
 def error_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
-    """Return what a unit of squared error of each weight costs, [n, 1 or out, in].
+    """Return the cost per unit of squared error of each weight, [n, 1 or out, in].
 
-    In float32, or in float64 where that cannot hold it.
+    The dtype is float32, or float64 where float32 cannot hold the values.
 
     Args:
-        evidence: with moments.
+        evidence: must hold moments.
         run: equally shaped units of one layer's one projection, from `stacks`.
     """
     if role_of(evidence.units, run) != "routed":
@@ -84,12 +84,12 @@ def error_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
 
 
 def _gate_mass(layer: LayerEvidence) -> Tensor:
-    """Return Σ a² / T by expert, shrunk, never zero: [E]."""
+    """Return Σ a² / T of each expert, shrunk and never zero, [E]."""
     return layer.shrunk(layer.gate_square).clamp_min(1e-30)
 
 
 def _row_weights(evidence: Evidence, layer: LayerEvidence, run: np.ndarray, name: str) -> Tensor:
-    """Return what a unit of squared error at each output of the projection costs, [E, out]."""
+    """Return the cost per unit of squared error at each output of the projection, [E, out]."""
     if name == "down":
         return torch.full((len(layer.count), int(evidence.units.rows[run[0]])), layer.gain).double()
     down = _down_column_square(evidence, int(evidence.units.layer[run[0]]))
@@ -127,9 +127,9 @@ def _full_charge(evidence: Evidence, run: np.ndarray) -> Charge:
 
 
 def _linear_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
-    """Weigh an ordinary linear projection as if its output met the layer's mean gain."""
+    """Return weights of an ordinary linear projection, as if the mean layer gain applied to it."""
     gains = [layer.gain for layer in evidence.layers.values()]
     gain = float(np.mean(gains)) if gains else 1.0
-    found = [evidence.linears[int(unit)] for unit in run]
-    columns = torch.stack([x.input_square / max(1, x.tokens) for x in found])
+    statistics = [evidence.linears[int(unit)] for unit in run]
+    columns = torch.stack([x.input_square / max(1, x.tokens) for x in statistics])
     return (narrowed(columns) * gain)[:, None, :]

@@ -1,7 +1,7 @@
-"""Rounding errors weighed: the shared shape of every estimator that charges a real round trip.
+"""Weighted rounding errors: the shared loop of all estimators that charge a real round trip.
 
-A cost is sum over a matrix of weight × ΔW², where ΔW is the round trip of the quantizer that is
-deployed and the weights say how much each squared error hurts, in nats per token.
+A cost is the sum of weight × ΔW² over a matrix. ΔW is the rounding error of the quantizer that is
+deployed; the weight is the loss per unit of squared error, in nats per token.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
 from bitknap.quantization.stacks.apply import stack_pieces, stacks
 
-# Bytes of float32 weights rounded at a time; what charges them may read a whole stack for each.
+# Bytes of float32 weights rounded at a time; a charge may read a whole stack for each piece.
 _PIECE = 1 << 28
 
-# What one squared rounding error costs: from ΔW [n, out, in] to nats a token [n].
+# Maps rounding errors ΔW [n, out, in] to costs in nats per token [n].
 Charge = Callable[[Tensor], Tensor]
-# From a stack of units and their weights to their charge.
+# Maps a stack of units and their weights to their charge.
 Weigh = Callable[[np.ndarray, Tensor], Charge]
 
 
@@ -40,12 +40,12 @@ def weighed_table(
     Args:
         evidence: gives the units and their weights.
         formats: the options; a kept precision costs nothing.
-        weigh: how a stack of equally shaped units charges its errors.
-        provenance: what the table says of its origin, beside the evidence's own.
+        weigh: returns the charge of a stack of equally shaped units.
+        provenance: the table's provenance, in addition to the evidence's.
     """
     units = evidence.units
     cost = np.zeros((len(units), len(formats)))
-    # With traces a whole layer's weights are at hand anyway, and each charge runs all its experts.
+    # With traces a layer's weights are in memory anyway, and each charge runs all its experts.
     runs = stacks(units) if evidence.traces else stack_pieces(units, _PIECE)
     for run in runs:
         weights = evidence.weights(run)
@@ -75,12 +75,12 @@ def weighed_table(
 
 
 def token_share(evidence: Evidence) -> np.ndarray:
-    """Return the share of tokens that read each unit's weights, float64 [U]; 1 if not routed."""
+    """Return the share of tokens that use each unit's weights, float64 [U]; 1 if not routed."""
     units = evidence.units
     share = np.ones(len(units))
     for number, layer in evidence.layers.items():
         run = np.flatnonzero((units.layer == number) & (units.role == ROLES.index("routed")))
-        # A token that is routed to an expert twice reads it once.
+        # A token that is routed to an expert twice uses its weights once.
         seen = np.minimum(layer.count.numpy() / max(1, layer.tokens), 1)
         share[run] = seen[units.expert[run]]
     return share
@@ -104,7 +104,7 @@ def role_of(units: Units, run: np.ndarray) -> str:
 
 
 def experts_of(evidence: Evidence, run: np.ndarray) -> tuple[LayerEvidence, Tensor]:
-    """Return what the layer of a stack of routed units saw, and their experts, int64 [n]."""
+    """Return the evidence of a routed stack's layer, and the units' experts, int64 [n]."""
     layer = evidence.layers[int(evidence.units.layer[run[0]])]
     return layer, torch.from_numpy(evidence.units.expert[run].astype(np.int64))
 

@@ -1,4 +1,4 @@
-"""Rung D: routing mass × squared weight error; the input is taken as white."""
+"""Rung D: routing mass × squared weight error; the input is assumed to be white."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What one pass over a text has recorded, which estimators run from without the model."""
+"""The record of one pass over a text, from which estimators run without the model."""

@@ -1,8 +1,8 @@
-"""What one calibration pass saw; estimators run from it.
+"""The statistics that one calibration pass recorded, from which estimators run.
 
-Sums run over the tokens routed to an expert, with a the routing weight of the token for it. They
-are per token of the whole text once divided by `tokens`. An expert with few tokens is shrunk to
-its layer's mean, and never to zero.
+Sums run over the tokens routed to an expert; a is the token's routing weight for that expert.
+Divided by `tokens` they are per token of the whole text. The statistics of an expert with few
+tokens are shrunk to its layer's mean, never to zero.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.rounding.methods import RTN, round_trip
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
-# Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens they count alike.
+# Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens both count equally.
 PRIOR_TOKENS = 16
-# Squares of inputs over the layer's that only weights of another magnitude explain.
+# Only weights of another magnitude explain this ratio of an expert's squared inputs to its layer's.
 _FAR = 2.0**24
 # Below this many tokens an expert is listed in the coverage report.
 FEW_TOKENS = 64
@@ -39,19 +39,19 @@ class LayerEvidence:
     Attributes:
         tokens: tokens of the text.
         count: tokens routed to each expert, int64 [E].
-        gate_sum: sum of routing weights a, float64 [E].
+        gate_sum: sum of the routing weights a, float64 [E].
         gate_square: sum of a², float64 [E].
-        input_square: sum of a² x², the input of gate and up, float64 [E, H].
-        middle_square: sum of a² h², the input of down, float64 [E, I].
+        input_square: sum of a² x², x the input of gate and up, float64 [E, H].
+        middle_square: sum of a² h², h the input of down, float64 [E, I].
         slopes: for "gate" and "up", sum of a² (dh/dz)² over the projection's output z, [E, I].
         input_full: sum of a² x xᵀ, float32 [E, H, H]; None unless asked for.
         middle_full: sum of a² h hᵀ, float32 [E, I, I]; None unless asked for.
         curvature: for each projection the sum of (dL/dz)² x², squared gradients of each weight with
             labels drawn from the model, float32 [E, out, in]; empty unless asked for.
-        output_square: mean squared norm of the layer's expert output, a token.
-        gain: nats per unit of squared output error a token, measured with noise.
-        output_max: largest |a o| that each expert added to any coordinate of any token, o its
-            output, float64 [E]; 0 without tokens, None where it was not recorded.
+        output_square: mean squared norm of the layer's expert output per token.
+        gain: nats per unit of squared output error per token, measured by adding noise.
+        output_max: largest |a o| that each expert added to any coordinate of any token, where o is
+            its output, float64 [E]; 0 without tokens, None if not recorded.
     """
 
     tokens: int
@@ -71,8 +71,8 @@ class LayerEvidence:
     def shrunk(self, total: Tensor) -> Tensor:
         """Return a sum over routed tokens [E, ...], per token of the text, shrunk by `shrink`.
 
-        An expert whose sums are of another magnitude, since its weights are, is shrunk to the
-        layer's mean in that magnitude.
+        An expert whose weights, and so its sums, have another magnitude is shrunk to the layer's
+        mean scaled to that magnitude.
         """
         units = self._units(total)
         if units is None:
@@ -83,23 +83,23 @@ class LayerEvidence:
         """Return a sum over routed tokens [E, ...], per token that each expert saw, shrunk.
 
         The mean moves towards the layer's by PRIOR_TOKENS, as in `shrink`; an expert without
-        tokens has the layer's.
+        tokens gets the layer's mean.
 
         Args:
             total: sums over each expert's tokens, [E, ...].
-            experts: whose means to return, int64 [n].
+            experts: the experts whose means are returned, int64 [n].
         """
         units = self._units(total)
         total = total if units is None else total.double() / units
         seen = self.count[experts].to(total.dtype).view(-1, *[1] * (total.ndim - 1))
         mean = total.sum(0) / max(1, int(self.count.sum()))
-        found = (total[experts] + PRIOR_TOKENS * mean) / (seen + PRIOR_TOKENS)
-        return found if units is None else found * units[experts]
+        means = (total[experts] + PRIOR_TOKENS * mean) / (seen + PRIOR_TOKENS)
+        return means if units is None else means * units[experts]
 
     def _units(self, total: Tensor) -> Tensor | None:
-        """Return the magnitude of each expert's sums over its layer's, 1 unless far from that.
+        """Return the ratio of each expert's sums to its layer's, set to 1 unless far from 1.
 
-        None if none is far. Numbers of experts, [E], have the magnitude of the routing alone.
+        None if no expert is far from 1. Sums of one number per expert, [E], contain only routing.
         """
         if total.ndim == 1 or not total.numel():
             return None
@@ -117,17 +117,17 @@ class LayerEvidence:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LayerTrace:
-    """What the experts of one MoE layer were given, token by token, so that they can run again.
+    """Inputs and routing of one MoE layer's experts by token, so that the experts can run again.
 
-    A layer takes 4 H bytes a token, twice that with gradients, and 12 k for the routing: 8,192
-    tokens of a model with H = 4,096 are 134 MB a layer.
+    A layer takes 4 H bytes per token, twice that with gradients, and 12 k for the routing: 134 MB
+    per layer for 8,192 tokens of a model with H = 4,096.
 
     Attributes:
         hidden: the experts' inputs, float32 [T, H].
         index: the experts each token was routed to, int64 [T, k].
-        weights: routing weights a, float32 [T, k].
-        gradient: gradient of the summed loss at the experts' output, labels drawn from the model,
-            float32 [T, H]; None unless asked for.
+        weights: the routing weights a, float32 [T, k].
+        gradient: gradient of the summed loss at the experts' output, with labels drawn from the
+            model, float32 [T, H]; None unless asked for.
     """
 
     hidden: Tensor
@@ -162,14 +162,14 @@ class Evidence:
 
     Attributes:
         layout: the live model's units.
-        layers: by layer number, what its routed experts saw.
-        linears: by unit, what other projections saw.
+        layers: statistics of the routed experts, by layer number.
+        linears: statistics of the other projections, by unit.
         weights: reads units' weights, float32 [n, rows, cols].
-        replay: measures the live model's KL; None when only weights are at hand.
+        replay: measures the live model's KL; None if there is no live model.
         provenance: text hash, tokens, seed, model fingerprint.
-        traces: by layer number, what its experts were given; empty unless asked for.
-        rounding: how weights will be rounded, which is what costs are of.
-        readings: where measurements are kept.
+        traces: inputs and routing of the experts, by layer number; empty unless asked for.
+        rounding: rounding method; costs are charged for this method.
+        readings: the journal that keeps measurements.
     """
 
     layout: Layout
@@ -184,7 +184,7 @@ class Evidence:
 
     @property
     def mark(self) -> str:
-        """What tells readings on this text from those on others in one journal."""
+        """The prefix that separates readings on this text from those on others in one journal."""
         return str(self.provenance.get("text", ""))[:12]
 
     @property
@@ -193,11 +193,11 @@ class Evidence:
         return self.layout.units
 
     def inputs(self, run: np.ndarray) -> Inputs:
-        """Return what the inputs of a stack of units were like.
+        """Return the second moments of the inputs of a stack of units.
 
         Second moments of routed experts are weighted by squared routing weights, so that
         ΔW S ΔWᵀ is the error of the layer's output, and shrunk to the layer's mean. Where float32
-        cannot hold them they are multiplied by a power of two, which rounding does not mind.
+        cannot hold them they are multiplied by a power of two, which does not change the rounding.
 
         Raises:
             InputError: whole second moments were not recorded for these units.
@@ -232,7 +232,7 @@ class Evidence:
         )
 
     def round_trip(self, run: np.ndarray, weights: Tensor, format: Format) -> Tensor:
-        """Return what the weights [n, rows, cols] of a stack become when stored in `format`."""
+        """Return a stack's weights [n, rows, cols] after a round trip through `format`."""
         known = self.inputs(run) if self.rounding.needs_inputs else None
         return round_trip(weights, format, self.rounding, known)
 
@@ -247,7 +247,7 @@ class Evidence:
 
 
 def _in_float32(moments: Tensor) -> Tensor:
-    """Return matrices [n, cols, cols] in float32, those too large or small for it scaled."""
+    """Return matrices [n, cols, cols] in float32, scaled if too large or too small for it."""
     if moments.dtype == torch.float32:
         return moments
     exponent = torch.frexp(moments.diagonal(dim1=1, dim2=2).amax(1)).exponent
@@ -258,8 +258,8 @@ def _in_float32(moments: Tensor) -> Tensor:
 def shrink(total: Tensor, count: Tensor, tokens: int) -> Tensor:
     """Return a sum over routed tokens, per token of the text, shrunk to the layer's mean.
 
-    The mean over an expert's tokens moves towards the layer's by PRIOR_TOKENS, then is multiplied
-    by its share of tokens, PRIOR_TOKENS / E pseudo-tokens included.
+    The mean over an expert's tokens moves towards the layer's mean by PRIOR_TOKENS, then is
+    multiplied by the expert's share of tokens, which includes PRIOR_TOKENS / E pseudo-tokens.
 
     Args:
         total: sums over each expert's tokens, [E, ...].

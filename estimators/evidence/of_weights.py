@@ -18,13 +18,13 @@ from bitknap.quantization.stacks.apply import read_stored
 def of_weights(
     source: Source, include: Collection[str] = (), *, rounding: Rounding = RTN, seed: int = 0
 ) -> Evidence:
-    """Return evidence that holds a source's weights and nothing that a text would show.
+    """Return evidence that holds a source's weights and no statistics of a text.
 
     Args:
         source: a checkpoint, or anything else that reads matrices.
-        include: roles beside routed experts: "attention", "shared", "dense".
+        include: roles in addition to routed experts: "attention", "shared", "dense".
         rounding: how weights will be rounded; costs are charged for this method.
-        seed: kept in the provenance of tables.
+        seed: random seed, recorded in the provenance of tables.
 
     Raises:
         ModelError: the source has no units of these roles.

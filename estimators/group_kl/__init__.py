@@ -1,1 +1,1 @@
-"""Costs scaled by measured KL of groups of units, and the checks of that."""
+"""Costs scaled to the measured KL of groups of units, and checks of the result."""

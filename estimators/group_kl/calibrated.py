@@ -1,11 +1,11 @@
-"""Measured group gains: costs of any estimator brought to the KL that is really there.
+"""Measured group gains: any estimator's costs scaled to measured KL.
 
-All experts of one layer's one projection go to one format at a time, and the KL is read. An
-estimator ranks experts well but its scale over bits is wrong by 2 to 4 times
-(methods.md#small-models), and that curve is what a few group measurements repair. A group's true KL
-is taken as a function of its predicted sum: read at a few anchor formats, interpolated in
-logarithms between them, with a constant gain beyond. So the measurements do not grow with the
-number of formats or of experts.
+A group is all experts of one projection in one layer. It is stored in one format at a time, and
+the KL is measured. An estimator ranks experts well, but its scale over bits is wrong by a factor
+of 2 to 4 (methods.md#small-models); a few group measurements correct that curve. A group's
+true KL is modelled as a function of its predicted sum: measured at a few anchor formats,
+interpolated in logarithms between them, with a constant gain beyond. So the number of measurements
+does not grow with the number of formats or experts.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from bitknap.estimators.signals.signal import Signal
 from bitknap.progress import Progress
 from bitknap.quantization.stacks.apply import replaced, stacks
 
-# KL below this, in nats a token, is rounding noise of float32 logits.
+# KL below this, in nats per token, is rounding noise of float32 logits.
 _FLOOR = 1e-9
 
 
@@ -41,12 +41,12 @@ class Calibrated:
     Attributes:
         base: ranks units within a group.
         progress: called with (what, done, of).
-        measurements: at most so many KL readings; then fewer widths are read, at least one a
-            group. All that `anchors` names when not given.
-        signals: proxies whose exponents are fitted on halves of the groups, two more readings a
-            group; see `bitknap.estimators.group_kl.proxies`.
-        check: after fitting, the KL of so many held-out plans is read and compared with what the
-            table predicts; 0 for none. See `bitknap.estimators.group_kl.held_out_plans`.
+        measurements: maximum number of KL measurements; fewer widths are measured if it binds, at
+            least one per group. All widths that `anchors` names when not given.
+        signals: proxies whose exponents are fitted on halves of the groups, with two more
+            measurements per group; see `bitknap.estimators.group_kl.proxies`.
+        check: number of held-out plans whose KL is measured after fitting and compared with the
+            table's prediction; 0 for none. See `bitknap.estimators.group_kl.held_out_plans`.
         check_bits: bits per weight of those plans; 2.5 or the middle of the feasible range when
             not given.
     """
@@ -66,12 +66,12 @@ class Calibrated:
 
     @property
     def name(self) -> str:
-        """The base's name and the proxies', marked as calibrated."""
+        """The names of the base and the proxies, marked as calibrated."""
         return f"calibrated({', '.join([self.base.name, *(x.name for x in self.signals)])})"
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the base and the proxies need, and a live model to measure."""
+        """Everything that the base and the proxies need, and a live model to measure."""
         return self.base.needs.union({"replay"}, *(signal.needs for signal in self.signals))
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
@@ -107,23 +107,23 @@ class Calibrated:
             "measurements": len(runs) * len(chosen) + split,
         }
         frequency = token_share(evidence) if table.frequency is None else table.frequency
-        found = replace(table, cost=cost, frequency=frequency, provenance=provenance)
+        scaled = replace(table, cost=cost, frequency=frequency, provenance=provenance)
         if self.signals:
             from bitknap.estimators.group_kl.proxies import with_proxies
 
             middle = chosen[len(chosen) // 2]
-            found = with_proxies(found, evidence, self.signals, runs, middle, measure)
-        return self._checked(found, evidence)
+            scaled = with_proxies(scaled, evidence, self.signals, runs, middle, measure)
+        return self._checked(scaled, evidence)
 
     def _checked(self, table: CostTable, evidence: Evidence) -> CostTable:
-        """Return the table, saying how well it predicts held-out plans if that is asked for."""
+        """Return the table, with the check on held-out plans in its provenance if asked for."""
         if not self.check:
             return table
         from bitknap.estimators.group_kl.held_out_plans import on_held_out_plans
 
-        found = on_held_out_plans(table, evidence, self.check, self.check_bits, self.progress)
-        said = {"check": found, "check_measurements": found["plans"]}
-        return replace(table, provenance={**table.provenance, **said})
+        check = on_held_out_plans(table, evidence, self.check, self.check_bits, self.progress)
+        checked = {"check": check, "check_measurements": check["plans"]}
+        return replace(table, provenance={**table.provenance, **checked})
 
 
 def anchors(formats: Sequence[Format], nbytes: np.ndarray) -> list[int]:
@@ -142,7 +142,7 @@ def anchors(formats: Sequence[Format], nbytes: np.ndarray) -> list[int]:
 
 
 def fewer(chosen: Sequence[int], measurements: int, groups: int) -> list[int]:
-    """Return as many anchors, evenly spaced over the widths, as the measurements allow.
+    """Return as many anchors as the measurements allow, evenly spaced over the widths.
 
     Raises:
         InputError: there are more groups than measurements.
@@ -159,23 +159,24 @@ def fewer(chosen: Sequence[int], measurements: int, groups: int) -> list[int]:
 
 
 def gains(sums: np.ndarray, anchor_sums: np.ndarray, anchor_kl: np.ndarray) -> np.ndarray:
-    """Return true over predicted, for predicted sums [F], from measurements at some of them.
+    """Return the ratio of true to predicted KL for sums [F], from measurements at some of them.
 
     KL is made non-decreasing in the predicted sum, then interpolated in logarithms; outside the
-    measured range the nearest gain holds.
+    measured range the nearest gain is used.
     """
     order = np.argsort(anchor_sums)
     x = np.log(np.maximum(anchor_sums[order], 1e-300))
     y = np.log(np.maximum.accumulate(np.maximum(anchor_kl[order], _FLOOR)))
     at = np.log(np.maximum(sums, 1e-300))
-    found: np.ndarray = np.exp(np.interp(at, x, y - x))
-    return found
+    ratio: np.ndarray = np.exp(np.interp(at, x, y - x))
+    return ratio
 
 
 def group_kl(evidence: Evidence, run: np.ndarray, format: Format) -> float:
     """Return the KL of the live model with a stack of units stored in `format`, nats per token.
 
-    It is read from the evidence's journal if it is there, and kept there if not.
+    It is read from the evidence's journal if present there; otherwise it is measured and kept
+    there.
 
     Raises:
         InputError: the evidence has no live model to measure.
@@ -190,11 +191,11 @@ def group_kl(evidence: Evidence, run: np.ndarray, format: Format) -> float:
         with replaced(replay.model, evidence.layout, run, rounded):
             return replay.kl(int(evidence.units.layer[run[0]]))
 
-    found = evidence.readings.value(f"{evidence.mark} {key_of(run, [format])}", measure)
-    if not math.isfinite(found):
+    kl = evidence.readings.value(f"{evidence.mark} {key_of(run, [format])}", measure)
+    if not math.isfinite(kl):
         raise ModelError(
-            f"{evidence.units.label(int(run[0]))} and its like in {format}: the KL is {found}, so "
+            f"{evidence.units.label(int(run[0]))} and its like in {format}: the KL is {kl}, so "
             "the model's output leaves float32; leave that format out, or estimate without "
             "calibration"
         )
-    return found
+    return kl

@@ -1,7 +1,7 @@
 """Exponents of signals and gains of formats, fitted to the measured KL of groups of units.
 
-The KL of a group in format f is taken as gain_f × Σ base cost × exp(Σ θ z) over its units: a
-log-linear mixture (methods.md#modifiers). Errors are those of groups that were left out of the fit.
+The KL of a group in format f is modelled as gain_f × Σ base cost × exp(Σ θ z) over its units: a
+log-linear mixture (methods.md#modifiers). Errors are measured on groups left out of the fit.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError
 from bitknap.estimators.group_kl.regression import Sums, each, log_sums
 
-# KL below this, in nats a token, is rounding noise of float32 logits.
+# KL below this, in nats per token, is rounding noise of float32 logits.
 _FLOOR = 1e-9
-# Log KL of a group is taken as known to 0.2, exponents as within ±0.5: noise over prior variance.
+# Noise over prior variance: log KL of a group is assumed known to 0.2, exponents within ±0.5.
 _PENALTY = (0.2 / 0.5) ** 2
-# Of gains: only keeps the equations solvable.
+# Penalty of gains, which only keeps the equations solvable.
 _FREE = 1e-9
-# Spread of a standardised signal below which it says nothing.
+# A standardised signal with less spread than this carries no information.
 _ALIKE = 1e-9
-# Above so many groups, this many folds instead of leaving each out in turn.
+# With more groups than _EACH, leave out folds instead of single groups.
 _EACH, _FOLDS = 50, 10
 
 
 class MeasuredGroup(NamedTuple):
-    """Units brought to one format together: which, the format's column, the KL in nats a token."""
+    """Units stored in one format together, the format's column, and the KL in nats per token."""
 
     units: npt.NDArray[np.integer]
     format: int
@@ -44,13 +44,13 @@ class FitReport:
     """How far a fit can be trusted.
 
     Attributes:
-        groups: measurements used.
-        parameters: exponents and gains to fit.
-        error: root mean square error of log KL on groups left out, with the exponents; NaN where
-            nothing can be left out.
-        error_without: the same with all exponents 0 and gains alone; exponents that do not bring
-            `error` below it are not worth having.
-        folds: parts the groups were left out in; the number of groups when one by one.
+        groups: number of measurements used.
+        parameters: number of exponents and gains to fit.
+        error: root mean square error of log KL on groups left out, with the exponents; NaN if no
+            group can be left out.
+        error_without: the same with gains only and all exponents 0; exponents are useful only if
+            `error` is below it.
+        folds: number of parts that were left out in turn; equals `groups` if one at a time.
         dropped: signals that are constant over the measured units; their exponents are 0.
         fallback: why the exponents were not fitted; "" when they were.
     """
@@ -70,8 +70,9 @@ class Fitted:
 
     Attributes:
         exponents: θ of each signal.
-        gains: true over predicted for each column, above 0, float64[F]; 1 for a kept precision.
-        report: the errors on groups left out, and what was not fitted.
+        gains: ratio of true to predicted KL for each column, above 0, float64[F]; 1 for a kept
+            precision.
+        report: the errors on groups left out, and what could not be fitted.
     """
 
     exponents: Mapping[str, float]
@@ -90,25 +91,25 @@ def fit_exponents(
 ) -> Fitted:
     """Fit θ of each signal and a gain of each format to the measured KL of groups of units.
 
-    The KL of a group in format f is taken as gain_f × Σ base cost × exp(Σ θ z) over its units; the
-    squared error of its logarithm, plus penalty × θ², is minimised by Gauss-Newton (a log-linear
-    mixture; methods.md#modifiers). Gains carry no penalty. They are logarithms, so above 0, and
-    they keep KL non-decreasing in the base's mean cost over formats (isotonic). A column that was
-    not measured takes a gain interpolated in logarithms between those that were, the nearest
-    beyond.
+    The KL of a group in format f is modelled as gain_f × Σ base cost × exp(Σ θ z) over its units;
+    the squared error of its logarithm, plus penalty × θ², is minimised by Gauss-Newton (a
+    log-linear mixture; methods.md#modifiers). Gains carry no penalty. They are fitted as
+    logarithms, so they are above 0, and they keep KL non-decreasing in the base's mean cost over
+    formats (isotonic). A column that was not measured gets a gain interpolated in logarithms
+    between those that were, or the nearest one outside their range.
 
     Args:
-        base_table: the costs before.
+        base_table: the costs to correct.
         signals_z: standardised log scores, float64[K,U].
         groups: (units, column, KL in nats per token) of each measurement.
-        names: of the signals; "signal 0", … when not given.
-        penalty: pull of every θ to 0. The default, (0.2 / 0.5)², takes log KL as known to 0.2
-            and θ as within ±0.5.
+        names: names of the signals; "signal 0", … when not given.
+        penalty: pull of every θ to 0. The default, (0.2 / 0.5)², assumes log KL known to 0.2
+            and θ within ±0.5.
         nonnegative: signals whose θ must not fall below 0, bool[K] or one for all.
 
     Raises:
-        InputError: shapes differ, no group, a group without units, a KL that is no number, or a
-            group whose base cost is 0 or infinite.
+        InputError: shapes differ, there are no groups, a group has no units, a KL is not a number,
+            or a group's base cost is 0 or infinite.
     """
     z = checked_z(signals_z, len(base_table.units))
     called = _names(names, len(z))
@@ -141,7 +142,7 @@ def fit_exponents(
 
 
 def _names(names: Sequence[str] | None, count: int) -> list[str]:
-    """Return the names of signals, made up where none are given."""
+    """Return the names of the signals; default names where none are given."""
     called = [f"signal {k}" for k in range(count)] if names is None else list(names)
     if len(called) != count or len(set(called)) != len(called):
         raise InputError(f"names: {called} must be {count} different names")
@@ -150,7 +151,7 @@ def _names(names: Sequence[str] | None, count: int) -> list[str]:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _Fit:
-    """One regression, to be solved on all groups and on parts of them."""
+    """One regression, solved on all groups and on parts of them."""
 
     table: CostTable
     z: Floats
@@ -160,7 +161,7 @@ class _Fit:
     penalty: float
 
     def sums(self, groups: Sequence[MeasuredGroup], columns: Sequence[int]) -> Sums:
-        """Return the groups' sums over θ of the used signals and log gains of `columns`."""
+        """Return the groups' sums over θ of the used signals and the log gains of `columns`."""
         units = np.concatenate([group.units for group in groups])
         sizes = np.array([len(group.units) for group in groups])
         column = np.repeat([group.format for group in groups], sizes)
@@ -176,7 +177,7 @@ class _Fit:
         columns = sorted({group.format for group in groups})
         target = np.log([max(group.kl, _FLOOR) for group in groups])
         count = len(self.use)
-        found = log_sums(
+        coefficients = log_sums(
             self.sums(groups, columns),
             target,
             penalty=np.array([self.penalty] * count + [_FREE] * len(columns)),
@@ -185,7 +186,7 @@ class _Fit:
             ),
         )
         weights = np.bincount([group.format for group in groups])[columns]
-        return found[:count], self._gains(columns, found[count:], weights)
+        return coefficients[:count], self._gains(columns, coefficients[count:], weights)
 
     def _gains(self, columns: Sequence[int], log_gain: Floats, weights: Longs) -> Floats:
         from scipy.optimize import isotonic_regression
@@ -200,8 +201,8 @@ class _Fit:
 
     def predicted(self, groups: Sequence[MeasuredGroup], theta: Floats, gains: Floats) -> Floats:
         """Return log KL of groups, float64[N]."""
-        found, _ = self.sums(groups, ()).log(theta)
-        return found + np.log(gains[[group.format for group in groups]])
+        logs, _ = self.sums(groups, ()).log(theta)
+        return logs + np.log(gains[[group.format for group in groups]])
 
 
 def _report(
@@ -212,7 +213,7 @@ def _report(
     dropped: tuple[str, ...],
     few: bool,
 ) -> FitReport:
-    """Return how far a fit can be trusted, from groups that are left out of it."""
+    """Return how far a fit can be trusted, measured on groups left out of it."""
     folds = len(groups) if len(groups) <= _EACH else _FOLDS
     fallback = (
         f"{len(groups)} groups for {parameters} exponents and gains; exponents stay 0, only gains "
@@ -256,7 +257,7 @@ def checked_z(signals_z: npt.ArrayLike, count: int) -> Floats:
     """Return standardised signals as float64[K,U].
 
     Raises:
-        InputError: another shape, or a number that is not finite.
+        InputError: the shape is wrong, or a number is not finite.
     """
     z = np.asarray(signals_z, dtype=np.float64)
     z = z.reshape(0, count) if not z.size else np.atleast_2d(z)

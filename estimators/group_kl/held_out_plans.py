@@ -1,4 +1,4 @@
-"""Held-out plans: does a calibrated table predict the KL of plans that fitted none of it?"""
+"""Held-out plans: does a calibrated table predict the KL of plans that it was not fitted to?"""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from bitknap.estimators.measuring.readings import key_of
 from bitknap.progress import Progress
 from bitknap.quantization.stacks.apply import applied
 
-# Bits per weight at which tables are checked where that is within reach: the middle of what this
-# library is for.
+# Bits per weight at which tables are checked if feasible: the middle of the range that this library
+# is meant for.
 USUAL_BITS = 2.5
-# KL below this, in nats a token, is rounding noise of float32 logits.
+# KL below this, in nats per token, is rounding noise of float32 logits.
 _FLOOR = 1e-9
 
 
@@ -37,16 +37,16 @@ def on_held_out_plans(
 ) -> dict[str, Any]:
     """Return how well a table predicts the KL of whole plans, JSON values.
 
-    Plans are those of `plans_for_check` at one budget, units free of ties; the KL is that of the
-    calibration text, with the seed of the evidence. See `PlanCheck` for what the numbers mean;
-    one that cannot be given is None.
+    The plans come from `plans_for_check` at one budget, without ties; the KL is measured on the
+    calibration text. The seed is the evidence's. `PlanCheck` explains the numbers; one that cannot
+    be computed is None.
 
     Args:
         table: the costs.
-        evidence: with the live model.
-        count: plans, at least 3.
-        bits: the budget in bits per weight; 2.5 when not given, or the middle of the feasible
-            range where 2.5 is not inside it.
+        evidence: must have a live model.
+        count: number of plans, at least 3.
+        bits: the budget in bits per weight; when not given 2.5, or the middle of the feasible range
+            if 2.5 is outside it.
         progress: called with (what, done, of).
 
     Raises:
@@ -70,12 +70,12 @@ def on_held_out_plans(
         key = f"{evidence.mark} plan {key_of(plan.choice, plan.formats)}"
         read = evidence.readings.value(key, partial(_plan_kl, evidence, evidence.replay, plan))
         measured.append(max(read, _FLOOR))
-    found = check_plans(table, plans, measured)
+    result = check_plans(table, plans, measured)
     numbers = {
-        "spearman": found.spearman,
-        "slope": found.slope,
-        "scale": found.scale,
-        "regret": found.regret,
+        "spearman": result.spearman,
+        "slope": result.slope,
+        "scale": result.scale,
+        "regret": result.regret,
     }
     known = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     return {"plans": len(plans), "bits": budget, **known}

@@ -1,9 +1,9 @@
 """Proxies under calibration: exponents of signals, fitted on halves of measured groups.
 
-A group's gain says how much its units lose together; which of them loses more is left to the
-base. So each group (a layer's one projection) is cut in two by a signal, the KL of both halves is
-read, and the exponents that explain the split are fitted (methods.md#modifiers). Unless they
-predict halves that were left out better than no exponents do, they stay 0. Group totals are kept.
+A group's gain says how much its units lose together, but not which of them loses more. So each
+group (one projection of one layer) is cut in two by a signal, the KL of both halves is measured,
+and the exponents that explain the split are fitted (methods.md#modifiers). They stay 0 unless they
+predict left-out halves better than no exponents do. Group totals do not change.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from bitknap.estimators.group_kl.exponents import Fitted, MeasuredGroup, fit_exp
 from bitknap.estimators.signals.scored import standardised
 from bitknap.estimators.signals.signal import Signal
 
-# Halves that lose less, in nats a token, hold experts without tokens: their logarithm is noise.
+# Halves that lose less than this, in nats per token, hold experts without tokens; their logarithm
+# is noise.
 _LEAST = 1e-7
 
-# From the units of a group and the column of a format to the KL in nats per token.
+# Maps the units of a group and the column of a format to the KL in nats per token.
 Measure = Callable[[np.ndarray, int], float]
 
 
@@ -36,15 +37,15 @@ def with_proxies(
     column: int,
     measure: Measure,
 ) -> CostTable:
-    """Return the table with cost × exp(Σ θ z) within each group, and what was fitted.
+    """Return the table with cost × exp(Σ θ z) within each group, and the fit in its provenance.
 
     Args:
         table: calibrated costs.
         evidence: scores the units.
         signals: at least one.
         runs: the groups, each int64 [n].
-        column: the format in which halves are measured; two measurements a group.
-        measure: reads a KL.
+        column: the format in which halves are measured; two measurements per group.
+        measure: measures a KL.
     """
     z = np.stack([standardised(x.score(evidence), table.units).values for x in signals])
     halves = [
@@ -52,9 +53,9 @@ def with_proxies(
         for number, run in enumerate(runs)
         for half in _halves(run, z[number % len(z)])
     ]
-    told = [group for group in halves if group.kl > _LEAST]
+    clear = [group for group in halves if group.kl > _LEAST]
     names = [signal.name for signal in signals]
-    fitted = fit_exponents(table, z, told, names=names) if told else None
+    fitted = fit_exponents(table, z, clear, names=names) if clear else None
     better = fitted is not None and fitted.report.error < fitted.report.error_without
     theta = dict(fitted.exponents) if fitted is not None and better else dict.fromkeys(names, 0.0)
     cost = table.cost.copy()
@@ -64,7 +65,7 @@ def with_proxies(
             changed = cost[run] * factor[run]
             total = np.maximum(changed.sum(0), 1e-300)
             cost[run] = changed * (cost[run].sum(0) / total)
-    proxies = {"exponents": theta, "halves": len(told), **_report(fitted)}
+    proxies = {"exponents": theta, "halves": len(clear), **_report(fitted)}
     return replace(table, cost=cost, provenance={**table.provenance, "proxies": proxies})
 
 

@@ -1,8 +1,8 @@
-"""Does a table order plans as the model does? Plans of equal bytes, and the measured against it.
+"""Does a table order plans as the model does? Makes plans of equal bytes and checks their KL.
 
 An estimator may rank units well and still mislead a solver, which picks what is underestimated.
-What counts is measured on plans: those the solver would choose, and random ones
-(methods.md#checking). Measure them on text that calibrated nothing.
+So the check uses whole plans: some near the solver's choice, and random ones
+(methods.md#checking). Measure them on text that was not used for calibration.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from bitknap.allocation.solvers.solving import solve
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.group_kl.regression import rank_correlation
 
-# Standard deviation of log costs: what moves a plan a little off the best, and what makes a draw.
+# Standard deviation of log costs: for plans near the best one, and for random plans.
 _NEAR, _FAR = 0.5, 2.0
-# Draws for each plan wanted, before fewer distinct ones are accepted.
+# Draws per wanted plan before fewer distinct plans are accepted.
 _DRAWS = 10
 # These plans need not be the optimum of their made-up costs.
 _SOLVER = Knapsack(gap=1e-3)
@@ -35,15 +35,15 @@ class PlanCheck:
     """How well a table predicts the KL of whole plans.
 
     Attributes:
-        predicted: the table's cost of each plan, float64[P].
+        predicted: cost of each plan by the table, float64[P].
         measured: its KL, nats a token, float64[P].
         spearman: rank correlation of the two; NaN when either is constant.
-        slope: of log measured on log predicted, least squares; 1 when ratios carry over; NaN
-            when the predictions are all alike.
-        scale: sum of measured over sum of predicted; 1 when KL is additive and costs are true.
-        regret: measured KL of the plan that the table likes best over the least measured; 1 is
-            best. Means something only among plans of equal bytes.
-        byte_spread: largest over smallest plan, less 1.
+        slope: least-squares slope of log measured on log predicted; 1 if ratios are predicted
+            correctly; NaN if all predictions are equal.
+        scale: sum of measured over sum of predicted; 1 if KL is additive and the costs are right.
+        regret: measured KL of the plan with the lowest predicted cost over the lowest measured KL;
+            1 is best. Meaningful only among plans of equal bytes.
+        byte_spread: bytes of the largest plan over those of the smallest, minus 1.
     """
 
     predicted: Floats
@@ -62,12 +62,12 @@ def check_plans(
 
     Args:
         table: the costs.
-        plans: at least 3, held out from what fitted the table; of equal bytes for the regret.
-        measured_kl: measured kl of each plan, nats a token, above 0, float64[P].
+        plans: at least 3, not used to fit the table; of equal bytes if the regret is to be used.
+        measured_kl: measured KL of each plan, nats per token, above 0, float64[P].
 
     Raises:
         InputError: fewer than 3 plans, or a KL that is not above 0.
-        MismatchError: a plan is of other units, or uses a format the table does not have.
+        MismatchError: a plan has other units, or uses a format that the table does not have.
     """
     kl = frozen("measured_kl", measured_kl, np.float64, (len(plans),))
     if len(plans) < 3:
@@ -100,15 +100,15 @@ def check_plans(
 def plans_for_check(problem: Problem, count: int = 12, seed: int = 0) -> tuple[BitPlan, ...]:
     """Return the solver's plan, plans near it, and random ones, all filling the same limits.
 
-    The first plan is the problem's solution. Of the others, every second solves it with each row's
-    costs multiplied by a lognormal number (deviation 0.5 of the log), so it is near the
-    frontier; the rest solve made-up costs that know nothing of the table but its mean over units,
-    multiplied likewise (deviation 2). Bytes differ by what the last step leaves. All are distinct;
-    fewer come back only when the limits leave no more.
+    The first plan is the problem's solution. Every second of the others solves it with
+    each row's costs multiplied by a lognormal number (deviation 0.5 of the log), so it is near the
+    frontier; the rest solve made-up costs that use only the table's mean over units, multiplied
+    likewise (deviation 2). Bytes differ only by what no further step can use. All plans are
+    distinct; fewer are returned only if the limits allow no more.
 
     Args:
-        problem: a table and limits; a budget that binds, or all plans are the widest.
-        count: how many, at least 3.
+        problem: a table and limits; the budget must bind, or every plan is the widest.
+        count: number of plans, at least 3.
         seed: random seed of the draws.
 
     Raises:
@@ -118,13 +118,13 @@ def plans_for_check(problem: Problem, count: int = 12, seed: int = 0) -> tuple[B
     if count < 3:
         raise InputError(f"count: {count} is below 3, the least that can be ranked")
     generator = np.random.default_rng(seed)
-    found = [solve(problem, _SOLVER).plan]
-    seen = {found[0].choice.tobytes()}
+    plans = [solve(problem, _SOLVER).plan]
+    seen = {plans[0].choice.tobytes()}
     blank = _blank(problem.table)
     for _ in range(_DRAWS * count):
-        if len(found) == count:
+        if len(plans) == count:
             break
-        near = len(found) % 2 == 1
+        near = len(plans) % 2 == 1
         noise = generator.standard_normal(len(problem.cost))[problem.row_of]
         factor = np.exp((_NEAR if near else _FAR) * noise)[:, None]
         cost = (problem.table.cost if near else blank) * factor
@@ -132,12 +132,12 @@ def plans_for_check(problem: Problem, count: int = 12, seed: int = 0) -> tuple[B
         if plan.choice.tobytes() not in seen:
             seen.add(plan.choice.tobytes())
             origin = {"solver": "near the frontier" if near else "random", "seed": seed}
-            found.append(replace(plan, header={**origin, "limits": plan.header["limits"]}))
-    return tuple(found)
+            plans.append(replace(plan, header={**origin, "limits": plan.header["limits"]}))
+    return tuple(plans)
 
 
 def _blank(table: CostTable) -> Floats:
-    """Return costs that are alike for all units but for their size; what is forbidden stays so."""
+    """Return costs that depend only on a unit's size; forbidden formats stay forbidden."""
     size = table.units.numel if table.units.has_shapes else np.ones(len(table.units))
     allowed = np.isfinite(table.cost)
     total = np.where(allowed, table.cost, 0.0).sum(axis=0)

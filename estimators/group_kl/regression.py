@@ -1,7 +1,7 @@
-"""Small regressions that every combination rests on: ridge and sums of exponentials.
+"""Small regressions for combining estimates: ridge, and sums of exponentials.
 
-NumPy and SciPy only. Sizes are those of measurements (tens to thousands), not those of models;
-only `log_sums` runs over units, and does so in arrays.
+NumPy and SciPy only. Sizes are numbers of measurements (tens to thousands), not of units; only
+`log_sums` runs over units, and does so in arrays.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from bitknap.errors import InputError
 
 _STEPS = 50
 _HALVINGS = 20
-# Relative fall of the objective, or absolute change of the coefficients, that ends the steps.
+# Steps end at this relative fall of the objective or this absolute change of the coefficients.
 _TOLERANCE = 1e-10
 
 
@@ -33,15 +33,16 @@ def ridge(
     Args:
         design: A, float64[N,P].
         target: y, float64[N].
-        penalty: pull of each coefficient to its prior, from 0, float64[P] or one for all; the
-            noise variance of y over the prior variance of x makes x the most probable value.
-        prior: where to, float64[P] or one for all.
+        penalty: strength of the pull of each coefficient to its prior, 0 or more, float64[P] or one
+            for all; with the noise variance of y over the prior variance of x, the result is the
+            most probable x.
+        prior: prior value of each coefficient, float64[P] or one for all.
         nonnegative: which coefficients must not fall below 0, bool[P] or one for all.
 
     Raises:
         InputError: shapes differ, a number is not finite, or a penalty is negative.
 
-    Source: Hoerl and Kennard (1970); with signs, Lawson and Hanson (1974), chapter 23.
+    Source: Hoerl and Kennard (1970); for sign constraints Lawson and Hanson (1974), chapter 23.
     """
     a, y = np.asarray(design, dtype=np.float64), np.asarray(target, dtype=np.float64)
     if a.ndim != 2 or y.shape != a.shape[:1] or not a.size:
@@ -54,46 +55,46 @@ def ridge(
     root = np.sqrt(pull)
     whole, wanted = np.vstack([a, np.diag(root)]), np.concatenate([y, root * to])
     if not signs.any():
-        found: Floats = np.linalg.lstsq(whole, wanted, rcond=None)[0]
-        return found
+        solution: Floats = np.linalg.lstsq(whole, wanted, rcond=None)[0]
+        return solution
     return _signed(whole, wanted, signs)
 
 
 def each(name: str, values: npt.ArrayLike, count: int) -> Floats:
-    """Return one finite number for each of `count`, float64[count], from as many or from one.
+    """Return `count` finite numbers, float64[count], from as many or from one.
 
     Raises:
-        InputError: another shape, or a number that is not finite.
+        InputError: the shape is wrong, or a number is not finite.
     """
     try:
-        found = np.broadcast_to(np.asarray(values, dtype=np.float64), (count,))
+        numbers = np.broadcast_to(np.asarray(values, dtype=np.float64), (count,))
     except ValueError:
         raise InputError(f"{name}: shape {np.shape(values)}, expected ({count},)") from None
-    if not np.isfinite(found).all():
+    if not np.isfinite(numbers).all():
         raise InputError(f"{name}: every number must be finite")
-    return found
+    return numbers
 
 
 def _signed(whole: Floats, wanted: Floats, signs: Bools) -> Floats:
     from scipy.optimize import lsq_linear, nnls
 
     if signs.all():
-        found: Floats = nnls(whole, wanted)[0]
-        return found
+        solution: Floats = nnls(whole, wanted)[0]
+        return solution
     low = np.where(signs, 0.0, -np.inf)
     bounded: Floats = lsq_linear(whole, wanted, bounds=(low, np.inf), method="bvls").x
-    # Active bounds may come back a rounding error off.
+    # Active bounds may be violated by a rounding error.
     return np.where(signs, np.maximum(bounded, 0.0), bounded)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Sums:
-    """N sums of exponentials: sum n is over the members that lie from start[n] to start[n+1].
+    """N sums of exponentials; sum n runs over the members from start[n] to start[n+1].
 
     Attributes:
-        base: what each member counts before any coefficient, above 0 or 0, float64[T].
+        base: value of each member with all coefficients 0, 0 or more, float64[T].
         features: features of each member, float64[T,P].
-        start: first member of each sum, int64[N]; each sum has a member with a base above 0.
+        start: first member of each sum, int64[N]; each sum must have a member with a base above 0.
     """
 
     base: Floats
@@ -115,31 +116,31 @@ def log_sums(
     penalty: Floats,
     nonnegative: npt.ArrayLike = False,
 ) -> Floats:
-    """Return the x whose log sums come nearest to `target` in squares, float64[P].
+    """Return the x whose log sums are the least-squares fit to `target`, float64[P].
 
     Minimises Σ (target − log Σ base exp(features · x))² + Σ penalty x² by Gauss-Newton: each step
     is a ridge with prior 0 on the linearised sums, halved until it improves.
 
     Args:
         sums: the members of each measured sum.
-        target: logarithms of what was measured, float64[N].
-        penalty: pull of each coefficient to 0, float64[P].
+        target: logarithms of the measurements, float64[N].
+        penalty: strength of the pull of each coefficient to 0, float64[P].
         nonnegative: which coefficients must not fall below 0, bool[P] or one for all.
     """
     at = np.zeros(sums.features.shape[1])
 
-    def objective(x: Floats, found: Floats) -> float:
-        return float(((target - found) ** 2).sum() + (penalty * x**2).sum())
+    def objective(x: Floats, logs: Floats) -> float:
+        return float(((target - logs) ** 2).sum() + (penalty * x**2).sum())
 
-    found, slope = sums.log(at)
-    value = objective(at, found)
+    logs, slope = sums.log(at)
+    value = objective(at, logs)
     for _ in range(_STEPS):
-        goal = ridge(slope, target - found + slope @ at, penalty=penalty, nonnegative=nonnegative)
+        goal = ridge(slope, target - logs + slope @ at, penalty=penalty, nonnegative=nonnegative)
         step = goal - at
         for _ in range(_HALVINGS):
             with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-                found, slope = sums.log(at + step)
-            after = objective(at + step, found)
+                logs, slope = sums.log(at + step)
+            after = objective(at + step, logs)
             if np.isfinite(after) and after <= value:
                 break
             step = step / 2
@@ -153,7 +154,7 @@ def log_sums(
 
 
 def rank_correlation(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """Return Spearman's rho of two sequences, ties at their mean rank; NaN when one is constant."""
+    """Return Spearman's rho of two sequences, with mean ranks for ties; NaN if one is constant."""
     from scipy.stats import rankdata
 
     x, y = (rankdata(values) for values in (first, second))
