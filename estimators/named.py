@@ -58,8 +58,8 @@ def estimator_of(name: str) -> Estimator:
     Raises:
         InputError: the name is unknown or offered twice, or what it names is no estimator.
     """
-    found: Estimator = _base(name, None)
-    return found
+    estimator: Estimator = _base(name, None)
+    return estimator
 
 
 def named(words: Sequence[str], settings: Settings | None = None) -> Estimator:

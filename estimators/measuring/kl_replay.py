@@ -96,8 +96,8 @@ def decoder_layers(model: nn.Module, layout: Layout) -> tuple[nn.ModuleList | No
         places[expert.layer] = int(parts[at])
     if len(lists) != 1 or model.config.is_encoder_decoder:  # type: ignore[union-attr]
         return None, {}
-    found = model.get_submodule(lists.pop())
-    return (found, places) if isinstance(found, nn.ModuleList) else (None, {})
+    layers = model.get_submodule(lists.pop())
+    return (layers, places) if isinstance(layers, nn.ModuleList) else (None, {})
 
 
 class Replay:

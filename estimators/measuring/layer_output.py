@@ -64,5 +64,5 @@ def window_norms(change: Tensor, window: Tensor) -> Tensor:
 
 
 def _tensor(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found
+    tensor: Tensor = output[0] if isinstance(output, tuple) else output
+    return tensor

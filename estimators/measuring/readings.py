@@ -84,16 +84,16 @@ class Readings:
 
     def keep(self, key: str, values: npt.ArrayLike) -> None:
         """Add a reading, and return when it is on the disk; without a journal, forget it."""
-        found = np.atleast_1d(np.asarray(values, dtype=np.float64))
-        if self.path is not None and np.isfinite(found).all():
-            append_lines(self.path, [{"key": key, "values": found.tolist()}])
-            self.lines[key] = _Line(0, found)
+        numbers = np.atleast_1d(np.asarray(values, dtype=np.float64))
+        if self.path is not None and np.isfinite(numbers).all():
+            append_lines(self.path, [{"key": key, "values": numbers.tolist()}])
+            self.lines[key] = _Line(0, numbers)
 
     def value(self, key: str, measure: Callable[[], float]) -> float:
         """Return one number: what the journal says, or what is measured now and kept there."""
-        found = self.known(key)
-        if found is not None:
-            return float(found[0])
+        kept = self.known(key)
+        if kept is not None:
+            return float(kept[0])
         value = measure()
         self.keep(key, value)
         return value
@@ -169,9 +169,9 @@ def telling(path: Path) -> contextlib.AbstractContextManager[None]:
 
 def key_of(which: npt.ArrayLike, formats: Iterable[Format]) -> str:
     """Return 24 hex digits that name a reading: whole numbers, and formats."""
-    found = hashlib.sha256(np.asarray(which, dtype="<i8").tobytes())
-    found.update(" ".join(item.name for item in formats).encode())
-    return found.hexdigest()[:24]
+    digest = hashlib.sha256(np.asarray(which, dtype="<i8").tobytes())
+    digest.update(" ".join(item.name for item in formats).encode())
+    return digest.hexdigest()[:24]
 
 
 def _opened(path: Path, about: Mapping[str, Any], *, overwrite: bool) -> Readings:

@@ -48,7 +48,7 @@ def read_text(text: str, purpose: str) -> str:
         source = files("bitknap.benchmarks.reference") / f"{purpose}.txt"
         return source.read_text(encoding="utf-8")
     try:
-        found = Path(text).read_text(encoding="utf-8-sig")
+        content = Path(text).read_text(encoding="utf-8-sig")
     except OSError as error:
         raise InputError(
             f"{text}: cannot be read ({error.strerror}); pass a file or 'builtin'"
@@ -58,13 +58,13 @@ def read_text(text: str, purpose: str) -> str:
             f"{text}: not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start:,}); "
             "convert it to UTF-8"
         ) from None
-    if "\0" in found:
+    if "\0" in content:
         raise InputError(
-            f"{text}: not text (a NUL character at {found.index(chr(0)):,}); pass UTF-8 text"
+            f"{text}: not text (a NUL character at {content.index(chr(0)):,}); pass UTF-8 text"
         )
-    if not found.strip():
+    if not content.strip():
         raise InputError(f"{text}: the text is empty; pass a file with a few thousand words")
-    return found
+    return content
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -209,5 +209,5 @@ def _ids(tokenizer: Any, text: str, *, special: bool = True) -> np.ndarray:
     what = "the tokenizer cannot encode the text"
     with calling_transformers(what, "put the model's own tokenizer beside it", InputError):
         encoded = tokenizer(text, add_special_tokens=special, verbose=False)
-    found: Sequence[int] = encoded["input_ids"]
-    return np.asarray(found, dtype=np.int64)
+    ids: Sequence[int] = encoded["input_ids"]
+    return np.asarray(ids, dtype=np.int64)

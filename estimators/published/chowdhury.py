@@ -79,20 +79,20 @@ def _norms(source: Source | Mapping[str, Tensor], layer: ExpertLayer) -> Floats:
             f"layer {layer.layer} ({layer.module}): no router was found; use another signal"
         )
     if isinstance(source, Mapping):
-        found = source.get(layer.router)
+        router = source.get(layer.router)
     else:
-        found = source.read(layer.router) if layer.router in source.shapes else None
-    if found is None:
+        router = source.read(layer.router) if layer.router in source.shapes else None
+    if router is None:
         raise InputError(
             f"layer {layer.layer}: the source has no tensor {layer.router!r}; "
             "pass the layout that was walked on this source"
         )
-    if found.ndim != 2 or found.shape[0] < layer.experts or found.shape[1] != layer.hidden:
+    if router.ndim != 2 or router.shape[0] < layer.experts or router.shape[1] != layer.hidden:
         raise MismatchError(
-            f"{layer.router}: shape {list(found.shape)}, expected [{layer.experts}, "
+            f"{layer.router}: shape {list(router.shape)}, expected [{layer.experts}, "
             f"{layer.hidden}]; pass the layout that was walked on this source"
         )
-    rows = found[: layer.experts].detach().double()
+    rows = router[: layer.experts].detach().double()
     if not torch.isfinite(rows).all():
         raise InputError(f"{layer.router}: NaN or infinite weight; repair the checkpoint")
     norms: Floats = torch.linalg.vector_norm(rows, dim=1).numpy()
@@ -204,15 +204,15 @@ def _of_first(evidence: Evidence, own: Floats) -> Floats:
 def max_variances(evidence: Evidence, *, largest_norm: bool = False) -> dict[int, Floats]:
     """Return MaxVar of every expert by layer, float64[E] each, of its first FFN matrix."""
     units = evidence.units
-    found = {}
+    variances = {}
     for layer in evidence.layout.layers:
         first = units.projections.index("gate" if layer.gated else "up")
         here = routed(units) & (units.layer == layer.layer) & (units.projection == first)
         run = np.flatnonzero(here)
         run = run[np.argsort(units.expert[run])]
         weights = evidence.weights(run).split(1)  # one at a time: rows are read in float64
-        found[layer.layer] = torch.cat([max_variance(w, largest_norm) for w in weights]).numpy()
-    return found
+        variances[layer.layer] = torch.cat([max_variance(w, largest_norm) for w in weights]).numpy()
+    return variances
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -296,13 +296,13 @@ def chowdhury_plan(
 
 
 def _column(formats: Sequence[Format], width: int) -> int:
-    found = [i for i, f in enumerate(formats) if f.kind == "grid" and f.bits == width]
-    if len(found) != 1:
+    grids = [i for i, f in enumerate(formats) if f.kind == "grid" and f.bits == width]
+    if len(grids) != 1:
         names = ", ".join(str(f) for f in formats)
         raise InputError(
-            f"levels: {width} bits has {len(found)} formats among {names}; give one for each level"
+            f"levels: {width} bits has {len(grids)} formats among {names}; give one for each level"
         )
-    return found[0]
+    return grids[0]
 
 
 def rule(material: Material, progress: Progress | None = None) -> Rule:

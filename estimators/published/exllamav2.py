@@ -96,10 +96,10 @@ class Exl2Score:
             raise InputError(f"{label}: full moments are those of routed experts; use full=False")
         layer, experts = seen(evidence, run)
         down = projection_of(evidence.units, run) == "down"
-        found = layer.middle_full if down else layer.input_full
-        if found is None:
+        recorded = layer.middle_full if down else layer.input_full
+        if recorded is None:
             raise InputError("full second moments were not recorded; calibrate with full=True")
-        moments = layer.shrunk(found)[experts]
+        moments = layer.shrunk(recorded)[experts]
         return lambda matrix: ((matrix @ moments) * matrix).sum((1, 2))
 
 

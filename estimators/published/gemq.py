@@ -44,17 +44,17 @@ def gemq(evidence: Evidence, formats: Sequence[Format]) -> CostTable:
     """
     cost = np.zeros((len(evidence.units), len(formats)))
     for number, trace in evidence.traces.items():
-        block, found = block_of(evidence, number), runs(evidence.units, number)
+        block, by_projection = block_of(evidence, number), runs(evidence.units, number)
         square = trace.gradient.square() if trace.gradient is not None else torch.ones(1)
         for column, format in enumerate(formats):
             changed = {
                 name: evidence.round_trip(run, block.weights[name], format)
-                for name, run in found.items()
+                for name, run in by_projection.items()
             }
             for expert, token, change in block.changes(changed):
                 total = float((square[token] * change.square()).double().sum())
-                for run in found.values():
-                    cost[run[expert], column] = total / len(found)
+                for run in by_projection.values():
+                    cost[run[expert], column] = total / len(by_projection)
     return ranked(evidence, formats, cost, "gemq")
 
 

@@ -133,9 +133,9 @@ def block_errors(evidence: Evidence, formats: Sequence[Format]) -> Floats:
     """Return MC-MoE's eps of every expert, float64[L,E,F]: change of the block's output."""
     table, units = Measured(kind="block").estimate(evidence, formats), evidence.units
     layers, at = np.unique(units.layer, return_inverse=True)
-    found = np.zeros((len(layers), int(units.expert.max()) + 1, len(formats)))
-    np.add.at(found, (at, units.expert), table.cost)
-    return found
+    errors = np.zeros((len(layers), int(units.expert.max()) + 1, len(formats)))
+    np.add.at(errors, (at, units.expert), table.cost)
+    return errors
 
 
 def rule(material: Material, progress: Progress | None = None) -> Rule:

@@ -132,13 +132,13 @@ def joint_significance(evidences: Sequence[Evidence]) -> Mapping[int, Significan
                 f"{len(evidences[0].units)} of the first; calibrate one model on all sets"
             )
     each = [expert_significance(evidence) for evidence in evidences]
-    found = {}
+    joint = {}
     for layer in each[0]:
         shares = np.stack([x[layer] for x in each])
-        found[layer] = Significance(
+        joint[layer] = Significance(
             mean=shares.mean(axis=0), worst=shares.max(axis=0), sd=shares.std(axis=0, ddof=1)
         )
-    return MappingProxyType(found)
+    return MappingProxyType(joint)
 
 
 def fuzzy_clusters(
@@ -206,15 +206,15 @@ def _clustered(values: Floats, count: int, m: float, seed: int) -> tuple[Floats,
     data = ((values - middle) / scale)[None]
     # Starts are given, since with a seed scikit-fuzzy would set NumPy's global generator.
     generator = np.random.default_rng(seed)
-    found: list[tuple[float, Floats, Floats]] = []
+    starts: list[tuple[float, Floats, Floats]] = []
     for _ in range(_STARTS):
         start = generator.random((count, len(values)))
         start /= start.sum(axis=0)
         centre, membership, _, _, objective, _, _ = cmeans(
             data, count, m, error=_ERROR, maxiter=_ROUNDS, init=start
         )
-        found.append((float(objective[-1]), centre[:, 0], membership))
-    _, centres, best = min(found, key=lambda item: item[0])
+        starts.append((float(objective[-1]), centre[:, 0], membership))
+    _, centres, best = min(starts, key=lambda item: item[0])
     order = np.argsort(-centres, kind="stable")
     return centres[order] * scale + middle, best[order]
 
@@ -261,9 +261,9 @@ def moqa_plan(
     bits = dict(zip(value, np.split(clusters.bits, sizes[:-1]), strict=True))
     units = evidences[0].units
     choice = np.full(len(units), int(widths(formats).argmax()), dtype=np.int32)
-    for layer, found in bits.items():
+    for layer, of_experts in bits.items():
         run = np.flatnonzero((units.role == ROLES.index("routed")) & (units.layer == layer))
-        choice[run] = [grid[width] for width in found[units.expert[run]].tolist()]
+        choice[run] = [grid[width] for width in of_experts[units.expert[run]].tolist()]
     provenance = evidences[0].provenance
     header = {"solver": "moqa", "seed": seed, "rule": rule, "texts": _texts(evidences)}
     model = str(provenance.get("model", ""))
@@ -271,10 +271,10 @@ def moqa_plan(
 
 
 def _only(formats: Sequence[Format], bits: int) -> int:
-    found = [i for i, f in enumerate(formats) if f.kind == "grid" and f.bits == bits]
-    if len(found) != 1:
-        raise InputError(f"formats: {len(found)} of {bits} bits; the rule needs exactly one")
-    return found[0]
+    columns = [i for i, f in enumerate(formats) if f.kind == "grid" and f.bits == bits]
+    if len(columns) != 1:
+        raise InputError(f"formats: {len(columns)} of {bits} bits; the rule needs exactly one")
+    return columns[0]
 
 
 def _texts(evidences: Sequence[Evidence]) -> list[str]:

@@ -90,8 +90,8 @@ def rule_of(name: str, material: Material, progress: Progress | None = None) -> 
     if name not in known:
         near = guess(name, known)
         raise InputError(f"rule: {name!r} makes no plans; there are {', '.join(known)}{near}")
-    found: Rule = _module(name).rule(material, progress)
-    return found
+    made: Rule = _module(name).rule(material, progress)
+    return made
 
 
 def _module(name: str) -> Any:

@@ -233,7 +233,7 @@ def _fisher_rows(
 ) -> Tensor:
     """Return ½ Σ F ΔW² of each row in each format, float64 [n, rows, F]."""
     grid = 0.5 * curvature(evidence, run).float()
-    found = torch.zeros(*weights.shape[:2], len(formats), dtype=torch.float64)
+    costs = torch.zeros(*weights.shape[:2], len(formats), dtype=torch.float64)
     known: dict[Format, Tensor] = {}
     for column, format in enumerate(formats):
         if format.kind == "keep":
@@ -242,8 +242,8 @@ def _fisher_rows(
         if same not in known:
             delta = evidence.round_trip(run, weights, same) - weights
             known[same] = (delta.square() * grid).sum(2).double()
-        found[:, :, column] = known[same]
-    return found
+        costs[:, :, column] = known[same]
+    return costs
 
 
 def _score_rows(weights: Tensor, distortions: Tensor, alpha: float, k: float) -> Tensor:
@@ -255,8 +255,8 @@ def _score_rows(weights: Tensor, distortions: Tensor, alpha: float, k: float) ->
 def _distortions(formats: Sequence[Format], cols: int) -> Tensor:
     """Return the distortion of each format on rows of `cols` weights, float64 [F]."""
     plain = [plainest(f, cols) for f in formats]
-    found = {f: distortion(f, cols) for f in dict.fromkeys(plain)}
-    return torch.tensor([found[f] for f in plain], dtype=torch.float64)
+    known = {f: distortion(f, cols) for f in dict.fromkeys(plain)}
+    return torch.tensor([known[f] for f in plain], dtype=torch.float64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

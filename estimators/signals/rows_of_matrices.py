@@ -68,9 +68,9 @@ def by_rows(table: CostTable, evidence: Evidence, blocks: int) -> CostTable:
         parts = np.add.reduceat(rows, cuts, axis=1)
         total = parts.sum(axis=1, keepdims=True)
         even = np.broadcast_to(sizes / sizes.sum(), parts.shape)
-        found = np.divide(parts, total, out=even.copy(), where=total > 0)
+        shares = np.divide(parts, total, out=even.copy(), where=total > 0)
         members = first[run][:, None] + np.arange(count)
-        share[members[:, :, None], columns] = found[:, :, None]
+        share[members[:, :, None], columns] = shares[:, :, None]
     keep = np.array([item.kind == "keep" for item in table.formats])
     # Costs of a kept precision are 0 or forbidden; neither is shared out.
     share[:, keep] = 1.0

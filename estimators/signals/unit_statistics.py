@@ -94,8 +94,8 @@ def input_square(evidence: Evidence, run: np.ndarray) -> Tensor:
         if any(int(unit) not in evidence.linears for unit in run):
             label = evidence.units.label(int(run[0]))
             raise InputError(f"{label}: no calibration pass saw it; calibrate the model first")
-        found = [evidence.linears[int(unit)] for unit in run]
-        return torch.stack([x.input_square / max(1, x.tokens) for x in found])
+        statistics = [evidence.linears[int(unit)] for unit in run]
+        return torch.stack([x.input_square / max(1, x.tokens) for x in statistics])
     layer, experts = seen(evidence, run)
     down = projection_of(evidence.units, run) == "down"
     return layer.shrunk(layer.middle_square if down else layer.input_square)[experts]
@@ -129,8 +129,8 @@ def rounding_error(weights: Tensor, format: Format) -> Tensor:
 
 def routed(units: Units) -> np.ndarray:
     """Return which units are routed experts', bool[U]."""
-    found: np.ndarray = units.role == ROLES.index("routed")
-    return found
+    mask: np.ndarray = units.role == ROLES.index("routed")
+    return mask
 
 
 def by_stack(evidence: Evidence, statistic: Callable[[np.ndarray], Tensor]) -> Floats:

@@ -85,8 +85,8 @@ class ByDepth:
         rank[np.argsort(place, kind="stable")] = np.arange(len(place))
         cells = np.flatnonzero(free)
         order = np.lexsort((cells, rank[expert[cells // free.shape[1]]]))
-        found: Longs = cells[order[:count]]
-        return found
+        picked: Longs = cells[order[:count]]
+        return picked
 
 
 @dataclass(frozen=True, slots=True)
@@ -282,5 +282,5 @@ def _judged(growth: Growth, budget: int) -> int:
 def _third(layer: Any) -> Longs:
     """Return 0, 1 or 2 for layers of the first, second and last third of the depth."""
     place = np.unique(layer, return_inverse=True)[1]
-    found: Longs = (place * 3 // (int(place.max()) + 1)).astype(np.int64)
-    return found
+    thirds: Longs = (place * 3 // (int(place.max()) + 1)).astype(np.int64)
+    return thirds

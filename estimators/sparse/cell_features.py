@@ -55,8 +55,8 @@ class Antecedents:
         ours, theirs = self.values.shape[:2], (len(samples.units), len(samples.formats))
         if ours != theirs:
             raise InputError(f"antecedents: of {ours} units and formats, samples of {theirs}")
-        found: Floats = self.values[samples.unit, samples.column]
-        return found
+        points: Floats = self.values[samples.unit, samples.column]
+        return points
 
     def mask(self, names: frozenset[str]) -> Bools:
         """Return which antecedents have these names, bool[D]."""

@@ -190,8 +190,8 @@ def _seen(evidence: Evidence, run: np.ndarray) -> tuple[np.ndarray, np.ndarray, 
         activation = (moments.mean(1) / mass)[experts].numpy()
         share = layer.shrunk(layer.count)[experts].numpy()
         return activation, share, layer.gain
-    found = [evidence.linears[int(unit)] for unit in run]
-    activation = np.array([float(x.input_square.mean()) / max(1, x.tokens) for x in found])
+    statistics = [evidence.linears[int(unit)] for unit in run]
+    activation = np.array([float(x.input_square.mean()) / max(1, x.tokens) for x in statistics])
     gains = [layer.gain for layer in evidence.layers.values()]
     return activation, np.ones(len(run)), float(np.mean(gains)) if gains else 1.0
 

@@ -114,8 +114,8 @@ def _inverse(distance: Floats, axis: int) -> Floats:
     """Return weights 1 / distance that sum to 1; rules at no distance share them alone."""
     hit = distance <= 0
     weight = np.where(hit.any(axis=axis, keepdims=True), hit, 1 / np.where(hit, 1, distance))
-    found: Floats = weight / weight.sum(axis=axis, keepdims=True)
-    return found
+    shares: Floats = weight / weight.sum(axis=axis, keepdims=True)
+    return shares
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -208,12 +208,12 @@ class _ScaleAndMove:
         reach = np.abs(frame.slopes) * frame.ranges
         total = reach.sum() if frame.whole else 0.0
         share = reach / total if total > 0 else np.full(inner, 1 / max(1, inner))
-        found = np.empty((len(place), 3))
+        answers = np.empty((len(place), 3))
         rules = self.points * frame.distance
         for part, distance, near in _nearest(rules, place * frame.distance, count, own):
             weight = _inverse(distance, 1)
             if not inner:
-                found[part] = np.einsum("qn,qnk->qk", weight, self.consequents[near])
+                answers[part] = np.einsum("qn,qnk->qk", weight, self.consequents[near])
                 continue
             each = np.broadcast_to(weight[:, :, None], (*weight.shape, inner))
             at, known = place[part, :inner], self.points[near][:, :, :inner]
@@ -222,7 +222,7 @@ class _ScaleAndMove:
                 hit = np.any(distance <= 0, axis=1, keepdims=True)
                 each = np.where(hit[:, :, None], each, _inverse(away, 1))
             half = _WIDTH * frame.ranges
-            found[part] = scale_and_move(
+            answers[part] = scale_and_move(
                 triangle(known, half),
                 self.consequents[near],
                 triangle(at, half + away.min(axis=1)),
@@ -230,7 +230,7 @@ class _ScaleAndMove:
                 frame.slopes,
                 share,
             )
-        return found
+        return answers
 
     def logs(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
         """Return the consequents' representative values and deviations."""

@@ -15,29 +15,29 @@ from bitknap.allocation.problem.arrays import Floats
 
 def triangle(centre: Floats, half: Floats | float) -> Floats:
     """Return symmetric sets around `centre`, one axis more than it."""
-    found: Floats = np.stack(np.broadcast_arrays(centre - half, centre, centre + half), axis=-1)
-    return found
+    sets: Floats = np.stack(np.broadcast_arrays(centre - half, centre, centre + half), axis=-1)
+    return sets
 
 
 def representative(sets: Floats) -> Floats:
     """Return (a0 + a1 + a2) / 3, which is also the centroid of the triangle."""
-    found: Floats = sets.mean(axis=-1)
-    return found
+    means: Floats = sets.mean(axis=-1)
+    return means
 
 
 def deviation(sets: Floats) -> Floats:
     """Return the standard deviation of the triangle read as a density."""
     low, middle, high = np.moveaxis(sets, -1, 0)
     a, b = middle - low, high - middle
-    found: Floats = np.sqrt(np.maximum(a * a + a * b + b * b, 0) / 18)
-    return found
+    deviations: Floats = np.sqrt(np.maximum(a * a + a * b + b * b, 0) / 18)
+    return deviations
 
 
 def scaled(sets: Floats, ratio: Floats) -> Floats:
     """Return sets whose support is `ratio` times as wide, around the same representative value."""
     centre = representative(sets)[..., None]
-    found: Floats = centre + ratio[..., None] * (sets - centre)
-    return found
+    result: Floats = centre + ratio[..., None] * (sets - centre)
+    return result
 
 
 def moved(sets: Floats, ratio: Floats) -> Floats:
@@ -47,8 +47,8 @@ def moved(sets: Floats, ratio: Floats) -> Floats:
     """
     left, right = np.diff(sets, axis=-1).transpose(-1, *range(sets.ndim - 1))
     step = ratio * np.where(ratio >= 0, left, right) / 3
-    found: Floats = sets + step[..., None] * np.array([1.0, -2.0, 1.0])
-    return found
+    result: Floats = sets + step[..., None] * np.array([1.0, -2.0, 1.0])
+    return result
 
 
 def scale_ratio(sets: Floats, target: Floats) -> Floats:
@@ -100,8 +100,8 @@ def membership(values: Floats, corners: Floats) -> Floats:
     """Return the membership of `values` [N] in one set of `corners` [3], from 0 to 1."""
     from skfuzzy import trimf
 
-    found: Floats = trimf(np.asarray(values, dtype=np.float64), np.asarray(corners))
-    return found
+    degrees: Floats = trimf(np.asarray(values, dtype=np.float64), np.asarray(corners))
+    return degrees
 
 
 def defuzzified(corners: Floats, method: str = "centroid") -> float:
@@ -122,6 +122,6 @@ def defuzzified(corners: Floats, method: str = "centroid") -> float:
 
 def _over(above: Floats, below: Floats, otherwise: float) -> Floats:
     """Return above / below, or `otherwise` where below is zero."""
-    found: Floats = np.full(np.broadcast(above, below).shape, otherwise)
-    np.divide(above, below, out=found, where=np.abs(below) > 0)
-    return found
+    ratio: Floats = np.full(np.broadcast(above, below).shape, otherwise)
+    np.divide(above, below, out=ratio, where=np.abs(below) > 0)
+    return ratio

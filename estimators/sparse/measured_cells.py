@@ -95,16 +95,16 @@ class LossSamples:
     @property
     def logs(self) -> Floats:
         """Logarithm of the losses, none below FLOOR; float64[N]."""
-        found: Floats = np.log(np.maximum(self.loss, FLOOR))
-        return found
+        logarithms: Floats = np.log(np.maximum(self.loss, FLOOR))
+        return logarithms
 
     @property
     def log_errors(self) -> Floats:
         """Standard error of `logs` to first order, at most 1; zeros where none is known."""
         if self.error is None:
             return np.zeros(len(self))
-        found: Floats = np.minimum(self.error / np.maximum(self.loss, FLOOR), 1.0)
-        return found
+        errors: Floats = np.minimum(self.error / np.maximum(self.loss, FLOOR), 1.0)
+        return errors
 
     @property
     def seen(self) -> Bools:

@@ -68,15 +68,15 @@ class LogLinear:
         def learn(kept: Bools) -> Floats:
             mean, *parts = self._solve(blocks, values, kept)
             terms = [part[block.code] for part, block in zip(parts, blocks, strict=True)]
-            found: Floats = mean + np.sum(terms, axis=0)
-            return found
+            predicted: Floats = mean + np.sum(terms, axis=0)
+            return predicted
 
         groups = (np.arange(len(values)), samples.unit, samples.units.layer[samples.unit])
-        found = [_rms(left_out(values, numbered(group), learn)) for group in groups]
+        deviations = [_rms(left_out(values, numbered(group), learn)) for group in groups]
         return FittedLogLinear(
             samples=samples,
             coefficients=self._solve(blocks, values, np.ones(len(values), dtype=np.bool_)),
-            deviations=np.maximum.accumulate(found),
+            deviations=np.maximum.accumulate(deviations),
             note=_note(len(samples), sum(len(np.unique(block.code)) for block in blocks)),
         )
 
@@ -99,12 +99,12 @@ class LogLinear:
         across = csr_array(own.T @ design)
         gram = design.T @ design - across.T @ (across * share[:, None])
         right = design.T @ centred - across.T @ (share * (own.T @ centred))
-        found = np.linalg.solve(gram.toarray() + np.eye(len(right)), right)
+        solution = np.linalg.solve(gram.toarray() + np.eye(len(right)), right)
         parts = [np.array([mean])]
         cuts = np.cumsum([block.size for block in blocks[:-2]])
-        for block, scale, part in zip(blocks, scales, np.split(found, cuts), strict=False):
+        for block, scale, part in zip(blocks, scales, np.split(solution, cuts), strict=False):
             parts.append(scale * (np.cumsum(part) if block.walks else part))
-        return (*parts, share * (own.T @ (centred - design @ found)))
+        return (*parts, share * (own.T @ (centred - design @ solution)))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -130,11 +130,11 @@ class FittedLogLinear:
         unit = np.repeat(np.arange(len(units)), width)
         column = np.tile(np.arange(width), len(units))
         mean, *parts = self.coefficients
-        found = np.full(len(unit), mean[0])
+        logs = np.full(len(unit), mean[0])
         for block, part in zip(_blocks(units, unit, column, width), parts, strict=True):
             if block.kind != "unit":
-                found += part[block.code]
-        return found.reshape(len(units), width)
+                logs += part[block.code]
+        return logs.reshape(len(units), width)
 
     def logs(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
         """Return mean and deviation of the logarithm."""
@@ -236,8 +236,8 @@ class GradientBoosting:
         values = samples.logs if target is None else target
 
         def learn(kept: Bools) -> Floats:
-            found: Floats = self._grown(points[kept], values[kept]).predict(points)
-            return found
+            predicted: Floats = self._grown(points[kept], values[kept]).predict(points)
+            return predicted
 
         return FittedTrees(
             trees=self._grown(points, values),
@@ -294,13 +294,13 @@ def left_out(
         centred: Floats = values.mean() - values
         return centred
     folds = min(_FOLDS, count)
-    found = np.empty(len(values))
+    differences = np.empty(len(values))
     # The order of groups carries layers; a fixed shuffle spreads them over the folds.
     fold = (np.random.default_rng(0).permutation(count) % folds)[groups]
     for out in range(folds):
         mine = fold == out
-        found[mine] = learn(~mine)[mine] - values[mine]
-    return found
+        differences[mine] = learn(~mine)[mine] - values[mine]
+    return differences
 
 
 def _rms(values: Floats) -> float:

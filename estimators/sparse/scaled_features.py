@@ -60,11 +60,11 @@ def _varying(points: Floats, antecedents: Antecedents) -> Longs:
 
 def _one_hot(points: Floats, antecedents: Antecedents) -> list[tuple[int, Floats, Floats]]:
     """Return categories as corners that lie at distance 1 from each other and from unknown."""
-    found = []
+    categories = []
     for which in np.flatnonzero(antecedents.mask(antecedents.discrete)):
         known = np.unique(points[:, which])
-        found.append((int(which), known, np.eye(len(known) + 1) / np.sqrt(2)))
-    return found
+        categories.append((int(which), known, np.eye(len(known) + 1) / np.sqrt(2)))
+    return categories
 
 
 def standardised(points: Floats, antecedents: Antecedents) -> Frame:
@@ -114,16 +114,16 @@ def learned(points: Floats, antecedents: Antecedents, values: Floats) -> Frame:
     low = np.full(width, -np.inf)
     low[: len(numbers)][~antecedents.mask(antecedents.free)[numbers]] = 0.0
     ridge = np.sqrt(_RIDGE * len(values)) * np.eye(width)
-    found = loose = np.zeros(width)
+    solution = loose = np.zeros(width)
     if width:
         left = np.concatenate([design, ridge])
         right = np.concatenate([values - values.mean(), np.zeros(width)])
-        found = lsq_linear(left, right, bounds=(low, np.inf)).x
+        solution = lsq_linear(left, right, bounds=(low, np.inf)).x
         loose = np.linalg.lstsq(left, right)[0]
-    slopes, at = [found[: len(numbers)] / ranges], len(numbers)
+    slopes, at = [solution[: len(numbers)] / ranges], len(numbers)
     spans, tables = [ranges], []
     for which, known, _ in classes:
-        effect = found[at : at + len(known)]
+        effect = solution[at : at + len(known)]
         at += len(known)
         if np.ptp(effect) > 0:
             tables.append((which, known, np.append(effect, effect.mean())[:, None]))

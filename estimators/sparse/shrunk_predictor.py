@@ -40,8 +40,8 @@ class Shrunk:
 
         def learn(kept: Bools) -> Floats:
             some = self.inner.fit(samples.pick(kept), antecedents, values[kept])
-            found: Floats = some.logs(antecedents)[0][samples.unit, samples.column]
-            return found
+            predicted: Floats = some.logs(antecedents)[0][samples.unit, samples.column]
+            return predicted
 
         group = numbered(samples.unit).astype(np.int64)
         guess = left_out(values, group, learn) + values

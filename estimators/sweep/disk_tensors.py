@@ -81,10 +81,10 @@ def moved(tensor: Tensor, dtype: torch.dtype | None = None, folder: Path | None 
     if not tensor.numel():
         return torch.zeros(*tensor.shape, dtype=kind)
     memory = _mapped(tensor.numel() * kind.itemsize, folder)
-    found = torch.frombuffer(memory, dtype=kind).view(*tensor.shape).copy_(tensor.detach())
+    copy = torch.frombuffer(memory, dtype=kind).view(*tensor.shape).copy_(tensor.detach())
     if hasattr(mmap, "MADV_DONTNEED"):
         memory.madvise(mmap.MADV_DONTNEED)
-    return found
+    return copy
 
 
 def _mapped(nbytes: int, folder: Path | None) -> mmap.mmap:

@@ -149,13 +149,13 @@ class LayerSums:
 
     def finished(self) -> dict[str, Tensor]:
         """Return all but gradients, by name, for `restore`."""
-        found = {name: getattr(self, name) for name in _SUMS if getattr(self, name) is not None}
-        found |= {f"slopes.{name}": slope for name, slope in self.slopes.items()}
+        tensors = {name: getattr(self, name) for name in _SUMS if getattr(self, name) is not None}
+        tensors |= {f"slopes.{name}": slope for name, slope in self.slopes.items()}
         trace = self.trace()
         if trace is not None:
             kept = {"hidden": trace.hidden, "index": trace.index, "weights": trace.weights}
-            found |= {f"trace.{name}": tensor for name, tensor in kept.items()}
-        return found | {"seen": torch.tensor([self.calls, self.tokens])}
+            tensors |= {f"trace.{name}": tensor for name, tensor in kept.items()}
+        return tensors | {"seen": torch.tensor([self.calls, self.tokens])}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Take what `finished` gave, in place of what is here."""
@@ -175,8 +175,8 @@ class LayerSums:
         def caught(gradient: Tensor) -> None:
             split = self.first_projections(gradient) if name == "first" else {name: gradient}
             for part, g in split.items():
-                found = squares_product(g.float(), inputs)
-                self.curvature[part] = added(self.curvature[part], expert, found)
+                squares = squares_product(g.float(), inputs)
+                self.curvature[part] = added(self.curvature[part], expert, squares)
 
         z.register_hook(caught)
 

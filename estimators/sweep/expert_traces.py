@@ -86,29 +86,31 @@ def block_of(evidence: Evidence, layer: int) -> Block:
         raise InputError(f"layer {layer}: no inputs were kept; calibrate with traces=True")
     if evidence.replay is None:
         raise InputError("running experts again needs the live model; calibrate it in this process")
-    found = next(x for x in evidence.layout.layers if x.layer == layer)
-    experts = experts_at(evidence.replay.model, found)
+    experts_layer = next(x for x in evidence.layout.layers if x.layer == layer)
+    experts = experts_at(evidence.replay.model, experts_layer)
     trace = evidence.traces[layer]
     weights = {name: evidence.weights(run) for name, run in runs(evidence.units, layer).items()}
     seen = []
-    for expert in range(found.experts):
+    for expert in range(experts_layer.experts):
         routed = trace.index == expert
         token = routed.any(1).nonzero()[:, 0]
         share = (trace.weights * routed)[token].sum(1)
         middle = _middle(experts, weights, expert, trace.hidden[token])
         output = _output(experts, weights, expert, middle)
         seen.append(Seen(token, share, middle, output))
-    return Block(layer=found, experts=experts, trace=trace, weights=weights, seen=tuple(seen))
+    return Block(
+        layer=experts_layer, experts=experts, trace=trace, weights=weights, seen=tuple(seen)
+    )
 
 
 def runs(units: Units, layer: int) -> dict[str, np.ndarray]:
     """Return a layer's routed units by projection, in the order of experts, each int64 [E]."""
     there = (units.layer == layer) & (units.role == ROLES.index("routed"))
-    found = {}
+    by_projection = {}
     for projection in np.unique(units.projection[there]):
         run = np.flatnonzero(there & (units.projection == projection))
-        found[str(units.projections[projection])] = run[np.argsort(units.expert[run])]
-    return found
+        by_projection[str(units.projections[projection])] = run[np.argsort(units.expert[run])]
+    return by_projection
 
 
 @torch.no_grad()

@@ -94,10 +94,10 @@ class Shelf:
 
     def _read(self, file: Path) -> dict[str, Tensor]:
         try:
-            found: dict[str, Tensor] = load_file(file)
+            tensors: dict[str, Tensor] = load_file(file)
         except (OSError, SafetensorError) as error:
             raise self._damaged(file, str(error)) from None
-        return found
+        return tensors
 
     def _damaged(self, file: Path, why: str) -> FileError:
         journal = self.readings.path
@@ -105,12 +105,12 @@ class Shelf:
 
     def _kept(self, step: str) -> list[float] | None:
         """Return size and CRC-32 of a finished step's files, in the order of `_SUFFIXES`."""
-        found = self.readings.known(self._key(step), 2 * len(_SUFFIXES))
-        return None if found is None else [float(value) for value in found]
+        values = self.readings.known(self._key(step), 2 * len(_SUFFIXES))
+        return None if values is None else [float(value) for value in values]
 
     def _files(self, step: str) -> list[Path]:
-        found = (self._file(step, suffix) for suffix in _SUFFIXES)
-        return [path for path in found if path is not None]
+        files = (self._file(step, suffix) for suffix in _SUFFIXES)
+        return [path for path in files if path is not None]
 
     def _key(self, step: str) -> str:
         return f"{self.name}/{step}"
@@ -123,12 +123,12 @@ class Shelf:
 
 def _checksum(path: Path) -> list[float]:
     """Return size and CRC-32 of a file, zeros if it is missing."""
-    size = found = 0
+    size = checksum = 0
     if path.is_file():
         with path.open("rb") as file:
             while part := file.read(_PART):
-                size, found = size + len(part), zlib.crc32(part, found)
-    return [float(size), float(found)]
+                size, checksum = size + len(part), zlib.crc32(part, checksum)
+    return [float(size), float(checksum)]
 
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -141,8 +141,8 @@ def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
         save_file(dict(tensors), file)
     except SafetensorError as error:
         # safetensors tells the number of the system's error in its text alone.
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if found is None:
+        code = re.search(r"\(os error (\d+)\)", str(error))
+        if code is None:
             raise
-        number = int(found[1])
+        number = int(code[1])
         raise OSError(number, os.strerror(number), str(file)) from None

@@ -199,15 +199,15 @@ def _layers(
     progress: Progress | None,
 ) -> dict[int, LayerEvidence]:
     """Return what each layer saw, with its gain."""
-    found = {}
+    evidence = {}
     for done, layer in enumerate(layout.layers):
         if progress:
             progress("gains", done, len(layout.layers))
         watched = sums[layer.layer]
         with noisy(model, watched, generator):
             gain = gain_of(replay.kl(layer.layer), watched)
-        found[layer.layer] = layer_evidence(watched, gain)
-    return found
+        evidence[layer.layer] = layer_evidence(watched, gain)
+    return evidence
 
 
 def layer_evidence(sums: LayerSums, gain: float) -> LayerEvidence:

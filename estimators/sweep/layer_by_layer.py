@@ -130,10 +130,12 @@ class _Pass:
                     watched[f"linear {unit}"] = seen
             with self._loaded(place, [_FIRST]):
                 kept = partial(_finished, watched)
-                stream, found = self._advanced(_FIRST, place, stream, kept)
+                stream, finished = self._advanced(_FIRST, place, stream, kept)
             for name, watcher in watched.items():
                 start = f"{name}/"
-                parts = {n.removeprefix(start): x for n, x in found.items() if n.startswith(start)}
+                parts = {
+                    n.removeprefix(start): x for n, x in finished.items() if n.startswith(start)
+                }
                 watcher.restore(parts)
         self._end([_FIRST])
 
@@ -153,10 +155,10 @@ class _Pass:
                     changed[number], _ = self._advanced(_noise(number), place, other)
                 for number in here:
                     with noisy(skeleton.model, sums[number], generator):
-                        changed[number], found = self._advanced(
+                        changed[number], finished = self._advanced(
                             _noise(number), place, plain, lambda: {"drawn": generator.get_state()}
                         )
-                    generator.set_state(found["drawn"])
+                    generator.set_state(finished["drawn"])
                 plain, _ = self._advanced(_PLAIN, place, plain)
         losses = self._divergences(plain, changed)
         self._end([*map(_noise, changed), _PLAIN])
@@ -187,11 +189,11 @@ class _Pass:
         """
         step, after = _step(label, place), self.run.after
         if self.shelf.done(step):
-            found = self.shelf.get(step)
-            path, shape = self.shelf.room(step), found["shape"].tolist()
+            finished = self.shelf.get(step)
+            path, shape = self.shelf.room(step), finished["shape"].tolist()
             stream = Stream(start.batches, start.dtype, path=path, shape=shape)
             # -1 stands for none: see `after`.
-            after[place] = None if int(found["after"]) < 0 else int(found["after"])
+            after[place] = None if int(finished["after"]) < 0 else int(finished["after"])
         else:
             stream = self.run.advance(place, start, self.shelf.room(step))
             nones = after[place]
@@ -199,9 +201,9 @@ class _Pass:
                 "shape": torch.tensor(stream.shape),
                 "after": torch.tensor(-1 if nones is None else nones),
             }
-            found = self.shelf.put(step, about | dict(also()))
+            finished = self.shelf.put(step, about | dict(also()))
         self.shelf.clear(_step(label, place - 1))
-        return stream, found
+        return stream, finished
 
     def _divergences(self, plain: Stream, changed: Mapping[int, Stream]) -> dict[int, float]:
         """Return the mean KL of changed streams after the last layer."""
@@ -209,11 +211,11 @@ class _Pass:
         for number in range(len(plain.batches)):
             step = f"loss.{number}"
             if self.shelf.done(step):
-                found = self.shelf.get(step)
+                finished = self.shelf.get(step)
             else:
-                found = self.shelf.put(step, self._divergence(number, plain, changed))
-            total += found["loss"]
-            tokens += int(found["tokens"])
+                finished = self.shelf.put(step, self._divergence(number, plain, changed))
+            total += finished["loss"]
+            tokens += int(finished["tokens"])
         return dict(zip(changed, (total / tokens).tolist(), strict=True))
 
     @torch.no_grad()

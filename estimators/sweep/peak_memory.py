@@ -149,13 +149,13 @@ def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collecti
 
 def _largest_layer(source: Checkpoint) -> int:
     """Return the numbers in the largest decoder layer: tensors of one name up to its number."""
-    found: Counter[str] = Counter()
+    sizes: Counter[str] = Counter()
     for name, (_, shape) in source.shapes.items():
         parts = name.split(".")
         number = next((i for i, part in enumerate(parts) if part.isdigit()), None)
         if number is not None:
-            found[".".join(parts[: number + 1])] += math.prod(shape)
-    return max(found.values(), default=0)
+            sizes[".".join(parts[: number + 1])] += math.prod(shape)
+    return max(sizes.values(), default=0)
 
 
 def _widths(source: Checkpoint, layout: Layout) -> tuple[int, int, int]:

@@ -102,10 +102,10 @@ class Streamed:
         Raises:
             ModelError: the layer cannot be run alone.
         """
-        found = Stream(start.batches, start.dtype, path=path)
+        stream = Stream(start.batches, start.dtype, path=path)
         for number, batch in enumerate(start.batches):
-            found.write(number, self._run(place, batch, start[number] if place else None))
-        return found
+            stream.write(number, self._run(place, batch, start[number] if place else None))
+        return stream
 
     @torch.no_grad()
     def log_probabilities(self, end: Stream, batch: int, rows: slice) -> Tensor:

@@ -193,16 +193,16 @@ def _list_of_layers(model: nn.Module, layout: Layout) -> str:
 
 def _routed_tensors(layout: Layout) -> dict[str, list[int]]:
     """Return the routed units in each tensor that has any."""
-    found: dict[str, list[int]] = {}
+    units: dict[str, list[int]] = {}
     for unit in np.flatnonzero(layout.units.role == ROLES.index("routed")).tolist():
-        found.setdefault(layout.views[unit].tensor, []).append(unit)
-    return found
+        units.setdefault(layout.views[unit].tensor, []).append(unit)
+    return units
 
 
 def _at(model: nn.Module, name: str) -> Tensor:
     parent, _, leaf = name.rpartition(".")
-    found: Tensor = getattr(model.get_submodule(parent), leaf)
-    return found
+    tensor: Tensor = getattr(model.get_submodule(parent), leaf)
+    return tensor
 
 
 def _put(model: nn.Module, name: str, value: Tensor) -> None:

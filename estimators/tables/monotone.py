@@ -54,11 +54,11 @@ def non_increasing(values: Floats) -> Floats:
 
 def _families(table: CostTable) -> list[Longs]:
     """Return the columns of each family that has two or more, by width."""
-    found: dict[tuple[int, bool, str], list[int]] = {}
+    families: dict[tuple[int, bool, str], list[int]] = {}
     for column, f in sorted(enumerate(table.formats), key=lambda item: item[1].bits):
         if f.kind == "grid":
-            found.setdefault((f.group_size, f.symmetric, f.metadata), []).append(column)
-    return [np.array(columns) for columns in found.values() if len(columns) > 1]
+            families.setdefault((f.group_size, f.symmetric, f.metadata), []).append(column)
+    return [np.array(columns) for columns in families.values() if len(columns) > 1]
 
 
 def _rises(values: Floats) -> Bools:

@@ -81,5 +81,5 @@ def units_of(units: Units, experts: Sequence[Sequence[float]]) -> Bools:
     wanted = [int(one[0]) * step + int(one[1]) for one in experts]
     place = units.layer.astype(np.int64) * step + units.expert
     routed = (units.role == ROLES.index("routed")) & (units.expert >= 0)
-    found: Bools = routed & np.isin(place, wanted)
-    return found
+    mask: Bools = routed & np.isin(place, wanted)
+    return mask

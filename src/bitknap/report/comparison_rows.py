@@ -105,7 +105,7 @@ def standing(row: Row) -> str:
 
 def verdicts(document: Mapping[str, Any]) -> list[Verdict]:
     """Return at every budget how the best uniform, published and other strategy stand to ours."""
-    found = []
+    result = []
     for budget in budgets_of(document):
         rows = at(document, budget)
         ours = next((row for row in rows if row.get("strategy") == OURS), None)
@@ -121,8 +121,8 @@ def verdicts(document: Mapping[str, Any]) -> list[Verdict]:
             row = _lowest(candidates)
             if row is not None:
                 word = standing(row)
-                found.append(Verdict(budget=budget, role=role, row=row, ours=ours, word=word))
-    return found
+                result.append(Verdict(budget=budget, role=role, row=row, ours=ours, word=word))
+    return result
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:

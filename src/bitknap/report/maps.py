@@ -56,16 +56,16 @@ def panels(plan: BitPlan) -> tuple[Panel, ...]:
     routed = (units.role == _ROUTED) & (units.expert >= 0)
     known = {name: index for index, name in enumerate(units.projections)}
     ordered = [*(n for n in _ORDER if n in known), *(n for n in known if n not in _ORDER)]
-    found = []
+    maps = []
     for name in ordered:
         mine = routed & (units.projection == known[name])
         if mine.any():
             columns = np.arange(int(units.expert[routed].max()) + 1)
             labels = [str(column) for column in columns]
-            found.append(_panel(plan, mine, units.expert, name, labels, other=False))
+            maps.append(_panel(plan, mine, units.expert, name, labels, other=False))
     if not routed.all():
-        found.append(_others(plan, ~routed))
-    return tuple(found)
+        maps.append(_others(plan, ~routed))
+    return tuple(maps)
 
 
 def plan_figure(plan: BitPlan, low: float, high: float) -> tuple[Any, int] | None:

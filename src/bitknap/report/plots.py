@@ -175,13 +175,13 @@ def calm(figure: Any) -> Any:
 
 def best_line(document: Mapping[str, Any], group: str) -> list[Row]:
     """Return at every budget ours, or the uniform row of the lowest KL; nothing of other groups."""
-    found = []
+    line = []
     for budget in budgets_of(document):
         rows = [row for row in at(document, budget) if row.get("group") == group and placed(row)]
         mine = [row for row in rows if row.get("strategy") == OURS] if group == OURS else rows
         if group in (OURS, "uniform") and mine:
-            found.append(min(mine, key=lambda row: float(row["kl"])))
-    return sorted(found, key=lambda row: float(row["bpw"]))
+            line.append(min(mine, key=lambda row: float(row["kl"])))
+    return sorted(line, key=lambda row: float(row["bpw"]))
 
 
 def frontier_of(

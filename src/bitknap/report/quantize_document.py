@@ -42,20 +42,20 @@ def document_of(
         "weights": int(units.numel.sum()),
         "formats": [plan.formats[at].name for at in np.unique(plan.choice)],
     }
-    found: dict[str, Any] = {
+    document: dict[str, Any] = {
         "about": said,
         "budgets": [{"budget": name, "bytes": plan.total_bytes}],
     }
     if table is not None:
         rule = profile(str(about.get("profile") or "free"))
         said["calibration_tokens"] = table.provenance.get("tokens")
-        found["frontier"] = frontier_points(under(table, rule))
-        found["coverage"] = coverage_of(table)
+        document["frontier"] = frontier_points(under(table, rule))
+        document["coverage"] = coverage_of(table)
     if prices:
-        found |= priced(tuple(prices), str(about.get("profile")))
+        document |= priced(tuple(prices), str(about.get("profile")))
     if steps is not None:
-        found["refine"] = {name: steps_of(steps)}
-    return found
+        document["refine"] = {name: steps_of(steps)}
+    return document
 
 
 def frontier_points(table: CostTable) -> list[dict[str, Any]]:

@@ -99,10 +99,10 @@ def _plans(plans: Mapping[str, BitPlan]) -> str:
     low, high = bits_range([*plans.values()])
     parts: list[str] = []
     for index, (budget, plan) in enumerate(plans.items()):
-        found = plan_figure(plan, low, high)
-        if found is not None:
-            plot = drawn(found[0], f"plan {index}", found[1])
-            opened = not parts or found[1] <= _TALL
+        drawing = plan_figure(plan, low, high)
+        if drawing is not None:
+            plot = drawn(drawing[0], f"plan {index}", drawing[1])
+            opened = not parts or drawing[1] <= _TALL
             parts.append(folded(budget, f"{plan.bpw:.4g} bits per weight", plot, opened=opened))
     note = (
         "Bits per weight of every unit, scales and zeros counted: layers down, experts across. "
@@ -112,10 +112,10 @@ def _plans(plans: Mapping[str, BitPlan]) -> str:
 
 
 def _coverage(coverage: Mapping[str, Any]) -> str:
-    found = coverage_figure(coverage)
-    if found is None:
+    drawing = coverage_figure(coverage)
+    if drawing is None:
         return ""
-    figure, height, unseen = found
+    figure, height, unseen = drawing
     none = "every expert saw some" if not unseen else f"{unseen:,} saw none (crosses)"
     note = f"Calibration tokens routed to each expert; {none}."
     return section("Expert coverage", note, drawn(figure, "coverage", height))

@@ -54,7 +54,7 @@ def heat(table: CostTable) -> tuple[Heat, ...]:
     with np.errstate(invalid="ignore"):
         value = np.where(counted.any(axis=1), logs / counted.sum(axis=1), np.nan)
     layers, row = np.unique(units.layer, return_inverse=True)
-    found = []
+    maps = []
     for index, name in enumerate(units.projections):
         mine = np.flatnonzero(routed & (units.projection == index))
         if not len(mine):
@@ -64,8 +64,8 @@ def heat(table: CostTable) -> tuple[Heat, ...]:
         np.maximum.at(values, (row[mine], units.expert[mine]), value[mine])
         values[np.isneginf(values)] = np.nan
         keep = ~np.isnan(values).all(axis=1)
-        found.append(Heat(projection=name, layers=layers[keep], values=values[keep]))
-    return tuple(found)
+        maps.append(Heat(projection=name, layers=layers[keep], values=values[keep]))
+    return tuple(maps)
 
 
 def text_of(maps: tuple[Heat, ...]) -> str:
@@ -126,5 +126,5 @@ def _binned(values: Floats) -> Floats:
     if values.shape[1] <= _COLUMNS:
         return values
     cuts = np.linspace(0, values.shape[1], _COLUMNS + 1).astype(int)[:-1]
-    found: Floats = np.fmax.reduceat(values, cuts, axis=1)
-    return found
+    largest: Floats = np.fmax.reduceat(values, cuts, axis=1)
+    return largest

@@ -71,13 +71,13 @@ for (const table of document.querySelectorAll(".sorted")) {
 
 def strategy_tables(document: Mapping[str, Any], budgets: Sequence[str]) -> str:
     """Return the table of every budget that has rows, the first one opened; "" without rows."""
-    found: list[str] = []
+    tables: list[str] = []
     for budget in budgets:
         rows = at(document, budget)
         if rows:
             inside = f'<div class="wide">{_table(rows)}</div>'
-            found.append(folded(budget, _counted(rows), inside, opened=not found))
-    return "\n".join(found)
+            tables.append(folded(budget, _counted(rows), inside, opened=not tables))
+    return "\n".join(tables)
 
 
 def plus_minus(value: float | None, error: float | None, *, sign: bool = False) -> str:

@@ -108,10 +108,10 @@ def _compared(document: Mapping[str, Any]) -> list[str]:
 
 
 def _against(document: Mapping[str, Any], role: str, kind: str) -> list[str]:
-    found = [one for one in verdicts(document) if one.role == role and one.word]
-    if not found:
+    known = [one for one in verdicts(document) if one.role == role and one.word]
+    if not known:
         return []
-    ratios = [number(one.row, "ratio") for one in found]
+    ratios = [number(one.row, "ratio") for one in known]
     mean = geometric_mean(1 / ratio for ratio in ratios if ratio is not None and ratio > 0)
     figure = f": KL of ours is {mean:.3f} times theirs in geometric mean" if mean else ""
     counts = []
@@ -120,7 +120,7 @@ def _against(document: Mapping[str, Any], role: str, kind: str) -> list[str]:
         ("lower", "higher"),
         ("alike", "not significantly different"),
     ):
-        where = [one.budget for one in found if one.word == word]
+        where = [one.budget for one in known if one.word == word]
         if where:
             counts.append(f"{said} at {_and(where)}")
     return [f"Against the best {kind} of each budget{figure}; ours is {'; '.join(counts)}."]

@@ -34,11 +34,11 @@ def table_summary(table: CostTable) -> dict[str, Any]:
 
 def told(said: Mapping[str, Any]) -> dict[str, Any]:
     """Return a header or a provenance to be shown: without the megabytes of an order of neurons."""
-    twin = said.get("rewritten")
-    order = twin.get("order") if isinstance(twin, Mapping) else None
-    if not isinstance(twin, Mapping) or not isinstance(order, Mapping):
+    rewritten = said.get("rewritten")
+    order = rewritten.get("order") if isinstance(rewritten, Mapping) else None
+    if not isinstance(rewritten, Mapping) or not isinstance(order, Mapping):
         return dict(said)
-    return {**said, "rewritten": {**twin, "order": {"blocks": order.get("blocks")}}}
+    return {**said, "rewritten": {**rewritten, "order": {"blocks": order.get("blocks")}}}
 
 
 def notes(table: CostTable) -> str:
@@ -103,39 +103,39 @@ def _repaired(said: Mapping[str, Any]) -> list[str]:
 
 
 def _rewritten(said: Mapping[str, Any]) -> list[str]:
-    blocks, twin = said.get("row_blocks"), said.get("rewritten", {})
+    blocks, rewritten = said.get("row_blocks"), said.get("rewritten", {})
     ways = [
         f"each matrix cut into {blocks} runs of rows" if blocks else "",
-        "neurons sorted by sensitivity" if twin.get("order") else "",
-        f"residual stream rotated (seed {twin.get('rotation')})"
-        if twin.get("rotation") is not None
+        "neurons sorted by sensitivity" if rewritten.get("order") else "",
+        f"residual stream rotated (seed {rewritten.get('rotation')})"
+        if rewritten.get("rotation") is not None
         else "",
     ]
     return ["; ".join(filter(None, ways))] if any(ways) else []
 
 
 def _check(said: Mapping[str, Any]) -> list[str]:
-    found = said.get("check")
-    if not found:
+    check = said.get("check")
+    if not check:
         return []
     names = {"spearman": "rank correlation", "slope": "slope", "scale": "measured over predicted"}
-    numbers = [f"{name} {_short(found[key])}" for key, name in names.items()]
-    regret = f"regret {_short(found['regret'])}"
-    where = f"{found['plans']} held-out plans at {found['bits']:.4g} bpw"
+    numbers = [f"{name} {_short(check[key])}" for key, name in names.items()]
+    regret = f"regret {_short(check['regret'])}"
+    where = f"{check['plans']} held-out plans at {check['bits']:.4g} bpw"
     return [f"{where}: {', '.join([*numbers, regret])}"]
 
 
 def _proxies(said: Mapping[str, Any]) -> list[str]:
-    found = said.get("proxies")
-    if not found:
+    proxies = said.get("proxies")
+    if not proxies:
         return []
-    dropped = found.get("dropped", [])
-    fitted = {name: value for name, value in found["exponents"].items() if name not in dropped}
+    dropped = proxies.get("dropped", [])
+    fitted = {name: value for name, value in proxies["exponents"].items() if name not in dropped}
     exponents = ", ".join(f"{name} {value:.3g}" for name, value in fitted.items())
     lines = [f"exponents fitted on halves of groups: {exponents or 'none'}"]
     if dropped:
         lines.append(f"alike for all units, so left out: {', '.join(dropped)}")
-    return [*lines, *([str(found["note"])] if found.get("note") else [])]
+    return [*lines, *([str(proxies["note"])] if proxies.get("note") else [])]
 
 
 def _samples(said: Mapping[str, Any]) -> list[str]:

@@ -34,8 +34,8 @@ class SolverContract:
     instances: int = 10
 
     def _solver(self) -> Solver:
-        found: Solver = self.solver if hasattr(self.solver, "answer") else self.solver()
-        return found
+        solver: Solver = self.solver if hasattr(self.solver, "answer") else self.solver()
+        return solver
 
     def _solve(self, problem: Problem) -> Solution:
 
@@ -57,13 +57,15 @@ class SolverContract:
         """Within the limits, no bound above the best plan, no cost below it."""
         for problem in self._problems():
             best = least_cost(problem)
-            found = self._solve(problem)
+            solution = self._solve(problem)
             noise = 1e-9 * max(1.0, abs(best))
-            assert found.bound <= best + noise, f"bound {found.bound} is above the best, {best}"
-            assert found.cost >= best - noise, f"cost {found.cost} is below the best, {best}"
+            assert solution.bound <= best + noise, (
+                f"bound {solution.bound} is above the best, {best}"
+            )
+            assert solution.cost >= best - noise, f"cost {solution.cost} is below the best, {best}"
             if self.exact:
-                assert found.cost <= best + noise, f"cost {found.cost}, the best is {best}"
-                assert found.gap <= 1e-9, f"gap {found.gap}, expected a proof"
+                assert solution.cost <= best + noise, f"cost {solution.cost}, the best is {best}"
+                assert solution.gap <= 1e-9, f"gap {solution.gap}, expected a proof"
 
     def test_the_same_problem_has_the_same_answer(self) -> None:
         """Nothing depends on clocks, addresses or global random states."""
@@ -92,18 +94,18 @@ class SolverContract:
         """With the lightest option of every unit the limit is used up."""
         for seed in range(self.instances):
             problem = limited(small_problem(seed), 0.0)
-            found = self._solve(problem)
-            assert found.plan.total_bytes == problem.bounds[0], "the lightest plan was missed"
+            solution = self._solve(problem)
+            assert solution.plan.total_bytes == problem.bounds[0], "the lightest plan was missed"
 
     def test_without_a_limit_every_unit_takes_its_cheapest_format(self) -> None:
         """An infinite bound is no limit."""
         for seed in range(self.instances):
             problem = limited(small_problem(seed), np.inf)
             best = float(problem.cost.min(axis=1).sum())
-            found = self._solve(problem)
-            assert found.bound <= best + 1e-9 * max(1.0, abs(best)), "bound above the best plan"
+            solution = self._solve(problem)
+            assert solution.bound <= best + 1e-9 * max(1.0, abs(best)), "bound above the best plan"
             if self.exact:
-                assert abs(found.cost - best) <= 1e-9 * max(1.0, abs(best)), "not the cheapest"
+                assert abs(solution.cost - best) <= 1e-9 * max(1.0, abs(best)), "not the cheapest"
 
     def test_a_problem_without_plans_has_no_plan(self) -> None:
         """Says infeasible, or that it found nothing: never a plan that breaks a limit."""
@@ -146,14 +148,14 @@ def small_problem(seed: int, *, limits: int = 1, units: int = 5, formats: int = 
     cost[0, ::2], cost[-1, -1] = cost[0, ::2] + 0.3, np.inf
     table = CostTable.from_arrays(cost, nbytes)
     low, high = nbytes.min(axis=1).sum(), nbytes.max(axis=1).sum()
-    found: list[Limit | Budget] = [
+    bounds: list[Limit | Budget] = [
         Budget.bytes(int(low + generator.uniform(0.2, 0.8) * (high - low)))
     ]
     for number in range(1, limits):
         weight = generator.integers(0, 10, (units, formats)).astype(float)
         # The lightest plan in bytes keeps it, so that there is one.
-        found.append(Limit(f"limit {number}", weight, float(weight[:, 0].sum())))
-    return Problem(table, found)
+        bounds.append(Limit(f"limit {number}", weight, float(weight[:, 0].sum())))
+    return Problem(table, bounds)
 
 
 def least_cost(problem: Problem) -> float:
