@@ -1,4 +1,4 @@
-"""The table of estimators and signals by the names that the command line knows; needs no torch."""
+"""The table of estimators and signals by their command-line names; needs no torch."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
     from bitknap.estimators.costs.estimator import Estimator
     from bitknap.estimators.signals.signal import Signal
 
-# Made from router weights, which evidence does not hold.
+# This signal needs router weights, which the evidence does not hold.
 ROUTER = "router-norm"
 CALIBRATED = "calibrated"
-# Rules over a base.
+# Fuzzy rules that correct a base estimator.
 FUZZY = "fuzzy"
-# What a row is: it has costs for every format, one score a unit, or it stands on another one.
+# Kinds of rows: costs for every format, one score per unit, or a wrapper of another estimator.
 COST, SIGNAL, WRAPPER = "costs", "signal", "over a base"
 
 _COSTS = "bitknap.estimators.costs"
@@ -37,7 +37,7 @@ def _plain_signal(name: str, attribute: str, **settings: Any) -> Entry:
 
 
 def _published() -> tuple[Entry, ...]:
-    """Return the signals of papers; what each is, its docstring says."""
+    """Return the published signals; their docstrings describe them."""
     return tuple(
         Entry(
             name=name,
@@ -82,7 +82,7 @@ ESTIMATORS = Catalog(
             "Measured error of an expert block's output, one unit at a time.",
             kind="block",
         ),
-        # One score a unit, times the data-free cost.
+        # One score per unit, multiplied by the data-free cost.
         _plain_signal("kurtosis", "Kurtosis"),
         _plain_signal("random", "RandomScore"),
         _plain_signal("row-variance", "RowVariance", statistic="mean"),
@@ -111,12 +111,12 @@ SIGNALS: Mapping[str, Callable[[], Signal]] = MappingProxyType(
 
 
 def names() -> tuple[str, ...]:
-    """Return every name of a base, sorted."""
+    """Return every name that can serve as a base, sorted."""
     return tuple(sorted({*ESTIMATORS.names()} - {CALIBRATED, FUZZY}))
 
 
 def rounds_to_nearest(name: str) -> bool:
-    """Return whether a base's costs are those of rounding to nearest, whatever method is asked for.
+    """Return whether a base charges rounding to nearest, whatever rounding method is asked for.
 
     Raises:
         InputError: several packages offer the name, or the package that does is broken.

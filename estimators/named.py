@@ -1,4 +1,4 @@
-"""Estimators by the words of the command line; everywhere else they are instances."""
+"""Makes estimators from command-line words; the rest of the code passes instances."""
 
 from __future__ import annotations
 
@@ -31,16 +31,16 @@ from bitknap.progress import Progress
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
-    """What named estimators are made with.
+    """Settings of estimators that are made by name.
 
     Attributes:
-        routers: makes the router-norm signal when that is named.
-        calibrate: at most so many group measurements; given, it asks for calibration.
-        check: so many held-out plans are measured after calibration.
-        journal: where dense profiling keeps what it measured, to continue there.
+        routers: makes the router-norm signal if it is named.
+        calibrate: maximum number of group measurements; giving it turns calibration on.
+        check: number of held-out plans to measure after calibration.
+        journal: file in which dense profiling keeps its measurements, so that it can resume.
         samples: the file of measured cells, for fuzzy rules.
-        measurements: at most so many cells are measured for fuzzy rules.
-        progress: called with (what, done, of) while something is measured.
+        measurements: maximum number of cells to measure for fuzzy rules.
+        progress: called with (what, done, of) while measuring.
     """
 
     routers: Callable[[], RouterNorm] | None = None
@@ -53,25 +53,25 @@ class Settings:
 
 
 def estimator_of(name: str) -> Estimator:
-    """Return the estimator of a base's name; a signal as `Scored`.
+    """Return the base estimator of a name; a signal is wrapped in `Scored`.
 
     Raises:
-        InputError: the name is unknown or offered twice, or what it names is no estimator.
+        InputError: the name is unknown or offered twice, or does not name an estimator.
     """
     estimator: Estimator = _base(name, None)
     return estimator
 
 
 def named(words: Sequence[str], settings: Settings | None = None) -> Estimator:
-    """Return the estimator of a name, its calibration, or fuzzy rules over either.
+    """Return the named estimator, calibrated or corrected by fuzzy rules where asked for.
 
     Args:
-        words: "calibrated", a base, and under calibration signals that it fits exponents of; or
-            "fuzzy" and then any of these, or nothing for the usual base.
-        settings: what it is made with.
+        words: a base; or "calibrated", a base and the signals whose exponents calibration fits; or
+            "fuzzy", followed by either of these or by nothing for the usual base.
+        settings: the estimator's settings.
 
     Raises:
-        InputError: a name is unknown or there twice, or words do not go together.
+        InputError: a name is unknown or given twice, or the words cannot be combined.
     """
     settings = settings or Settings()
     if words[:1] == [FUZZY]:
@@ -97,7 +97,7 @@ def named(words: Sequence[str], settings: Settings | None = None) -> Estimator:
 
 
 def _plain(words: Sequence[str], settings: Settings) -> Estimator:
-    """Return a base or its calibration."""
+    """Return a base estimator, calibrated where asked for."""
     plain = [word for word in words if word != CALIBRATED]
     known = names()
     strange = [word for word in plain if word not in known]

@@ -1,7 +1,7 @@
 """float32 where squares fit its range, float64 where they would overflow or vanish.
 
-Weights and activations of a model may have any magnitude that float32 holds; their squares, and
-products of those, may not. Ordinary numbers are worked on in float32.
+Weights and activations of a model may have any magnitude that float32 holds, but their squares and
+products of squares may leave it. Ordinary numbers are computed in float32.
 """
 
 from __future__ import annotations
@@ -9,12 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Numbers between these, or 0, have squares that can be multiplied by those of others.
+# Numbers between these, or 0, have squares whose products stay in range.
 _LEAST, _MOST = 2.0**-50, 2.0**50
 
 
 def fits(x: Tensor) -> bool:
-    """Return whether the largest number of each x[i] may be squared in float32."""
+    """Return whether the largest number of each x[i] can be squared in float32."""
     if not x.numel():
         return True
     low, high = x.flatten(1).aminmax(dim=1) if x.ndim > 1 else (x, x)
@@ -23,12 +23,12 @@ def fits(x: Tensor) -> bool:
 
 
 def narrowed(x: Tensor) -> Tensor:
-    """Return x in float32 if numbers of that size fit it, else in float64."""
+    """Return x in float32 if numbers of that size fit, else in float64."""
     return x.float() if fits(x) else x.double()
 
 
 def weighed_squares(delta: Tensor, weight: Tensor) -> Tensor:
-    """Return delta² × weight of the same or a broadcast shape, in a dtype that holds it.
+    """Return delta² × weight, broadcast if needed, in a dtype that holds the result.
 
     Args:
         delta: [n, ...], float32.
@@ -55,7 +55,7 @@ def squares_product(g: Tensor, x: Tensor) -> Tensor:
 
 
 def added(stack: Tensor, at: int, part: Tensor) -> Tensor:
-    """Add to stack[at] in place; return the stack, float64 from when a part is."""
+    """Add to stack[at] in place; return the stack, converted to float64 once a part is float64."""
     wide = stack.double() if part.dtype == torch.float64 else stack
     wide[at] += part
     return wide

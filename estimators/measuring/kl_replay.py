@@ -1,7 +1,7 @@
-"""Measure a changed model against itself: KL on fixed text, from the first changed layer on.
+"""Measure a changed model against itself unchanged: KL on fixed text, from the first changed layer.
 
 The reference pass keeps each decoder layer's output and the next-token distribution. Measuring a
-change in layer l then runs layers l, l + 1, ... only; the layers before answer from memory.
+change in layer l then runs layers l, l + 1, ... only; earlier layers return their stored outputs.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ class Losses:
     """Means over the tokens of each window, float64 [windows].
 
     Attributes:
-        nll: negative log-likelihood of the text, nats a token.
-        kl: KL(reference ‖ model) of the next-token distributions, nats a token.
-        top1: share of tokens whose most likely successor is the reference's.
+        nll: negative log-likelihood of the text, nats per token.
+        kl: KL(reference ‖ model) of the next-token distributions, nats per token.
+        top1: share of tokens for which both models predict the same most likely next token.
     """
 
     nll: np.ndarray
@@ -55,7 +55,7 @@ def log_probabilities(model: Any, batch: Tensor | Windows) -> Tensor:
 def kl_of(model_log: Tensor, reference_log: Tensor) -> Tensor:
     """Return KL(reference ‖ model) of each token, nats, float32 [tokens]; overwrites `model_log`.
 
-    Differences are taken before they are weighed, so that small divergences keep their digits.
+    Logarithms are subtracted before weighting, so that small divergences keep their digits.
     """
     difference = torch.sub(reference_log, model_log, out=model_log)
     divergence: Tensor = torch.linalg.vecdot(reference_log.exp(), difference)
@@ -79,8 +79,8 @@ def losses_of(model_log: Tensor, reference_log: Tensor, labels: Tensor) -> Tenso
 def decoder_layers(model: nn.Module, layout: Layout) -> tuple[nn.ModuleList | None, dict[int, int]]:
     """Return the list of decoder layers and each MoE layer's place in it.
 
-    (None, {}) when the MoE layers do not lie in one list, and for an encoder-decoder: what its
-    layers pass on is not one output after the other.
+    (None, {}) if the MoE layers are not in one list, and for an encoder-decoder, whose layers do
+    not form one chain of outputs.
     """
     places: dict[int, int] = {}
     lists: set[str] = set()
@@ -101,11 +101,12 @@ def decoder_layers(model: nn.Module, layout: Layout) -> tuple[nn.ModuleList | No
 
 
 class Replay:
-    """A model, fixed windows, and what the unchanged model made of them.
+    """A model, fixed windows, and the unchanged model's outputs on them.
 
     Args:
-        model: a language model; measured as it is now, changed by the caller later.
-        layout: its units, to find the decoder layers.
+        model: a language model; its present state is the reference, and the caller changes it
+            later.
+        layout: its units, used to locate the decoder layers.
         windows: the text; a tensor int64 [windows, length] has no special tokens.
         cache: keep layer outputs, so that later measurements start at the changed layer.
 
@@ -133,13 +134,13 @@ class Replay:
 
     @torch.inference_mode()
     def rebase(self, name: str) -> None:
-        """Let layers before a change answer as they do now; KL still refers to the reference pass.
+        """Store the layer outputs of the model as it is now; KL still refers to the reference pass.
 
         For measuring many variants of one changed model: from here on `layer` is the first MoE
         layer that differs from the model as it is at this moment.
 
         Args:
-            name: name of the model as it is now, for `base` to tell.
+            name: name of the model as it is now, which `base` returns.
         """
         self.base = name
         if self._layers is None:
@@ -152,12 +153,12 @@ class Replay:
 
     @property
     def span(self) -> int:
-        """Tokens of a window that each layer sees."""
+        """Number of tokens of a window that each layer sees."""
         return seen(self.model, self.windows.shape[1])
 
     @property
     def tokens(self) -> int:
-        """Tokens that are predicted, of all windows."""
+        """Number of predicted tokens in all windows."""
         return len(self.windows) * predicted(self.model, self.windows.shape[1], self._text.prefix)
 
     @torch.inference_mode()
@@ -173,7 +174,7 @@ class Replay:
 
     @torch.inference_mode()
     def kl(self, layer: int | None = None) -> float:
-        """Return the mean KL of the model as it is now, nats a token; cheaper than `measure`.
+        """Return the mean KL of the model as it is now, nats per token; cheaper than `measure`.
 
         Args:
             layer: the first MoE layer that differs from the reference pass; None for any.
@@ -182,7 +183,7 @@ class Replay:
         return total / self.tokens
 
     def _runs(self, layer: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (log-probabilities now, in the reference pass, labels) of each batch."""
+        """Yield (log-probabilities now, reference log-probabilities, labels) of each batch."""
         first = self._places.get(layer, 0) if layer is not None else 0
         for batch, log, outputs in zip(self._batches, self._logs, self._outputs, strict=True):
             with self._remembering(outputs, first):
@@ -203,7 +204,7 @@ class Replay:
 
     @contextlib.contextmanager
     def _remembering(self, outputs: list[Any], first: int) -> Iterator[None]:
-        """Let layers before `first` answer at once, with their answers in the reference pass."""
+        """Let layers before `first` return their stored outputs without computing."""
         skipped = list(self._layers or ())[:first]
         for layer, output in zip(skipped, outputs, strict=False):
             layer.forward = lambda *args, _output=output, **kwargs: _output

@@ -1,8 +1,8 @@
-"""A model's logits on text alone, also where the language model is a part of something larger.
+"""A model's logits on text alone, also if the language model is part of a larger model.
 
-A model for images and text usually runs on text alone. Some do not: their forward wants an image,
-or fails without one. Of those the language model inside is called, which transformers builds as a
-model of its own, with its own head or that of the whole.
+A model for images and text usually runs on text alone. Some do not: their forward requires an
+image. For those the inner language model is called, which transformers builds as a separate model,
+with its own head or that of the outer model.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bitknap.quantization.source.transformers_calls import calling_transformers
 
 # Set on a model whose own forward failed, so that it is not tried again for every batch.
 _INSIDE = "_bitknap_calls_inside"
-# What a wrapper does to logits after its head; without it the language model is another one.
+# Settings by which a wrapper changes logits after its head; without them the logits are wrong.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 _PROBE_TOKENS = 8
 
@@ -46,14 +46,14 @@ def token_logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
 
 
 def settle(model: Any, windows: Tensor) -> None:
-    """Find out how a model is run on text before anything watches it.
+    """Determine how to run a model on text, before any hooks are installed.
 
     Args:
         model: a transformers model.
-        windows: token ids, int64 [windows, length]; a few tokens of them are tried.
+        windows: token ids, int64 [windows, length]; a few of these tokens are tried.
 
     Raises:
-        ModelError: as of `token_logits`.
+        ModelError: as for `token_logits`.
     """
     if getattr(model, _INSIDE, None) is None and _has_language_model(model):
         token_logits(model, {"input_ids": windows[:1, :_PROBE_TOKENS]})

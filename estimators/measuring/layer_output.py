@@ -1,4 +1,4 @@
-"""One decoder layer alone: its calls in the unchanged model, and how far its output moves."""
+"""One decoder layer alone: its calls in the unchanged model, and the change of its output."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from bitknap.quantization.models.matrix_views import Layout
 
 
 class LayerOutput:
-    """A decoder layer, what it was called with, and what it gave; 8 T H bytes of float32.
+    """A decoder layer with the inputs and outputs of its calls; 8 T H bytes of float32.
 
     Args:
         replay: the model, unchanged now, and the text.
-        layout: its units, to find the decoder layer.
-        number: the MoE layer in it.
+        layout: its units, used to locate the decoder layer.
+        number: number of its MoE layer.
 
     Raises:
         InputError: the model has no single list of decoder layers.
@@ -44,7 +44,7 @@ class LayerOutput:
 
     @torch.inference_mode()
     def change(self) -> float:
-        """Return the Frobenius norm of its output's change over the whole text, as it is now."""
+        """Return the Frobenius norm of the present change of its output over the whole text."""
         square = torch.zeros((), dtype=torch.float64)
         for args, kwargs, reference in self._calls:
             output = _tensor(self._module(*args, **kwargs))
@@ -56,7 +56,7 @@ def window_norms(change: Tensor, window: Tensor) -> Tensor:
     """Return the Frobenius norm of a change [n, H] within each window, float64 [windows].
 
     Args:
-        change: one row a token.
+        change: one row per token.
         window: the window of each token, int64 [n].
     """
     square = change.double().square().sum(1)

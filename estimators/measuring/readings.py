@@ -1,7 +1,7 @@
-"""The journal of measurements: finished readings with their values, which read back to the bit.
+"""The journal of measurements: finished readings and their exact values.
 
-A reading is named by what was changed and how, so that whatever asks for it again finds it: the
-same command after a kill, or another estimator of the same inputs.
+A reading's name says which units were changed and how, so that it can be reused: by the same
+command after a kill, or by another estimator on the same inputs.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _FILES = r"[0-9a-f]{12}\..+\.(bin|safetensors)"
 
 
 class _Line(NamedTuple):
-    """What one line of the journal says, and which line it is; 0 for what was measured just now."""
+    """The values on one line of the journal, and the line's number; 0 for a new measurement."""
 
     number: int
     values: Floats
@@ -39,11 +39,11 @@ class _Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
-    """What a journal says was measured; without one nothing is kept, not even in memory.
+    """The measurements in a journal; without a journal nothing is kept, not even in memory.
 
     Attributes:
         path: the journal, or None.
-        lines: what it says, by key.
+        lines: its lines, by key.
     """
 
     path: Path | None = None
@@ -57,23 +57,23 @@ class Readings:
 
         Args:
             path: the journal; a torn last line is cut off the file.
-            about: what the work is about, JSON values; must be what the journal was started with.
-            way_out: what to do about a journal that cannot be used.
+            about: the inputs of the work, JSON values; must equal those that started the journal.
+            way_out: the remedy that errors give for a journal that cannot be used.
 
         Raises:
             FileError: the file cannot be read, is not a journal, or is damaged before its last
                 line.
-            MismatchError: the journal is about something else.
+            MismatchError: the journal belongs to other inputs.
         """
         lines = open_lines(path, about, way_out=way_out)
         parsed = (_parsed(path, number, line) for number, line in enumerate(lines, start=2))
         return cls(path=path, lines=dict(parsed))
 
     def known(self, key: str, size: int = 1) -> Floats | None:
-        """Return the values of a reading, float64 [size]; None if it is still to be made.
+        """Return the values of a reading, float64 [size]; None if not measured yet.
 
         Raises:
-            FileError: the journal has another number of values.
+            FileError: the journal has a different number of values.
         """
         line = self.lines.get(key)
         if line is None:
@@ -83,14 +83,14 @@ class Readings:
         return line.values
 
     def keep(self, key: str, values: npt.ArrayLike) -> None:
-        """Add a reading, and return when it is on the disk; without a journal, forget it."""
+        """Add a reading and return once it is on disk; without a journal, do nothing."""
         numbers = np.atleast_1d(np.asarray(values, dtype=np.float64))
         if self.path is not None and np.isfinite(numbers).all():
             append_lines(self.path, [{"key": key, "values": numbers.tolist()}])
             self.lines[key] = _Line(0, numbers)
 
     def value(self, key: str, measure: Callable[[], float]) -> float:
-        """Return one number: what the journal says, or what is measured now and kept there."""
+        """Return one number from the journal; if missing, measure it and keep it there."""
         kept = self.known(key)
         if kept is not None:
             return float(kept[0])
@@ -103,18 +103,18 @@ class Readings:
 def beside(
     path: Path | None, about: Mapping[str, Any], *, overwrite: bool = False
 ) -> Iterator[Readings]:
-    """Yield the readings of the journal beside an output, and keep other processes out of it.
+    """Yield the readings of the journal beside an output, and lock out other processes.
 
-    Whoever finishes the output deletes the journal; one without any reading goes by itself. Errors
-    of the block say what is kept.
+    The caller deletes the journal when the output is finished; an empty journal is deleted here.
+    Errors raised in the block say how many readings are kept.
 
     Args:
         path: the journal; None keeps nothing.
-        about: what the work is about.
-        overwrite: start anew where the journal cannot be used.
+        about: the inputs of the work.
+        overwrite: start a new journal if this one cannot be used.
 
     Raises:
-        MismatchError: the journal is about something else, and `overwrite` is false.
+        MismatchError: the journal belongs to other inputs, and `overwrite` is false.
         FileError: it is no journal, and `overwrite` is false.
         InputError: another process is measuring for the same output.
     """
@@ -134,12 +134,12 @@ def beside(
 
 
 def folder_of(path: Path) -> Path:
-    """Return the folder beside a journal for what is too large for it."""
+    """Return the folder beside a journal for data too large for it."""
     return beside_name(path, "files", hidden=False)
 
 
 def forget(path: Path) -> None:
-    """Delete a journal, if there is one, and the folder beside it; nothing that is not ours."""
+    """Delete a journal, if any, and the folder beside it; only what Bitknap wrote."""
     with contextlib.suppress(PermissionError):
         if is_ours(path):
             path.unlink(missing_ok=True)
@@ -152,7 +152,7 @@ def count(path: Path) -> int:
 
 
 def telling(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Say in errors of the block how many readings are kept, if there are any.
+    """Add to errors raised in the block how many readings are kept, if any.
 
     Raises:
         BitknapError: the disk is full.
@@ -168,7 +168,7 @@ def telling(path: Path) -> contextlib.AbstractContextManager[None]:
 
 
 def key_of(which: npt.ArrayLike, formats: Iterable[Format]) -> str:
-    """Return 24 hex digits that name a reading: whole numbers, and formats."""
+    """Return 24 hex digits that name a reading, from integers and formats."""
     digest = hashlib.sha256(np.asarray(which, dtype="<i8").tobytes())
     digest.update(" ".join(item.name for item in formats).encode())
     return digest.hexdigest()[:24]
@@ -180,7 +180,7 @@ def _opened(path: Path, about: Mapping[str, Any], *, overwrite: bool) -> Reading
     try:
         return Readings.open(path, about, way_out=way_out)
     except (MismatchError, FileError) as error:
-        # Of a journal without readings nothing can be lost.
+        # A journal without readings can be replaced without loss.
         empty = isinstance(error, MismatchError) and not count(path)
         if not (ours and (overwrite or empty)):
             raise

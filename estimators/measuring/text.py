@@ -1,8 +1,8 @@
 """Text in, token windows out.
 
-A file is one document and is encoded whole, so that its tokens are the tokenizer's own. Windows
-are cut from the tokens of the text, and each begins with the special tokens that the tokenizer
-begins a text with, such as BOS; those that it ends a text with, such as EOS, are left out. The
+A file is one document and is encoded whole, so that no cut changes its tokens. Windows
+are cut from the tokens of the text, and each begins with the special tokens that the tokenizer puts
+before a text, such as BOS; those that it puts after a text, such as EOS, are left out. The
 bundled texts are read in the same way: excerpts of four domains, one after the other, whole lines
 with their indentation and their blank lines.
 """
@@ -26,14 +26,14 @@ from bitknap.quantization.source.transformers_calls import calling_transformers
 
 BUILTIN = "builtin"
 LONGEST_WINDOW = 2048
-# Raised when the same file becomes other windows, so that what was measured before is not used.
+# Increase this when the same file gives different windows, so that old measurements are not used.
 ENCODING = 2
 # Characters of a text that show which special tokens the tokenizer puts around it.
 _PROBE = 64
 
 
 def read_text(text: str, purpose: str) -> str:
-    """Return the text of a file, or the bundled one of this purpose for "builtin".
+    """Return the text of a file, or for "builtin" the bundled text for this purpose.
 
     Line ends become newlines; a byte order mark is left out.
 
@@ -42,7 +42,7 @@ def read_text(text: str, purpose: str) -> str:
         purpose: "calibration" or "evaluation"; the bundled texts do not overlap.
 
     Raises:
-        InputError: the file cannot be read, or holds no UTF-8 text.
+        InputError: the file cannot be read, or is not UTF-8 text.
     """
     if text == BUILTIN:
         source = files("bitknap.benchmarks.reference") / f"{purpose}.txt"
@@ -72,8 +72,8 @@ class Encoded:
     """A document as tokens.
 
     Attributes:
-        ids: ids of its text, int64 [n].
-        prefix: special tokens that the tokenizer begins a text with, int64 [p].
+        ids: token ids of its text, int64 [n].
+        prefix: special tokens that the tokenizer puts before a text, int64 [p].
     """
 
     ids: np.ndarray
@@ -83,11 +83,11 @@ class Encoded:
         """Return windows of equal length, spread evenly over the text.
 
         Args:
-            tokens: how many tokens to take, prefixes counted, rounded down to whole windows.
+            tokens: number of tokens to take, including prefixes, rounded down to whole windows.
             longest: the model's context.
 
         Raises:
-            InputError: the text is shorter than asked, or no token would be predicted.
+            InputError: the text is too short, or no token would be predicted.
         """
         length, least = min(longest, LONGEST_WINDOW, tokens), max(2, len(self.prefix) + 1)
         if length < least:
@@ -110,7 +110,7 @@ class Encoded:
         return len(self.ids) // (length - len(self.prefix))
 
     def _of(self, tokens: int, windows: int) -> str:
-        """Return how many tokens were asked for, and how many of them are special."""
+        """Say how many tokens were asked for, and how many of them are special."""
         special = windows * len(self.prefix)
         return f"{tokens} ({special} of them special)" if special else str(tokens)
 
@@ -172,7 +172,7 @@ def token_windows(tokenizer: Any, text: str, tokens: int, longest: int) -> Tenso
     Args:
         tokenizer: a transformers tokenizer.
         text: the whole text.
-        tokens: how many tokens to take, rounded down to whole windows.
+        tokens: number of tokens to take, rounded down to whole windows.
         longest: the model's context.
 
     Returns:
@@ -205,7 +205,7 @@ def _around(tokenizer: Any, text: str) -> tuple[np.ndarray, int]:
 
 def _ids(tokenizer: Any, text: str, *, special: bool = True) -> np.ndarray:
     """Return the ids of a text, int64 [n]."""
-    # `verbose` would say that the text is longer than the model's context: it is cut afterwards.
+    # `verbose` would warn that the text is longer than the model's context; it is cut afterwards.
     what = "the tokenizer cannot encode the text"
     with calling_transformers(what, "put the model's own tokenizer beside it", InputError):
         encoded = tokenizer(text, add_special_tokens=special, verbose=False)

@@ -1,12 +1,13 @@
-"""How a model reads windows of text: what it is given, and which tokens it has to predict.
+"""How a model reads windows of text: its inputs, and the tokens that it has to predict.
 
-A window begins with the special tokens that the tokenizer begins every text with, its prefix, and
-goes on with text. Only text is predicted, its first token from the prefix.
+A window begins with a prefix, the special tokens that the tokenizer puts before every text, and
+continues with text. Only text is predicted; its first token is predicted from the prefix.
 
 A decoder-only model reads every token of a window but the last and predicts the one after it. An
 encoder-decoder reads the first half of a window with its encoder and predicts the text of the
-second half, token by token, with its decoder, which begins with the prefix too. Every layer of
-either sees as many tokens, so that sums over a layer's tokens mean the same everywhere.
+second half, token by token, with its decoder, which also begins with the prefix.
+Every layer of encoder and decoder sees the same number of tokens, so that sums over a layer's
+tokens are comparable.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class Windows:
 
     @classmethod
     def of(cls, windows: Tensor | Windows) -> Windows:
-        """Return windows; a tensor holds text alone."""
+        """Return windows; a tensor is taken as text without special tokens."""
         return windows if isinstance(windows, Windows) else cls(ids=windows)
 
     @property
@@ -47,7 +48,7 @@ class Windows:
         return Windows(ids=self.ids[rows].contiguous(), prefix=self.prefix)
 
     def batches(self, tokens: int) -> list[Windows]:
-        """Return the windows in batches of about so many tokens, at least one window each."""
+        """Return the windows in batches of about `tokens` tokens, at least one window each."""
         count = max(1, tokens // self.ids.shape[1])
         return [Windows(ids=part, prefix=self.prefix) for part in self.ids.split(count)]
 
@@ -66,7 +67,7 @@ def predicted(model: Any, length: int, prefix: int = 0) -> int:
         prefix: special tokens that it begins with.
 
     Raises:
-        InputError: none is.
+        InputError: no token is predicted.
     """
     count = seen(model, length) - _unscored(model, prefix)
     if count < 1:
@@ -118,7 +119,7 @@ def logits_of(model: Any, batch: Tensor | Windows) -> Tensor:
 
 
 def _unscored(model: Any, prefix: int) -> int:
-    """Return how many of the tokens that a layer sees come before a special token."""
+    """Return how many tokens that a layer sees are followed by a special token."""
     return prefix if model.config.is_encoder_decoder else max(0, prefix - 1)
 
 

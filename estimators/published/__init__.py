@@ -3,8 +3,8 @@
 `RULES` is the one table of them. `compare`, the benchmarks, the catalogue of estimators and the
 documentation read it; it needs no torch. A paper's file is named as its entry is, with `_` for
 `-`. Where the entry makes plans, the file has `rule(material, progress)`, and each signal of the
-entry is a class in it. Allocators that need NumPy alone are in `bitknap.allocation.published`,
-in files of the same names, so that they can be called without torch; EvoPress is there altogether.
+entry is a class in it. Allocators that need only NumPy are in `bitknap.allocation.published`,
+in files of the same names, so that they can be called without torch; all of EvoPress is there.
 
 To add a paper, write its file and its entry here.
 
@@ -28,13 +28,14 @@ class Published:
         source: the paper's number or the program's part, for one column of a report.
         citation: authors, title or venue, and where to find it.
         year: year of publication.
-        cost: what it minimises, or what its signal is.
-        ties: the profile of units that share a format, "" if it makes no plans.
-        allocator: how it chooses, "" if it makes no plans.
-        missing: what we could not reproduce, or do otherwise than its authors.
-        signals: classes of its file by their names at `--estimator`.
-        plans: its file has `rule`, so `compare --strategies` and the benchmark know it by its key.
-        texts: it plans from passes over several texts.
+        cost: the cost that it minimises, or its signal.
+        ties: the profile that says which units share a format; "" if it makes no plans.
+        allocator: how it chooses formats; "" if it makes no plans.
+        missing: parts that are not reproduced, or differ from the authors' version.
+        signals: signal classes in its file, by their `--estimator` names.
+        plans: whether its file has `rule`, so that `compare --strategies` and the benchmark accept
+            its key.
+        texts: whether it plans from passes over several texts.
     """
 
     title: str
@@ -50,7 +51,7 @@ class Published:
     texts: bool = False
 
 
-# What holds for every method here; `missing` names what more there is.
+# Differences common to all methods here; `missing` lists each method's own.
 COMMON = (
     "The quantizer is the one that is deployed, also where authors measure with another.",
     "Gradients are those of labels drawn from the model, where authors take the text's.",

@@ -1,10 +1,10 @@
-"""AlphaQ: the tail of a matrix's spectrum; it looks at weights alone.
+"""AlphaQ: the tail of a matrix's spectrum, from weights alone.
 
     cost       (median alpha / alpha)^gamma × Var(W) × 2^(−2b)
     ties       none
     allocator  the knapsack; theirs is a program over all layers too, by counts of matrices
 
-Weights alone lose this meaning when they are rotated: compute it after a rotation.
+Rotating the weights changes this statistic: compute it after a rotation.
 
 Not reproduced: sub-matrices are evenly spaced where theirs are drawn at random.
 
@@ -39,23 +39,23 @@ from bitknap.progress import Progress
 class AlphaQ:
     """(Median alpha / alpha)^gamma, alpha being the power-law tail index of the spectrum.
 
-    Heavy tails (small alpha) are taken as well trained and sensitive. The spectrum is that of
-    square sub-matrices pooled (FARMS), so that the shape of a matrix does not move alpha: tiles of
-    `tile` × `tile` side by side, what is left over at the edges dropped, and at most `most` of
-    them, evenly spaced where theirs are drawn at random. A matrix smaller than a tile is taken
-    whole, and alpha is then not comparable between shapes. The median is over all units.
+    Matrices with heavy tails (small alpha) count as well trained and sensitive. The spectra of
+    square sub-matrices are pooled (FARMS), so that alpha does not depend on a matrix's shape: tiles
+    of `tile` × `tile` side by side, without the remainder at the edges, and at most `most` of them,
+    evenly spaced where the paper draws them at random. A matrix smaller than a tile is taken whole,
+    and alpha is then not comparable between shapes. The median is over all units.
 
     alpha = 1 + k / Σ ln(λ_i / λ_k+1) over the k largest eigenvalues λ of the squared tiles: `tail`
     of them all, at least 10 where there are as many (Hill's estimate).
 
-    The paper's cost is this × Var(W) × 2^(−2b); `Scored` takes the formats' real distortion
+    The paper's cost is this × Var(W) × 2^(−2b); `Scored` uses the formats' real distortion
     instead of the power of two, which is wrong below 4 bits.
 
     Attributes:
         gamma: exponent of the ratio; the code's default is 1.
         tail: share of the eigenvalues that make up the tail, 0 to 1.
         tile: side of a sub-matrix.
-        most: sub-matrices of one matrix.
+        most: maximum number of sub-matrices of one matrix.
 
     Source: AlphaQ, arXiv 2606.04980, and its code.
     """
@@ -76,7 +76,7 @@ class AlphaQ:
             raise InputError(f"tile: {self.tile} must be 2 or more, and most, {self.most}, 1")
 
     def score(self, evidence: Evidence) -> Floats:
-        """Return the scores, float64[U]; a matrix with one singular value has the median."""
+        """Return the scores, float64[U]; a matrix with one singular value gets the median."""
         alpha = by_matrix(evidence, self.indices)
         known = np.isfinite(alpha)
         if not known.any():
@@ -111,7 +111,7 @@ def hill(values: Tensor, tail: float = 0.1) -> Tensor:
     NaN for fewer than two values, or where the largest are all alike.
 
     Args:
-        values: from 0, [n].
+        values: not negative, [n].
         tail: share of them that make up the tail; at least 10 where there are as many.
     """
     count = len(values)

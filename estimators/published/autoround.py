@@ -4,8 +4,8 @@
     ties       all matrices of a layer, as its runtimes ask
     allocator  the knapsack
 
-The score of a matrix at one format holds its rounding error; on `Scored`'s base, which holds the
-distortion of every format, that error is counted twice. It ranks as its authors rank.
+The score of a matrix at one format contains its rounding error; `Scored`'s base contains the
+distortion of every format, so that error is counted twice. The ranking is the authors'.
 
 Not reproduced: gradients of the text's own loss with their sign; see `AutoRoundScore`.
 
@@ -43,11 +43,12 @@ class AutoRoundScore:
 
     AutoScheme sums |g ΔW| with gradients of the text's own loss. Those are not recorded, so the
     root mean square gradient of a token with labels drawn from the model STANDS IN for |g|: it has
-    no sign to cancel over tokens and is never 0 at a minimum, so the ranking is like theirs in
-    kind and not the same number. The mean, not the sum: the base of `Scored` counts weights.
+    no sign to cancel over tokens and is never 0 at a minimum, so the ranking is similar to theirs
+    but the numbers differ. It is the mean and not the sum because the base of `Scored` already
+    counts weights.
 
     Attributes:
-        format: that rounds the weights.
+        format: the format that rounds the weights.
 
     Source: AutoRound's AutoScheme (delta loss).
     """
@@ -74,8 +75,8 @@ class AutoRoundScore:
 def first_order(evidence: Evidence, formats: Sequence[Format]) -> CostTable:
     """Return Σ |g ΔW| of every unit, root mean square gradients standing in for |g|.
 
-    What AutoRound's AutoScheme adds up, and mlx-lm's `dynamic_quant` in kind: theirs keep the sign
-    of the text's own gradients, which are not recorded.
+    AutoRound's AutoScheme uses this sum, and mlx-lm's `dynamic_quant` a similar one; theirs keep
+    the sign of the text's own gradients, which are not recorded.
     """
     table = each_format(evidence, formats, AutoRoundScore, "first-order")
     return replace(table, cost=table.cost * evidence.units.numel[:, None])

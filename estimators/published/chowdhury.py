@@ -5,17 +5,17 @@
     second     MaxVar, the largest variance of a row of its first matrix: a row whose weights vary
                much has a wide range, and one grid step of it is large
     ties       all matrices of an expert
-    allocator  the same average in every layer, widths counted out by rank
+    allocator  the same average in every layer, widths assigned by rank
 
 The paper's claim: experts with a small Λ learned rare but decisive features, their activations are
-weak, and rounding noise drowns them first. That gives rare experts more bits where most others give
-frequent ones more (methods.md#pitfalls, pitfall 1), so the sign is to be tested:
+weak, and rounding noise drowns them first. That gives rare experts more bits, where most other
+methods give frequent ones more (methods.md#pitfalls, pitfall 1), so the sign should be tested:
 `Scored(RouterNorm(...), exponent=-1)` is the opposite claim. Where no initial checkpoint is known
 the final norm stands alone, as in the paper for Mixtral. Order and counts are in
 `bitknap.allocation.published.chowdhury`.
 
 Not reproduced: the paper leaves open which pair of experts is exchanged first; both the code's
-single pass and our fixed point are here.
+single pass and a fixed point are implemented here.
 
 Source: Chowdhury et al., ICLR 2026, arXiv 2604.06515, and its code where it says so.
 """
@@ -59,8 +59,7 @@ from bitknap.quantization.source.source import Source
 def router_norms(source: Source | Mapping[str, Tensor], layout: Layout) -> dict[int, Floats]:
     """Return the L2 norm of every expert's router row by layer, float64[E] each.
 
-    Rows of a router past the layer's experts score experts that compute nothing; they are left
-    out.
+    Router rows beyond the layer's experts score experts that compute nothing; they are left out.
 
     Args:
         source: a checkpoint, or a live model's parameters by name.
@@ -68,7 +67,7 @@ def router_norms(source: Source | Mapping[str, Tensor], layout: Layout) -> dict[
 
     Raises:
         InputError: a layer has no router, or the source has no tensor of its name.
-        MismatchError: a router has another shape than [experts, hidden].
+        MismatchError: a router's shape is not [experts, hidden].
     """
     return {layer.layer: _norms(source, layer) for layer in layout.layers}
 
@@ -101,10 +100,10 @@ def _norms(source: Source | Mapping[str, Tensor], layer: ExpertLayer) -> Floats:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class RouterNorm:
-    """Score exp(−z), z being Λ standardised within its layer: small norms are sensitive.
+    """Score exp(−z), where z is Λ standardised within its layer: small norms are sensitive.
 
-    The paper orders experts within a layer and compares no layers, so neither does z. A layer
-    whose norms are all alike scores 1, and so does whatever is no routed expert.
+    The paper orders experts within a layer and compares no layers, so neither does z. All
+    experts of a layer with equal norms score 1, and so do units that are not routed experts.
 
     Attributes:
         final: norms by layer, as `router_norms` reads them.
@@ -120,7 +119,7 @@ class RouterNorm:
         """Return the scores, float64[U].
 
         Raises:
-            MismatchError: the norms are of another model.
+            MismatchError: the norms belong to another model.
         """
         units = evidence.units
         changes = _of_layout(norm_changes(self.final, self.initial), evidence.layout)
@@ -164,13 +163,13 @@ def max_variance(weights: Tensor, largest_norm: bool = False) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class MaxVar:
-    """The largest variance of a neuron, of the expert's first FFN matrix for all of its matrices.
+    """The largest row variance of the expert's first FFN matrix, as the score of all its matrices.
 
-    The first matrix is gate, or up where there is no gate. Units that are no routed experts have
-    that of their own matrix. The base of `Scored` holds the mean variance already.
+    The first matrix is gate, or up if there is no gate. Units that are not routed experts use
+    their own matrix. The base of `Scored` already contains the mean variance.
 
     Attributes:
-        first_only: False gives every matrix its own, which the paper does not do.
+        first_only: False uses each matrix's own variance, which the paper does not do.
         largest_norm: see `max_variance`.
 
     Source: Chowdhury et al., arXiv 2604.06515.
@@ -188,7 +187,7 @@ class MaxVar:
 
 
 def _of_first(evidence: Evidence, own: Floats) -> Floats:
-    """Return the values with those of an expert's first matrix on all of its matrices."""
+    """Return the values, with each expert's first matrix's value for all of its matrices."""
     units, values = evidence.units, own.copy()
     experts = routed(units)
     for layer in evidence.layout.layers:
@@ -202,7 +201,7 @@ def _of_first(evidence: Evidence, own: Floats) -> Floats:
 
 
 def max_variances(evidence: Evidence, *, largest_norm: bool = False) -> dict[int, Floats]:
-    """Return MaxVar of every expert by layer, float64[E] each, of its first FFN matrix."""
+    """Return MaxVar of every expert's first FFN matrix by layer, float64[E] each."""
     units = evidence.units
     variances = {}
     for layer in evidence.layout.layers:
@@ -217,13 +216,13 @@ def max_variances(evidence: Evidence, *, largest_norm: bool = False) -> dict[int
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Ranking:
-    """What the experts of each layer are ordered by; see `chowdhury_order`.
+    """The quantities that order the experts of each layer; see `chowdhury_order`.
 
     Attributes:
         norms: Λ by layer (`norm_changes`), or final norms (`router_norms`), float64[E] each.
         variances: MaxVar by layer (`max_variances`), float64[E] each; None orders by norms alone.
         zeta: ratio of MaxVar at which experts are exchanged, above 1.
-        one_pass: exchange them in one pass, as the authors' code does.
+        one_pass: exchange in one pass, as the authors' code does.
     """
 
     norms: Mapping[int, npt.ArrayLike]
@@ -264,13 +263,13 @@ def chowdhury_plan(
     Args:
         layout: layout of routed experts only.
         formats: one grid for each level.
-        average: bits an expert.
+        average: average bits per expert.
         levels: two widths, or three equally spaced ones, as `chowdhury_counts` takes them.
-        ranking: what experts are ordered by.
+        ranking: the quantities that order the experts.
         model: fingerprint of the model.
 
     Raises:
-        InputError: a unit is no routed expert's, or a level has no format or several.
+        InputError: a unit is not a routed expert's, or a level has no format or several.
         MismatchError: norms or variances are of another model.
     """
     units = layout.units
@@ -306,14 +305,14 @@ def _column(formats: Sequence[Format], width: int) -> int:
 
 
 def rule(material: Material, progress: Progress | None = None) -> Rule:
-    """Return the rule as published: its knob is the average bits of a layer."""
+    """Return the rule as published; its knob is the average bits of a layer."""
     widest = max_variances(material.evidence)
     norms = norm_changes(material.final, material.initial)
     return _rule(material, Ranking(norms=norms, variances=widest))
 
 
 def variations(material: Material) -> Iterator[Rule]:
-    """Yield the rule as published, and with one thing changed at a time."""
+    """Yield the rule as published, then variations with one change each."""
     final, change = material.final, norm_changes(material.final, material.initial)
     widest = max_variances(material.evidence)
     longest = max_variances(material.evidence, largest_norm=True)

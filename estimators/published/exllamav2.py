@@ -5,7 +5,7 @@
     allocator  simulated annealing of Σ cost^n
 
 The allocator is in `bitknap.allocation.published.exllamav2`. The score of a matrix at one format
-holds its rounding error, which `Scored`'s base counts once more.
+contains its rounding error, which `Scored`'s base counts again.
 
 Not reproduced: theirs measures a module's outputs as a whole; here matrices are added up.
 
@@ -50,13 +50,14 @@ _USUAL = Format(3, 128)
 class Exl2Score:
     """Relative output error ‖ΔW x‖ / ‖W x‖ of a matrix over its calibration inputs.
 
-    ExLlamaV2 measures whole modules, all experts of a layer as one; by matrix is ours. Root of
-    tr(ΔW S ΔWᵀ) / tr(W S Wᵀ), S the second moments of the inputs.
+    ExLlamaV2 measures whole modules, with all experts of a layer as one; scoring single matrices is
+    Bitknap's choice. The score is the root of tr(ΔW S ΔWᵀ) / tr(W S Wᵀ), where S is the second
+    moments of the inputs.
 
     Attributes:
-        format: that rounds the weights.
-        full: whole matrices S, routed experts only; otherwise their diagonals, inputs taken as
-            uncorrelated.
+        format: the format that rounds the weights.
+        full: use whole matrices S, for routed experts only; otherwise their diagonals, which
+            assumes uncorrelated inputs.
 
     Source: ExLlamaV2's measurement pass.
     """
@@ -67,7 +68,7 @@ class Exl2Score:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Moments, whole matrices of them if `full`."""
+        """Moments; whole matrices if `full`."""
         return frozenset({"moments", "full"} if self.full else {"moments"})
 
     def score(self, evidence: Evidence) -> Floats:
@@ -87,7 +88,7 @@ class Exl2Score:
         return by_stack(evidence, statistic)
 
     def _energy(self, evidence: Evidence, run: np.ndarray) -> Callable[[Tensor], Tensor]:
-        """Return what maps matrices [n, rows, cols] to their mean squared output [n]."""
+        """Return a function from matrices [n, rows, cols] to their mean squared outputs [n]."""
         if not self.full:
             columns = input_square(evidence, run)
             return lambda matrix: (matrix.square().sum(1) * columns).sum(1)
@@ -104,6 +105,6 @@ class Exl2Score:
 
 
 def rule(material: Material, progress: Progress | None = None) -> Rule:
-    """Return the rule; it takes a byte limit, and seconds of annealing for each."""
+    """Return the rule; it takes a byte limit, and each limit needs seconds of annealing."""
     table = each_format(material.evidence, FORMATS, Exl2Score, "exl2")
     return solved("exllamav2", table, Annealing())

@@ -41,7 +41,7 @@ from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.progress import Progress
 
-# Share of all cells that FRI-MxMoE's rule base has measured, as for its Qwen1.5-MoE.
+# Share of all cells that FRI-MxMoE measures for its rule base, as for its Qwen1.5-MoE.
 RULE_BASE = 0.25
 
 
@@ -50,8 +50,8 @@ def fri(
 ) -> CostTable:
     """Return frequency × interpolated loss (FRI-MxMoE, ACL 2026): a quarter of the cells measured.
 
-    Anchors by depth, whole experts; the target is the measured KL (theirs: ΔPPL or MSE), read by
-    inverse distances.
+    Anchors are whole experts, chosen by depth; the target is the measured KL (theirs: ΔPPL or MSE),
+    interpolated by inverse distances.
     """
     units, shape = evidence.units, (len(evidence.units), len(formats))
     count = max(2, round(RULE_BASE * shape[0] * shape[1]))

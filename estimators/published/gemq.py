@@ -5,7 +5,7 @@
     program  a sum of bits over all experts, in each layer one at the widest and one at the second
 
 The program is in `bitknap.allocation.published.gemq`. Not reproduced: training of the router, and
-estimating again on the model that is quantized in part.
+repeated estimation on the partly quantized model.
 
 Source: GEMQ, ICML 2026, arXiv 2605.23078, and its code.
 """
@@ -37,10 +37,10 @@ from bitknap.progress import Progress
 
 
 def gemq(evidence: Evidence, formats: Sequence[Format]) -> CostTable:
-    """Return Σ g² Δz² of whole experts, each matrix an equal share (GEMQ, arXiv 2605.23078).
+    """Return Σ g² Δz² of whole experts, divided equally among matrices (GEMQ, arXiv 2605.23078).
 
-    An expert without tokens costs 0, as theirs. Labels are drawn from the model, theirs are the
-    text's.
+    An expert without tokens costs 0, as in the paper. Labels are drawn from the model; the paper
+    uses the text's.
     """
     cost = np.zeros((len(evidence.units), len(formats)))
     for number, trace in evidence.traces.items():
@@ -59,7 +59,7 @@ def gemq(evidence: Evidence, formats: Sequence[Format]) -> CostTable:
 
 
 def rule(material: Material, progress: Progress | None = None) -> Rule:
-    """Return the rule: its knob is the sum of bits of all experts."""
+    """Return the rule; its knob is the sum of bits of all experts."""
     evidence = material.evidence
     table = tied_to("gemq", gemq(evidence, LEVEL_FORMATS))
     count = sum(layer.experts for layer in evidence.layout.layers)

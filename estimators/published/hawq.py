@@ -39,12 +39,12 @@ class HessianTrace:
     """HAWQ's mean Hessian trace of a matrix.
 
     Without curvature, the Hessian of a projection's own squared output error, 2 E[a² x xᵀ]: its
-    mean trace is twice the mean square of the inputs, so it compares experts of one projection
-    well, and gate or up with down hardly, since their outputs are different things. With
+    mean trace is twice the mean square of the inputs. So it compares experts of one projection
+    well, but gate or up with down poorly, since their outputs are different quantities. With
     curvature, the mean squared gradient of its weights (empirical Fisher, labels from the model).
 
     Attributes:
-        curvature: take recorded gradients; routed experts only.
+        curvature: use recorded gradients; routed experts only.
 
     Source: HAWQ-V2, arXiv 1911.03852; theirs is Hutchinson's estimate of the loss Hessian.
     """

@@ -6,12 +6,12 @@
 
 phi and w are an expert's share of its layer's tokens and routing weights, eps the change of the
 block's output with that expert alone rounded. Frequency and routing weight give frequent experts
-more bits. They are already inside any measured output error, so the rule counts them twice; as
+more bits. Any measured output error already contains them, so the rule counts them twice; as
 signals they belong on the data-free base only (methods.md#pitfalls, pitfalls 1 and 2). The program
 is in `bitknap.allocation.published.pmq`.
 
-Not reproduced: theirs sums routing weights before they are renormalised, which a pass through the
-experts does not see; errors are of the quantizer that is deployed, where theirs are of min-max
+Not reproduced: the authors sum routing weights before renormalisation, which a pass through the
+experts does not see; errors are measured with the quantizer that is deployed, theirs with min-max
 rounding in blocks of 128; pruning of tokens (ODP) is left out.
 
 Source: Huang et al., MC-MoE, ICLR 2025, arXiv 2410.06270, pre-loading mixed-precision quantization,
@@ -50,7 +50,7 @@ from bitknap.progress import Progress
 
 @dataclass(frozen=True, slots=True)
 class Frequency:
-    """Share of tokens routed to the unit's expert, shrunk; 1 for what every token passes.
+    """Share of tokens routed to the unit's expert, shrunk; 1 for units that every token uses.
 
     Source: the frequency baseline of MC-MoE, arXiv 2410.06270, and of many others.
     """
@@ -69,10 +69,10 @@ class Frequency:
 
 @dataclass(frozen=True, slots=True)
 class RoutingWeight:
-    """Summed routing weights of the unit's expert a token of the text, shrunk; 1 if not routed.
+    """Summed routing weights of the unit's expert per token of the text, shrunk; 1 if not routed.
 
-    Weights are those the experts are called with, renormalised where the model does so. MC-MoE
-    sums them before that, which a pass through the experts does not see.
+    These are the weights with which the experts are called, renormalised if the model does so.
+    MC-MoE sums them before renormalisation, which a pass through the experts does not see.
 
     Source: MC-MoE, arXiv 2410.06270, w.
     """
@@ -91,10 +91,10 @@ class RoutingWeight:
 
 @dataclass(frozen=True, slots=True)
 class McMoe:
-    """MC-MoE's significance phi^alpha w^beta, shares of its layer times E, without its error.
+    """MC-MoE's significance phi^alpha w^beta, shares of its layer times E, without its error term.
 
-    So an average expert scores 1 in every layer, as does what is not routed; the paper takes
-    shares, layer by layer, where a factor changes nothing. See `RoutingWeight` for w, and
+    So an average expert scores 1 in every layer, as do units that are not routed; the paper takes
+    shares layer by layer, where a factor changes nothing. See `RoutingWeight` for w, and
     `mc_moe_cost` for the whole rule on measured errors.
 
     Attributes:
@@ -130,7 +130,7 @@ class McMoe:
 
 
 def block_errors(evidence: Evidence, formats: Sequence[Format]) -> Floats:
-    """Return MC-MoE's eps of every expert, float64[L,E,F]: change of the block's output."""
+    """Return MC-MoE's eps of every expert, the change of the block's output, float64[L,E,F]."""
     table, units = Measured(kind="block").estimate(evidence, formats), evidence.units
     layers, at = np.unique(units.layer, return_inverse=True)
     errors = np.zeros((len(layers), int(units.expert.max()) + 1, len(formats)))
@@ -139,7 +139,7 @@ def block_errors(evidence: Evidence, formats: Sequence[Format]) -> Floats:
 
 
 def rule(material: Material, progress: Progress | None = None) -> Rule:
-    """Return the rule: its knob is the sum of bits of a layer's experts."""
+    """Return the rule; its knob is the sum of bits of a layer's experts."""
     evidence = material.evidence
     layers = [evidence.layers[number] for number in sorted(evidence.layers)]
     cost = mc_moe_cost(

@@ -1,8 +1,8 @@
-"""mlx-lm's `dynamic_quant`: two widths, and a threshold on what the higher one gains.
+"""mlx-lm's `dynamic_quant`: two widths, and a threshold on the gain of the higher one.
 
     cost       Σ |g ΔW| of a matrix in a format, as for AutoRound
     ties       the matrices of one projection in a layer, which is how mlx stores experts
-    allocator  the largest plan of any threshold that fits; NVIDIA ModelOpt's is alike
+    allocator  the largest plan of any threshold that fits; NVIDIA ModelOpt's is similar
 
 The allocator is in `bitknap.allocation.published.mlx_lm`. Not reproduced: gradients of the text's
 own loss with their sign; ModelOpt's sensitivity, which is a forward KL.
@@ -32,7 +32,7 @@ from bitknap.progress import Progress
 
 
 def rule(material: Material, progress: Progress | None = None) -> Rule:
-    """Return the rule: of two neighbouring widths, the widest pair with a plan that fits."""
+    """Return the rule, which uses the widest pair of neighbouring widths with a plan that fits."""
     tied = tied_to("mlx-lm", first_order(material.evidence, FORMATS))
 
     def offers(nbytes: int) -> list[Offer]:

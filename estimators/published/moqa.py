@@ -1,15 +1,16 @@
 """MoQa: significance over several calibration sets, clustered into bit widths.
 
 MoQa (later DynaMo, arXiv 2503.21135) scores experts on several calibration sets, joins the scores,
-and clusters them into bit widths; it counts no bytes. What could be read leaves open how a channel
-is scored, the fuzzifier, and what "near a boundary" is; each is defined here and marked OURS. Its
-channels kept in 16 bits for a switch of data are left out: a plan here is one for all data.
+and clusters them into bit widths; it counts no bytes. The accessible sources do not
+define how a channel is scored, the fuzzifier, or what "near a boundary" means; each is defined here
+and marked OURS. Channels that MoQa keeps in 16 bits to switch between data sets are left out: a
+plan here serves all data.
 
     significance  an expert's share of its layer's, on each calibration set
     ties          all matrices of an expert
     allocator     fuzzy c-means, one width a cluster; the clusters decide the size
 
-`bitknap.estimators.tables.several_texts` keeps the useful half: costs of several sets as one table.
+`bitknap.estimators.tables.several_texts` keeps the useful half: one cost table from several sets.
 """
 
 from __future__ import annotations
@@ -40,11 +41,11 @@ from bitknap.estimators.published.rule import (
 from bitknap.estimators.tables.several_texts import check_sets
 from bitknap.progress import Progress
 
-# OURS: an expert whose two largest memberships differ by less is near a boundary.
+# OURS: an expert whose two largest memberships differ by less than this is near a boundary.
 MARGIN = 0.1
 
 
-# Fuzzy c-means finds local optima; the best of so many starts is kept.
+# Fuzzy c-means finds local optima; the best of this many starts is kept.
 _STARTS = 8
 
 
@@ -58,7 +59,7 @@ class Significance:
     Attributes:
         mean: mean share of the layer's total; sums to 1.
         worst: largest share over the sets.
-        sd: standard deviation of the share over the sets (n − 1): how much it depends on data.
+        sd: standard deviation of the share over the sets (n − 1): its dependence on data.
     """
 
     mean: Floats
@@ -72,10 +73,10 @@ class FuzzyClusters:
 
     Attributes:
         bits: width of each value, int32[N].
-        membership: of each value in each cluster, float64[C,N], columns sum to 1; the clusters
-            are in the order of `centres`.
-        centres: falling, float64[C].
-        lowered: values near a boundary that took the lower width, bool[N].
+        membership: membership of each value in each cluster, float64[C,N]; columns sum to 1, and
+            the clusters are in the order of `centres`.
+        centres: cluster centres, descending, float64[C].
+        lowered: which values were near a boundary and took the lower width, bool[N].
     """
 
     bits: Ints
@@ -87,9 +88,9 @@ class FuzzyClusters:
 def expert_significance(evidence: Evidence) -> Mapping[int, Floats]:
     """Return each expert's share of its layer's total significance, by layer float64[E].
 
-    S_exp = Σ over its channels of S_ch / the same over all experts. OURS, since S_ch is not
-    published in what could be read: channel k is a middle neuron, and S_ch = sqrt(mean a²h_k²) ×
-    ‖W_down[:, k]‖, the root mean square that the channel sends on, a token of the text. Experts
+    S_exp = Σ over its channels of S_ch / the same over all experts. OURS, since the accessible
+    sources do not define S_ch: channel k is a middle neuron, and S_ch = sqrt(mean a²h_k²) ×
+    ‖W_down[:, k]‖, the root mean square of the channel's output per token of the text. Experts
     with few tokens are shrunk to their layer's mean, so none is 0.
 
     Raises:
@@ -117,8 +118,8 @@ def expert_significance(evidence: Evidence) -> Mapping[int, Floats]:
 def joint_significance(evidences: Sequence[Evidence]) -> Mapping[int, Significance]:
     """Return the significance of experts over several calibration sets, by layer.
 
-    MoQa's joint distribution reduced to three numbers an expert (OURS): the mean is what the sets
-    agree on, the deviation what depends on data.
+    MoQa's joint distribution is reduced to three numbers per expert (OURS): the mean is common to
+    all sets, the deviation measures the dependence on data.
 
     Raises:
         InputError: fewer than two sets.
@@ -153,15 +154,15 @@ def fuzzy_clusters(
 
     The cluster with the largest centre takes the widest precision. A value whose two largest
     memberships differ by less than `margin` is near a boundary and takes the lower of the two
-    precisions: the paper says "lower first" and no threshold, so 0.1 is OURS, as is m = 2, the
-    usual fuzzifier.
+    precisions: the paper says "lower first" but gives no threshold, so 0.1 is OURS, as is m = 2,
+    the usual fuzzifier.
 
     Args:
-        values: float64[N], with at least as many different ones as precisions.
+        values: float64[N], with at least as many different values as precisions.
         precisions: bits, all different.
-        m: fuzzifier, above 1; towards 1 clusters become sharp.
+        m: fuzzifier, above 1; clusters become sharp as it approaches 1.
         seed: random seed of the starts; the best of 8 by the objective is kept.
-        margin: from 0, where nothing is near a boundary, to 1.
+        margin: boundary threshold, from 0 (nothing is near a boundary) to 1.
 
     Raises:
         InputError: an argument is out of range, or there are fewer different values than
@@ -197,14 +198,14 @@ def fuzzy_clusters(
 
 
 def _clustered(values: Floats, count: int, m: float, seed: int) -> tuple[Floats, Floats]:
-    """Return falling centres [C] and memberships [C,N] of the best start."""
+    """Return descending centres [C] and memberships [C,N] of the best start."""
     from skfuzzy.cluster import cmeans
 
     middle = values.mean()
-    # scikit-fuzzy's floors are absolute: cluster at spread 1.
+    # scikit-fuzzy's floors are absolute, so values are scaled to deviation 1 first.
     scale = values.std() or 1.0
     data = ((values - middle) / scale)[None]
-    # Starts are given, since with a seed scikit-fuzzy would set NumPy's global generator.
+    # Starts are passed in, since with a seed scikit-fuzzy would reset NumPy's global generator.
     generator = np.random.default_rng(seed)
     starts: list[tuple[float, Floats, Floats]] = []
     for _ in range(_STARTS):
@@ -233,14 +234,14 @@ def moqa_plan(
 
     OURS: experts of all layers are clustered together, on share × experts of the layer, which is
     1 for the average expert anywhere. All projections of an expert share its width. Units that
-    are no routed experts are kept as they are where `formats` has a kept precision, and get the
-    widest format where not.
+    are not routed experts stay unquantized if `formats` has a kept precision, else get the widest
+    format.
 
     Args:
-        evidences: one calibration pass a set, at least two.
-        formats: one grid of each precision, and a kept precision or none.
+        evidences: one calibration pass per set, at least two.
+        formats: one grid for each precision, and optionally a kept precision.
         precisions: bits of the clusters.
-        rule: which share counts, the mean over sets or the worst (largest).
+        rule: which share is used: the mean over sets, or the worst (largest).
         m: fuzzifier of the clustering.
         seed: random seed of the clustering.
         margin: threshold of the boundary rule.
@@ -282,9 +283,9 @@ def _texts(evidences: Sequence[Evidence]) -> list[str]:
 
 
 def rule(material: Material, progress: Progress | None = None) -> Rule:
-    """Return the rule; every choice of two to four widths and three fuzzifiers is a knob.
+    """Return the rule; its knob is a choice of two to four widths and one of three fuzzifiers.
 
-    Nothing else moves a plan's size.
+    Nothing else changes a plan's size.
     """
     bits = [item.bits for item in FORMATS]
     plans = []

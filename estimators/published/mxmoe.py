@@ -4,8 +4,8 @@
     ties       gate and up of an expert
     allocator  L^r T^(1−r) of each layer at the same average; r = 1 for weights alone
 
-The allocator is in `bitknap.allocation.published.mxmoe`. Not reproduced: the time T of their
-kernels, which r = 1 leaves out; quantized activations; errors of rotated weights.
+The allocator is in `bitknap.allocation.published.mxmoe`. Not reproduced: the time T of the authors'
+kernels, which r = 1 ignores; quantized activations; errors of rotated weights.
 
 Source: Duanmu et al., MxMoE, ICML 2025, arXiv 2505.05799, and its code (`layer_out_norm`).
 """

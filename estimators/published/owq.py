@@ -1,4 +1,4 @@
-"""OWQ: input columns that lose most, as a score of matrices; it makes no plans.
+"""OWQ: the input columns with the largest errors, as a score of matrices; it makes no plans.
 
     score  mean over the worst columns j of λ_j ‖ΔW_j‖² / rows, with λ_j = 2 E[a² x_j²]
 
@@ -28,12 +28,12 @@ _USUAL = Format(3, 128)
 class Owq:
     """Mean over the worst input columns of λ_j ‖ΔW_j‖² / rows, with λ_j = 2 E[a² x_j²].
 
-    OWQ keeps the columns with the largest λ_j ‖ΔW_j‖² in fp16 and scores no matrices. Taking the
-    mean of the worst ones as a matrix's score is ours.
+    OWQ keeps the columns with the largest λ_j ‖ΔW_j‖² in fp16 and scores no matrices. Taking
+    the mean of the worst ones as a matrix's score is Bitknap's choice.
 
     Attributes:
-        format: that rounds the weights.
-        share: of the columns that count as worst, 0 to 1; at least one column.
+        format: the format that rounds the weights.
+        share: share of columns that count as worst, 0 to 1; at least one column counts.
 
     Source: OWQ, arXiv 2306.02272.
     """

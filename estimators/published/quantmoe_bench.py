@@ -2,9 +2,9 @@
 
     score  the largest over input columns of max |w| / mean |w|
 
-Weights alone lose this meaning when they are rotated: compute it after a rotation.
+Rotating the weights changes this statistic: compute it after a rotation.
 
-Not reproduced: its recipes by hand, such as more bits for first layers and shared experts.
+Not reproduced: its hand-made recipes, such as more bits for first layers and shared experts.
 
 Source: Li et al., QuantMoE-Bench, arXiv 2406.08155, linear outlier score.
 """
