@@ -1,7 +1,7 @@
-"""Signals that are no paper's rule: constants, chance, and plain statistics of weights.
+"""Signals without a published rule: constants, random scores, and plain statistics of weights.
 
-Signals of weights alone lose their meaning on rotated weights: compute them after a rotation. Those
-of papers are in `bitknap.estimators.published`.
+Rotating the weights changes statistics of weights alone: compute them after a rotation. Published
+signals are in `bitknap.estimators.published`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from bitknap.estimators.signals.unit_statistics import by_matrix, positive
 
 @dataclass(frozen=True, slots=True)
 class Uniform:
-    """Score 1 everywhere: the data-free base as it is."""
+    """Score 1 for every unit: the data-free base unchanged."""
 
     name = "uniform"
     needs: frozenset[str] = frozenset()
@@ -33,7 +33,7 @@ class Uniform:
 
 @dataclass(frozen=True, slots=True)
 class RandomScore:
-    """Log-normal scores drawn for each unit: what a signal without information is worth.
+    """Random log-normal scores: the baseline of a signal without information.
 
     Attributes:
         seed: random seed of the scores.
@@ -52,8 +52,9 @@ class RandomScore:
 class Kurtosis:
     """Fourth central moment of a matrix's weights over the squared variance; 3 for Gaussian ones.
 
-    Source: the feature that ranked best in baa.ai's study of a 512-expert model; the definition
-    (Pearson's, over the whole matrix) is ours.
+    Source: the feature that ranked best in baa.ai's study of a 512-expert model; Pearson's
+        definition
+    over the whole matrix is Bitknap's choice.
     """
 
     name = "kurtosis"
@@ -76,9 +77,9 @@ _Statistic = Literal["mean", "spread", "peak"]
 
 @dataclass(frozen=True, slots=True)
 class RowVariance:
-    """A statistic of the variances of a matrix's rows, each of its own matrix.
+    """A statistic of the row variances of each unit's own matrix.
 
-    Our own features, for comparison with MaxVar: no paper proposes them as they are.
+    These are Bitknap's own features, for comparison with MaxVar; no paper proposes them.
 
     Attributes:
         statistic: "mean" of the row variances; "spread", their standard deviation over their
@@ -95,7 +96,7 @@ class RowVariance:
 
     @property
     def name(self) -> str:
-        """What the CLI calls it."""
+        """The name on the command line."""
         return f"row-variance-{self.statistic}"
 
     def score(self, evidence: Evidence) -> Floats:
@@ -108,6 +109,6 @@ class RowVariance:
         if self.statistic == "mean":
             return mean
         part = variance.std(1, correction=0) if self.statistic == "spread" else variance.amax(1)
-        # A matrix of zeros has rows that are all alike.
+        # The rows of a zero matrix are all equal.
         alike = 0.0 if self.statistic == "spread" else 1.0
         return torch.where(mean > 0, part / mean.clamp_min(1e-300), alike)

@@ -1,12 +1,12 @@
-"""Row blocks: any estimator's costs of matrices shared out over runs of their output rows.
+"""Row blocks: divides any estimator's matrix costs among runs of output rows.
 
 Errors of different rows add up for any diagonal curvature (methods.md#ladder), so a matrix's cost
-in a format is the sum of its blocks'. How much of it each block has is read off the second moments,
-as `SecondMoments` charges rows, or off plain squared errors where no text was read. Totals are the
-estimator's own, measured gains included.
+in a format is the sum of its blocks'. The shares of the blocks come from the second moments, as
+`SecondMoments` charges rows, or from plain squared errors if no text was read. Totals stay the
+estimator's, including measured gains.
 
 Blocks pay where rows differ more between blocks than within them. Sorting neurons does that for
-gate and up (`order`), whose rows are neurons; rows of down are outputs, in whatever order.
+gate and up (`order`), whose rows are neurons; rows of down are outputs, whose order is fixed.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ from bitknap.quantization.stacks.apply import stack_pieces
 from bitknap.quantization.stacks.row_blocks import block_units
 from bitknap.quantization.transforms.transformed_model import Sorting
 
-# What neurons are ordered by: their cost at a width where blocks part.
+# Neurons are ordered by their cost in this format, at which blocks differ.
 _ORDERED_AT = Format.parse("int2-g64-asym")
-# More blocks than anybody stores scales for; their numbers fit in a byte.
+# More blocks than is practical; block numbers still fit in a byte.
 MOST = 256
 
 
 def check(blocks: int, *, permute: bool = False) -> None:
-    """Refuse numbers of blocks that mean nothing.
+    """Refuse meaningless numbers of blocks.
 
     Raises:
-        InputError: not from 1 to 256, or neurons are to be sorted into one block.
+        InputError: `blocks` is not from 1 to 256, or neurons are to be sorted into one block.
     """
     if not 1 <= blocks <= MOST:
         raise InputError(f"row blocks: {blocks} is not from 1 to {MOST}; 4 is usual")
@@ -48,12 +48,13 @@ def check(blocks: int, *, permute: bool = False) -> None:
 
 
 def by_rows(table: CostTable, evidence: Evidence, blocks: int) -> CostTable:
-    """Return the table over blocks of rows; each matrix's costs add up to what they were.
+    """Return the table over blocks of rows; each matrix's total costs do not change.
 
     Args:
         table: table of whole matrices, in the order of the evidence.
         evidence: weights, and moments if a text was read.
-        blocks: of each matrix, of equal rows or one row apart; one of fewer rows has one a row.
+        blocks: number of blocks per matrix, equal to within one row; a matrix with fewer rows gets
+            one block per row.
 
     Raises:
         InputError: blocks is below 1, or the units are cut already.
@@ -72,7 +73,7 @@ def by_rows(table: CostTable, evidence: Evidence, blocks: int) -> CostTable:
         members = first[run][:, None] + np.arange(count)
         share[members[:, :, None], columns] = shares[:, :, None]
     keep = np.array([item.kind == "keep" for item in table.formats])
-    # Costs of a kept precision are 0 or forbidden; neither is shared out.
+    # Costs of a kept precision are 0 or forbidden; neither is divided.
     share[:, keep] = 1.0
     cost = np.where(np.isinf(table.cost[source]), np.inf, table.cost[source] * share)
     return CostTable.from_arrays(
@@ -87,7 +88,7 @@ def by_rows(table: CostTable, evidence: Evidence, blocks: int) -> CostTable:
 
 
 def sorting(evidence: Evidence, blocks: int) -> Sorting:
-    """Return the blocks of neurons: by falling cost of their rows of gate and up.
+    """Return the blocks of neurons, in descending cost of their rows of gate and up.
 
     Raises:
         InputError: blocks is not from 2 to 256.

@@ -1,8 +1,7 @@
 """Estimators of signals: costs in proportion to a score, and scores made comparable.
 
-`Scored` makes a cost table of one signal: the data-free base × (score / mean) to an exponent, so
-that all signals stand on the same distortion of the same formats and differ in what they say of
-units alone.
+`Scored` makes a cost table from one signal: the data-free base × (score / mean) to an exponent. So
+all signals use the same distortion of the same formats and differ only in how they rank units.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from bitknap.estimators.costs.weighed_errors import token_share
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.signals.signal import Signal
 
-# Relative spread of scores within a projection below which they say nothing.
+# Scores with less relative spread within a projection than this carry no information.
 _ALIKE = 1e-9
 
 
@@ -30,9 +29,9 @@ _ALIKE = 1e-9
 class Scored:
     """The data-free base × (score / mean score)^exponent: an estimator of any signal.
 
-    Only ranks: the table's unit is "score" until it is calibrated. A score that already holds
-    the weights' variance or a rounding error counts it twice here, which is the signal's own
-    affair; an exponent below 1 takes some of it back, and a negative one turns the ranking round.
+    Only ranks: the table's unit is "score" until it is calibrated. A score that already
+    contains the weights' variance or a rounding error counts it twice here; an exponent below 1
+    reduces that, and a negative one reverses the ranking.
 
     Attributes:
         signal: scores the units.
@@ -53,7 +52,7 @@ class Scored:
 
     @property
     def needs(self) -> frozenset[str]:
-        """What the signal needs."""
+        """Everything that the signal needs."""
         return self.signal.needs
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
@@ -103,8 +102,8 @@ class Standardised:
     """Scores made comparable between signals.
 
     Attributes:
-        values: log score, with mean 0 and standard deviation 1 within each projection, float64[U].
-        constant: projections whose scores are all alike; their values are all 0.
+        values: log scores with mean 0 and standard deviation 1 within each projection, float64[U].
+        constant: projections whose scores are all equal; their values are all 0.
     """
 
     values: Floats
@@ -116,7 +115,7 @@ def standardised(score: Floats, units: Units) -> Standardised:
 
     Args:
         score: above 0, float64[U].
-        units: say which projection each of them is.
+        units: the units, with their projections.
 
     Raises:
         InputError: another shape, or a score that is not a finite number above 0.
@@ -131,7 +130,7 @@ def standardised(score: Floats, units: Units) -> Standardised:
 
 
 def centred(values: Floats, group: np.ndarray) -> tuple[Floats, list[int]]:
-    """Return values with mean 0 and deviation 1 within each group, and the groups without spread.
+    """Return values with mean 0 and deviation 1 in each group, and the groups without spread.
 
     Args:
         values: float64[N].

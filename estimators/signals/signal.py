@@ -1,7 +1,7 @@
 """The protocol `Signal`, and how to write your own.
 
 A signal gives every unit (one matrix of one expert) one number that says how sensitive the unit
-is. It says nothing about formats, and its scale means nothing: it only ranks units.
+is. It does not depend on formats, and its scale has no meaning: it only ranks units.
 
     class LargestWeight:
         name = "largest-weight"
@@ -17,7 +17,7 @@ is. It says nothing about formats, and its scale means nothing: it only ranks un
 
 `Scored(LargestWeight())` is an estimator: its costs are the data-free costs times the score. Pass
 it to `bitknap.estimate(model, estimator=…)`, or let `Calibrated(base, signals=(LargestWeight(),))`
-measure how much of the score is true. Offer it to the command line, where it becomes
+fit how far the score is followed. Offer it to the command line, where it becomes
 `--estimator largest-weight`, with an entry point in your package's `pyproject.toml`; signals and
 estimators share one group, and the class is called without arguments:
 
@@ -43,6 +43,6 @@ class Signal(FromEvidence, Protocol):
         """Return a score above 0 for every unit, larger is more sensitive, float64[U].
 
         Args:
-            evidence: what was recorded; at least what `needs` names.
+            evidence: the recorded statistics; at least those that `needs` names.
         """
         ...

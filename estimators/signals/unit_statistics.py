@@ -1,8 +1,8 @@
-"""Statistics of units that signals are made of, one number a unit.
+"""Statistics from which signals are made, one number per unit.
 
-Every score is above 0: an expert without tokens is shrunk to its layer's mean as everywhere
-(`LayerEvidence.shrunk`), and a statistic that is 0, such as the variance of a matrix of zeros, is
-raised to `LEAST` of the mean.
+Every score is above 0: an expert without tokens is shrunk to its layer's mean
+(`LayerEvidence.shrunk`), and a statistic that is 0, such as the variance of a zero matrix, is
+raised to `LEAST` × the mean.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
 from bitknap.quantization.rounding.methods import round_trip
 from bitknap.quantization.stacks.apply import stacks
 
-# Share of the mean that a score of 0 becomes.
+# A score of 0 becomes this share of the mean.
 LEAST = 1e-6
-# Weights that a statistic takes up at a time, in float64: 32 MiB.
+# Number of weights that a statistic processes at a time, in float64: 32 MiB.
 _CHUNK = 1 << 22
 
 
 def positive(values: Floats) -> Floats:
-    """Return scores from 0 as scores above 0: at least LEAST of their mean; all 1 if all are 0."""
+    """Return scores raised to at least LEAST × their mean, so above 0; all 1 if all are 0."""
     mean = float(np.mean(values))
     return np.maximum(values, LEAST * mean) if mean > 0 else np.ones_like(values)
 
@@ -39,7 +39,7 @@ def by_matrix(evidence: Evidence, statistic: Callable[[Tensor], Tensor]) -> Floa
 
     Args:
         evidence: gives the units and their weights.
-        statistic: from weights [n, rows, cols], float64, to numbers [n].
+        statistic: maps weights [n, rows, cols], float64, to numbers [n].
     """
     score = np.zeros(len(evidence.units))
     for run in stacks(evidence.units):
@@ -55,9 +55,9 @@ def by_expert(
     """Return a statistic of each unit's expert, float64[U].
 
     Args:
-        evidence: with a calibration pass.
-        statistic: from what a layer saw to numbers [E].
-        other: the score of units that are no routed experts.
+        evidence: must hold a calibration pass.
+        statistic: maps a layer's evidence to numbers [E].
+        other: the score of units that are not routed experts.
 
     Raises:
         InputError: the evidence is of weights alone.
@@ -71,7 +71,7 @@ def by_expert(
 
 
 def seen(evidence: Evidence, run: np.ndarray) -> tuple[LayerEvidence, Tensor]:
-    """Return what the layer of a stack of routed units saw, and their experts, int64 [n].
+    """Return the evidence of a routed stack's layer, and the units' experts, int64 [n].
 
     Raises:
         InputError: the evidence is of weights alone.
@@ -83,7 +83,7 @@ def seen(evidence: Evidence, run: np.ndarray) -> tuple[LayerEvidence, Tensor]:
 
 
 def input_square(evidence: Evidence, run: np.ndarray) -> Tensor:
-    """Return the mean square of each input of a stack's units a token, float64 [n, cols].
+    """Return the mean square per token of each input of a stack's units, float64 [n, cols].
 
     Routed experts: Σ a² x² (down: Σ a² h²) over their tokens, per token of the text, shrunk.
 
@@ -105,7 +105,7 @@ def curvature(evidence: Evidence, run: np.ndarray) -> Tensor:
     """Return the mean squared gradient of each weight of a stack, shrunk, float64 [n, rows, cols].
 
     Raises:
-        InputError: it was not recorded, or a unit is not a routed expert's.
+        InputError: gradients were not recorded, or a unit is not a routed expert's.
     """
     if role_of(evidence.units, run) != "routed":
         label = evidence.units.label(int(run[0]))
@@ -117,10 +117,10 @@ def curvature(evidence: Evidence, run: np.ndarray) -> Tensor:
 
 
 def rounding_error(weights: Tensor, format: Format) -> Tensor:
-    """Return what storing `weights` [n, rows, cols] in a format adds to them, float64.
+    """Return the rounding error of `weights` [n, rows, cols] in a format, float64.
 
     Raises:
-        InputError: the format is no grid, so it adds nothing.
+        InputError: the format is not a grid, so it rounds nothing.
     """
     if format.kind != "grid":
         raise InputError(f"format: {format} rounds nothing; give a grid, such as int3-g128-asym")
@@ -128,7 +128,7 @@ def rounding_error(weights: Tensor, format: Format) -> Tensor:
 
 
 def routed(units: Units) -> np.ndarray:
-    """Return which units are routed experts', bool[U]."""
+    """Return which units belong to routed experts, bool[U]."""
     mask: np.ndarray = units.role == ROLES.index("routed")
     return mask
 
@@ -138,7 +138,7 @@ def by_stack(evidence: Evidence, statistic: Callable[[np.ndarray], Tensor]) -> F
 
     Args:
         evidence: gives the units.
-        statistic: from a stack's units to numbers [n].
+        statistic: maps a stack's units to numbers [n].
     """
     score = np.zeros(len(evidence.units))
     for run in stacks(evidence.units):

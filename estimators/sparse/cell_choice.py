@@ -2,7 +2,7 @@
 
 Three ways to pick anchors: by depth, middle layers densest, as published (FRI-MxMoE;
 methods.md#fri-mxmoe); at random; and where the predictor is least sure. `grow` adds them until the
-ranking of cells that it never learns from stops getting better.
+ranking of held-out cells stops improving.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from bitknap.estimators.sparse.cell_features import Antecedents, Predictor
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.progress import Progress
 
-# From a unit and the column of a format to the loss in nats per token.
+# Maps a unit and the column of a format to the loss in nats per token.
 Measure = Callable[[int, int], float]
 
-# Held-out rank correlation that two more rounds must add, or growing stops; ours.
+# Growing stops unless two rounds add this much held-out rank correlation; Bitknap's choice.
 _GAIN = 0.005
-# Cells that are measured to judge by, as a share of the budget, and the least useful number.
+# Held-out cells, as a share of the budget, and their smallest useful number.
 _HELD_OUT, _FEWEST = 0.1, 10
 
 
@@ -43,20 +43,20 @@ class Anchors(Protocol):
         Args:
             units: U units.
             free: which cells may be measured, bool[U,F].
-            spread: spread of the present prediction, float64[U,F]; None before the first.
-            count: how many.
-            seed: the random seed.
+            spread: spread of the current prediction, float64[U,F]; None before the first one.
+            count: maximum number of cells.
+            seed: random seed.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class ByDepth:
-    """Whole experts, a share of each third of the depth; all their projections and formats.
+    """Picks whole experts, a share of each third of the depth, in all projections and formats.
 
     The published rule takes about every second expert of middle layers and every fourth of
-    shallow ones; "sparser" for deep ones is every sixth here, ours. With another count than the
-    shares make, layers keep these proportions.
+    shallow ones; "sparser" for deep ones is taken as every sixth here. If the count
+    differs from the sum of the shares, layers keep these proportions.
 
     Attributes:
         shares: shares of shallow, middle and deep layers' experts.
@@ -71,14 +71,14 @@ class ByDepth:
     def pick(
         self, units: Units, free: Bools, spread: Floats | None, count: int, seed: int
     ) -> Longs:
-        """Return cells of the next experts; every prefix of experts has the proportions."""
+        """Return cells of the next experts; any number of first experts has these proportions."""
         expert = numbered(units.layer, units.role, units.expert, units.block)
         layer_of = units.layer[np.unique(expert, return_index=True)[1]]
         generator = np.random.default_rng(seed)
         place = np.empty(len(layer_of))
         for layer in np.unique(layer_of):
             members = np.flatnonzero(layer_of == layer)
-            # The start is drawn within the first step, so that layers take turns.
+            # A random offset within the first step makes layers take turns.
             place[members] = generator.permutation(len(members)) + generator.random()
         place /= np.asarray(self.shares)[_third(layer_of)]
         rank = np.empty(len(place), dtype=np.int64)
@@ -91,12 +91,12 @@ class ByDepth:
 
 @dataclass(frozen=True, slots=True)
 class AtRandom:
-    """Cells drawn alike."""
+    """Picks cells uniformly at random."""
 
     def pick(
         self, units: Units, free: Bools, spread: Floats | None, count: int, seed: int
     ) -> Longs:
-        """Return free cells in a drawn order."""
+        """Return free cells in random order."""
         cells = np.flatnonzero(free)
         drawn: Longs = np.random.default_rng(seed).permutation(cells)[:count]
         return drawn
@@ -104,15 +104,15 @@ class AtRandom:
 
 @dataclass(frozen=True, slots=True)
 class LeastSure:
-    """The cell of largest spread of each unit, the least sure units first; by depth to begin.
+    """Picks each unit's cell of largest spread, least certain units first; starts by depth.
 
-    One cell a unit and round: its neighbours in the table are as unsure, and learn from it.
+    A round takes one cell per unit: its neighbours in the table are as uncertain and learn from it.
     """
 
     def pick(
         self, units: Units, free: Bools, spread: Floats | None, count: int, seed: int
     ) -> Longs:
-        """Return the least sure cells; ties in a drawn order."""
+        """Return the least certain cells; ties in random order."""
         if spread is None:
             return ByDepth().pick(units, free, None, count, seed)
         masked = np.where(free, spread, -np.inf)
@@ -127,13 +127,13 @@ class LeastSure:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class CellSpace:
-    """The cells of a model that may be measured: its units in some formats.
+    """The cells of a model that can be measured: its units in some formats.
 
     Attributes:
         units: U units.
         formats: F formats; kept precisions cost nothing and are not measured.
         antecedents: antecedents of every cell.
-        provenance: provenance of samples that are taken here.
+        provenance: provenance of the samples.
         measurable: which units to measure, bool[U]; all when not given. An expert that no token
             reaches changes nothing, so measuring it says nothing.
     """
@@ -166,14 +166,14 @@ class CellSpace:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Growth:
-    """How many cells to measure, and which.
+    """The number of cells to measure, and the way to pick them.
 
     Attributes:
-        start: measurements before the first prediction, beside the held-out ones.
-        step: measurements a round.
-        stop: most measurements, held-out ones included.
-        anchors: picks cells; at random if not given, since as many cells of separable tables rank
-            better when they are not whole experts.
+        start: measurements before the first prediction, not counting held-out ones.
+        step: measurements per round.
+        stop: maximum number of measurements, including held-out ones.
+        anchors: picks cells; at random if not given, since in separable tables single cells rank
+            better than the same number of cells of whole experts.
         seed: random seed.
     """
 
@@ -190,13 +190,13 @@ class Growth:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Grown:
-    """What growing gave.
+    """The result of `grow`.
 
     Attributes:
-        samples: all that was measured, held-out cells too.
+        samples: all measurements, including held-out cells.
         held_out: the cells that no round learned from, unit × F + format, int64.
-        spearman: rank correlation of prediction and measurement on them after every round.
-        saturated: growing stopped by itself, not for want of budget or cells.
+        spearman: rank correlation of prediction and measurement on held-out cells after each round.
+        saturated: whether growing stopped by saturation, not because budget or cells ran out.
     """
 
     samples: LossSamples
@@ -206,7 +206,7 @@ class Grown:
 
     @property
     def measurements(self) -> int:
-        """Calls of `measure`."""
+        """Number of calls of `measure`."""
         return len(self.samples)
 
 
@@ -220,18 +220,18 @@ def grow(
 ) -> Grown:
     """Measure cells until the held-out rank correlation saturates or the budget is used.
 
-    It has saturated when two rounds together added less than 0.005. A tenth of the budget, at
-    least 10 cells, is drawn at random and measured first to judge by.
+    The correlation saturates when two rounds together add less than 0.005. A tenth of the budget,
+    at least 10 cells, is drawn at random and measured first as the held-out cells.
 
     Args:
-        measure: from unit and column to nats per token.
+        measure: maps unit and column to nats per token.
         space: the cells.
-        predictor: learns from what is measured.
-        growth: how many cells to measure, and which.
+        predictor: learns from the measurements.
+        growth: number of cells to measure, and the way to pick them.
         progress: called with (what, done, of).
 
     Raises:
-        InputError: the budget does not reach beyond the held-out cells and the start.
+        InputError: the budget is too small for the held-out cells and the start.
     """
     free = space.free()
     budget = min(growth.stop, int(free.sum()))
@@ -269,7 +269,7 @@ def grow(
 
 
 def _judged(growth: Growth, budget: int) -> int:
-    """Return how many cells are measured to judge by, after checking that a start is left."""
+    """Return the number of held-out cells, after checking that enough are left for the start."""
     judged = max(_FEWEST, round(_HELD_OUT * budget))
     if judged + growth.start > budget:
         raise InputError(

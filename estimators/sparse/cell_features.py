@@ -1,4 +1,4 @@
-"""What predictors read of a cell without measuring it, and what every predictor does."""
+"""Features of cells that are known without measuring, and the protocol of predictors."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from bitknap.allocation.problem.arrays import Bools, Floats, frozen
 from bitknap.errors import InputError
 from bitknap.estimators.sparse.measured_cells import LossSamples
 
-# Deviations of logarithms beyond this say nothing more.
+# Deviations of logarithms are capped at this value.
 _WIDEST = 5.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Antecedents:
-    """What is known without measuring of every unit in every format.
+    """Features of every unit in every format that are known without measuring.
 
     Attributes:
         names: D distinct names.
         values: float64[U,F,D], larger = more loss; categories as whole numbers.
         discrete: names of the categories.
-        free: names whose direction is not known beforehand and is learned from the samples.
+        free: names whose direction is not known in advance and is learned from the samples.
     """
 
     names: tuple[str, ...]
@@ -50,7 +50,7 @@ class Antecedents:
         """Return the antecedents of the samples, float64[N,D].
 
         Raises:
-            InputError: they are of other units or formats.
+            InputError: the samples have other units or formats.
         """
         ours, theirs = self.values.shape[:2], (len(samples.units), len(samples.formats))
         if ours != theirs:
@@ -64,7 +64,7 @@ class Antecedents:
 
 
 class Fitted(Protocol):
-    """What a predictor has learned."""
+    """A fitted predictor."""
 
     def logs(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
         """Return mean and standard deviation of the learned logarithm, float64[U,F] each."""
@@ -81,11 +81,11 @@ class Predictor(Protocol):
     def fit(
         self, samples: LossSamples, antecedents: Antecedents, target: Floats | None = None
     ) -> Fitted:
-        """Learn log losses, or `target` float64[N] in their place."""
+        """Learn log losses, or `target` float64[N] instead."""
         ...
 
 
 def nats(mean: Floats, deviation: Floats) -> tuple[Floats, Floats]:
-    """Return the loss of a mean logarithm, and what one deviation more would add to it."""
+    """Return the loss at a mean logarithm, and its increase when one deviation is added."""
     loss: Floats = np.exp(mean)
     return loss, loss * np.expm1(np.minimum(deviation, _WIDEST))

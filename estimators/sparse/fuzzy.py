@@ -1,7 +1,8 @@
-"""Costs from sparse samples: a few cells measured, the others read off what is known of them.
+"""Costs from sparse samples: a few cells are measured, the others predicted from their features.
 
 The antecedents follow FRI-MxMoE (ACL 2026, 2026.acl-long.982): width, activation statistics,
-scale, shape, projection and place. They are logarithms, turned so that larger means more loss.
+scale, shape, projection and place. They are logarithms, with signs such that larger means more
+loss.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
 from bitknap.estimators.sparse.shrunk_predictor import Shrunk
 from bitknap.quantization.stacks.apply import stacks
 
-# Values below this are taken for this before their logarithm.
+# Smaller values are raised to this before taking the logarithm.
 _LEAST = 1e-12
 _NAMES = (
     "distortion",
@@ -51,16 +52,16 @@ _NAMES = (
 
 @dataclass(frozen=True, slots=True)
 class Fuzzy:
-    """Rules from measured samples over another estimator, interpolated to every unit and format.
+    """Rules from measured samples that correct another estimator in every unit and format.
 
-    Rules speak of the ratio of the measured loss to the base's cost, so of what it gets wrong,
-    and are followed as far as they predict units left out (`shrunk`; ours: with the published
-    plain losses and no base, plans lose several times the KL of dense profiling).
+    Rules predict the ratio of the measured loss to the base's cost, that is, the base's error. They
+    are followed as far as they predict left-out units (`shrunk`; Bitknap's addition: with the
+    published plain losses and no base, plans lose several times the KL of dense profiling).
 
     Attributes:
         samples: measured on this model with this quantizer.
-        predictor: learns from them; fuzzy rules by scale and move, or any other to compare.
-        base: whose costs are corrected; None interpolates the loss itself, as published.
+        predictor: learns from the samples; scale-and-move fuzzy rules, or another for comparison.
+        base: the estimator to correct; None interpolates the loss itself, as published.
         shrink: follow the predictor as far as cross-validation supports; with a base only.
     """
 
@@ -76,14 +77,14 @@ class Fuzzy:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Moments, and what the base needs."""
+        """Moments, and everything that the base needs."""
         return frozenset({"moments"}) | (self.base.needs if self.base else frozenset())
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
         """Return the costs of every unit in every format with their spread, nats per token.
 
         Raises:
-            MismatchError: the samples are of another model, quantizer, or other formats.
+            MismatchError: the samples belong to another model, quantizer or set of formats.
         """
         samples = self.samples
         origin = {"method": evidence.rounding.name, **evidence.provenance}
@@ -129,11 +130,11 @@ class Fuzzy:
 def features(evidence: Evidence, formats: Sequence[Format]) -> Antecedents:
     """Return the antecedents of every unit in every format.
 
-    distortion: of the format's grid on Gaussian weights. activation: second moment of the
-    projection's input, a routed token, weighted by a². routing: share of tokens, shrunk. scale:
+    distortion: that of the format's grid on Gaussian weights. activation: second moment of the
+    projection's input per routed token, weighted by a². routing: share of tokens, shrunk. scale:
     root mean square of the weights. gain: the layer's nats per squared output error. rows, cols:
-    sizes. All are log2. depth: layer over layers, of no known direction; projection: a category
-    of role and name.
+    sizes. All are log2. depth: layer number over number of layers, without a known
+    direction; projection: a category for role and name.
     """
     units = evidence.units
     values = np.zeros((len(units), len(formats), len(_NAMES)))
@@ -165,7 +166,7 @@ def features(evidence: Evidence, formats: Sequence[Format]) -> Antecedents:
 
 
 def unit_losses(evidence: Evidence, formats: Sequence[Format]) -> Callable[[int, int], float]:
-    """Return what measures one unit in one format, nats per token, for `anchors.grow`.
+    """Return a function that measures one unit in one format, nats per token, for `grow`.
 
     Raises:
         InputError: the evidence has no live model to measure.

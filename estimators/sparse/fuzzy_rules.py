@@ -1,10 +1,10 @@
-"""Fuzzy rules from sparse samples: each measured cell is one rule, the rest is interpolated.
+"""Fuzzy rules from sparse samples: each measured cell is a rule, other cells are interpolated.
 
-Two inferences. "idw" is the published one of FRI-MxMoE (ACL 2026, 2026.acl-long.982): the nearest
+There are two inferences. "idw" is that of FRI-MxMoE (ACL 2026, 2026.acl-long.982): the nearest
 rules by inverse distance, crisp consequents, never beyond the measured range
 (methods.md#fri-mxmoe). "tfri" is the scale-and-move interpolation of Huang and Shen on log losses
 (methods.md#fuzzy-rules), which extrapolates and whose support is an uncertainty. Neighbours, eps,
-widths and the scale of an antecedent are not given in the paper and are ours.
+widths and the scale of an antecedent are not given in the paper and are Bitknap's choices.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from bitknap.estimators.sparse.fuzzy_sets import deviation, representative, scal
 from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
 from bitknap.estimators.sparse.scaled_features import Frame, equal, learned, standardised
 
-# Ours: keeps a rule that is hit exactly from dividing by zero (the paper's eps has no value).
+# Avoids division by zero at a rule's own place (Bitknap's choice; the paper gives no value for
+# eps).
 _EPS = 1e-6
-# Half the support of a rule's antecedent sets, as a share of the antecedent's range; ours.
+# Half the support of a rule's antecedent sets, as a share of the antecedent's range.
 _WIDTH = 0.1
 _CHUNK = 1 << 14
 
@@ -36,10 +37,10 @@ class FuzzyRules:
 
     Attributes:
         kind: "tfri", or "idw" as published.
-        neighbours: rules that answer together.
-        weighted: for "tfri": antecedents count by slopes fitted to the samples, and categories
-            become antecedents of their own fitted effect, so that gate, up and down share rules.
-            Otherwise every antecedent counts alike, as in Huang and Shen, and categories only
+        neighbours: number of rules that are combined.
+        weighted: for "tfri" only: weight antecedents by slopes fitted to the samples, and make
+            categories antecedents with a fitted effect, so that gate, up and down share rules.
+            Otherwise all antecedents have equal weight, as in Huang and Shen, and categories only
             count in distances.
     """
 
@@ -55,13 +56,13 @@ class FuzzyRules:
     def fit(
         self, samples: LossSamples, antecedents: Antecedents, target: Floats | None = None
     ) -> Fitted:
-        """Take one rule from every sample.
+        """Make one rule from every sample.
 
         Args:
             samples: measured losses.
             antecedents: antecedents of the same units and formats.
-            target: float64[N], learned in place of the loss, and on its scale: residual
-                logarithms. Without it "tfri" learns log losses and "idw" losses.
+            target: residual logarithms to learn instead of the loss, float64[N]. Without them
+                "tfri" learns log losses and "idw" losses.
         """
         points = antecedents.of(samples)
         if self.kind == "idw":
@@ -88,8 +89,8 @@ def _nearest(
     Args:
         rules: scaled coordinates, [N,C].
         queries: scaled coordinates, [Q,C].
-        count: how many rules; at most N.
-        own: the queries are the rules, and none answers for one of its own group, int64[N].
+        count: number of rules, at most N.
+        own: groups, int64[N], if the queries are the rules: no rule answers for its own group.
     """
     from scipy.spatial import cKDTree
 
@@ -111,7 +112,7 @@ def _nearest(
 
 
 def _inverse(distance: Floats, axis: int) -> Floats:
-    """Return weights 1 / distance that sum to 1; rules at no distance share them alone."""
+    """Return weights 1 / distance that sum to 1; rules at distance 0 get all the weight."""
     hit = distance <= 0
     weight = np.where(hit.any(axis=axis, keepdims=True), hit, 1 / np.where(hit, 1, distance))
     shares: Floats = weight / weight.sum(axis=axis, keepdims=True)
@@ -157,13 +158,13 @@ class _Nearest:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class _ScaleAndMove:
-    """T-FRI: rules as triangular sets, an observation the wider the further it is from them.
+    """T-FRI: rules as triangular sets; an observation is wider the further it is from them.
 
     Attributes:
-        frame: turns antecedents into coordinates.
+        frame: maps antecedents to coordinates.
         points: coordinates of the rules, [N,C+S].
         consequents: sets of the learned value, [N,3].
-        neighbours: rules that answer together.
+        neighbours: number of rules that are combined.
     """
 
     frame: Frame
@@ -175,10 +176,10 @@ class _ScaleAndMove:
     def of(
         cls, frame: Frame, points: Floats, values: Floats, samples: LossSamples, neighbours: int
     ) -> _ScaleAndMove:
-        """Build rules whose consequents are as wide as the rules fail to predict each other.
+        """Build rules whose consequents are as wide as their errors in predicting each other.
 
-        A set's deviation is that of its measurement and the root mean square of what the nearest
-        rules of other units say less what the rule says itself.
+        A set's deviation combines the error of its measurement with the root mean square difference
+        between the prediction of the nearest rules of other units and the rule's own value.
         """
         place = frame.place(points)
         crisp = cls(
@@ -189,7 +190,7 @@ class _ScaleAndMove:
         if own.any():
             left_out = representative(crisp.sets(place, own)) - values
             rough = float(np.mean(left_out**2))
-        # A symmetric triangle of half-width h deviates by h / sqrt(6).
+        # A symmetric triangle of half-width h has standard deviation h / sqrt(6).
         half = np.sqrt(6 * (rough + samples.log_errors**2))
         return cls(
             frame=frame, points=place, consequents=triangle(values, half), neighbours=neighbours
@@ -199,8 +200,8 @@ class _ScaleAndMove:
         """Return the consequent at coordinates [Q,C+S], sets [Q,3].
 
         Args:
-            place: where to answer.
-            own: the places are the rules', and none answers for one of its own group, int64[N].
+            place: coordinates at which to predict.
+            own: groups, int64[N], if the places are the rules': no rule answers for its own group.
         """
         frame, inner = self.frame, self.frame.inner
         others = len(self.points) - (0 if own is None else int(np.bincount(own).max()))

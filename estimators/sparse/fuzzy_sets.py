@@ -1,9 +1,8 @@
 """Triangular fuzzy sets, and the scale-and-move transformation between them.
 
 A set is its three corners (a0, a1, a2), the last axis of an array. The transformation is that of
-Huang and Shen (T-FRI; methods.md#fuzzy-rules). Scaling and moving leave the representative value of
-a set where it is, so they never change a prediction: they shape its support, which is read as
-uncertainty.
+Huang and Shen (T-FRI; methods.md#fuzzy-rules). Scaling and moving keep a set's representative
+value, so they never change a prediction; they change its support, which is read as uncertainty.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from bitknap.allocation.problem.arrays import Floats
 
 
 def triangle(centre: Floats, half: Floats | float) -> Floats:
-    """Return symmetric sets around `centre`, one axis more than it."""
+    """Return symmetric sets around `centre`, with one more axis than `centre`."""
     sets: Floats = np.stack(np.broadcast_arrays(centre - half, centre, centre + half), axis=-1)
     return sets
 
@@ -41,7 +40,7 @@ def scaled(sets: Floats, ratio: Floats) -> Floats:
 
 
 def moved(sets: Floats, ratio: Floats) -> Floats:
-    """Return sets with both ends shifted one way and the middle twice as far the other way.
+    """Return sets with both ends shifted one way and the middle shifted back by twice as much.
 
     A ratio from -1 to 1 keeps the corners in order; 0 changes nothing.
     """
@@ -52,7 +51,7 @@ def moved(sets: Floats, ratio: Floats) -> Floats:
 
 
 def scale_ratio(sets: Floats, target: Floats) -> Floats:
-    """Return how much wider `target` is; 1 where a set has no width."""
+    """Return the ratio of the width of `target` to that of `sets`; 1 where a set has no width."""
     ours, theirs = sets[..., 2] - sets[..., 0], target[..., 2] - target[..., 0]
     return _over(theirs, ours, 1.0)
 
@@ -80,8 +79,8 @@ def scale_and_move(
     Args:
         antecedents: antecedents of each observation's rules, [Q,n,D,3].
         consequents: consequents of each observation's rules, [Q,n,3].
-        observed: [Q,D,3].
-        weights: weights of the rules, for each antecedent; sum 1 over n; [Q,n,D].
+        observed: the observations, [Q,D,3].
+        weights: weights of the rules for each antecedent, sum 1 over n, [Q,n,D].
         slopes: how far a shift of 1 in an antecedent shifts the consequent, [D].
         importance: weight of each antecedent in the consequent's scale and move, sum 1, [D].
     """
@@ -110,7 +109,7 @@ def defuzzified(corners: Floats, method: str = "centroid") -> float:
     Prediction uses `representative`, which is the centroid in closed form for millions of sets.
 
     Args:
-        corners: in order, of some width.
+        corners: corners in ascending order, not all equal.
         method: "centroid", "bisector", "mom", "som" or "lom".
     """
     from skfuzzy import defuzz

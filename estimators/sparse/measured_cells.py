@@ -1,7 +1,7 @@
-"""Measured losses of a few units in a few formats: what sparse predictors learn from.
+"""Measured losses of a few units in a few formats, from which sparse predictors learn.
 
-A sample is one cell of the cost table that was measured: the loss of the model with one unit in
-one format and all else untouched. Samples of another model, quantizer or set of formats are
+A sample is one cell of the cost table that was measured: the loss of the model with one unit in one
+format and everything else unchanged. Samples of another model, quantizer or set of formats are
 refused, since their losses mean something else.
 """
 
@@ -29,7 +29,7 @@ _DTYPES: dict[str, npt.DTypeLike] = {
     "error": np.float64,
     **{f"units.{name}": dtype for name, dtype in COLUMNS.items()},
 }
-# What every set of samples must say of its origin, and what must agree before two are joined.
+# Provenance that every set of samples must have, and that must agree when two are joined.
 _ORIGIN = ("model", "method", "text", "tokens", "seed")
 _JOINED = ("model", "method", "text")
 # Losses below this, in nats a token, are rounding noise of float32 logits.
@@ -38,7 +38,7 @@ FLOOR = 1e-9
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class LossSamples:
-    """Measured cells of one model's cost table, sorted by unit and format, each once.
+    """Measured cells of one model's cost table, unique and sorted by unit and format.
 
     Cells that are given more than once are merged: the mean of their losses, with the standard
     error of that mean.
@@ -51,7 +51,7 @@ class LossSamples:
         loss: measured increase of loss, float64[N], nats per token; noise may make it negative.
         error: standard error of `loss`, float64[N], or None.
         provenance: JSON values; "model" (fingerprint), "method" (quantizer), "text" (hash),
-            "tokens" and "seed" are there.
+            "tokens" and "seed" are required.
     """
 
     units: Units
@@ -94,7 +94,7 @@ class LossSamples:
 
     @property
     def logs(self) -> Floats:
-        """Logarithm of the losses, none below FLOOR; float64[N]."""
+        """Logarithm of the losses, which are raised to FLOOR first; float64[N]."""
         logarithms: Floats = np.log(np.maximum(self.loss, FLOOR))
         return logarithms
 
@@ -112,7 +112,7 @@ class LossSamples:
         return np.bincount(self.unit, minlength=len(self.units)) > 0
 
     def pick(self, which: npt.NDArray[Any]) -> LossSamples:
-        """Return some of the samples, by index or by truth value."""
+        """Return some of the samples, by index or by boolean mask."""
         return replace(
             self,
             unit=self.unit[which],
@@ -122,12 +122,12 @@ class LossSamples:
         )
 
     def check(self, units: Units, formats: Sequence[Format], provenance: Mapping[str, Any]) -> None:
-        """Raise MismatchError unless the samples speak of these units and formats.
+        """Raise MismatchError unless the samples are about these units and formats.
 
         Args:
-            units: the model's.
+            units: the model's units.
             formats: must be among the samples' formats; a kept precision need not be.
-            provenance: its "model" and "method", where there, must be the samples'.
+            provenance: its "model" and "method", if present, must equal the samples'.
         """
         for key in ("model", "method"):
             ours, theirs = self.provenance[key], provenance.get(key)
@@ -150,10 +150,10 @@ class LossSamples:
     def join(self, other: LossSamples) -> LossSamples:
         """Return both together; cells that both have are merged.
 
-        Provenance is kept where the two agree, and from the first where they may differ.
+        The provenance is the first's; entries that must agree are checked.
 
         Raises:
-            MismatchError: another model, quantizer, text, or other formats or units.
+            MismatchError: the samples differ in model, quantizer, text, formats or units.
         """
         for key in _JOINED:
             ours, theirs = self.provenance[key], other.provenance[key]
@@ -178,7 +178,7 @@ class LossSamples:
         )
 
     def save(self, path: str | Path) -> None:
-        """Write the samples as `.safetensors`, whole or not at all; equal ones give equal bytes."""
+        """Write a `.safetensors` file, whole or not at all; equal samples give equal bytes."""
         header = {
             "format": KIND,
             "version": VERSION,

@@ -21,10 +21,10 @@ from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.predictors import Residual
 from bitknap.progress import Progress
 
-# Dense measurements for each that is taken when nobody says how many: the paper's best (FRI-MxMoE
+# By default one in this many dense measurements is taken, close to the paper's best (FRI-MxMoE
 # reports 15.7 times less time).
 SPARSITY = 15
-# Fewest measurements: 10 to judge by and 10 to learn from.
+# Minimum number of measurements: 10 held out and 10 to learn from.
 FEWEST = 20
 
 
@@ -32,14 +32,14 @@ FEWEST = 20
 class Sampled:
     """Fuzzy rules from samples in a file, which are measured first if there is no such file.
 
-    Half of the budget is measured by depth, then the least sure cells a few at a time, until the
+    Half of the budget is measured by depth, then the least certain cells a few at a time, until the
     ranking of held-out cells saturates (`bitknap.estimators.sparse.cell_choice.grow`).
 
     Attributes:
-        file: the samples, .safetensors; measured samples are kept nowhere when not given.
-        measurements: at most so many cells are measured, at least 20; one in fifteen, or 20, when
-            not given. Not used with samples that are there.
-        base: rules speak of what it gets wrong; None for none. See `Fuzzy`.
+        file: the samples, .safetensors; measured samples are not saved when not given.
+        measurements: maximum number of cells to measure, at least 20; one in fifteen, or 20, when
+            not given. Ignored if the file exists.
+        base: the estimator that the rules correct, or None. See `Fuzzy`.
         progress: called with (what, done, of).
     """
 
@@ -62,7 +62,7 @@ class Sampled:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Moments, the live model if there is something to measure, and what the base needs."""
+        """Moments, everything that the base needs, and the live model if cells must be measured."""
         known = self.file is not None and self.file.exists()
         own = {"moments"} if known else {"moments", "replay"}
         return frozenset(own) | (self.base.needs if self.base else frozenset())
@@ -71,9 +71,9 @@ class Sampled:
         """Return the costs of every unit in every format with their spread, nats per token.
 
         Raises:
-            MismatchError: the samples are of another model, quantizer, or other formats.
+            MismatchError: the samples belong to another model, quantizer or set of formats.
             FileError: the file cannot be read.
-            InputError: there is nothing to measure on, or too few cells to measure.
+            InputError: there is no live model, or there are too few cells to measure.
         """
         if self.file is not None and self.file.exists():
             samples = _known(self.file, evidence, formats)
@@ -84,7 +84,7 @@ class Sampled:
         return Fuzzy(samples, base=self.base).estimate(evidence, formats)
 
     def _measured(self, evidence: Evidence, formats: Sequence[Format]) -> LossSamples:
-        """Return cells measured on the live model, picked where rules are least sure."""
+        """Measure cells on the live model, picked where rules are least certain."""
         # An expert that no token reaches changes nothing.
         reached = token_share(evidence) > 0
         cells = int(reached.sum()) * sum(f.kind != "keep" for f in formats)
@@ -122,7 +122,7 @@ class Sampled:
 
 
 def _known(file: Path, evidence: Evidence, formats: Sequence[Format]) -> LossSamples:
-    """Return the samples of a file, if they are of this model, quantizer and formats."""
+    """Return the samples of a file after checking their model, quantizer and formats."""
     samples = LossSamples.load(file)
     try:
         origin = {"method": evidence.rounding.name, **evidence.provenance}

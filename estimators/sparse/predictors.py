@@ -1,6 +1,6 @@
-"""Cheaper ways to fill a table from samples, which fuzzy rules have to beat.
+"""Simpler ways to fill a table from samples, which fuzzy rules have to beat.
 
-The log-linear model log c = layer × format + unit leaves 3 to 6 % on the published Mixtral table
+The log-linear model log c = layer × format + unit has 3 to 6 % error on the published Mixtral table
 (methods.md#log-linear), so it is the baseline. `Residual` puts any other predictor on top of it.
 The published inverse distance is `FuzzyRules(kind="idw")`.
 """
@@ -30,11 +30,11 @@ _FOLDS = 5
 class LogLinear:
     """Ridge on log loss = layer × format + projection × format + unit.
 
-    Penalties are ratios of variances, noise over effect: 0.1 lets an effect of a deviation about
-    three times the noise's through. Layers walk: the step from each to the next is shrunk, so
-    one without samples lies between its neighbours. With fewer samples than effects the ridge
-    still has one answer: other effects without samples are 0, so a unit without any gets its
-    layer's and its projection's curve.
+    Penalties are ratios of variances, noise over effect: 0.1 fits effects whose deviation
+    is about three times the noise's. Layers form a random walk: the step from each to the next is
+    shrunk, so a layer without samples lies between its neighbours. With fewer samples than
+    effects the ridge still has a unique solution: other effects without samples are 0, so a unit
+    without samples gets the curves of its layer and projection.
 
     Attributes:
         main: penalty of formats, layers and projections.
@@ -54,12 +54,12 @@ class LogLinear:
     def fit(
         self, samples: LossSamples, antecedents: Antecedents, target: Floats | None = None
     ) -> FittedLogLinear:
-        """Fit the effects; the antecedents are not read.
+        """Fit the effects; the antecedents are not used.
 
         Args:
             samples: measured losses.
             antecedents: antecedents of the same units and formats.
-            target: float64[N], learned in place of log losses.
+            target: values to learn instead of log losses, float64[N].
         """
         antecedents.of(samples)
         values = samples.logs if target is None else target
@@ -112,11 +112,11 @@ class FittedLogLinear:
     """Effects of a `LogLinear`.
 
     Attributes:
-        samples: what it was fitted on.
-        coefficients: mean and the blocks of effects.
-        deviations: of the logarithm, left out: in cells of units with samples, of other units of
-            layers with samples, and of other layers.
-        note: says so when there are fewer samples than effects, else empty.
+        samples: the samples that were fitted.
+        coefficients: the mean, and the blocks of effects.
+        deviations: cross-validated deviation of the logarithm for units with samples, for other
+            units of layers with samples, and for other layers.
+        note: a warning if there are fewer samples than effects, else empty.
     """
 
     samples: LossSamples
@@ -142,7 +142,7 @@ class FittedLogLinear:
         return mean, np.broadcast_to(self.deviations[self.distance()][:, None], mean.shape)
 
     def distance(self) -> Longs:
-        """Return 0 for units with samples, 1 for others of layers with samples, 2 for the rest."""
+        """Return 0 for units with samples, 1 for others in layers with samples, 2 for the rest."""
         seen, layer = self.samples.seen, self.samples.units.layer
         return np.where(seen, 0, np.where(np.isin(layer, layer[seen]), 1, 2))
 
@@ -153,14 +153,14 @@ class FittedLogLinear:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Residual:
-    """The log-linear curve of each layer and projection, and a predictor for what it leaves.
+    """The log-linear curve of each layer and projection, and a predictor of its residuals.
 
-    Units with samples take the effect that was fitted to them; the others take the inner
-    predictor's, which reads it off their antecedents.
+    Units with samples use their own fitted effect; for the others the inner predictor estimates it
+    from their antecedents.
 
     Attributes:
-        inner: learns each sample's log loss less the curve.
-        base: gives the curves and the effects of measured units.
+        inner: learns each sample's log loss minus the curve.
+        base: fits the curves and the effects of measured units.
     """
 
     inner: Predictor = field(default_factory=FuzzyRules)
@@ -169,7 +169,7 @@ class Residual:
     def fit(
         self, samples: LossSamples, antecedents: Antecedents, target: Floats | None = None
     ) -> FittedResidual:
-        """Fit the curves, then the inner predictor to what is left."""
+        """Fit the curves, then the inner predictor to the residuals."""
         values = samples.logs if target is None else target
         base = self.base.fit(samples, antecedents, values)
         left = values - base.shared()[samples.unit, samples.column]
@@ -178,14 +178,14 @@ class Residual:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FittedResidual:
-    """A fitted base and what was learned of its residuals."""
+    """A fitted base, and a fitted predictor of its residuals."""
 
     base: FittedLogLinear
     inner: Any
 
     @property
     def note(self) -> str:
-        """The base's."""
+        """The note of the base."""
         return self.base.note
 
     def logs(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
@@ -193,7 +193,7 @@ class FittedResidual:
         known, spread = self.base.logs(antecedents)
         left, unsure = self.inner.logs(antecedents)
         seen = self.base.samples.seen[:, None]
-        # The inner predictor does not know how far off a layer's curve is without any sample.
+        # The inner predictor ignores the error of the curve of a layer without samples.
         beyond = np.where(self.base.distance() == 2, self.base.deviations[2], 0.0)
         unsure = np.hypot(unsure, beyond[:, None])
         return np.where(seen, known, self.base.shared() + left), np.where(seen, spread, unsure)
@@ -208,9 +208,9 @@ class GradientBoosting:
     """Boosted regression trees on the antecedents, by scikit-learn.
 
     Attributes:
-        trees: how many.
+        trees: number of trees.
         depth: depth of each tree.
-        rate: share of each tree's answer that is added.
+        rate: share of each tree's prediction that is added.
         seed: random seed of ties between splits.
     """
 
@@ -263,7 +263,7 @@ class GradientBoosting:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class FittedTrees:
-    """Grown trees, and the deviation of units that were left out while growing."""
+    """Fitted trees, and the cross-validated deviation of left-out units."""
 
     trees: Any
     deviation: float
@@ -282,12 +282,12 @@ class FittedTrees:
 def left_out(
     values: Floats, groups: npt.NDArray[np.integer[Any]], learn: Callable[[Bools], Floats]
 ) -> Floats:
-    """Return what is predicted of each value without its fold, less the value; float64[N].
+    """Return the prediction of each value without its fold, minus the value; float64[N].
 
     Args:
         values: float64[N].
-        groups: 0, 1, 2, … for every value; a group is left out as a whole.
-        learn: from which values may be read to predictions of all.
+        groups: group of every value, 0, 1, 2, …; a group is left out as a whole.
+        learn: maps the mask of usable values to predictions of all values.
     """
     count = int(groups.max()) + 1
     if count < 2:
@@ -295,7 +295,7 @@ def left_out(
         return centred
     folds = min(_FOLDS, count)
     differences = np.empty(len(values))
-    # The order of groups carries layers; a fixed shuffle spreads them over the folds.
+    # Groups are ordered by layer; a fixed shuffle spreads layers over the folds.
     fold = (np.random.default_rng(0).permutation(count) % folds)[groups]
     for out in range(folds):
         mine = fold == out
@@ -314,7 +314,7 @@ def _note(samples: int, effects: int) -> str:
 
 
 class _Block(NamedTuple):
-    """A block of effects: which penalty, code of each cell, how many, and whether they walk."""
+    """A block of effects: penalty, each cell's effect, number of effects, whether they walk."""
 
     kind: str
     code: Longs
@@ -333,7 +333,7 @@ def _columns(block: _Block, kept: Bools) -> Any:
 
 
 def _blocks(units: Units, unit: Longs, column: Longs, width: int) -> list[_Block]:
-    """Return the effects of cells; the unit's own are last."""
+    """Return the blocks of effects of cells; the units' own effects are last."""
     layer = np.unique(units.layer, return_inverse=True)[1]
     sort = numbered(units.role, units.projection).astype(np.int64)
     layers, sorts = int(layer.max()) + 1, int(sort.max()) + 1

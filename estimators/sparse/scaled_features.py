@@ -9,10 +9,10 @@ import numpy as np
 from bitknap.allocation.problem.arrays import Floats, Longs
 from bitknap.estimators.sparse.cell_features import Antecedents
 
-# An antecedent counts in distances with at least this share of the most important one, so that
-# one that is learned to be useless still tells rules apart.
+# Minimum weight of an antecedent in distances, as a share of the largest weight, so that an
+# antecedent with a fitted slope of 0 still separates rules.
 _LEAST = 0.1
-# Of squared range, a sample: keeps slopes of antecedents that move together finite.
+# Ridge per sample, in squared ranges; keeps the slopes of collinear antecedents finite.
 _RIDGE = 1e-4
 
 
@@ -22,13 +22,13 @@ class Frame:
 
     Attributes:
         numbers: which antecedents are numbers that vary, int64[C1].
-        classes: for every category: antecedent, its known values, and a table [values + 1, K] of
-            coordinates, the last row for values without a sample.
-        slopes: how far each of the C moves the learned value, [C].
+        classes: for every category the antecedent, its known values, and a table [values + 1, K] of
+            coordinates, whose last row is for values without a sample.
+        slopes: change of the learned value per unit of each of the C, [C].
         distance: factor of every coordinate in distances, [C + S].
         ranges: ranges of the C over the samples, [C].
-        whole: all antecedents of a rule share its weight, by total distance; otherwise each has
-            its own, by its own distance.
+        whole: whether a rule has one weight, by total distance; otherwise each antecedent has its
+            own weight, by its own distance.
     """
 
     numbers: Longs
@@ -49,7 +49,7 @@ class Frame:
 
     @property
     def inner(self) -> int:
-        """Coordinates that shift a consequent; the others only count in distances."""
+        """Number of coordinates that shift a consequent; the others only count in distances."""
         return len(self.slopes)
 
 
@@ -59,7 +59,7 @@ def _varying(points: Floats, antecedents: Antecedents) -> Longs:
 
 
 def _one_hot(points: Floats, antecedents: Antecedents) -> list[tuple[int, Floats, Floats]]:
-    """Return categories as corners that lie at distance 1 from each other and from unknown."""
+    """Return categories as points at distance 1 from each other and from unknown values."""
     categories = []
     for which in np.flatnonzero(antecedents.mask(antecedents.discrete)):
         known = np.unique(points[:, which])
@@ -68,7 +68,7 @@ def _one_hot(points: Floats, antecedents: Antecedents) -> list[tuple[int, Floats
 
 
 def standardised(points: Floats, antecedents: Antecedents) -> Frame:
-    """Return the published distance: numbers over their standard deviation, categories 0 or 1."""
+    """Return the published frame: numbers over their standard deviation, categories 0 or 1."""
     numbers, classes = _varying(points, antecedents), _one_hot(points, antecedents)
     extra = sum(table.shape[1] for _, _, table in classes)
     return Frame(
@@ -81,7 +81,7 @@ def standardised(points: Floats, antecedents: Antecedents) -> Frame:
 
 
 def equal(points: Floats, antecedents: Antecedents, values: Floats) -> Frame:
-    """Return Huang and Shen's frame: each antecedent moves the same share of its range.
+    """Return Huang and Shen's frame: equal weights of antecedents, relative to their ranges.
 
     A free antecedent takes the sign of its correlation with the values.
     """
@@ -101,7 +101,7 @@ def equal(points: Floats, antecedents: Antecedents, values: Floats) -> Frame:
 
 
 def learned(points: Floats, antecedents: Antecedents, values: Floats) -> Frame:
-    """Return the frame of weighted T-FRI: slopes of a regression, not negative unless free."""
+    """Return the frame of weighted T-FRI: regression slopes, not negative unless free."""
     from scipy.optimize import lsq_linear
 
     numbers = _varying(points, antecedents)
@@ -131,7 +131,7 @@ def learned(points: Floats, antecedents: Antecedents, values: Floats) -> Frame:
             spans.append(np.array([np.ptp(effect)]))
     slope, span = np.concatenate(slopes), np.concatenate(spans)
     reach = np.abs(slope) * span
-    # One turned the wrong way may not shift anything, but still tells rules apart.
+    # An antecedent with the wrong sign has slope 0, but still separates rules.
     reach[: len(numbers)] = np.maximum(reach[: len(numbers)], np.abs(loose[: len(numbers)]))
     least = _LEAST * reach.max() if reach.any() else 1.0
     return Frame(

@@ -1,9 +1,9 @@
-"""A predictor trusted as far as it predicts units that it did not see.
+"""A predictor that is followed as far as it predicts left-out units.
 
-Residuals over a good base are mostly noise of single measurements: believed in full they make
-plans worse than the base alone. Each unit is left out in turn, and what is predicted of it is
-regressed against what was measured; the slope, from 0 to 1, is how far predictions are followed.
-Samples count by the square root of their loss, since a plan's loss is a sum, not a product.
+Residuals over a good base are mostly noise of single measurements: followed in full they make
+plans worse than the base alone. Each unit is left out in turn, and its measurements are regressed
+on its predictions; the slope, from 0 to 1, is how far predictions are followed. Samples are
+weighted by the square root of their loss, since a plan's loss is a sum, not a product.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from bitknap.estimators.sparse.predictors import left_out
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shrunk:
-    """Another predictor, its answers pulled to the samples' mean by what cross-validation says.
+    """Another predictor, with predictions shrunk to the samples' mean by cross-validation.
 
     Attributes:
         inner: learns the samples.
@@ -33,7 +33,7 @@ class Shrunk:
     def fit(
         self, samples: LossSamples, antecedents: Antecedents, target: Floats | None = None
     ) -> FittedShrunk:
-        """Fit the inner predictor, and how far it is to be trusted."""
+        """Fit the inner predictor, and how far to follow it."""
         values = samples.logs if target is None else target
         weight = np.sqrt(np.maximum(samples.loss, FLOOR)) if self.weight is None else self.weight
         weight = weight / weight.sum()
@@ -60,10 +60,10 @@ class FittedShrunk:
 
     Attributes:
         inner: the fitted predictor.
-        trust: share of its deviation from `middle` that is kept, 0 to 1.
-        centre: weighted mean of the samples, where answers are pulled to.
-        middle: weighted mean of what was predicted of units left out.
-        left: weighted deviation that is left after that.
+        trust: share of a prediction's deviation from `middle` that is kept, 0 to 1.
+        centre: weighted mean of the samples, to which predictions are shrunk.
+        middle: weighted mean of the predictions of left-out units.
+        left: weighted deviation of the samples from the shrunk predictions.
     """
 
     inner: Fitted
@@ -74,7 +74,7 @@ class FittedShrunk:
 
     @property
     def note(self) -> str:
-        """The inner predictor's, and how far it is followed."""
+        """The inner predictor's note, and how far it is followed."""
         own = getattr(self.inner, "note", "")
         return "; ".join(filter(None, (own, f"followed by {self.trust:.2f}, by cross-validation")))
 

@@ -9,17 +9,17 @@ import numpy as np
 from bitknap.allocation.problem.arrays import Bools, Floats, Longs
 from bitknap.allocation.problem.table import CostTable
 
-# Relative change below this is rounding of a mean, not a repair.
+# Relative changes below this are rounding errors of a mean, not repairs.
 _ROUNDING = 1e-12
 
 
 def isotonic(table: CostTable) -> tuple[CostTable, int]:
     """Return the table with costs non-increasing in bits, and how many costs were changed.
 
-    A family is the grids of one group size, zero point and metadata. Within it each unit's costs
-    become their least-squares non-increasing fit, which is what pooling adjacent violators finds
-    (Ayer et al. 1955), by its minimum-maximum formula. Forbidden formats stay forbidden and do
-    not count. The number is in the provenance under "repaired".
+    A family is the grids with one group size, zero point and metadata. Within it each unit's costs
+    are replaced by their least-squares non-increasing fit, as found by pooling adjacent violators
+    (Ayer et al. 1955), here by its minimum-maximum formula. Forbidden formats stay forbidden and
+    do not count. The number is in the provenance under "repaired".
     """
     cost = table.cost.copy()
     repaired = 0

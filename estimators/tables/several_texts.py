@@ -1,7 +1,7 @@
 """Robust costs: tables of several calibration sets as one, with their spread.
 
-MoQa (arXiv 2503.21135) re-quantizes when the data change; a plan here is one for all data, so the
-dependence on data goes into the costs (OURS).
+MoQa (arXiv 2503.21135) re-quantizes when the data change; a plan here serves all data, so
+the dependence on data goes into the costs (OURS).
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError, MismatchError
 
 Rule = Literal["mean", "worst", "mean+sd"]
-# What must be equal in tables of several calibration sets.
+# Provenance that must be equal in tables of several calibration sets.
 _SAME = ("model", "method", "unit")
 
 
 def robust(tables: Sequence[CostTable], rule: Rule = "mean", k: float = 1.0) -> CostTable:
     """Return one table of the costs on several calibration sets.
 
-    Its spread is the standard deviation over the sets (n − 1); what the single tables say of
-    their own spread is not added. A format that any set forbids is forbidden. Frequencies are
-    averaged. The provenance keeps what all tables say alike and adds up what was measured; what
-    else each of them says is in a list under "each".
+    Its spread is the standard deviation over the sets (n − 1); the
+    spread that the single tables have is not added. A format that any set forbids is forbidden.
+    Frequencies are averaged. The provenance keeps entries that are equal in all tables and adds up
+    numbers of measurements; the other entries of each table are in a list under "each".
 
     Args:
-        tables: one a calibration set, at least two, from one model and one estimator.
-        rule: what a cost becomes: the mean, the worst (largest), or mean + k × deviation.
-        k: of "mean+sd", from 0.
+        tables: one per calibration set, at least two, from one model and one estimator.
+        rule: how costs are combined: the mean, the worst (largest), or mean + k × deviation.
+        k: factor of the deviation in "mean+sd", not negative.
 
     Raises:
         InputError: fewer than two tables or calibration sets, an unknown rule, or k below 0.
-        MismatchError: tables of different models, units, formats, bytes, ties, quantizers or
-            cost units.
+        MismatchError: the tables differ in models, units, formats, bytes, ties, quantizers or cost
+            units.
     """
     if rule not in get_args(Rule):
         raise InputError(f"rule: {rule!r} is not one of {', '.join(get_args(Rule))}")
@@ -69,7 +69,7 @@ def robust(tables: Sequence[CostTable], rule: Rule = "mean", k: float = 1.0) -> 
 
 
 def _together(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return what all say alike, sums of measurements, and under "each" what else they say."""
+    """Return common entries, sums of measurements, and under "each" the other entries."""
     first, *others = provenances
     alike = {
         key: value
@@ -87,13 +87,13 @@ def _together(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def check_sets(provenances: Sequence[Mapping[str, object]]) -> None:
-    """Refuse what is one calibration set, whether given once or several times.
+    """Refuse a single calibration set, given once or several times.
 
     Args:
-        provenances: "text" says which set, "estimator" what was made of it.
+        provenances: "text" names the set, "estimator" the method.
 
     Raises:
-        InputError: fewer than two sets, or all of one text and one estimator.
+        InputError: fewer than two sets, or all have the same text and estimator.
     """
     remedy = "calibrate on two or more texts (`text=TextSets([A, B])`)"
     if len(provenances) < 2:

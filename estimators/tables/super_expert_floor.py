@@ -1,8 +1,9 @@
-"""Super experts are protected: no narrow grid for those that the model cannot do without.
+"""Protection of super experts: no narrow grid for experts that the model cannot do without.
 
 Their cost in a narrow format is measured or estimated like any other, but an error there is
 multiplied by an output far above their layer's, so a wrong cost does the most harm
-(methods.md#pitfalls, pitfall 9). A floor of width is what frequency and Hessians cannot give them.
+(methods.md#pitfalls, pitfall 9). Frequency and Hessians do not protect them; a minimum width
+does.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from bitknap.allocation.problem.checks import whole
 from bitknap.allocation.problem.table import CostTable, widths
 from bitknap.allocation.problem.units import ROLES, Units
 
-# Bits that the units of a super expert get at least.
+# Minimum bits of the units of a super expert.
 FLOOR = 4
 
 
@@ -26,8 +27,8 @@ def protected(
 ) -> CostTable:
     """Return the table where units of some experts may use no grid narrower than `bits`.
 
-    A unit to which the table leaves no format that wide keeps the widest that it leaves. The
-    provenance says "protected": bits, and how many units were held to them.
+    A unit whose allowed formats are all narrower keeps the widest of them. The provenance entry
+    "protected" holds the bits and the number of protected units.
 
     Args:
         table: the costs; forbidden formats stay forbidden.
@@ -35,7 +36,7 @@ def protected(
         bits: the floor; 0 leaves the table as it is.
 
     Raises:
-        InputError: `bits` is no whole number from 0, or a format is made up and has no bits.
+        InputError: `bits` is negative or not an integer, or a format has no known bits.
     """
     if not whole("protect", bits):
         return table
@@ -43,7 +44,7 @@ def protected(
     cost = table.cost.copy()
     if len(rows):
         allowed = np.where(np.isfinite(cost[rows]), widths(table.formats), 0)
-        # Keeping a unit's own widest format leaves each of them one.
+        # Every unit keeps at least its own widest format.
         floor = np.minimum(bits, allowed.max(axis=1))
         cost[rows] = np.where(allowed >= floor[:, None], cost[rows], np.inf)
     said = {"bits": int(bits), "units": len(rows)}
@@ -51,10 +52,10 @@ def protected(
 
 
 def unprotected(table: CostTable) -> CostTable:
-    """Return the table with all formats of protected units allowed, at no cost where forbidden.
+    """Return the table with all formats of protected units allowed; forbidden ones cost 0.
 
-    It answers whether a limit can be met without protection, and nothing else: the costs that
-    protection replaced are not in the table any more.
+    Use it only to test whether a limit can be met without protection: the table no longer has the
+    costs that protection replaced.
     """
     if not table.provenance.get("protected", {}).get("units"):
         return table
@@ -64,9 +65,9 @@ def unprotected(table: CostTable) -> CostTable:
 
 
 def comparable(table: CostTable) -> CostTable:
-    """Return the table with only the formats that every unit may use, as it is if none rounds.
+    """Return the table with only the formats that every unit may use; unchanged if none rounds.
 
-    Means over formats say which units are sensitive only if they are over the same formats.
+    Means over formats are comparable between units only if they are over the same formats.
     """
     common = np.isfinite(table.cost).all(axis=0)
     if common.all() or not table.cost[:, common].any():
@@ -75,8 +76,8 @@ def comparable(table: CostTable) -> CostTable:
 
 
 def units_of(units: Units, experts: Sequence[Sequence[float]]) -> Bools:
-    """Return which units are of the routed experts (layer, expert, …), bool[U]."""
-    # One number for each place, so that all experts are looked up at once.
+    """Return which units belong to the given routed experts (layer, expert, …), bool[U]."""
+    # One number per (layer, expert), so that all experts are looked up at once.
     step = max([int(units.expert.max(initial=0)), *(int(one[1]) for one in experts)]) + 1
     wanted = [int(one[0]) * step + int(one[1]) for one in experts]
     place = units.layer.astype(np.int64) * step + units.expert

@@ -28,11 +28,11 @@ def table_summary(table: CostTable) -> dict[str, Any]:
             item.name: {"bytes": size, "cost": cost} | ({"forbidden": count} if count else {})
             for item, size, cost, count in zip(table.formats, sizes, costs, forbidden, strict=True)
         },
-        "provenance": told(table.provenance),
+        "provenance": displayed(table.provenance),
     }
 
 
-def told(said: Mapping[str, Any]) -> dict[str, Any]:
+def displayed(said: Mapping[str, Any]) -> dict[str, Any]:
     """Return a header or a provenance to be shown: without the megabytes of an order of neurons."""
     rewritten = said.get("rewritten")
     order = rewritten.get("order") if isinstance(rewritten, Mapping) else None

@@ -13,7 +13,7 @@ from bitknap.allocation.problem.budget import human
 from bitknap.allocation.problem.units import kinds
 from bitknap.allocation.tradeoffs.frontier_path import Frontier
 from bitknap.allocation.tradeoffs.profile_price import Price
-from bitknap.report.table_facts import told
+from bitknap.report.table_facts import displayed
 
 # Plans of a frontier that a table shows.
 _SHOWN = 16
@@ -149,7 +149,7 @@ def frontier_summary(frontier: Frontier) -> dict[str, Any]:
         "weights": frontier.weights,
         "plans": len(frontier.cost),
         "formats": [item.name for item in frontier.formats],
-        "header": told(frontier.header),
+        "header": displayed(frontier.header),
         "points": [
             {"bits_per_weight": point.bits_per_weight, "bytes": point.nbytes, "cost": point.cost}
             for point in frontier.points(_SHOWN)
@@ -220,7 +220,7 @@ def plan_summary(plan: BitPlan) -> dict[str, Any]:
         "kind": "plan",
         "model": plan.model,
         "totals": plan.totals,
-        "header": told(plan.header),
+        "header": displayed(plan.header),
         "formats": {
             plan.formats[i].name: int((plan.choice == i).sum()) for i in np.unique(plan.choice)
         },
