@@ -1,1 +1,1 @@
-"""Passing a text through a model and recording: whole in memory, or one decoder layer at a time."""
+"""Calibration passes over a text: whole model in memory, or one decoder layer at a time."""

@@ -1,7 +1,7 @@
-"""Tensors whose memory is a file: what does not fit beside a layer waits on the disk.
+"""Memory-mapped tensors, for data that does not fit in memory beside a layer.
 
 A file without a name is deleted with its tensor, even if the process is killed; one with a name
-stays. Its space is allocated when it is made, so that a full disk raises an error then, and not a
+stays. Its space is allocated when it is created, so that a full disk raises an error then, not a
 signal later.
 """
 
@@ -34,8 +34,8 @@ def on_disk(
     Args:
         shape: shape of the tensor.
         dtype: dtype of the tensor.
-        folder: where a file without a name lies; the system's temporary folder when not given.
-        path: a file to write instead, for `read_back`.
+        folder: folder of a file without a name; the system's temporary folder when not given.
+        path: named file to use instead, for `read_back`.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -49,7 +49,7 @@ def on_disk(
 
 
 def read_back(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return the tensor that `on_disk` gave a file; what is written to it now stays in memory.
+    """Return the tensor in a file of `on_disk`; later writes to the tensor do not reach the file.
 
     Raises:
         FileError: the file is missing or is not as long as the tensor.
@@ -66,12 +66,12 @@ def read_back(path: Path, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
 
 def moved(tensor: Tensor, dtype: torch.dtype | None = None, folder: Path | None = None) -> Tensor:
-    """Return a copy of a tensor that lies in a file, and is not in memory until it is read.
+    """Return a copy of a tensor in a file, which is not in memory until it is read.
 
     Args:
-        tensor: what to copy.
+        tensor: the tensor to copy.
         dtype: dtype of the copy; the tensor's when not given.
-        folder: where the file lies; the system's temporary folder when not given.
+        folder: folder of the file; the system's temporary folder when not given.
 
     Raises:
         InputError: the folder cannot be written to.
@@ -110,7 +110,7 @@ def _named(path: Path, nbytes: int) -> mmap.mmap:
 
 @contextlib.contextmanager
 def _told(where: Path, nbytes: int, full: str, closed: str) -> Iterator[None]:
-    """Say in the block's errors what to do where the disk is full or the folder closed."""
+    """Add a remedy to the block's errors about a full disk or an unwritable folder."""
     try:
         yield
     except OSError as error:

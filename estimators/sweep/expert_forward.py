@@ -1,8 +1,8 @@
-"""Routed experts as they compute: how a layer is called, and what each of its experts does.
+"""How routed experts compute: the call of a layer, and the function of each of its experts.
 
-Most families go through transformers' experts interface and differ in what a class says of
-itself. The others have their own forward and a row in the table here. An experts class in neither
-is refused: what is not understood is not measured.
+Most families use transformers' experts interface and differ only in class attributes. The others
+have their own forward and an entry in the table here. All other experts classes are refused, since
+measurements would be wrong.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from bitknap.quantization.models.matrix_views import ExpertLayer
 
 
 class Routed(NamedTuple):
-    """What a layer's experts were called with.
+    """The arguments of a call of a layer's experts.
 
     Attributes:
-        hidden: one row a token, [T, H].
-        experts: which each row goes to, int64 [T, k]; no expert's number where to none.
-        weights: what their outputs are multiplied by, [T, k].
+        hidden: one row per token, [T, H].
+        experts: the experts of each row, int64 [T, k]; a number that no expert has means none.
+        weights: factors of their outputs, [T, k].
     """
 
     hidden: Tensor
@@ -46,15 +46,16 @@ class Experts:
 
     Attributes:
         layer: their sizes and layout.
-        module: what the model calls once a layer.
+        module: the module that the model calls once per layer.
         routed: reads the arguments of that call.
-        weights: weights of one expert as [out, in], the first projections in one, and down.
-        activate: from the first projections' outputs [n, 2I] (or up's) to the middle [n, I].
-        biases: biases of one expert, of the first projections and of down.
-        finish: what is done to an expert's output before its routing weight.
-        copies: rows that the call has of every token, one block of rows after the other; the
-            caller adds up what becomes of them.
-        identity: whether numbers above the experts' pass their input on.
+        weights: returns the weights of one expert as [out, in]: the first projections fused, and
+            down.
+        activate: maps the first projections' (or up's) outputs [n, 2I] to the middle [n, I].
+        biases: returns one expert's biases, of the first projections and of down.
+        finish: applied to an expert's output before its routing weight.
+        copies: number of rows of every token in the call, one block of rows after the other; the
+            caller sums their outputs.
+        identity: whether expert numbers beyond the last expert return their input unchanged.
     """
 
     layer: ExpertLayer
@@ -73,7 +74,7 @@ class Experts:
         return flat[0] if self.copies == 1 else flat.sum(0)
 
     def moved(self, output: Tensor, change: Tensor) -> Tensor:
-        """Return the call's output after `change` [T, H] is added to what the layer adds."""
+        """Return the call's output with `change` [T, H] added to the layer's contribution."""
         moved = output.reshape(self.copies, -1, output.shape[-1]).clone()
         moved[0] += change.to(output.dtype)
         return moved.view(output.shape)
@@ -83,13 +84,13 @@ def experts_at(model: Any, layer: ExpertLayer) -> Experts:
     """Return the routed experts of one layer of a live model.
 
     Raises:
-        ModelError: how their class computes is not known.
+        ModelError: the computation of their class is not known.
     """
     module = model.get_submodule(layer.module)
     kind = type(module).__name__
     if layer.decorated:
         return _interface(module, layer)
-    if kind == "DbrxExpertGLU":  # holds the weights; its parent is what is called
+    if kind == "DbrxExpertGLU":  # holds the weights; its parent is called
         return _dbrx(model.get_submodule(layer.module.rpartition(".")[0]), layer)
     if kind in _KNOWN:
         return _KNOWN[kind](module, layer)
@@ -98,7 +99,7 @@ def experts_at(model: Any, layer: ExpertLayer) -> Experts:
 
 
 def _interface(module: Any, layer: ExpertLayer) -> Experts:
-    """Return experts that go through transformers' interface, by what the class declares."""
+    """Return experts that use transformers' interface, from the attributes of their class."""
     first = "gate_up_proj" if module.has_gate else "up_proj"
     return Experts(
         layer=layer,
@@ -133,9 +134,9 @@ def _step(module: Any, layer: ExpertLayer) -> Experts:
 
 
 def _llama4(module: Any, layer: ExpertLayer) -> Experts:
-    """Return experts that get a copy of all tokens each, scaled by the router, else zero.
+    """Return experts that each get a copy of all tokens, scaled by the router or zero.
 
-    The routing weight is part of their input, so on their output it is 1.
+    The routing weight is part of their input, so the weight of their output is 1.
     """
 
     def routed(hidden: Tensor) -> Routed:
@@ -206,7 +207,7 @@ def _by_token(hidden: Tensor, index: Tensor, weights: Tensor) -> Routed:
 def _stacked(
     module: Any, layer: ExpertLayer, first: str = "gate_up_proj"
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
-    """Return what reads one expert of 3-D tensors."""
+    """Return a function that reads one expert from 3-D tensors."""
 
     def weights(expert: int) -> tuple[Tensor, Tensor]:
         own = getattr(module, first)[expert], module.down_proj[expert]

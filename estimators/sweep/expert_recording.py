@@ -1,13 +1,13 @@
-"""Watch a model at work: routed experts by a function that computes what it records.
+"""Record routed experts during a forward pass, by replacing their forward.
 
-Under transformers' `grouped_mm` no hook on a linear layer fires, so the recorder takes the place
-of the experts' forward and computes each hit expert in turn. Where curvature is asked for,
-gradients are caught on each projection's output; per-token squares are then a matrix product,
+Under transformers' `grouped_mm` no hook on a linear layer fires, so the recorder replaces the
+experts' forward and computes each expert that has tokens in turn. For curvature, gradients are
+caught on each projection's output; per-token squares are then a matrix product,
 (dL/dz)²ᵀ x², so nothing is squared after summing over tokens.
 
-Where traces are asked for, the experts' inputs and routing are kept token by token, and with
-gradients also dL/d(output). Gradients can be caught one layer a backward pass (`caught_alone`):
-then only that layer and those after it hold a graph.
+For traces, the experts' inputs and routing are kept token by token, and with gradients also
+dL/d(output). Gradients can be caught for one layer per backward pass (`caught_alone`): then only
+that layer and later ones hold a graph.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bitknap.estimators.measuring.float_range import added, second_moments, squa
 from bitknap.estimators.sweep.expert_forward import Experts, experts_at
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 
-# Of a layer's sums, what `finished` gives and `restore` takes under its own name.
+# Attributes of `LayerSums` that `finished` returns and `restore` takes under their own names.
 _SUMS = (
     *("count", "gate_sum", "gate_square", "output_square", "output_max"),
     *("input_square", "middle_square", "input_full", "middle_full"),
@@ -37,12 +37,12 @@ class LayerSums:
     """Running sums over the tokens routed to each expert of one layer, and its trace.
 
     Args:
-        layer: what is watched.
+        layer: the layer that is recorded.
         full: keep whole second-moment matrices.
         curvature: keep squared gradients of every weight.
-        trace_tokens: the first tokens whose inputs are kept; 0 for none.
+        trace_tokens: number of first tokens whose inputs are kept; 0 for none.
         gradients: keep gradients at the output of those tokens too.
-        copies: rows that a call has of every token.
+        copies: number of rows of every token in a call.
     """
 
     def __init__(
@@ -57,7 +57,7 @@ class LayerSums:
     ) -> None:
         e, h, i = layer.experts, layer.hidden, layer.intermediate
         self.layer, self.curved, self.graded = layer, curvature, gradients
-        # What a call does: add to the sums; catch gradients; make its input a leaf.
+        # Whether a call adds to the sums; catches gradients; makes its input a leaf.
         self.summing, self.catching, self.rooted = True, True, False
         self.root: Tensor | None = None
         self.tracing, self.room = trace_tokens > 0, trace_tokens
@@ -105,7 +105,7 @@ class LayerSums:
             self.middle_full = added(self.middle_full, expert, second_moments(weighted))
 
     def keep(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
-        """Keep the inputs [T, H] and the routing [T, k] of one call, as far as there is room."""
+        """Keep the inputs [T, H] and the routing [T, k] of one call, as long as there is room."""
         rows = self._rows_of_tokens(index)[: self.room]
         self.room -= len(rows)
         self.rows.append(rows)
@@ -127,7 +127,7 @@ class LayerSums:
         return rows[(rows % tokens).argsort()]
 
     def catch_output(self, output: Tensor) -> None:
-        """Keep the gradient at the output [T, H] of one call, for the tokens that were kept."""
+        """Keep the gradient at the output [T, H] of one call, for the tokens in the trace."""
         call = self.backward_calls
         self.backward_calls += 1
         rows = self.rows[call]
@@ -139,7 +139,7 @@ class LayerSums:
             output.register_hook(caught)
 
     def trace(self) -> LayerTrace | None:
-        """Return what was kept; None if nothing was asked for."""
+        """Return the trace; None if none was asked for."""
         calls = [call for call, kept in enumerate(self.kept) if len(kept[0])]
         if not calls:
             return None
@@ -148,7 +148,7 @@ class LayerSums:
         return LayerTrace(hidden=hidden, index=index, weights=weights, gradient=gradient)
 
     def finished(self) -> dict[str, Tensor]:
-        """Return all but gradients, by name, for `restore`."""
+        """Return everything except gradients, by name, for `restore`."""
         tensors = {name: getattr(self, name) for name in _SUMS if getattr(self, name) is not None}
         tensors |= {f"slopes.{name}": slope for name, slope in self.slopes.items()}
         trace = self.trace()
@@ -158,7 +158,7 @@ class LayerSums:
         return tensors | {"seen": torch.tensor([self.calls, self.tokens])}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take what `finished` gave, in place of what is here."""
+        """Replace the present sums by those that `finished` returned."""
         for name in _SUMS:
             if name in tensors:
                 setattr(self, name, tensors[name])
@@ -182,12 +182,12 @@ class LayerSums:
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Return the rows of all parts; one alone is not copied, for it may lie in a file."""
+    """Return the rows of all parts; a single part is not copied, since it may be in a file."""
     return torch.cat(tuple(parts)) if len(parts) > 1 else parts[0]
 
 
 def _recorded(experts: Experts, sums: LayerSums, *args: Tensor) -> Tensor:
-    """Compute what the experts' own forward gives, one expert at a time, recording into `sums`."""
+    """Compute the output of the experts' forward one expert at a time, recording into `sums`."""
     hidden, index, weights = experts.routed(*args)
     if sums.rooted:
         hidden = sums.root = hidden.detach().requires_grad_()
@@ -213,7 +213,7 @@ def _recorded(experts: Experts, sums: LayerSums, *args: Tensor) -> Tensor:
 
 
 def _added(experts: Experts, sums: LayerSums, expert: int, x: Tensor, a: Tensor) -> Tensor:
-    """Return what one expert adds to its tokens [n, H], from its input and routing weights."""
+    """Return one expert's contribution to its tokens [n, H], from its input and routing weights."""
     first, last = experts.weights(expert)
     first_bias, last_bias = experts.biases(expert)
     z = nn.functional.linear(x, first, first_bias)
@@ -235,10 +235,10 @@ def _added(experts: Experts, sums: LayerSums, expert: int, x: Tensor, a: Tensor)
 
 @contextlib.contextmanager
 def caught_alone(sums: dict[int, LayerSums], number: int) -> Iterator[LayerSums]:
-    """Catch one layer's gradients while the block runs, from its input on, and add to no sum.
+    """Catch one layer's gradients while the block runs, with a graph from its input; sums stay.
 
     Yields:
-        The layer; after a forward pass its `root` is what to differentiate by.
+        The layer's sums; after a forward pass, differentiate with respect to `root`.
     """
     for layer in sums.values():
         layer.summing = layer.catching = False
@@ -261,18 +261,18 @@ def recording(
     trace_tokens: int = 0,
     gradients: bool = False,
 ) -> Iterator[dict[int, LayerSums]]:
-    """Record every routed expert of `model` while the block runs; then put all back.
+    """Record every routed expert of `model` while the block runs; then restore the model.
 
     Args:
         model: a live transformers model.
         layout: its units and MoE layers.
-        full: keep whole second-moment matrices, not their diagonals only.
+        full: keep whole second-moment matrices, not only their diagonals.
         curvature: keep squared gradients; the block must then call backward.
-        trace_tokens: keep the experts' inputs and routing of the first so many tokens.
-        gradients: keep the gradients at the experts' output of those tokens; needs backward too.
+        trace_tokens: number of first tokens whose expert inputs and routing are kept.
+        gradients: keep the gradients at the experts' output for those tokens; also needs backward.
 
     Raises:
-        ModelError: an MoE layer has an experts class that cannot be watched.
+        ModelError: an MoE layer has an experts class that cannot be recorded.
     """
     sums, forwards = {}, []
     for layer in layout.layers:
@@ -294,8 +294,8 @@ def recording(
 
 @contextlib.contextmanager
 def _calling(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Let `module` compute by another forward while the block runs."""
-    before = vars(module).get("forward")  # one of its own, where accelerate has put one
+    """Replace the forward of `module` while the block runs."""
+    before = vars(module).get("forward")  # an instance attribute if accelerate has set one
     module.forward = forward
     try:
         yield

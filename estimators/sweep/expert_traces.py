@@ -1,4 +1,4 @@
-"""Run one layer's experts again on what they were given, some of them with other weights.
+"""Run one layer's experts again on recorded inputs, some of them with changed weights.
 
 A change of one expert's weights moves the layer's output by Δz = Σ a Δo on the tokens routed to
 it and nowhere else, so one sweep over a trace gives the change of every expert of a layer at once.
@@ -22,11 +22,11 @@ from bitknap.quantization.models.matrix_views import ExpertLayer
 
 
 class Seen(NamedTuple):
-    """What one expert made of its n tokens, weights unchanged.
+    """One expert's computation on its n tokens, with unchanged weights.
 
     Attributes:
-        token: which tokens, each once, int64 [n].
-        share: their routing weights, summed where a token was routed here twice, float32 [n].
+        token: the tokens, each once, int64 [n].
+        share: their routing weights, summed if a token was routed here twice, float32 [n].
         middle: the input of down, float32 [n, I].
         output: the expert's output before the routing weight, float32 [n, H].
     """
@@ -39,14 +39,14 @@ class Seen(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Block:
-    """The routed experts of one layer, ready to run again; 4 T k (H + I) bytes beside the weights.
+    """The routed experts of one layer, ready to run again; 4 T k (H + I) bytes plus the weights.
 
     Attributes:
         layer: its sizes and layout.
-        experts: the live experts; give the activation and the biases.
-        trace: what the experts were given.
+        experts: the live experts, for their activation and biases.
+        trace: the experts' inputs and routing.
         weights: by projection, float32 [E, out, in].
-        seen: what each expert made of its tokens.
+        seen: each expert's computation on its tokens.
     """
 
     layer: ExpertLayer
@@ -56,7 +56,7 @@ class Block:
     seen: tuple[Seen, ...]
 
     def changes(self, changed: Mapping[str, Tensor]) -> Iterator[tuple[int, Tensor, Tensor]]:
-        """Yield how far the block's output moves when one expert at a time is changed.
+        """Yield the change of the block's output when one expert at a time is changed.
 
         Args:
             changed: by projection, the new weights of every expert, float32 [E, out, in].
@@ -104,7 +104,7 @@ def block_of(evidence: Evidence, layer: int) -> Block:
 
 
 def runs(units: Units, layer: int) -> dict[str, np.ndarray]:
-    """Return a layer's routed units by projection, in the order of experts, each int64 [E]."""
+    """Return a layer's routed units by projection, ordered by expert, each int64 [E]."""
     there = (units.layer == layer) & (units.role == ROLES.index("routed"))
     by_projection = {}
     for projection in np.unique(units.projection[there]):

@@ -1,7 +1,7 @@
-"""Finished steps of a pass over layers: files beside the journal, for what is too large for a line.
+"""Finished steps of a pass over layers: files beside the journal, for data too large for a line.
 
-A step is done when the journal says so, which it does once the step's files are on the disk. Files
-of a step that the journal does not list come from a killed run, and are written again. The journal
+A step is done when the journal lists it, which happens once the step's files are on disk. Files
+of a step that the journal does not list come from a killed run and are rewritten. The journal
 also keeps the size and the CRC-32 of each file, so that a file damaged since then is not used.
 """
 
@@ -24,20 +24,20 @@ from bitknap.errors import FileError
 from bitknap.estimators.measuring.readings import Readings, folder_of
 from bitknap.estimators.sweep.disk_tensors import moved
 
-# A tensor below this stays in memory where nothing is kept.
+# Without a journal, tensors smaller than this stay in memory.
 _LARGE = 1 << 20
-# What is read at once of a file.
+# Bytes of a file that are read at once.
 _PART = 1 << 22
 _SUFFIXES = ("safetensors", "bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shelf:
-    """The steps of one pass, by name; without a journal none is ever done.
+    """The steps of one pass, by name; without a journal no step is ever done.
 
     Attributes:
         readings: the journal.
-        name: name of the pass, which tells it from others of the same journal.
+        name: name of the pass, which distinguishes it from others in the same journal.
     """
 
     readings: Readings
@@ -45,7 +45,7 @@ class Shelf:
 
     @classmethod
     def of(cls, readings: Readings, *about: object) -> Shelf:
-        """Return the shelf of a pass, named by what it is about."""
+        """Return the shelf of a pass, named by its inputs."""
         named = hashlib.sha256(repr((*about, "checked")).encode()).hexdigest()[:12]
         return cls(readings=readings, name=named)
 
@@ -54,11 +54,11 @@ class Shelf:
         return self._kept(step) is not None
 
     def room(self, step: str) -> Path | None:
-        """Return the file that a step's stream goes to; None where nothing is kept."""
+        """Return the file of a step's stream; None without a journal."""
         return self._file(step, "bin")
 
     def put(self, step: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Put a step away, with its stream, and return its tensors as they lie on the disk."""
+        """Keep a finished step with its stream; return its tensors as mapped from disk."""
         file = self._file(step, "safetensors")
         if file is None:
             return {n: x if x.nbytes < _LARGE else moved(x) for n, x in tensors.items()}
@@ -73,7 +73,7 @@ class Shelf:
         return self._read(file)
 
     def get(self, step: str) -> dict[str, Tensor]:
-        """Return the tensors of a step that is done, read when they are used.
+        """Return the tensors of a finished step, which are read on use.
 
         Raises:
             FileError: the file is missing or damaged.
@@ -81,13 +81,13 @@ class Shelf:
         kept = self._kept(step)
         assert kept is not None
         for path, size, checksum in zip(self._files(step), kept[::2], kept[1::2], strict=True):
-            # Streams that nobody will go on from are deleted.
+            # Streams that are no longer needed are deleted.
             if (path.suffix != ".bin" or path.exists()) and _checksum(path) != [size, checksum]:
                 raise self._damaged(path, "damaged since it was written")
         return self._read(self._files(step)[0])
 
     def clear(self, step: str) -> None:
-        """Delete the stream of a step that nobody will go on from."""
+        """Delete the stream of a step once it is no longer needed."""
         path = self.room(step)
         if path is not None:
             path.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
     try:
         save_file(dict(tensors), file)
     except SafetensorError as error:
-        # safetensors tells the number of the system's error in its text alone.
+        # safetensors gives the system's error number only in its message.
         code = re.search(r"\(os error (\d+)\)", str(error))
         if code is None:
             raise

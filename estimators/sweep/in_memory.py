@@ -1,4 +1,4 @@
-"""One pass with live routing over a calibration text: model and text in, evidence out."""
+"""One calibration pass with live routing: takes model and text, returns evidence."""
 
 from __future__ import annotations
 
@@ -38,23 +38,23 @@ def calibrate(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Run `windows` through `model` and record what its experts see.
+    """Run `windows` through `model` and record statistics of its experts.
 
-    Traces take 4 H bytes a token and MoE layer, gradients as much again (see `LayerTrace`).
+    Traces take 4 H bytes per token and MoE layer, gradients the same again (see `LayerTrace`).
 
     Args:
         model: a language model in evaluation mode, decoder-only or encoder-decoder.
         layout: its units, from `walk`.
         windows: the text; a tensor int64 [windows, length] has no special tokens.
         recorded: what to record beside routing and diagonal moments.
-        by_layer: catch the gradients of one layer a backward pass, so that only that layer and
-            those after it hold a graph; as many more passes as there are MoE layers, and the
-            same result up to rounding.
-        seed: random seed of the drawn labels and of the noise that measures gains.
+        by_layer: catch the gradients of one layer per backward pass, so that only that layer and
+            later ones hold a graph; needs one more pass per MoE layer, and the result is the same
+            up to rounding.
+        seed: random seed of the labels and of the noise that measures gains.
         progress: called with (what, done, of).
 
     Raises:
-        ModelError: an MoE layer saw no expert call, or cannot be watched.
+        ModelError: an MoE layer saw no expert call, or cannot be recorded.
     """
     windows = Windows.of(windows)
     batches = windows.batches(BATCH_TOKENS)
@@ -69,7 +69,7 @@ def calibrate(
         gradients=recorded.gradients,
     ) as sums:
         drawn = generator if recorded.curvature or recorded.gradients else None
-        # A model whose parameters are all frozen has no graph of its own.
+        # If all parameters are frozen, a forward pass builds no graph.
         alone = by_layer or not any(p.requires_grad for p in model.parameters())
         with recording_linears(model, layout, full=recorded.full) as linears:
             labels = _run(model, batches, drawn, backward=not alone, progress=progress)
@@ -100,7 +100,7 @@ def digest_of(windows: Tensor) -> str:
 
 
 def provenance_of(windows: Tensor, seed: int) -> dict[str, Any]:
-    """Return what a pass over windows, token ids int64 [windows, length], says of itself."""
+    """Return the provenance of a pass over windows, token ids int64 [windows, length]."""
     return {"text": digest_of(windows), "tokens": windows.numel(), "seed": seed}
 
 
@@ -112,12 +112,12 @@ def _run(
     backward: bool,
     progress: Progress | None,
 ) -> list[Tensor]:
-    """Run the text through the model once; return the labels drawn, none without a generator.
+    """Run the text through the model once; return the drawn labels, none without a generator.
 
     Args:
-        model: the model, watched by the caller.
+        model: the model, which the caller records.
         batches: the text.
-        generator: draws labels, where gradients are wanted.
+        generator: draws labels; needed for gradients.
         backward: backpropagate in the same pass.
         progress: called with (what, done, of).
     """
@@ -131,7 +131,7 @@ def _run(
             if generator is not None:
                 labels.append(_drawn_labels(logits, generator))
             if backward:
-                # Only the path matters: one parameter upstream of every expert keeps the graph.
+                # One parameter upstream of every expert is enough to keep the graph.
                 first = next(p for p in model.parameters() if p.requires_grad)
                 _backward(logits, labels[-1], first)
     return labels
@@ -153,7 +153,7 @@ def _drawn_labels(logits: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def _backward(logits: Tensor, labels: Tensor, root: Tensor) -> None:
-    """Backpropagate the summed loss as far as `root`; hooks on the way see the gradients."""
+    """Backpropagate the summed loss to `root`; hooks on the way see the gradients."""
     loss = nn.functional.cross_entropy(logits, labels, reduction="sum")
     torch.autograd.grad(loss, [root], allow_unused=True)
 
@@ -165,7 +165,7 @@ def _backward_by_layer(
     sums: dict[int, LayerSums],
     progress: Progress | None,
 ) -> None:
-    """Catch the gradients of one layer after the other, with a graph from its input on."""
+    """Catch the gradients layer by layer, each with a graph that starts at the layer's input."""
     with _no_parameter_gradients(model), torch.enable_grad():
         for done, number in enumerate(sums):
             if progress:
@@ -179,7 +179,7 @@ def _backward_by_layer(
 
 @contextlib.contextmanager
 def _no_parameter_gradients(model: nn.Module) -> Iterator[None]:
-    """Let no parameter start a graph while the block runs."""
+    """Freeze all parameters while the block runs, so that they start no graph."""
     started = [p for p in model.parameters() if p.requires_grad]
     for parameter in started:
         parameter.requires_grad_(False)
@@ -198,7 +198,7 @@ def _layers(
     generator: torch.Generator,
     progress: Progress | None,
 ) -> dict[int, LayerEvidence]:
-    """Return what each layer saw, with its gain."""
+    """Return the evidence of each layer, with its gain."""
     evidence = {}
     for done, layer in enumerate(layout.layers):
         if progress:
@@ -211,7 +211,7 @@ def _layers(
 
 
 def layer_evidence(sums: LayerSums, gain: float) -> LayerEvidence:
-    """Return what was summed over one layer, with its gain."""
+    """Return the evidence of one layer from its sums and gain."""
     return LayerEvidence(
         tokens=sums.tokens,
         count=sums.count,

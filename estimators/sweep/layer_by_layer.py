@@ -1,14 +1,14 @@
 """`calibrate` for a model larger than memory: one decoder layer resident at a time.
 
-Two sweeps over the layers. The first records, the second measures gains: the stream that noise in
-one MoE layer changes is carried on beside the unchanged one, so that each layer is loaded once for
-all of them. That is the arithmetic of `calibrate`, and the same noise. What it cannot give are
-gradients and a live model to measure plans or groups on.
+Two sweeps over the layers. The first records, the second measures gains: for each MoE layer, a
+stream that noise in this layer changed is carried along with the unchanged one, so that each layer
+is loaded once for all streams. The arithmetic and the noise are those of `calibrate`. It cannot
+provide gradients, or a live model on which to measure plans or groups.
 
-On disk lie, while it runs, a float32 number for each token and number of the residual stream, once
-for each MoE layer and twice more; embeddings and head; and, as long as the evidence lives, what it
-holds of whole moments and traces. With a journal they have names there, and every layer that a
-stream has passed is kept, so that a killed run goes on from it.
+While it runs, the disk holds the residual stream of all tokens in float32, once per MoE layer and
+twice more, and the embeddings and head. Whole moments and traces stay on disk as long as the
+evidence exists. With a journal these files have names, and every layer that a stream has passed is
+kept, so that a killed run can resume.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
 from bitknap.quantization.source.checkpoint import Checkpoint
 
-# Streams that are not those of a noisy layer: the first sweep's, and the second's unchanged one.
+# Labels of streams without noise: the first sweep's, and the second sweep's unchanged one.
 _FIRST, _PLAIN = "first", "plain"
 
 
@@ -51,19 +51,20 @@ def calibrate_by_layer(
     readings: Readings | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Run `windows` through a checkpoint layer by layer and record what its experts see.
+    """Run `windows` through a checkpoint layer by layer and record statistics of its experts.
 
     Args:
         source: the checkpoint; its weights are read twice, and again by estimators.
         windows: the text; a tensor int64 [windows, length] has no special tokens.
         recorded: what to record; gradients and curvature cannot be.
-        include: roles that are units beside the routed experts.
+        include: roles that are units in addition to the routed experts.
         seed: random seed of the noise that measures gains.
-        readings: journal of finished layers, whose files the evidence reads; none if not given.
+        readings: journal of finished layers, whose files the evidence reads; no journal if not
+            given.
         progress: called with (what, done, of).
 
     Returns:
-        What `calibrate` returns, up to rounding, but for `replay`, which is None.
+        The evidence that `calibrate` returns, up to rounding; `replay` is None.
 
     Raises:
         InputError: gradients or curvature are asked for.
@@ -105,7 +106,7 @@ def calibrate_by_layer(
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """Streams through a model's layers; a step that is on the shelf is not done again."""
+    """Runs streams through a model's layers; a step that is on the shelf is not run again."""
 
     run: Streamed
     shelf: Shelf
@@ -117,7 +118,7 @@ class _Pass:
         linears: Mapping[int, LinearSums],
         progress: Progress | None,
     ) -> None:
-        """Run the text through all layers, which are watched by the caller."""
+        """Run the text through all layers, which the caller records."""
         skeleton, stream = self.run.skeleton, text
         for place in range(len(skeleton.layers)):
             if progress:
@@ -142,7 +143,7 @@ class _Pass:
     def losses(
         self, text: Stream, sums: Mapping[int, LayerSums], seed: int, progress: Progress | None
     ) -> dict[int, float]:
-        """Return the KL, nats a token, that noise at each MoE layer's expert output makes."""
+        """Return the KL caused by noise at each MoE layer's expert output, nats per token."""
         skeleton, plain = self.run.skeleton, text
         changed: dict[int, Stream] = {}
         generator = torch.Generator().manual_seed(seed)
@@ -167,7 +168,7 @@ class _Pass:
     def _loaded(
         self, place: int, labels: Collection[str]
     ) -> contextlib.AbstractContextManager[None]:
-        """Hold the weights of a layer while the block runs, unless all its steps are done."""
+        """Load the weights of a layer while the block runs, unless all its steps are done."""
         if all(self.shelf.done(_step(label, place)) for label in labels):
             return contextlib.nullcontext()
         return self.run.skeleton.loaded(place)
@@ -179,13 +180,13 @@ class _Pass:
         start: Stream,
         also: Callable[[], Mapping[str, Tensor]] = dict,
     ) -> tuple[Stream, Mapping[str, Tensor]]:
-        """Return what a layer gives for a stream, and what is kept with it.
+        """Return a layer's output for a stream, and the tensors kept with it.
 
         Args:
             label: label of the stream.
             place: the layer, which is loaded unless the step is done.
-            start: what the layer before gave.
-            also: gives what else to keep, once the layer has run.
+            start: output of the layer before.
+            also: returns further tensors to keep, once the layer has run.
         """
         step, after = _step(label, place), self.run.after
         if self.shelf.done(step):
@@ -234,13 +235,13 @@ class _Pass:
         return {"loss": total, "tokens": torch.tensor(tokens)}
 
     def _end(self, labels: Collection[str]) -> None:
-        """Delete streams that passed the last layer and were read."""
+        """Delete streams that have passed the last layer and been read."""
         for label in labels:
             self.shelf.clear(_step(label, len(self.run.skeleton.layers) - 1))
 
 
 def _finished(watched: Mapping[str, LayerSums | LinearSums]) -> dict[str, Tensor]:
-    """Return all that was summed, by owner and name."""
+    """Return all sums, by owner and name."""
     return {
         f"{owner}/{name}": tensor
         for owner, sums in watched.items()

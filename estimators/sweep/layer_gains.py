@@ -1,4 +1,4 @@
-"""How much a layer's output error matters: noise is added to it and the KL is read."""
+"""Layer gains: the KL per output error of a layer, measured by adding noise."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from bitknap.estimators.sweep.expert_forward import experts_at
 from bitknap.estimators.sweep.expert_recording import LayerSums
 
 # Noise that measures a layer's gain, relative to its output's size: small enough for KL to be
-# quadratic in it, large enough to stand above float32 rounding.
+# quadratic in it, large enough to exceed float32 rounding.
 _NOISE = 0.05
 
 
 def noise_scale(sums: LayerSums) -> float:
-    """Return the standard deviation of the noise at each number of a layer's expert output."""
+    """Return the standard deviation of the noise at each element of a layer's expert output."""
     square = float(sums.output_square) / max(1, sums.tokens) / sums.layer.hidden
     return math.sqrt(max(square * _NOISE**2, 1e-30))
 
 
 @contextlib.contextmanager
 def noisy(model: Any, sums: LayerSums, generator: torch.Generator) -> Iterator[None]:
-    """Add noise to what the experts of one layer add, while the block runs."""
+    """Add noise to the output of one layer's experts while the block runs."""
     scale, experts = noise_scale(sums), experts_at(model, sums.layer)
 
     def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:

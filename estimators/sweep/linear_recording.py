@@ -1,4 +1,4 @@
-"""Watch a model's ordinary linear projections (attention, shared, dense) by their inputs."""
+"""Record the inputs of a model's ordinary linear projections (attention, shared, dense)."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LinearSums:
         self.full = torch.zeros(cols, cols) if full else None
 
     def keep(self, module: nn.Module, args: Any) -> None:
-        """Add what a call gets; a forward pre-hook."""
+        """Add the inputs of a call; a forward pre-hook."""
         x = args[0].detach().flatten(0, -2)
         self.tokens += len(x)
         self.square.add_(x.double().square().sum(0))
@@ -43,12 +43,12 @@ class LinearSums:
         return {"square": self.square, "tokens": torch.tensor(self.tokens)} | whole
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take sums that `finished` gave."""
+        """Replace the present sums by those that `finished` returned."""
         self.tokens, self.square = int(tensors["tokens"]), tensors["square"]
         self.full = tensors.get("full")
 
     def evidence(self) -> LinearEvidence:
-        """Return what was seen."""
+        """Return the sums as evidence."""
         return LinearEvidence(tokens=self.tokens, input_square=self.square, input_full=self.full)
 
 
@@ -61,10 +61,10 @@ def recording_linears(
     Args:
         model: a live transformers model.
         layout: its units.
-        full: keep whole second-moment matrices, not their diagonals only.
+        full: keep whole second-moment matrices, not only their diagonals.
 
     Yields:
-        What each of them sees, by unit.
+        The running sums of each projection, by unit.
     """
     sums, handles = {}, []
     for unit, view in enumerate(layout.views):

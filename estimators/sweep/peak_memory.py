@@ -1,4 +1,4 @@
-"""How much memory a calibration pass takes, from a configuration and headers alone."""
+"""Estimates the memory of a calibration pass from a configuration and headers alone."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _LOGITS = 5
 # residual stream, and for each expert the token goes to in sizes of the middle and the stream.
 _STREAM, _ROUTED = 8, 4
 
-# What recording needs that takes the whole model at once.
+# Needs that require the whole model in memory.
 WHOLE = frozenset({"curvature", "gradients", "replay"})
 
 # The whole model; its gradients layer by layer; or all of it layer by layer.
@@ -49,7 +49,7 @@ def way_to_calibrate(
         limit: bytes; None for any number.
 
     Raises:
-        InputError: none is within the limit; names estimators that are.
+        InputError: no way is within the limit; the message names estimators that are.
     """
     if limit is None or peak_bytes(source, layout, tokens, needs, by_layer=False) <= limit:
         return "whole"
@@ -77,17 +77,17 @@ def peak_bytes(
 ) -> int:
     """Return about how many bytes loading, calibrating and estimating take at most.
 
-    Counted are the float32 model and the larger of two things: the file while it is loaded, or
-    what a pass keeps, which is the replay's memory of every layer and distribution, moments,
+    This counts the float32 model plus the larger of two parts: the file while it is loaded; or the
+    data that a pass keeps, which is the replay's stored layer outputs and distributions, moments,
     gradients and traces as asked for, the graph of one batch, and one layer's experts while they
-    are rounded. The interpreter and its libraries, some 0.5 GiB, are not.
+    are rounded. It excludes the interpreter and its libraries, about 0.5 GiB.
 
     Args:
         source: the checkpoint.
         layout: its units, from headers.
         tokens: number of tokens of the text.
         needs: what the estimator needs.
-        by_layer: gradients of one layer a backward pass, without those of parameters.
+        by_layer: gradients of one layer per backward pass, without those of parameters.
     """
     config = text_config(source.config)
     layers, units = layout.layers, layout.units
@@ -116,9 +116,9 @@ def peak_bytes(
 def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collection[str]) -> int:
     """Return about how many bytes `calibrate_by_layer` and estimating take at most.
 
-    The largest of three things: one decoder layer in float32 with what it records and what a batch
-    takes in it; the logits of one window; and one layer's experts while they are rounded. Beside
-    them one stored tensor as it is read and the sums of every layer. Files are not counted.
+    This is the largest of three parts: one decoder layer in float32 with its recordings and a
+    batch's activations; the logits of one window; one layer's experts while they are rounded. One
+    stored tensor while it is read and the sums of all layers are added. Files are not counted.
 
     Args:
         source: the checkpoint.
@@ -148,7 +148,7 @@ def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collecti
 
 
 def _largest_layer(source: Checkpoint) -> int:
-    """Return the numbers in the largest decoder layer: tensors of one name up to its number."""
+    """Return the elements of the largest decoder layer, grouping tensors by name prefix."""
     sizes: Counter[str] = Counter()
     for name, (_, shape) in source.shapes.items():
         parts = name.split(".")
@@ -167,5 +167,5 @@ def _widths(source: Checkpoint, layout: Layout) -> tuple[int, int, int]:
 
 
 def _size(config: Mapping[str, Any], default: int, *names: str) -> int:
-    """Return the first of some sizes that a configuration has."""
+    """Return the first of the named sizes that a configuration has."""
     return count_of(config, *names) or default

@@ -1,8 +1,8 @@
-"""A text through a model one decoder layer at a time, each layer loaded once for all of it.
+"""Runs a text through a model one decoder layer at a time, so that each layer is loaded once.
 
 The model's own forward runs, so that every layer gets the masks and positions it always gets:
-the layer before answers from a file, those before that with NaN, and the pass ends after the layer
-in question. A model in which a layer needs more than the one before gave shows itself by NaN.
+the previous layer returns its output from a file, earlier ones return NaN, and the pass ends after
+the current layer. If a layer reads more than the previous layer's output, its own output is NaN.
 """
 
 from __future__ import annotations
@@ -31,13 +31,13 @@ class _Reached(Exception):
 
 
 class Stream:
-    """What the last layer that ran gave for each window, in a file.
+    """The output of the last layer that ran, for each window, in a file.
 
     Args:
         batches: the text.
-        dtype: what it is kept in; bfloat16 takes half the disk and rounds at every layer.
-        path: the file, which may be there from a former run; one without a name when not given.
-        shape: shape of a window's part, if the file is there.
+        dtype: dtype of the file; bfloat16 takes half the disk and rounds at every layer.
+        path: the file, which may exist from an earlier run; a file without a name when not given.
+        shape: shape of a window's part, if the file exists.
     """
 
     def __init__(
@@ -78,12 +78,12 @@ class Stream:
 
 
 class Streamed:
-    """Runs the layers of a skeleton, of which the caller has loaded the one that is run.
+    """Runs the layers of a skeleton; the caller loads the layer that is run.
 
     Attributes:
         skeleton: the model.
-        after: by layer that ran, how many Nones come after its hidden states; None if it gives
-            these alone.
+        after: number of Nones after the hidden states in each layer's output, by layer; None if a
+            layer returns the hidden states alone.
     """
 
     def __init__(self, skeleton: Skeleton) -> None:
@@ -92,12 +92,12 @@ class Streamed:
 
     @torch.no_grad()
     def advance(self, place: int, start: Stream, path: Path | None = None) -> Stream:
-        """Return what a layer gives.
+        """Run a layer and return its output.
 
         Args:
-            place: the layer, which is loaded.
-            start: what the layer before gave; anything for the first.
-            path: file that keeps what it gives; one without a name when not given.
+            place: the layer, which must be loaded.
+            start: output of the layer before; ignored for the first layer.
+            path: file for the output; a file without a name when not given.
 
         Raises:
             ModelError: the layer cannot be run alone.
@@ -112,9 +112,9 @@ class Streamed:
         """Return log-probabilities of the tokens to predict, float32 [tokens, vocabulary].
 
         Args:
-            end: what the last layer gave.
-            batch: which batch.
-            rows: which windows of it.
+            end: output of the last layer.
+            batch: number of the batch.
+            rows: windows of the batch.
         """
         with self._answering(len(self.skeleton.layers), end[batch][rows]):
             return log_probabilities(self.skeleton.model, end.batches[batch][rows])
@@ -148,7 +148,7 @@ class Streamed:
 
     @contextlib.contextmanager
     def _answering(self, place: int, before: Tensor | None) -> Iterator[None]:
-        """Let layers before `place` answer at once: the last of them with `before`."""
+        """Let layers before `place` return without computing, the last of them with `before`."""
         skipped = list(self.skeleton.layers)[:place]
         for number, layer in enumerate(skipped):
             answer = before

@@ -1,8 +1,8 @@
-"""A transformers model without weights, which takes them from a checkpoint where it needs them.
+"""A transformers model without weights, which loads them from a checkpoint when needed.
 
-Routed experts are copied matrix by matrix, from where the walker finds a unit on disk to where it
-finds it in the model. All other tensors go the way that transformers itself loads them: by its
-renamings and conversions. What lies outside the decoder layers is read when it is first used.
+Routed experts are copied matrix by matrix, from the unit that the walker finds on disk to the same
+unit in the model. All other tensors are loaded as transformers does, by its renamings and
+conversions. Tensors outside the decoder layers are read on first use.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ from bitknap.quantization.source.checkpoint import Checkpoint
 
 
 class Skeleton:
-    """A model whose parameters are on the meta device, but for the decoder layer in use.
+    """A model whose parameters are on the meta device, except for the decoder layer in use.
 
     Args:
         source: the checkpoint.
-        include: roles that are units beside the routed experts.
+        include: roles that are units in addition to the routed experts.
 
     Attributes:
         source: the checkpoint.
-        model: the model, float32, in evaluation mode; it may run with `loaded` layers only.
+        model: the model, float32, in evaluation mode; it can run only layers that are `loaded`.
         layout: its units.
         on_disk: the same units in the checkpoint, in the same order.
         layers: its decoder layers.
-        numbers: by place in that list, the MoE layers there.
+        numbers: numbers of the MoE layers, by place in that list.
 
     Raises:
-        ModelError: the units do not lie in one list of decoder layers.
+        ModelError: the units are not all in one list of decoder layers.
     """
 
     def __init__(self, source: Checkpoint, include: Collection[str] = ()) -> None:
@@ -69,7 +69,7 @@ class Skeleton:
 
     @contextlib.contextmanager
     def loaded(self, place: int) -> Iterator[None]:
-        """Hold the weights of one decoder layer while the block runs.
+        """Load the weights of one decoder layer while the block runs.
 
         Raises:
             FileError: a tensor is missing or damaged.
@@ -83,11 +83,11 @@ class Skeleton:
             self._drop(names)
 
     def holds(self, place: int, tensor: str) -> bool:
-        """Return whether a tensor of the model is one of a decoder layer's."""
+        """Return whether a tensor of the model belongs to a decoder layer."""
         return tensor.startswith(f"{self._list}.{place}.")
 
     def drop_rest(self) -> None:
-        """Drop what was read of the model outside its decoder layers."""
+        """Drop the tensors that were read from outside the decoder layers."""
         self._drop([name for name in self._state if not name.startswith(f"{self._list}.")])
 
     def weights(self, which: np.ndarray) -> Tensor:
@@ -103,7 +103,7 @@ class Skeleton:
         self._fill(wanted, spilled=True)
 
     def _fill(self, names: Collection[str], *, spilled: bool = False) -> None:
-        """Give tensors of the model their values.
+        """Load the values of tensors of the model.
 
         Raises:
             FileError: one is missing or damaged.
@@ -126,12 +126,12 @@ class Skeleton:
             _put(self.model, name, tensor)
 
     def _converted(self, first: str) -> Mapping[str, Tensor]:
-        """Return the tensors made of those stored that belong to `first`; none if none do."""
+        """Return the tensors converted from the stored ones that belong to `first`, if any."""
         transform: Any = None
         for stored, pattern, kind in self._sources.get(first, ()):
             transform = transform or deepcopy(kind)
             value = self.source.read(stored)
-            if pattern != stored:  # what only has another name is cast where it comes to lie
+            if pattern != stored:  # tensors that are only renamed are cast to the model's dtype
                 value = value.to(self._state[first].dtype)
             transform.add_tensor(first, stored, pattern, value)
         if transform is None:
@@ -140,7 +140,7 @@ class Skeleton:
         return {n: v[0] if isinstance(v, list) else v for n, v in made.items() if n in self._state}
 
     def _tie(self, name: str) -> None:
-        """Let a tensor that is not stored be the one that it is tied to."""
+        """Replace a tensor that is not stored by the one to which it is tied."""
         tied: dict[str, str] = getattr(self.model, "all_tied_weights_keys", {})
         others = [tied[name]] if name in tied else [a for a, b in tied.items() if b == name]
         for other in others:
@@ -167,7 +167,7 @@ def _hollow(source: Checkpoint) -> Any:
     model = hollow(source.folder, config)
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
-    # Computed, not stored, such as the frequencies of rotary embeddings.
+    # These are computed, not stored, such as the frequencies of rotary embeddings.
     for name, buffer in list(model.named_non_persistent_buffers()):
         _put(model, name, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()
@@ -192,7 +192,7 @@ def _list_of_layers(model: nn.Module, layout: Layout) -> str:
 
 
 def _routed_tensors(layout: Layout) -> dict[str, list[int]]:
-    """Return the routed units in each tensor that has any."""
+    """Return the routed units of each tensor that contains any."""
     units: dict[str, list[int]] = {}
     for unit in np.flatnonzero(layout.units.role == ROLES.index("routed")).tolist():
         units.setdefault(layout.views[unit].tensor, []).append(unit)

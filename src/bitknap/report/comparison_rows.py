@@ -1,7 +1,7 @@
-"""What a comparison's rows say: their order, who is best of a group, and what is not significant.
+"""The rows of a comparison: their order, the best of each group, and significance.
 
-A document is what `bitknap compare` writes as compare.json: plain JSON values, any part may be
-missing.
+A document is the content of compare.json, which `bitknap compare` writes: plain JSON values, of
+which any part may be missing.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from bitknap.report.figure_files import DOTS, LINE
 Row = Mapping[str, Any]
 
 OURS, UNREFINED = "ours", "ours, unrefined"
-# Two values this many standard errors apart are told apart; fewer are not.
+# Two values differ significantly if they are more than this many standard errors apart.
 ERRORS = 2.0
-# Colours of the groups (Okabe and Ito's palette, told apart by everyone), most important first.
+# Colours of the groups (Okabe and Ito's palette, safe for colour-blind readers), most important
+# first.
 GROUPS = {
     "ours": LINE,
     "uniform": DOTS,
@@ -30,7 +31,7 @@ GROUPS = {
     "signal": "#009E73",
     "random": "#8C959F",
 }
-# Of groups that are not known, and of what is no group.
+# Colour of unknown groups and of lines without a group.
 OTHER = "#8C959F"
 _COLUMNS = (
     *("budget", "strategy", "group", "source", "status", "reason", "setting", "bytes", "bpw"),
@@ -41,14 +42,14 @@ _COLUMNS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """How one row stands to ours at its own bytes.
+    """Comparison of one row with Bitknap's row at the same bytes.
 
     Attributes:
-        budget: as the document names it.
-        role: what the row is the best of, such as "best uniform".
-        row: the other strategy's.
-        ours: our row at that budget, or None.
-        word: of `standing`.
+        budget: name of the budget in the document.
+        role: role of the row, such as "best uniform".
+        row: the other strategy's row.
+        ours: Bitknap's row at that budget, or None.
+        word: result of `standing`.
     """
 
     budget: str
@@ -59,7 +60,7 @@ class Verdict:
 
 
 def rows_of(document: Mapping[str, Any]) -> list[Row]:
-    """Return all rows, or none."""
+    """Return all rows; an empty list if there are none."""
     return list(document.get("rows") or ())
 
 
@@ -70,7 +71,7 @@ def budgets_of(document: Mapping[str, Any]) -> list[str]:
 
 
 def at(document: Mapping[str, Any], budget: str) -> list[Row]:
-    """Return the rows of a budget: ours, its variants, others by KL, those without one."""
+    """Return the rows of a budget: Bitknap's, its variants, others by KL, those without a KL."""
 
     def key(row: Row) -> tuple[bool, bool, bool, float, str]:
         kl, name = number(row, "kl"), str(row.get("strategy"))
@@ -94,7 +95,7 @@ def number(row: Row, key: str) -> float | None:
 
 
 def standing(row: Row) -> str:
-    """Return where a row's KL is from ours: "higher", "lower", "alike" or, unknown, ""."""
+    """Compare a row's KL with Bitknap's: "higher", "lower", "alike", or "" if unknown."""
     difference, error = number(row, "difference"), number(row, "difference_se")
     if difference is None or error is None:
         return ""
@@ -104,7 +105,7 @@ def standing(row: Row) -> str:
 
 
 def verdicts(document: Mapping[str, Any]) -> list[Verdict]:
-    """Return at every budget how the best uniform, published and other strategy stand to ours."""
+    """Compare the best uniform, published and other strategy with Bitknap's at every budget."""
     result = []
     for budget in budgets_of(document):
         rows = at(document, budget)
@@ -126,13 +127,13 @@ def verdicts(document: Mapping[str, Any]) -> list[Verdict]:
 
 
 def geometric_mean(values: Iterable[float | None]) -> float | None:
-    """Return the geometric mean of the positive numbers among `values`, None of none."""
+    """Return the geometric mean of the positive numbers among `values`; None if there are none."""
     logs = [math.log(value) for value in values if value is not None and value > 0]
     return math.exp(sum(logs) / len(logs)) if logs else None
 
 
 def rows_csv(document: Mapping[str, Any]) -> str:
-    """Return all rows as CSV with one head line; the KL of each domain is a column "kl_NAME".
+    """Return all rows as CSV with a header line; the KL of each domain is a column "kl_NAME".
 
     Numbers are written in full, missing ones are empty. Equal documents give equal texts.
     """
@@ -155,7 +156,7 @@ def rows_csv(document: Mapping[str, Any]) -> str:
 
 
 def _lowest(rows: Sequence[Row]) -> Row | None:
-    """Return the row of the lowest KL, the first by name of equal ones; None where none has any."""
+    """Return the row of lowest KL, the first by name if equal; None if no row has a KL."""
     best: tuple[float, str, Row] | None = None
     for row in rows:
         kl = number(row, "kl")

@@ -1,4 +1,4 @@
-"""Pictures of results: figures without a window, equal inputs give equal bytes."""
+"""Pictures of results: figures without a window; equal inputs give equal bytes."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from bitknap.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Points of the curve: more than a screen tells apart.
+# Points of the curve: more than a screen can show.
 _POINTS = 1000
-# Costs this much below the largest are too small to matter, and only stretch the axis.
+# Costs smaller than the largest by this factor do not matter and only stretch the axis.
 _SPAN = 1e5
-# Dark blue and orange are told apart by everyone (Okabe and Ito's palette).
+# Dark blue and orange are safe for colour-blind readers (Okabe and Ito's palette).
 LINE, DOTS, INK, GRID = "#0072B2", "#D55E00", "#222222", "#DDDDDD"
-# Where a label may go, in points from its dot: below the curve first, where nothing else is.
+# Places of a label, in points from its dot: below the curve first, which is usually free.
 _PLACES = ((-6, -3, "right", "top"), (7, 3, "left", "bottom"))
 
 
 def frontier_figure(frontier: Frontier, uniform: Mapping[str, tuple[int, float]]) -> Figure:
-    """Draw the cost of every budget's plan, and of all units in one format.
+    """Draw the cost of every budget's plan, and of uniform plans.
 
     Args:
         frontier: the curve.
-        uniform: bytes and cost by name of format.
+        uniform: bytes and cost of uniform plans, by name of format.
     """
     from matplotlib.figure import Figure
 
@@ -68,11 +68,11 @@ def write_picture(figure: Figure, path: Path) -> None:
     """Write a figure as .svg or .png, whole or not at all; equal figures give equal bytes.
 
     Raises:
-        InputError: the path ends in something else.
+        InputError: the path has another suffix.
     """
     from matplotlib import rc_context
 
-    # Random ids, the date and the version would differ from run to run.
+    # Random ids, the date and the version would differ between runs.
     silent = {
         ".svg": {"Date": None, "Creator": GENERATOR},
         ".png": {"Software": GENERATOR},
@@ -86,7 +86,7 @@ def write_picture(figure: Figure, path: Path) -> None:
 
 
 def _scale_costs(axes: Any, costs: Sequence[float]) -> None:
-    """Make the axis logarithmic over the costs above 0; kept weights that cost nothing fall off."""
+    """Make the axis logarithmic over costs above 0; plans that cost nothing are not shown."""
     positive = [cost for cost in costs if cost > 0]
     if not positive:
         return
@@ -105,7 +105,7 @@ def _title(frontier: Frontier) -> str:
 def _best(
     frontier: Frontier, uniform: Mapping[str, tuple[int, float]]
 ) -> dict[str, tuple[int, float]]:
-    """Return the format of each width that comes nearest to the frontier; only these get names."""
+    """Return the format of each width that is nearest to the frontier; only these get labels."""
     best: dict[str, tuple[float, str]] = {}
     for name, (size, cost) in uniform.items():
         bound = frontier.bound_at(size)
@@ -116,7 +116,7 @@ def _best(
 
 
 def _label(figure: Figure, axes: Any, points: Mapping[str, tuple[float, float]]) -> None:
-    """Write names beside points, where they cover no other name and none of the legend."""
+    """Write names beside points, where they cover neither another name nor the legend."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     renderer = FigureCanvasAgg(figure).get_renderer()

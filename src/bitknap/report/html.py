@@ -9,7 +9,7 @@ from typing import Any
 
 from bitknap.errors import InputError
 
-# The bar for scrolling is there from the start: plots are drawn before the page is long.
+# The scroll bar is always shown: plots are drawn before the page is long enough to need it.
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #57606a; --paper: #fff; --line: #d0d7de;
   --lift: #f6f8fa }
@@ -37,7 +37,7 @@ pre { border: 1px solid var(--line); padding: .8rem; white-space: pre-wrap;
 .wide td, .wide th { overflow-wrap: normal }
 .wide th { white-space: nowrap }
 """
-# Plots are drawn on the page's own paper, in its ink, and change with it.
+# Plots take the page's background and text colours, and change with them.
 _SCRIPT = """
 function paint() {
   const style = getComputedStyle(document.documentElement);
@@ -69,10 +69,10 @@ def shell(title: str, body: Iterable[str], *, style: str = "", script: str = "")
     """Return a whole page that loads nothing from elsewhere; equal inputs give equal bytes.
 
     Args:
-        title: plain text, of the window and of the first heading.
+        title: plain text, for the window title and the first heading.
         body: HTML, part by part; empty parts are left out.
-        style: rules beside those that every page has.
-        script: what the page does beside painting its plots.
+        style: CSS in addition to that of every page.
+        script: JavaScript in addition to that for plots.
 
     Raises:
         InputError: there are plots, and plotly is not installed.
@@ -97,24 +97,24 @@ def shell(title: str, body: Iterable[str], *, style: str = "", script: str = "")
 </body>
 </html>
 """
-    # A file's name in it may be bytes that are no text.
+    # A file name on the page may contain bytes that are not valid text.
     return page.encode(errors="backslashreplace").decode()
 
 
 def section(heading: str, note: str, *content: str) -> str:
-    """Return a heading, an explanation in plain text if there is one, and HTML below them."""
+    """Return a heading, a plain-text explanation if any, and HTML below them."""
     below = "\n".join(part for part in content if part)
     explained = f"<p>{escape(note)}</p>\n" if note else ""
     return f"<h2>{escape(heading)}</h2>\n{explained}{below}"
 
 
 def drawn(figure: Any, name: str, height: int | None = None) -> str:
-    """Return a plotly figure as HTML on the page's own paper.
+    """Return a plotly figure as HTML with the page's background.
 
     Args:
         figure: changed in place.
-        name: its id is made of it, so it must not be that of another figure of the page.
-        height: pixels; plotly's own if None.
+        name: must be unique on the page, since the figure's id is made from it.
+        height: pixels; plotly's default if None.
     """
     figure.update_layout(
         title=None,
@@ -125,20 +125,20 @@ def drawn(figure: Any, name: str, height: int | None = None) -> str:
         font={"family": "system-ui, sans-serif"},
         height=height,
     )
-    # Names of parameters are as long as they are.
+    # Parameter names may be long.
     figure.update_yaxes(automargin=True)
     html = figure.to_html(
         include_plotlyjs=False,
         full_html=False,
         div_id="plot-" + re.sub(r"\W+", "-", name.lower()).strip("-"),
-        # Its buttons would cover legends; dragging zooms, a double click shows all again.
+        # Buttons would cover legends; dragging zooms, a double click resets the view.
         config={"displayModeBar": False, "responsive": True},
     )
     return f'<div class="plot">{html}</div>'
 
 
 def folded(name: str, note: str, content: str, *, opened: bool) -> str:
-    """Return HTML that folds away below its name and a note, both plain text."""
+    """Return HTML that can be folded away under a name and a note, both plain text."""
     state = " open" if opened else ""
     return (
         f"<details{state}><summary><b>{escape(name)}</b>, {escape(note)}</summary>\n"
@@ -157,7 +157,7 @@ def table(
     Args:
         rows: cells, row by row.
         head: names of the columns.
-        numbers: columns that are aligned to the right.
+        numbers: columns that are aligned right.
     """
 
     def row(cells: Sequence[str], tag: str) -> str:

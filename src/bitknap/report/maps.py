@@ -15,17 +15,17 @@ from bitknap.report.plots import calm, decades, words
 
 _ROUTED = ROLES.index("routed")
 _ORDER = ("gate", "up", "down")
-# Panels stand side by side up to so many experts, below each other beyond.
+# Panels are side by side up to this many experts, and below each other with more.
 _BESIDE = 16
-# Pixels of a layer's row, bounds of a panel, and what is around and between panels.
+# Pixels: height of a layer's row, bounds of a panel's height, space around and between panels.
 _ROW, _LEAST, _MOST, _AROUND, _BETWEEN = 24, 140, 300, 90, 72
-# From few to many: seen by everyone, and on light and dark paper.
+# Readable for colour-blind readers, and on light and dark backgrounds.
 _SCALE = "Viridis"
-# Marks beside the colours; these are shown as logarithms, or 2 and 3 bits look alike beside 16.
+# Ticks of the colour bar. Colours are logarithmic, or 2 and 3 bits would look alike beside 16.
 _MARKED = (1, 1.5, 2, 3, 4, 6, 8, 12, 16, 32)
 _BAR = {"thickness": 12, "outlinewidth": 0, "ypad": 0, "tickfont": {"size": 11}}
 _NONE = "#D55E00"
-# Characters of a column's name up to which it is written level.
+# Column names up to this many characters are written horizontally.
 _SHORT = 5
 
 
@@ -34,7 +34,7 @@ class Panel:
     """One map.
 
     Attributes:
-        title: what it is of, such as "gate".
+        title: subject of the map, such as "gate".
         layers: labels of the rows.
         columns: labels of the columns; numbers of experts unless `other`.
         values: bits per weight with scales and zeros, float64[L,E]; NaN where there is no unit.
@@ -51,7 +51,7 @@ class Panel:
 
 
 def panels(plan: BitPlan) -> tuple[Panel, ...]:
-    """Return the map of every projection of the routed experts, and one of all other units."""
+    """Return a map for each projection of the routed experts, and one for all other units."""
     units = plan.units
     routed = (units.role == _ROUTED) & (units.expert >= 0)
     known = {name: index for index, name in enumerate(units.projections)}
@@ -69,12 +69,12 @@ def panels(plan: BitPlan) -> tuple[Panel, ...]:
 
 
 def plan_figure(plan: BitPlan, low: float, high: float) -> tuple[Any, int] | None:
-    """Return the maps of a plan and their height in pixels, or None without shapes of units.
+    """Return the maps of a plan and their height in pixels; None if units have no shapes.
 
     Args:
-        plan: any.
-        low: bits per weight of the darkest colour, so that plans can be compared.
-        high: of the brightest.
+        plan: the plan.
+        low: bits per weight of the darkest colour; give all plans the same range to compare them.
+        high: bits per weight of the brightest colour.
     """
     from plotly.subplots import make_subplots
 
@@ -110,7 +110,7 @@ def _colours(low: float, high: float) -> dict[str, Any]:
     if len(marks) < 2:
         marks = sorted({low, high})
     bar = {"tickvals": np.log2(marks).tolist(), "ticktext": [f"{bits:.4g}" for bits in marks]}
-    # Plans of one width have a colour, too.
+    # A plan with a single width also needs a range of colours.
     margin = 0.0 if low < high else 0.1
     return {
         "colorscale": _SCALE,
@@ -131,7 +131,7 @@ def bits_range(plans: Sequence[BitPlan]) -> tuple[float, float]:
 def coverage_figure(coverage: Mapping[str, Any]) -> tuple[Any, int, int] | None:
     """Return a map of the tokens routed to each expert, its height, and how many experts saw none.
 
-    None where the document has no tokens.
+    None if the document has no token counts.
     """
     from plotly import graph_objects as go
 
@@ -169,7 +169,7 @@ def coverage_figure(coverage: Mapping[str, Any]) -> tuple[Any, int, int] | None:
             name="no tokens",
         )
     figure.update_xaxes(title="expert", showgrid=False, zeroline=False, tickformat="d")
-    # Marks would make axes wider than the map.
+    # Crosses would make the axes wider than the map.
     figure.update_xaxes(range=[-0.5, tokens.shape[1] - 0.5])
     figure.update_yaxes(**_LAYERS | {"autorange": False, "range": [len(rows) - 0.5, -0.5]})
     height = min(max(_LEAST, _ROW * len(rows)), _MOST) + _AROUND
@@ -186,7 +186,7 @@ _LAYERS = {
 
 
 def _others(plan: BitPlan, rest: Bools) -> Panel:
-    """Return the map of the units that are not routed, a column for each role and projection."""
+    """Return the map of units that are not routed, with a column for each role and projection."""
     units = plan.units
     kinds = units.role.astype(np.int64) * len(units.projections) + units.projection
     some = np.unique(kinds[rest])
@@ -210,7 +210,7 @@ def _panel(
     shape = (len(layers), len(labels))
     flat = row * shape[1] + column[mine]
     count = shape[0] * shape[1]
-    # Blocks of one matrix share a place.
+    # Blocks of one matrix share a cell.
     nbytes = np.bincount(flat, weights=plan.nbytes[mine], minlength=count)
     weights = np.bincount(flat, weights=units.numel[mine], minlength=count)
     with np.errstate(divide="ignore", invalid="ignore"):
@@ -260,5 +260,5 @@ def _axes(figure: Any, panel: Panel, place: Mapping[str, int], *, labelled: bool
 
 
 def _gaps(shape: tuple[int, ...]) -> dict[str, int]:
-    """Return the space between cells: none where they are a few pixels high or wide."""
+    """Return the space between cells: none if they are only a few pixels high or wide."""
     return {"xgap": int(shape[1] <= _BESIDE), "ygap": int(shape[0] <= _BESIDE)}

@@ -13,7 +13,7 @@ from bitknap.report.plots import best_line, frontier_of, groups_of, marked, plac
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# The marks of the page, as matplotlib names them.
+# The markers of the page, by their matplotlib names.
 _MARKERS = {
     "ours": "o",
     "uniform": "s",
@@ -26,10 +26,10 @@ _MARKERS = {
 
 
 def pareto_figure(document: Mapping[str, Any]) -> Figure:
-    """Draw KL against bits per weight, a mark for every strategy and budget.
+    """Draw KL against bits per weight, with a marker for each strategy and budget.
 
-    Lines join ours and the best uniform recipe; the predicted frontier is dotted. Write it with
-    `bitknap.report.figure_files.write_picture`.
+    Lines join Bitknap's plans and the best uniform recipes; the predicted frontier is dotted. Write
+    it with `bitknap.report.figure_files.write_picture`.
 
     Raises:
         InputError: no row of the document was measured.
@@ -41,7 +41,7 @@ def pareto_figure(document: Mapping[str, Any]) -> Figure:
         raise InputError("picture: no row has a KL above 0 and bits per weight; nothing to draw")
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
-    # Ours is drawn last, and named first.
+    # Bitknap's plans are drawn last and named first.
     for group in reversed(groups_of(rows)):
         colour, some = GROUPS.get(group, OTHER), [row for row in rows if row.get("group") == group]
         axes.plot(*_places(best_line(document, group)), color=colour, lw=2)
@@ -50,7 +50,7 @@ def pareto_figure(document: Mapping[str, Any]) -> Figure:
         style: dict[str, Any] = {"marker": _MARKERS.get(group, "o"), "color": colour}
         style |= {"linestyle": "none", "markersize": 7 if group == OURS else 5}
         axes.plot(*_places(first), label=_plain(group), **style)
-        # What ours was before it was refined is hollow.
+        # Variants of Bitknap's plans, such as those before refinement, are hollow.
         axes.plot(*_places(rest), markerfacecolor="none", **style)
     sizes, costs = frontier_of(document, [float(row["bpw"]) for row in rows])
     if sizes:
@@ -87,5 +87,5 @@ def _label(axes: Any, costs: Sequence[float], model: Any) -> None:
 
 
 def _plain(text: str) -> str:
-    """Return a text as matplotlib shows it: it reads dollars as mathematics."""
+    """Escape a text for matplotlib, which reads dollar signs as mathematics."""
     return text.replace("$", r"\$")

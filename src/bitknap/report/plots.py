@@ -9,7 +9,7 @@ from typing import Any
 
 from bitknap.report.comparison_rows import GROUPS, OTHER, OURS, Row, at, budgets_of, number, rows_of
 
-# Named so that groups differ without colour, too.
+# Marker symbols, so that groups also differ without colour.
 _SYMBOLS = {
     "ours": "circle",
     "uniform": "square",
@@ -19,19 +19,19 @@ _SYMBOLS = {
     "signal": "triangle-down",
     "random": "x",
 }
-# Kept apart from the page's ink, and seen on light and on dark paper.
+# Differs from the page's text colour, and is visible on light and dark backgrounds.
 _THIN = {"color": OTHER, "width": 1}
-# The frontier is drawn this far beyond the sizes that were measured, bits per weight.
+# The frontier is drawn this many bits per weight beyond the measured sizes.
 _BEYOND = 0.15
 
 
 def words(text: object) -> str:
-    """Return a text as plotly shows it: plotly reads a few tags and entities."""
+    """Escape a text for plotly, which interprets a few tags and entities."""
     return escape(str(text), quote=False)
 
 
 def pareto(document: Mapping[str, Any]) -> Any:
-    """Return KL against bits per weight, or None where nothing was measured."""
+    """Plot KL against bits per weight; None if nothing was measured."""
     from plotly import graph_objects as go
 
     measured = [row for row in rows_of(document) if placed(row)]
@@ -72,7 +72,7 @@ def pareto(document: Mapping[str, Any]) -> Any:
 
 
 def prediction(document: Mapping[str, Any]) -> Any:
-    """Return measured against predicted KL with the diagonal, or None without predictions."""
+    """Plot measured against predicted KL with the diagonal; None without predictions."""
     from plotly import graph_objects as go
 
     rows = [row for row in rows_of(document) if placed(row) and (number(row, "predicted") or 0) > 0]
@@ -100,7 +100,7 @@ def prediction(document: Mapping[str, Any]) -> Any:
 
 
 def refinement(steps: Sequence[Mapping[str, Any]]) -> Any:
-    """Return predicted and measured loss by step, accepted steps filled; None without steps."""
+    """Plot predicted and measured loss by step, accepted steps filled; None without steps."""
     from plotly import graph_objects as go
 
     known = [(index, step) for index, step in enumerate(steps) if step.get("loss") is not None]
@@ -139,7 +139,7 @@ def refinement(steps: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def prices(rows: Sequence[Mapping[str, Any]]) -> Any:
-    """Return the predicted cost of every profile that has one as bars, or None."""
+    """Return a bar chart of the profiles' predicted costs; None if there are none."""
     from plotly import graph_objects as go
 
     some = [row for row in rows if row.get("cost") is not None]
@@ -158,7 +158,7 @@ def prices(rows: Sequence[Mapping[str, Any]]) -> Any:
         )
     )
     figure.update_xaxes(title="predicted cost, nats/token", tickformat="~g")
-    # Room for the ratios beside the bars.
+    # Leave room for the ratios beside the bars.
     figure.update_xaxes(range=[0, 1.2 * max(row["cost"] for row in some)])
     figure.update_yaxes(type="category", autorange="reversed", ticksuffix="  ", showgrid=False)
     figure.update_layout(bargap=0.4)
@@ -166,7 +166,7 @@ def prices(rows: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def calm(figure: Any) -> Any:
-    """Let a figure fill its place: margins are what labels need, text is a little smaller."""
+    """Let a figure fill its place: margins as small as labels allow, and slightly smaller text."""
     figure.update_layout(margin={"l": 8, "r": 8, "b": 8}, font={"size": 12})
     figure.update_xaxes(automargin=True, title_standoff=8)
     figure.update_yaxes(title_standoff=8)
@@ -174,7 +174,7 @@ def calm(figure: Any) -> Any:
 
 
 def best_line(document: Mapping[str, Any], group: str) -> list[Row]:
-    """Return at every budget ours, or the uniform row of the lowest KL; nothing of other groups."""
+    """Return Bitknap's, or the best uniform, row at every budget; none for other groups."""
     line = []
     for budget in budgets_of(document):
         rows = [row for row in at(document, budget) if row.get("group") == group and placed(row)]
@@ -187,7 +187,7 @@ def best_line(document: Mapping[str, Any], group: str) -> list[Row]:
 def frontier_of(
     document: Mapping[str, Any], sizes: Sequence[float]
 ) -> tuple[list[float], list[float]]:
-    """Return bits per weight and cost of the predicted frontier around the sizes measured."""
+    """Return bits per weight and cost of the predicted frontier near the measured sizes."""
     low, high = min(sizes) - _BEYOND, max(sizes) + _BEYOND
     points = sorted(
         (float(point["bits_per_weight"]), float(point["cost"]))
@@ -199,9 +199,9 @@ def frontier_of(
 
 
 def marked(values: Sequence[float]) -> tuple[int, ...]:
-    """Return the leading digits that a logarithmic axis of positive values has marks at.
+    """Return the leading digits at which a logarithmic axis of positive values has ticks.
 
-    None at all if the values are so near to each other that there might be none among them.
+    The result is empty if the values are so close that no tick might lie between them.
     """
     span = max(values) / min(values)
     return (1, 2, 5) if span >= 6 else (1, 2, 3, 5) if span >= 2.5 else ()
@@ -219,12 +219,12 @@ def _scale(values: Sequence[float]) -> dict[str, Any]:
 
 
 def placed(row: Row) -> bool:
-    """Return whether a row has a place on logarithmic axes."""
+    """Return whether a row can be shown on logarithmic axes."""
     return number(row, "bpw") is not None and (number(row, "kl") or 0) > 0
 
 
 def groups_of(rows: Sequence[Row]) -> list[str]:
-    """Return the groups there are, known ones first."""
+    """Return the groups of the rows, known ones first."""
     return [
         *dict.fromkeys(
             [
@@ -243,7 +243,7 @@ def _marks(group: str, rows: Sequence[Row]) -> dict[str, Any]:
     size, opacity = (10, 1.0) if group == OURS else (8, 0.85)
     symbol: Any = _SYMBOLS.get(group, "circle")
     if group == OURS:
-        # What ours was before it was refined is hollow.
+        # Variants of Bitknap's plans, such as those before refinement, are hollow.
         symbol = [symbol + "-open" * (row.get("strategy") != OURS) for row in rows]
     return {
         "mode": "markers",
@@ -270,7 +270,7 @@ def _legend_above(figure: Any) -> Any:
 
 
 def decades(values: Sequence[float]) -> tuple[list[float], list[str]]:
-    """Return ticks of a colour that shows log10 of positive values, and their labels."""
+    """Return ticks of a colour bar for log10 of positive values, and their labels."""
     low, high = math.log10(min(values)), math.log10(max(values))
     steps = [
         base * 10**power

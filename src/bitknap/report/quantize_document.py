@@ -1,4 +1,4 @@
-"""What the page of a quantize run shows: its plan, and what is known of how it came about."""
+"""Document for the page of a quantize run: its plan, and the run's facts."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ def document_of(
     prices: Sequence[Price] = (),
     steps: Sequence[Step] | None = None,
 ) -> dict[str, Any]:
-    """Return what `report` reads, JSON values.
+    """Return the document that `report` reads, JSON values.
 
     Args:
         name: name of the budget.
-        plan: what every unit gets.
-        about: on the run.
-        table: the costs, if they are known.
-        prices: prices of all profiles, if they were asked for.
-        steps: plans that a closed loop measured.
+        plan: the plan of the run.
+        about: facts about the run.
+        table: the costs, if known.
+        prices: prices of all profiles, if asked for.
+        steps: plans that the closed loop measured.
     """
     units = plan.units
     said = {
@@ -59,7 +59,7 @@ def document_of(
 
 
 def frontier_points(table: CostTable) -> list[dict[str, Any]]:
-    """Return the predicted cost of some budgets' plans, JSON values."""
+    """Return the predicted costs of plans at several budgets, JSON values."""
     return [
         {
             "bits_per_weight": point.bits_per_weight,
@@ -71,7 +71,7 @@ def frontier_points(table: CostTable) -> list[dict[str, Any]]:
 
 
 def coverage_of(table: CostTable) -> dict[str, Any]:
-    """Return how many calibration tokens each expert saw; nothing where that is not known."""
+    """Return how many calibration tokens each expert saw; empty if not known."""
     units, tokens = table.units, table.provenance.get("tokens")
     routed = np.flatnonzero(units.role == ROLES.index("routed"))
     if table.frequency is None or not tokens or not len(routed):
@@ -84,7 +84,7 @@ def coverage_of(table: CostTable) -> dict[str, Any]:
 
 
 def steps_of(steps: Sequence[Step]) -> list[dict[str, Any]]:
-    """Return the plans that a closed loop measured, JSON values."""
+    """Return the plans that the closed loop measured, JSON values."""
     return [
         {
             "origin": step.origin,

@@ -1,4 +1,4 @@
-"""A run's report on disk: the page, and picture and numbers beside it."""
+"""Writes a run's report: the page, a picture and a table of numbers."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from bitknap.report.run_page import report
 def write_report(document: Mapping[str, Any], plans: Mapping[str, BitPlan], folder: Path) -> None:
     """Write report.html, rows.csv if there are rows, and pareto.png if any was measured.
 
-    Each appears whole or not at all, in place of one that is there; equal inputs give equal bytes.
+    Each file is written whole or not at all and replaces an existing one; equal inputs give equal
+    bytes.
 
     Args:
-        document: what compare.json holds.
+        document: content of compare.json.
         plans: plans to draw, by the name of their budget.
-        folder: made where it is missing.
+        folder: created if missing.
     """
     write_whole(folder / "report.html", report(document, plans).encode())
     if rows_of(document):

@@ -1,4 +1,4 @@
-"""A compare or quantize run as one HTML page that needs nothing but itself."""
+"""A compare or quantize run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from bitknap.report.plots import pareto, prediction, prices, refinement
 from bitknap.report.strategy_table import SCRIPT, STYLE, strategy_tables
 from bitknap.report.summary import facts, sentences, verdict_table
 
-# Maps of more pixels are folded away, but for those of the first plan.
+# Maps taller than this many pixels are folded away, except for the first plan's.
 _TALL = 400
 _STYLE = """
 ul { padding-left: 1.2rem }
@@ -33,7 +33,7 @@ def report(document: Mapping[str, Any], plans: Mapping[str, BitPlan]) -> str:
     """Return the page of a run.
 
     Args:
-        document: what compare.json holds, plain JSON values; a part that is missing or empty is
+        document: content of compare.json, plain JSON values; a part that is missing or empty is
             left out of the page.
         plans: plans to draw, by the name of their budget, in this order.
 

@@ -1,4 +1,4 @@
-"""Where a model is sensitive: a table's costs as maps of layers × experts, one a projection."""
+"""Sensitivity of a model: a table's costs as maps of layers × experts, one per projection."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from bitknap.errors import InputError
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# From little to much; a terminal shows ten levels well.
+# Characters from low to high cost; a terminal shows ten levels well.
 _LEVELS = " .:-=+*#%@"
-# Experts side by side in a terminal; more share a column, which shows the largest.
+# Columns in a terminal; with more experts, several share a column, which shows the largest cost.
 _COLUMNS = 64
-# Costs this many powers of ten below the largest all look alike.
+# Costs more than this many powers of ten below the largest look the same.
 _DECADES = 4.0
 
 
@@ -31,7 +31,7 @@ class Heat:
         projection: its name.
         layers: numbers of the layers, int64[L].
         values: log10 of each routed expert's cost, float64[L,E]; NaN where there is no unit. The
-            cost is the geometric mean over the formats that cost something.
+            cost is the geometric mean over formats with nonzero cost.
     """
 
     projection: str
@@ -60,7 +60,7 @@ def heat(table: CostTable) -> tuple[Heat, ...]:
         if not len(mine):
             continue
         values = np.full((len(layers), int(units.expert[routed].max()) + 1), -np.inf)
-        # Blocks of one matrix share a place: the dearest is shown.
+        # Blocks of one matrix share a cell, which shows the most expensive block.
         np.maximum.at(values, (row[mine], units.expert[mine]), value[mine])
         values[np.isneginf(values)] = np.nan
         keep = ~np.isnan(values).all(axis=1)
@@ -87,7 +87,7 @@ def heat_figure(maps: tuple[Heat, ...], unit: str) -> Figure:
 
     Args:
         maps: from `heat`.
-        unit: what the costs are in.
+        unit: unit of the costs.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""The table of strategies in a report: one a budget, sortable, with reasons for what is missing."""
+"""Tables of strategies in a report: one per budget, sortable, with reasons for missing values."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from bitknap.report.comparison_rows import OURS, Row, at, number, standing
 from bitknap.report.html import folded
 
-# Name of the column, key that it is sorted by, and what it means.
+# Name of each column, its sort key, and its meaning.
 _COLUMNS = (
     ("strategy", "strategy", "ours first, then by KL"),
     ("group", "group", ""),
@@ -47,7 +47,7 @@ STYLE = """
 .sorted .ours td, .sorted .ours td:first-child { background: var(--lift) }
 .why { color: var(--soft) }
 """
-# Rows without a value stay below, whichever way the others go.
+# Rows without a value stay at the bottom in either sort order.
 SCRIPT = """
 for (const table of document.querySelectorAll(".sorted")) {
   const heads = [...table.querySelectorAll("th")];
@@ -70,7 +70,7 @@ for (const table of document.querySelectorAll(".sorted")) {
 
 
 def strategy_tables(document: Mapping[str, Any], budgets: Sequence[str]) -> str:
-    """Return the table of every budget that has rows, the first one opened; "" without rows."""
+    """Return a table for every budget that has rows, with the first one open; "" without rows."""
     tables: list[str] = []
     for budget in budgets:
         rows = at(document, budget)
@@ -81,7 +81,7 @@ def strategy_tables(document: Mapping[str, Any], budgets: Sequence[str]) -> str:
 
 
 def plus_minus(value: float | None, error: float | None, *, sign: bool = False) -> str:
-    """Return a value to the digits that its standard error leaves, and the error."""
+    """Return a value, rounded to the digits that its standard error supports, and the error."""
     if value is None:
         return "–"
     lead = "+" if sign and value > 0 else "−" if value < 0 else ""
@@ -108,7 +108,7 @@ def _head(name: str, note: str, *, text: bool) -> str:
 
 
 def _row(row: Row) -> str:
-    """Return a row; one that was not measured says why across the columns of numbers."""
+    """Return a row; one without measurement gives the reason across the number columns."""
     setting = row.get("setting") or ""
     cells = [
         _cell(row.get("strategy"), row.get("strategy"), note=setting),

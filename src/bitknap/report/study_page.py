@@ -18,18 +18,18 @@ from bitknap.report.html import drawn, section, shell, table
 if TYPE_CHECKING:
     import optuna
 
-# Plots of every parameter are readable up to about so many.
+# Plots of all parameters are readable up to about this many parameters.
 _MOST = 12
 
 
 def page(study: Study) -> str:
-    """Return the page: what the study is about, how it stands, plots, and how to repeat it.
+    """Return the page: facts about the study, its best trials, plots, and commands to repeat it.
 
     Raises:
         InputError: plotly is not installed.
     """
     with quietly(), warnings.catch_warnings():
-        # A study of a few trials is no reason to warn.
+        # Optuna warns about studies with few trials; that is not a problem here.
         warnings.simplefilter("ignore")
         plots = [
             section(heading, note, drawn(figure, heading))
@@ -59,7 +59,7 @@ def _plots(study: Study) -> Iterator[tuple[str, str, Any]]:
             draw.plot_pareto_front(trials, target_names=["bytes of the units", "measured loss"]),
         )
     else:
-        # Without a target, so that Optuna draws the best value so far as well.
+        # Given no target, Optuna also draws the best value so far.
         history = draw.plot_optimization_history(trials, target_name="measured loss")
         yield "History", "Trial 0 turns nothing.", history
     yield (
@@ -87,7 +87,7 @@ def _loss_of(trial: optuna.trial.FrozenTrial) -> float:
 
 
 def _importances(trials: optuna.Study, of: dict[str, Any]) -> dict[str, float]:
-    """Return parameters by importance, or nothing where too few trials tell."""
+    """Return parameters by importance; empty if there are too few trials."""
     from optuna.importance import get_param_importances
 
     try:
@@ -160,7 +160,7 @@ def _leaders(study: Study) -> str:
 
 
 def _commands(study: Study) -> str:
-    """Return the commands that make and run this study again; the password is to be filled in."""
+    """Return the commands that create and run this study again; the password must be filled in."""
     about, measured = study.about, study.measured
     where = ["--storage", shown(study.storage)]
     make = ["bitknap", "study", "create", study.name, *where, "--table", about["table"]["path"]]

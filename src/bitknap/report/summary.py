@@ -1,4 +1,4 @@
-"""The summary of a report: what was compared, how ours stands, and what is not significant."""
+"""The summary of a report: what was compared, how Bitknap's plans rank, and significance."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _WORDS = {
     "alike": "not significant",
     "": "not compared",
 }
-# Formats and strategies that a line names before it only counts them.
+# A line names at most this many formats or strategies and counts the rest.
 _NAMED = 8
 
 
 def facts(document: Mapping[str, Any]) -> list[list[str]]:
-    """Return what the run was about, names and values; unknown ones are left out."""
+    """Return names and values of facts about the run; unknown ones are left out."""
     about = document.get("about") or {}
     formats = [str(name) for name in about.get("formats") or ()]
     versions = about.get("versions") or {}
@@ -74,7 +74,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
 
 
 def verdict_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Return head and rows: ours against the best of each kind at every budget."""
+    """Return head and rows: Bitknap against the best of each kind at every budget."""
     head = ["budget", "against", "", "KL, theirs", "KL, ours", "ratio", "difference", ""]
     rows = []
     for one in verdicts(document):
@@ -127,7 +127,7 @@ def _against(document: Mapping[str, Any], role: str, kind: str) -> list[str]:
 
 
 def _better(document: Mapping[str, Any]) -> list[str]:
-    """Return who beats ours, or that none does, where differences are known."""
+    """Say which strategies beat Bitknap's, or that none does, if differences are known."""
     known = any(standing(row) for row in rows_of(document) if row.get("group") != OURS)
     if not known:
         return []
@@ -143,7 +143,7 @@ def _alike(document: Mapping[str, Any]) -> list[str]:
 
 
 def _others(document: Mapping[str, Any], word: str) -> list[Row]:
-    """Return the rows that stand so to ours; variants of ours are none of them."""
+    """Return the rows whose `standing` is `word`, without variants of Bitknap's own."""
     return [
         row
         for budget in budgets_of(document)
@@ -153,7 +153,7 @@ def _others(document: Mapping[str, Any], word: str) -> list[Row]:
 
 
 def _refined(document: Mapping[str, Any]) -> list[str]:
-    """Return what refinement gave, by the row of the plan before it."""
+    """Say how refinement changed KL, from the row of the plan before it."""
     parts = []
     for budget in budgets_of(document):
         for row in at(document, budget):
@@ -176,7 +176,7 @@ def _missing(document: Mapping[str, Any]) -> list[str]:
 
 
 def _who(rows: Sequence[Row]) -> str:
-    """Name strategies and their budgets; names have commas of their own."""
+    """Name strategies and their budgets, separated by semicolons since names contain commas."""
     where: dict[str, list[str]] = {}
     for row in rows:
         where.setdefault(str(row.get("strategy")), []).append(str(row.get("budget")))

@@ -1,4 +1,4 @@
-"""What a cost table says of itself beside its costs: as JSON values, and as lines for people."""
+"""Facts about a cost table in addition to its costs, as JSON values and as lines of text."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 from bitknap.allocation import CostTable
 from bitknap.allocation.problem.budget import human
 
-# Experts that a line names before it only counts them.
+# A line names at most this many experts and counts the rest.
 _NAMED = 12
 
 
 def table_summary(table: CostTable) -> dict[str, Any]:
-    """Return what a table is, as JSON values; a format's cost is of the units that may use it."""
+    """Return facts about a table as JSON values; a format's cost is over units that may use it."""
     allowed = np.isfinite(table.cost)
     costs = np.where(allowed, table.cost, 0.0).sum(0).tolist()
     forbidden = (~allowed).sum(0).tolist()
@@ -33,7 +33,7 @@ def table_summary(table: CostTable) -> dict[str, Any]:
 
 
 def displayed(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a header or a provenance to be shown: without the megabytes of an order of neurons."""
+    """Return a header or a provenance without the order of neurons, which takes megabytes."""
     rewritten = said.get("rewritten")
     order = rewritten.get("order") if isinstance(rewritten, Mapping) else None
     if not isinstance(rewritten, Mapping) or not isinstance(order, Mapping):
@@ -42,7 +42,7 @@ def displayed(said: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def notes(table: CostTable) -> str:
-    """Return what to know before trusting a table, one fact a line."""
+    """Return facts to check before trusting a table, one per line."""
     said = table.provenance
     lines = [*_experts(said), *_repaired(said), *_rewritten(said)]
     for one in (said, *said.get("each", ())):
@@ -53,20 +53,20 @@ def notes(table: CostTable) -> str:
 
 
 def few_tokens_note(few: Sequence[Sequence[Any]]) -> str:
-    """Return a line on matrices that a method could not round by their tokens."""
+    """Return a line on matrices with too few tokens for their rounding method."""
     named = _some([f"{layer}/{expert} {name} ({seen})" for layer, expert, name, seen in few])
     return f"few tokens for their width, rounded nearly to nearest: layer/expert (tokens) {named}"
 
 
 def left_out_note(left: Mapping[str, Sequence[str]]) -> str:
-    """Return a line a reason for which files of the source's folder were not copied."""
+    """Return one line per reason why files of the source's folder were not copied."""
     lines = [f"not copied, {why}: {_some(names)}" for why, names in sorted(left.items())]
-    # A name on disk need not be valid text.
+    # A file name need not be valid text.
     return "\n".join(lines).encode(errors="backslashreplace").decode()
 
 
 def decoded_note(sizes: Mapping[str, Any]) -> str:
-    """Return a line on tensors that the source has in fewer bits than are written."""
+    """Return a line on tensors that are written with more bits than the source stores."""
     return (
         f"{sizes['decoded']:,} tensors that are not quantized are written as bf16, which is how "
         f"every loader reads them: {human(sizes['decoded_bytes'])} instead of "

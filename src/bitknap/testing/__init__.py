@@ -1,4 +1,4 @@
-"""For tests: tiny models and tables at random, and the contracts that plug-ins must keep."""
+"""For tests: tiny random models and tables, and the contracts that plug-ins must keep."""
 
 from bitknap.testing.contracts import SolverContract
 from bitknap.testing.models import (

@@ -1,4 +1,4 @@
-"""What plug-ins must keep, as test classes to subclass: pytest runs their `test_` methods.
+"""Contracts of plug-ins, as test classes to subclass; pytest runs their `test_` methods.
 
 Nothing here needs pytest itself. `bitknap.testing` offers the contracts to users.
 """
@@ -15,17 +15,17 @@ from bitknap.allocation import Budget, CostTable, Limit, Problem, Solution, Solv
 
 
 class SolverContract:
-    """What every solver must keep; subclass it in a test file, with `solver`.
+    """The contract of solvers; subclass it in a test file and set `solver`.
 
         class TestMine(SolverContract):
             solver = Mine()
 
     Attributes:
         solver: the solver, or a method that returns one.
-        exact: plans must be as good as the best of all plans, by trying them all; otherwise only
-            within the gap that the solver claims.
-        several_limits: takes more than one limit.
-        instances: how many random problems each law is tried on.
+        exact: whether plans must be as good as the best one found by trying all plans; otherwise
+            only within the gap that the solver claims.
+        several_limits: whether the solver takes more than one limit.
+        instances: number of random problems for each test.
     """
 
     solver: Any
@@ -54,7 +54,7 @@ class SolverContract:
         assert isinstance(name, str) and name, f"name is {name!r}, expected a text"
 
     def test_plans_agree_with_trying_them_all(self) -> None:
-        """Within the limits, no bound above the best plan, no cost below it."""
+        """Plans keep the limits; no bound is above the best cost, and no cost below it."""
         for problem in self._problems():
             best = least_cost(problem)
             solution = self._solve(problem)
@@ -91,7 +91,7 @@ class SolverContract:
             assert self._solve(problem).choice[0] == 0, "a pinned unit took another format"
 
     def test_the_only_plan_within_the_limit_is_found(self) -> None:
-        """With the lightest option of every unit the limit is used up."""
+        """The limit allows only the lightest option of every unit."""
         for seed in range(self.instances):
             problem = limited(small_problem(seed), 0.0)
             solution = self._solve(problem)
@@ -108,14 +108,14 @@ class SolverContract:
                 assert abs(solution.cost - best) <= 1e-9 * max(1.0, abs(best)), "not the cheapest"
 
     def test_a_problem_without_plans_has_no_plan(self) -> None:
-        """Says infeasible, or that it found nothing: never a plan that breaks a limit."""
+        """The answer is infeasible or no plan, never a plan that breaks a limit."""
         for seed in range(self.instances):
             problem = limited(small_problem(seed), -0.1)
             answer = self._solver().answer(problem)
             assert answer.choice is None, "a plan for a problem that has none"
 
     def test_clashing_limits_have_no_plan(self) -> None:
-        """Each limit can be met, but not both."""
+        """Each limit can be met alone, but not both together."""
         if not self.several_limits:
             return
         weight = np.tile([0.0, 1.0, 2.0], (4, 1))
@@ -125,7 +125,7 @@ class SolverContract:
         assert answer.choice is None, "a plan for a problem that has none"
 
     def test_the_order_of_units_does_not_matter(self) -> None:
-        """A permuted problem has plans of the same cost, or at least within the bounds."""
+        """A permuted problem has a plan of the same cost, or at least within the bounds."""
         for seed in range(self.instances):
             problem = small_problem(seed)
             order = np.random.default_rng(seed).permutation(len(problem.table.units))
@@ -138,7 +138,7 @@ class SolverContract:
 
 
 def small_problem(seed: int, *, limits: int = 1, units: int = 5, formats: int = 4) -> Problem:
-    """Return a random problem that has plans and is small enough to try them all.
+    """Return a random feasible problem that is small enough to try all plans.
 
     Costs are not convex, some formats are dominated, some forbidden; the first limit is on bytes.
     """
@@ -153,18 +153,18 @@ def small_problem(seed: int, *, limits: int = 1, units: int = 5, formats: int = 
     ]
     for number in range(1, limits):
         weight = generator.integers(0, 10, (units, formats)).astype(float)
-        # The lightest plan in bytes keeps it, so that there is one.
+        # The plan with the fewest bytes meets this limit, so the problem is feasible.
         bounds.append(Limit(f"limit {number}", weight, float(weight[:, 0].sum())))
     return Problem(table, bounds)
 
 
 def least_cost(problem: Problem) -> float:
-    """Return the least cost of all plans within the limits, by trying them; inf without any."""
+    """Return the least cost of plans within the limits, by trying all; inf if there are none."""
     count, width = problem.cost.shape
     plans = np.indices((width,) * count).reshape(count, -1)
     rows = np.arange(count)[:, None]
     used = problem.weights[:, rows, plans]
-    # Whole weights are exact; others may pass by their rounding.
+    # Integer weights are exact; others may exceed the limit by rounding errors.
     fits = used.sum(axis=1) <= (problem.bounds[:, None] + 1e-12 * np.abs(used).sum(axis=1))
     costs = problem.cost[rows, plans].sum(axis=0)
     return float(np.where(fits.all(axis=0), costs, np.inf).min())
@@ -192,7 +192,7 @@ def spanned(problem: Problem) -> tuple[float, float]:
 
 
 def permuted(problem: Problem, order: npt.NDArray[np.intp]) -> Problem:
-    """Return the problem of made-up units with its units in another order."""
+    """Return a problem of random units with its units in another order."""
     table, shape = problem.table, problem.table.cost.shape
     limits = [
         Limit(item.name, np.broadcast_to(item.weight, shape)[order], item.bound)

@@ -1,4 +1,4 @@
-"""Made-up installed packages, for tests of what other packages add."""
+"""Fake installed packages, for tests of entry points of other packages."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def install(
     """Write a package into a folder, as an installer would.
 
     Args:
-        folder: to be put on `sys.path`.
-        name: of the distribution; its module has `_` for `-`.
-        points: by group of entry points, names and what they stand for.
-        code: the module's text.
+        folder: the folder, which the caller puts on `sys.path`.
+        name: name of the distribution; its module has `_` for `-`.
+        points: for each group of entry points, their names and values.
+        code: source code of the module.
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name.replace('-', '_')}.py").write_text(code, encoding="utf-8")

@@ -1,8 +1,8 @@
-"""Tiny models and tables at random, for tests.
+"""Tiny random models and tables, for tests.
 
-The models are of the real transformers classes and take milliseconds to build, once transformers
+The models use the real transformers classes and take milliseconds to build once transformers
 is imported. They hold every layout of experts that transformers has: gated or not, transposed,
-interleaved, biased, one module an expert.
+interleaved, biased, one module per expert.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ __all__ = [
     "write_tensors",
 ]
 
-# Sizes differ wherever they may, so that a transposed or swapped matrix cannot fit by chance.
+# Sizes differ wherever possible, so that a transposed or swapped matrix cannot fit by chance.
 SIZES: Mapping[str, Any] = {
     "vocab_size": 64,
     "hidden_size": 16,
@@ -71,7 +71,7 @@ _ENCODER_DECODER = {
     "num_experts": 4,
 }
 
-# Family to (model class, config class, what its config needs beside the sizes).
+# Family to (model class, config class, values of its config in addition to the sizes).
 _FAMILIES: Mapping[str, tuple[str, str, Mapping[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", {}),
     "minimax": (
@@ -229,7 +229,8 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     """Return a model of `family` with random float32 weights, in eval mode.
 
     Args:
-        family: one of `FAMILIES`; "llama" has no experts and "jetmoe" none that Bitknap knows.
+        family: one of `FAMILIES`; "llama" has no experts, and Bitknap does not know those of
+            "jetmoe".
         seed: random seed of the weights; leaves the global generators as they were.
         changes: config values to replace.
 
@@ -247,7 +248,7 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
 
 
 def filled(model_class: Any, config: Any, seed: int = 0) -> Any:
-    """Return a model of random float32 weights that leave a signal, in eval mode.
+    """Return a model with random float32 weights, large enough to leave a signal, in eval mode.
 
     Args:
         model_class: model class of transformers.
@@ -274,7 +275,7 @@ def routed_units(
     rows: int = 16,
     cols: int = 16,
 ) -> Units:
-    """Return equally large units, by layer, expert and projection in order."""
+    """Return units of equal size, ordered by layer, expert and projection."""
     places = [*product(range(layers), range(experts), projections)]
     layer, expert, projection = zip(*places, strict=True)
     return Units.build(
@@ -288,7 +289,7 @@ def routed_units(
 
 
 def random_table(units: Units, formats: Sequence[Format], seed: int = 0) -> CostTable:
-    """Return a table whose units differ at random, each costing a quarter for one more bit."""
+    """Return a table of random costs; each additional bit divides a unit's cost by 4."""
     scale = np.random.default_rng(seed).lognormal(size=(len(units), 1))
     cost = scale * np.array([4.0**-item.bits for item in formats])
     return CostTable.from_arrays(cost, units=units, formats=formats)
@@ -303,15 +304,15 @@ def packed_checkpoint(
     row_blocks: int = 1,
     **changes: Any,
 ) -> Path:
-    """Write a tiny model and its packed checkpoint, units of all formats mixed; return the latter.
+    """Write a tiny model and its packed checkpoint with mixed formats; return the checkpoint.
 
     Args:
         root: the model goes to root/source, the checkpoint to root/packed.
         family: one of `FAMILIES`.
-        include: roles beside routed experts.
+        include: roles in addition to routed experts.
         group_sizes: group sizes of the formats.
-        row_blocks: that every matrix is cut into.
-        changes: config values to replace; "dtype" is the one weights are stored in.
+        row_blocks: number of row blocks per matrix.
+        changes: config values to replace; "dtype" is the dtype of stored weights.
     """
     import torch
 
@@ -338,7 +339,7 @@ def packed_checkpoint(
 
 
 def write_tensors(folder: Path, tensors: Mapping[str, Any], config: Mapping[str, Any]) -> Path:
-    """Write a checkpoint of one file, whatever its tensors are; return the folder."""
+    """Write a checkpoint of one file with any tensors; return the folder."""
     from safetensors.torch import save_file
 
     folder.mkdir(exist_ok=True, parents=True)

@@ -1,4 +1,4 @@
-"""For tests: tiny models for images and text, whose language models have routed experts."""
+"""For tests: tiny image-text models whose language models have routed experts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _TURNED = {
     "rope_parameters": {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 10000.0}
 }
 
-# Family to (model class, config class, its text, its vision, other values).
+# Family to (model class, config class, text config, vision config, other values).
 _WRAPPED: Mapping[str, tuple[str, str, Mapping[str, Any], Mapping[str, Any], Mapping[str, Any]]] = {
     "llama4": (
         "Llama4ForConditionalGeneration",
