@@ -35,7 +35,6 @@ LONG_FUNCTIONS = {
     "src/bitknap/api/estimation.py:estimate",
     "src/bitknap/api/quantizing.py:quantize",
     "src/bitknap/api/refining.py:refine",
-    "src/bitknap/cli/quantize_command.py:quantize",
     "tests/report/conftest.py:document_of",
 }
 MANY_ARGUMENTS = {
@@ -48,10 +47,6 @@ MANY_ARGUMENTS = {
     "src/bitknap/api/quantizing.py:quantize",
     "src/bitknap/api/refining.py:refine",
     "src/bitknap/api/refining.py:run_loop",
-    "src/bitknap/cli/quantize_command.py:quantize",
-    "src/bitknap/cli/study/best.py:best",
-    "src/bitknap/cli/study/create.py:create",
-    "src/bitknap/cli/study/run.py:run",
 }
 
 

@@ -64,6 +64,15 @@ class _Choice:
     outcome: Outcome | None = None
 
 
+# What `quantize` returns, and what it is called on the terminal and in JSON.
+_SHOWN = {
+    "method": "method",
+    "predicted": "bytes_predicted",
+    "written": "bytes_on_disk",
+    "checkpoint": "checkpoint_bytes",
+}
+
+
 @click.command(
     cls=Command,
     examples=("bitknap quantize reference:mixtral --budget 2.5bpw -o out",),
@@ -106,9 +115,6 @@ def quantize(
     model: str,
     plan: Path | None,
     budget: str | None,
-    force: bool,
-    max_shard_size: str,
-    report: str | None,
     out: str,
     overwrite: bool,
     as_json: bool,
@@ -124,44 +130,54 @@ def quantize(
     from bitknap.api.requests import Packing, Resume
     from bitknap.cli.views.tables import bits_table, facts_table, widths_table
     from bitknap.estimators.measuring import readings
-    from bitknap.report.table_facts import decoded_note, few_tokens_note, left_out_note
 
     check_options("quantize")
+    report = options["report"]
     others = [plan, *options["limits"], *files_of(options)]
     path = free_path(out, overwrite, kind="folder", model=model, inputs=[*others, report])
     check_kept(options)
     page = None
     if report is not None:
         page = free_path(report, overwrite, model=model, inputs=[*others, out])
-    parse_size(max_shard_size)
+    parse_size(options["max_shard_size"])
     check_refining(options)
     if budget is not None:
         check_solving(budget, options)
     silence_transformers()
     choice = _choose(model, plan, budget, options, path, overwrite)
+    packing = Packing(
+        rounding=options["method"],
+        force=options["force"],
+        max_shard_size=options["max_shard_size"],
+    )
     with stoppable(), progress_bars() as progress:
         sizes = quantizing.quantize(
             model,
             choice.plan,
             out,
-            packing=Packing(rounding=options["method"], force=force, max_shard_size=max_shard_size),
+            packing=packing,
             calibration=calibration_of(options, text=options["text"][0]),
             resume=Resume(journal=journal_of(path), overwrite=overwrite),
             progress=progress,
         )
     forget(path)
     readings.forget(refine_journal(path))
-    facts = choice.facts | {
-        "method": sizes["method"],
-        "bytes_predicted": sizes["predicted"],
-        "bytes_on_disk": sizes["written"],
-        "checkpoint_bytes": sizes["checkpoint"],
-    }
+    facts = choice.facts | {shown: sizes[name] for name, shown in _SHOWN.items()}
     document = facts | priced(choice.prices, options["profile"]) | {"path": out}
-    notes = list(choice.notes)
     if page is not None:
         _write_page(page, model, budget, choice, sizes["method"], options)
         document["report"] = report
+    tables = bits_table(choice.plan), widths_table(choice.plan), facts_table(out, facts)
+    seen, notes = _seen_while_packing(sizes)
+    present(as_json, document | seen, *tables, *choice.notes, *notes)
+
+
+def _seen_while_packing(sizes: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
+    """Return what packing has to report beside sizes: as JSON values, and as lines to print."""
+    from bitknap.report.table_facts import decoded_note, few_tokens_note, left_out_note
+
+    document: dict[str, Any] = {}
+    notes: list[Any] = []
     if sizes["few_tokens"]:
         document["few_tokens"] = sizes["few_tokens"]
         notes.append(few_tokens_note(sizes["few_tokens"]))
@@ -171,8 +187,7 @@ def quantize(
     if sizes["decoded"]:
         document |= {name: sizes[name] for name in ("decoded", "decoded_bytes", "stored_bytes")}
         notes.append(decoded_note(sizes))
-    tables = bits_table(choice.plan), widths_table(choice.plan), facts_table(out, facts)
-    present(as_json, document, *tables, *notes)
+    return document, notes
 
 
 def _choose(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Any
 
 import click
 
@@ -25,14 +25,7 @@ from bitknap.errors import InputError
 @common.overwrite
 @common.as_json
 def best(
-    name: str,
-    storage: str,
-    budget: str | None,
-    out: str | None,
-    table: Path | None,
-    features: tuple[Path, ...],
-    overwrite: bool,
-    as_json: bool,
+    name: str, storage: str, budget: str | None, out: str | None, as_json: bool, **options: Any
 ) -> None:
     """Write the plan of the study NAME with the smallest measured loss."""
     from bitknap.allocation.search.best_trials import best as least
@@ -40,15 +33,18 @@ def best(
     from bitknap.cli.views.study_view import present_study, row_of, trials_table
     from bitknap.cli.views.tables import bits_table
 
-    path = None if out is None else stored.free(out, overwrite, storage, table, features)
-    found = load(name, storage, table=table, features=features)
-    if found.knobs.budget and budget is None:
+    table, features = options["table"], options["features"]
+    path = None
+    if out is not None:
+        path = stored.free(out, options["overwrite"], storage, table, features)
+    study = load(name, storage, table=table, features=features)
+    if study.knobs.budget and budget is None:
         if path is not None:
             raise InputError("the study trades size against loss; say which with --budget 3bpw")
-        present_study(found, as_json)
+        present_study(study, as_json)
         return
-    record = least(found, budget)
-    plan = plan_of(found, record.params, record)
+    record = least(study, budget)
+    plan = plan_of(study, record.params, record)
     document = {"study": name, "best": row_of(record)}
     if path is not None:
         plan.save(path)

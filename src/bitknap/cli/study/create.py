@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -63,14 +63,10 @@ def create(
     name: str,
     storage: str,
     table: Path,
-    features: tuple[Path, ...],
     budget: str | None,
     budgets: str | None,
-    profile: str,
-    sampler: str | None,
-    knobs: str | None,
-    seed: int,
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Create the study NAME; its first trial is the plan of the knapsack solver."""
     from bitknap.allocation import Budget
@@ -83,15 +79,16 @@ def create(
         budget, budgets = None, budget
         click.get_current_context().params.update(budget=budget, budgets=budgets)
     check_options("study create")
+    sampler, features = options["sampler"], options["features"]
     made = make(
         name,
         storage,
         table,
         Design(
             budget=None if budget is None else Budget.parse(budget),
-            profile=profile_of(profile),
-            sampler=Sampler(sampler or ("nsga2" if budgets else "tpe"), seed),
-            knobs=_knobs(knobs, table, features, budgets),
+            profile=profile_of(options["profile"]),
+            sampler=Sampler(sampler or ("nsga2" if budgets else "tpe"), options["seed"]),
+            knobs=_knobs(options["knobs"], table, features, budgets),
         ),
         features=features,
     )
@@ -125,7 +122,7 @@ def _knobs(
 
 
 def _range(text: str) -> tuple[float, float]:
-    found = _RANGE.fullmatch(text.lower())
-    if not found:
+    ends = _RANGE.fullmatch(text.lower())
+    if not ends:
         raise InputError(f"--budgets {text!r}: write LOW-HIGH in bits per weight: 2bpw-4bpw")
-    return float(found[1]), float(found[2])
+    return float(ends[1]), float(ends[2])

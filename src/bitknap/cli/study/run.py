@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -58,11 +57,8 @@ def run(
     storage: str,
     model: str,
     trials: int,
-    text: str | None,
-    tokens: int | None,
-    table: Path | None,
-    features: tuple[Path, ...],
     as_json: bool,
+    **options: Any,
 ) -> None:
     """Measure the KL of plans to the unquantized model, until trials are complete.
 
@@ -72,15 +68,15 @@ def run(
     from bitknap.allocation.search.study import run as go
     from bitknap.cli.views.study_view import present_study, watching
 
-    found = load(name, storage, table=table, features=features)
-    measure, measured = _measurement(found, model, text, tokens)
+    study = load(name, storage, table=options["table"], features=options["features"])
+    measure, measured = _measurement(study, model, options["text"], options["tokens"])
     with watching(trials, as_json) as watch:
-        go(found, measure, trials, measured=measured, watch=watch)
-    present_study(found, as_json)
+        go(study, measure, trials, measured=measured, watch=watch)
+    present_study(study, as_json)
 
 
 def _measurement(
-    found: Study, model: str, text: str | None, tokens: int | None
+    study: Study, model: str, text: str | None, tokens: int | None
 ) -> tuple[Callable[[Any], float], dict[str, Any]]:
     """Return how a plan is measured on the model, and what identifies the measurement."""
     import torch
@@ -99,19 +95,19 @@ def _measurement(
 
     silence_transformers()
     source = Checkpoint.open(resolve(model))
-    if source.fingerprint != found.about["model"]:
+    if source.fingerprint != study.about["model"]:
         raise MismatchError(
-            f"{model}: not the model that the table of study {found.name!r} was made on; "
+            f"{model}: not the model that the table of study {study.name!r} was made on; "
             "pass that model, or make a table of this one"
         )
     words = read_text(text or BUILTIN, "calibration")
     if words == read_text(BUILTIN, "evaluation"):
         raise InputError(f"--text {text}: the evaluation text; a study must not see it")
-    count = given(tokens, found.measured.get("tokens", quantizing.CALIBRATION_TOKENS))
+    count = given(tokens, study.measured.get("tokens", quantizing.CALIBRATION_TOKENS))
     check(source.folder, reads_text=True)
     writer.check_finite(source)
     live = loading.load(source.folder, torch.float32)
-    layout = walk(live, roles_of(found.table.units))
+    layout = walk(live, roles_of(study.table.units))
     document = calibration.encoded(source.folder, words, live.config)
     windows = document.windows(count, calibration.longest_of(live.config))
     replay = Replay(live, layout, windows, cache=False)
