@@ -1,4 +1,4 @@
-"""One layer's routed experts as launches read them."""
+"""One layer's routed experts, in the form that launches read."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from bitknap.kernels.layout.kinds import Kind
 from bitknap.kernels.layout.scale_words import Recipe
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"]
-"""What gate (or up, where there is no gate) goes through. `swiglu_oai` is gpt-oss's: gate is capped
-at 7, up is clamped to ±7, and (up + 1) · gate · sigmoid(1.702 gate) comes out."""
+"""The activation on gate (or on up, without a gate). `swiglu_oai` is from gpt-oss: gate is capped
+at 7, up is clamped to ±7, and the result is (up + 1) · gate · sigmoid(1.702 gate)."""
 
 _DTYPES = {str(d): d for d in (torch.bfloat16, torch.float16, torch.float32)}
 _COLUMNS = (
@@ -42,18 +42,18 @@ class Experts:
     """The experts [E] of one layer: hidden size H, intermediate size I.
 
     Attributes:
-        gate: gate projections [I, H]; None where experts have none, and up alone is activated.
+        gate: gate projections [I, H]; None if experts have none, in which case up is activated.
         up: up projections [I, H].
         down: down projections [H, I].
-        activation: activation of gate, or of up.
+        activation: activation on gate, or on up without a gate.
         gate_bias: added to gate's outputs, [E, I].
         up_bias: added to up's outputs, [E, I].
-        down_bias: added to down's outputs, before they are weighted, [E, H].
-        tensors: all tensors above, in an order that `how` tells; made here.
-        how: everything else, for an operator that takes only tensors and a string; made here.
+        down_bias: added to down's outputs before weighting, [E, H].
+        tensors: all tensors above, in the order that `how` describes; derived.
+        how: everything else as a string, for operators that take only tensors and strings; derived.
 
     Raises:
-        InputError: parts that do not belong together.
+        InputError: the parts do not match each other.
     """
 
     gate: ExpertsTable | None = None
@@ -124,14 +124,14 @@ class Experts:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Stack:
-    """One projection's tensors and what launches are compiled for.
+    """One projection's tensors and compile-time constants.
 
     Attributes:
         rows: outputs.
         cols: inputs.
-        kinds: that occur, most bits first.
+        kinds: the kinds that occur, most bits first.
         kept: dtype of experts in source precision, if there are any.
-        blocks: number of blocks of rows, of each expert.
+        blocks: number of row blocks of each expert.
         columns: the tensors of an `ExpertsTable` by name.
     """
 
@@ -147,11 +147,11 @@ class Stack:
 
     @property
     def long(self) -> int:
-        """Rows of a block."""
+        """Number of rows in a block."""
         return self.rows // self.blocks
 
     def table(self) -> ExpertsTable:
-        """Return the table again; reads the columns back to the host."""
+        """Return the original table; copies the columns back to the host."""
         names = ("bits", "group", "word", "share", "symmetric", "kind")
         rows = zip(*(self.columns[name].tolist() for name in names), strict=True)
         recipes = tuple(
@@ -177,7 +177,7 @@ class Stack:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """`Experts` as an operator gets them back from `tensors` and `how`.
+    """`Experts` as an operator rebuilds them from `tensors` and `how`.
 
     `tied` says whether gate and up of every expert are stored alike.
     """
@@ -192,7 +192,7 @@ class Opened:
     down_bias: Tensor | None
 
     def experts(self) -> Experts:
-        """Return the experts again; reads small tensors back to the host."""
+        """Return the original experts; copies small tensors back to the host."""
         return Experts(
             gate=self.gate.table() if self.gate else None,
             up=self.up.table(),
@@ -205,7 +205,7 @@ class Opened:
 
 
 def opened(tensors: list[Tensor], how: str) -> Opened:
-    """Return what `Experts.tensors` and `Experts.how` stand for, without reading any tensor."""
+    """Rebuild experts from `Experts.tensors` and `Experts.how` without reading any tensor."""
     known = _parsed(how)
     stacks, at = {}, 0
     for name, about in known["tables"].items():

@@ -1,9 +1,9 @@
-"""All experts of one projection of one layer, as one launch reads them; and its plain torch twin.
+"""All experts of one projection of a layer, as one launch reads them; and their dequantization.
 
-Experts of any widths, group sizes and metadata lie back to back in one buffer. What tells them
-apart stands in small tensors on the same device, so that a program looks up its expert's width and
-places, and nothing is decided on the host. Where each expert is cut into blocks of rows, blocks
-have widths of their own: then they are what lies back to back and has entries, in order.
+Experts of any widths, group sizes and metadata lie back to back in one buffer. Small tensors on the
+same device describe each, so that a program looks up its expert's width and offsets, and nothing is
+decided on the host. If experts are cut into row blocks, each block has its own width: then the
+blocks lie back to back and have entries, in order.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ class ExpertsTable:
 
     Attributes:
         rows: outputs of each expert.
-        cols: inputs of each expert. A kernel must read inputs past the last column as 0: the
-            codes there are 0, which need not stand for a weight of 0.
+        cols: inputs of each expert. A kernel must read inputs past the last column as 0: the codes
+            there are 0, which may stand for a nonzero weight.
         buffer: every block's codes (`tiles`), words (`words`) and row scales fp16, int32 [n].
         bits: number of bits of a code, or of a kept weight, int32 [E · B].
         group: weights that share a word, int32 [E · B].
         word: bits of a word: 8, 16, 32; 0 where kept in source precision. int32 [E · B].
-        share: bits of the share in a word, 0 for an fp16 step, int32 [E · B].
-        symmetric: 1 where no zero is stored, int32 [E · B].
-        codes_at: where codes begin in `buffer`, in its elements, int64 [E · B].
-        words_at: where words begin, int64 [E · B].
-        rows_at: where row scales begin, int64 [E · B]; the end of the words if there are none.
-        kind: what a program branches on, `kinds.Kind.code`, int32 [E · B].
-        order: experts, most bits first, int32 [E]: those tiles should start early.
-        recipes: the same once more, for the host [E · B].
-        kept: dtype of what is in source precision, if there is any.
-        blocks: B, of equal length.
+        share: bits of the scale share in a word, 0 for an fp16 step, int32 [E · B].
+        symmetric: 1 where no zero point is stored, int32 [E · B].
+        codes_at: offset of the codes in `buffer`, in its elements, int64 [E · B].
+        words_at: offset of the words, int64 [E · B].
+        rows_at: offset of the row scales, int64 [E · B]; the end of the words if there are none.
+        kind: `kinds.Kind.code`, on which a program branches, int32 [E · B].
+        order: experts, most bits first, int32 [E]: the longest tiles should start early.
+        recipes: the same information on the host [E · B].
+        kept: dtype of experts in source precision, if there are any.
+        blocks: B, the number of row blocks per expert, all of equal length.
     """
 
     rows: int
@@ -75,16 +75,16 @@ class ExpertsTable:
         """Return the table of experts that lie back to back in `buffer`, without copying it.
 
         Args:
-            buffer: uint8; only if it begins at an odd place of its storage is it copied.
+            buffer: uint8; copied only if its storage offset is not aligned.
             recipes: how each block of each expert is stored.
             rows: outputs of each expert.
             cols: inputs of each expert.
-            kept: dtype of those in source precision.
-            blocks: number of blocks of rows, of each expert.
+            kept: dtype of experts in source precision.
+            blocks: number of row blocks of each expert.
 
         Raises:
-            InputError: the buffer does not have the bytes that the recipes need, or blocks are not
-                of one length.
+            InputError: the buffer does not have the bytes that the recipes need, or blocks differ
+                in length.
         """
         sizes = _part_sizes(len(buffer), recipes, rows, cols, blocks)
         ends = sizes.view(-1).cumsum(0).view(-1, 3)
@@ -120,7 +120,7 @@ class ExpertsTable:
 
     @property
     def long(self) -> int:
-        """Rows of a block."""
+        """Number of rows in a block."""
         return self.rows // self.blocks
 
     def kind_list(self) -> list[Kind]:
@@ -145,7 +145,7 @@ def _part_sizes(given: int, recipes: Sequence[Recipe], rows: int, cols: int, blo
     """Return the bytes of each block's codes, words and row scales, int64 [E · B, 3].
 
     Raises:
-        InputError: they are not `given` bytes in all, or blocks are not of one length.
+        InputError: the total is not `given` bytes, or blocks differ in length.
     """
     if rows % blocks or len(recipes) % blocks:
         raise InputError(
@@ -171,7 +171,7 @@ def _heaviest_first(kinds: Sequence[Kind], blocks: int) -> list[int]:
 
 
 def with_scaled(buffer: Tensor, recipes: Sequence[Recipe], rows: int, cols: int) -> list[Recipe]:
-    """Return the recipes, and in each whether its matrix has an exponent; reads that off the bytes.
+    """Return the recipes with `scaled` set from the bytes: whether each matrix has an exponent.
 
     Args:
         buffer: bytes of all matrices back to back, uint8.
@@ -183,7 +183,8 @@ def with_scaled(buffer: Tensor, recipes: Sequence[Recipe], rows: int, cols: int)
     for recipe in recipes:
         codes, words, scales = recipe.part_bytes(rows, cols)
         at, width = (codes + words, 2) if recipe.share else (codes, recipe.word // 8)
-        # The byte with a scale's sign, in the first rows; kept matrices have none, and look at 0.
+        # Offsets of the bytes with scale signs in the first rows; kept matrices have none and use
+        # 0.
         signs = [begin + at + width * row + 1 for row in range(min(ROWS, rows))]
         places.append([-1] if recipe.kept else signs)
         begin += codes + words + scales
@@ -197,9 +198,9 @@ def with_scaled(buffer: Tensor, recipes: Sequence[Recipe], rows: int, cols: int)
 
 
 def dequantize_tiles(table: ExpertsTable) -> Tensor:
-    """Return the weights that kernels must act as if they had, float32 [E, rows, cols].
+    """Return the weights that kernels must reproduce, float32 [E, rows, cols].
 
-    The operations and their order are those of `Quantized.dequantize`: equal bit for bit.
+    The operations and their order match `Quantized.dequantize` bit for bit.
     """
     return torch.stack([expert_weights(table, expert) for expert in range(len(table))])
 
@@ -239,5 +240,5 @@ def _block_weights(table: ExpertsTable, entry: int) -> Tensor:
 
 
 def _spread(values: Tensor, recipe: Recipe, cols: int) -> Tensor:
-    """Return each weight's own of values [rows, groups], [rows, cols]."""
+    """Expand per-group values [rows, groups] to per-weight values [rows, cols]."""
     return values.repeat_interleave(recipe.group, 1)[:, :cols]

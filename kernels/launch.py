@@ -1,8 +1,8 @@
-"""How a layer is launched: a frozen choice, by a heuristic or from a table measured on a GPU.
+"""Launch settings of a layer: from a heuristic, or from a table measured on a GPU.
 
-The heuristic's numbers are reasoned from compiled code (registers, shared memory, tiles against
-multiprocessors). On an H200 they give what `benchmarks/results/kernels.md` shows, and are not yet
-tuned by it: `kernels.tune` measures launches and writes `configs/<GPU>.json`, which overrides them.
+The heuristic's numbers are derived from compiled code (registers, shared memory, tiles per
+multiprocessor). Their results on an H200 are in `benchmarks/results/kernels.md`; they are not yet
+tuned on it. `kernels.tune` measures launches and writes `configs/<GPU>.json`, which overrides them.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Path = Literal["decode", "grouped", "dense"]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """How one projection is cut.
+    """How one projection is tiled.
 
     Attributes:
-        rows: number of rows of one matrix that a program takes: 32, 64 or 128.
-        split: runs that its columns are cut into, for few tokens' down projection.
+        rows: rows of one matrix per program: 32, 64 or 128.
+        split: runs that columns are cut into, for the down projection of few tokens.
         warps: number of warps of a program.
         stages: number of stages of its software pipeline.
-        columns: most that are multiplied at once: 32, 64 or 128, which all of a block's groups
-            divide. Fewer leave more room for products and unpacking to overlap.
+        columns: most columns that are multiplied at once: 32, 64 or 128, which all of a block's
+            groups divide. Fewer leave more room for products and unpacking to overlap.
     """
 
     rows: int = 64
@@ -47,10 +47,10 @@ class Launch:
     Attributes:
         path: "decode" (at most 16 tokens, nothing sorted), "grouped" (pairs sorted by expert), or
             "dense" (weights dequantized once, then torch's grouped product).
-        tokens: that a program takes: 8, 16, 32, 64 or 128; up to 32, sums are scaled instead of
+        tokens: tokens per program: 8, 16, 32, 64 or 128; up to 32, sums are scaled instead of
             weights.
-        gate_up: how gate and up are cut.
-        down: how down is cut.
+        gate_up: how gate and up are tiled.
+        down: how down is tiled.
     """
 
     path: Path
@@ -60,7 +60,7 @@ class Launch:
 
     @property
     def post(self) -> bool:
-        """Whether sums are scaled group by group, not weights."""
+        """Whether sums are scaled group by group, instead of weights."""
         return self.tokens <= 32
 
     def text(self) -> str:
@@ -82,11 +82,11 @@ def _parsed(text: str) -> Launch:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Case:
-    """What a launch is chosen for.
+    """The shapes that a launch is chosen for.
 
     Attributes:
         tokens: T.
-        topk: experts of a token.
+        topk: experts per token.
         experts: E.
         hidden: H.
         intermediate: I.
@@ -100,17 +100,17 @@ class Case:
 
     @property
     def bucket(self) -> int:
-        """The least power of two that is not below `tokens`: cases of one bucket share a launch."""
+        """The least power of two of at least `tokens`: cases in one bucket share a launch."""
         return 1 << max(0, self.tokens - 1).bit_length()
 
 
 class Device(NamedTuple):
-    """What a launch is chosen on.
+    """The device that a launch is chosen for.
 
     Attributes:
-        name: as torch has it.
-        processors: multiprocessors.
-        generation: major compute capability; 0 for AMD's.
+        name: name of the device in torch.
+        processors: number of multiprocessors.
+        generation: major compute capability; 0 for AMD devices.
     """
 
     name: str
@@ -119,21 +119,21 @@ class Device(NamedTuple):
 
     @property
     def amd(self) -> bool:
-        """Whether it is AMD's."""
+        """Whether it is an AMD device."""
         return self.generation == 0
 
     @property
     def least(self) -> int:
-        """Fewest tokens that a program takes.
+        """Fewest tokens per program.
 
-        8 where matrix units have such a side; on Blackwell 8 spill, and on AMD they fall back to
-        plain arithmetic.
+        8 if matrix units support that side; on Blackwell 8 tokens spill registers, and on AMD they
+        fall back to plain arithmetic.
         """
         return 8 if self.generation in (8, 9) else 16
 
 
 def choose(case: Case, device: Device) -> Launch:
-    """Return the launch of a case: what was measured on this GPU, or else the heuristic's."""
+    """Return the launch for a case: from measurements on this GPU, or else from the heuristic."""
     return _table(device.name).get(_key(case)) or heuristic(case, device)
 
 
@@ -142,9 +142,9 @@ def heuristic(case: Case, device: Device) -> Launch:
     pairs = case.tokens * case.topk
     if case.tokens <= DECODE_TOKENS:
         return _few(case, device)
-    # Above this many, weights cost more than reading them once in 16 bits: kernels.md#crossover
-    # computes 1.2 to 5 thousand tokens for three models; pairs an expert are what they have in
-    # common.
+    # Above this many pairs per expert, unpacking weights costs more than reading them once in 16
+    # bits: kernels.md#crossover computes 1.2 to 5 thousand tokens for three models, whose pairs per
+    # expert agree.
     if pairs >= 320 * case.experts:
         return Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
     for tokens in (16, 32):
@@ -162,15 +162,16 @@ def heuristic(case: Case, device: Device) -> Launch:
 
 
 def _few(case: Case, device: Device) -> Launch:
-    """Return the launch of the decode path."""
-    # As many experts as pairs at most, each one tile of tokens.
+    """Return the launch for the decode path."""
+    # At most as many experts as pairs, each with one tile of tokens.
     experts = min(case.tokens * case.topk, case.experts)
-    # On Blackwell programs of 128 rows spill in groups of 32, and of 64 in three stages.
+    # On Blackwell, programs of 128 rows spill with groups of 32, and those of 64 with three stages.
     roomy = device.generation < 10
     wide = roomy and experts * -(-case.intermediate // 64) >= 2 * device.processors
     rows = 128 if roomy else 64
-    # 128 rows at once unpack with fewest instructions; cut into runs where that leaves
-    # multiprocessors idle. A run is at least two blocks, so that its pipeline has something to do.
+    # 128 rows at once unpack with the fewest instructions; columns are cut into runs where that
+    # leaves multiprocessors idle. A run is at least two blocks, so that its pipeline has work to
+    # overlap.
     tiles = max(1, experts * -(-case.hidden // rows))
     split = min(8, case.intermediate // 512, -(-2 * device.processors // tiles))
     stages = 2 if device.generation in (0, 8) else 3
@@ -188,7 +189,7 @@ def write_table(gpu: str, rows: Sequence[tuple[Case, Launch]], note: str) -> str
     Args:
         gpu: name of the device.
         rows: the best launch of each case.
-        note: date and versions that it was measured with.
+        note: date and versions of the measurement.
     """
     launches = [{"case": _key(case), "launch": asdict(launch)} for case, launch in rows]
     header = {"format": "bitknap.launches", "version": "1.0"}
@@ -215,7 +216,7 @@ def _table(gpu: str) -> dict[str, Launch]:
 
 
 def check(launch: Launch, case: Case) -> None:
-    """Raise unless a case can be launched so.
+    """Raise unless a case can be launched this way.
 
     Raises:
         InputError: too many tokens for the path.

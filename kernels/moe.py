@@ -1,8 +1,9 @@
 """Routed experts of any bit widths as one operator, `bitknap::moe`.
 
-On a CUDA device (or AMD's, which torch calls so) a few launches of Triton kernels, on any other the
-plain torch twin. On a GPU the operator reads no tensor back to the host and allocates nothing whose
-size depends on routing, so a CUDA graph can hold it; torch.compile sees it as one opaque call.
+On a CUDA device (torch counts AMD devices as CUDA) it launches a few Triton kernels; elsewhere it
+runs the reference implementation in plain torch. On a GPU the operator copies no tensor to the host
+and allocates nothing whose size depends on routing, so a CUDA graph can capture it; torch.compile
+sees it as one opaque call.
 """
 
 from __future__ import annotations
@@ -28,19 +29,19 @@ def moe(
 
     Args:
         x: activations [T, H]; bf16 or fp16, and float32 without a GPU.
-        index: experts of each token, int32 or int64 [T, k]. E, expert parallelism's sentinel, is
-            skipped. Other ids out of range are an error on the CPU; on a GPU, where looking would
-            stall the stream, they are skipped too.
+        index: experts of each token, int32 or int64 [T, k]. The id E, the sentinel of expert
+            parallelism, is skipped. Other ids out of range are an error on the CPU; on a GPU, where
+            checking would stall the stream, they are skipped too.
         weights: weights of each token's experts, [T, k], any float dtype.
         experts: experts of the layer, on the same device.
-        launch: how kernels are launched; chosen from the shapes if None. Only a GPU reads it.
+        launch: how kernels are launched; chosen from the shapes if None. Ignored without a GPU.
 
     Returns:
         [T, H] in the dtype of `x`, accumulated in float32; zeros where a token has no expert.
 
     Raises:
-        InputError: shapes, dtypes or ids that do not fit; on a GPU, a group size that kernels do
-            not take.
+        InputError: shapes, dtypes or ids do not match; on a GPU, kernels do not support a group
+            size.
     """
     _check(x, index, weights, experts)
     out: Tensor = torch.ops.bitknap.moe(
@@ -78,7 +79,7 @@ def _(
 
 
 def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launch: str) -> Tensor:
-    from bitknap.kernels.run_triton import Execution, run  # Triton exists on Linux alone
+    from bitknap.kernels.run_triton import Execution, run  # Triton exists only on Linux
 
     if x.dtype == torch.float32:
         raise InputError("activations in torch.float32: a GPU takes bfloat16 or float16; cast them")
@@ -99,7 +100,7 @@ def _by_triton(x: Tensor, index: Tensor, weights: Tensor, experts: Opened, launc
 
 @cache
 def device_of(number: int) -> Device:
-    """Return what launches must know of a GPU."""
+    """Return the properties of a GPU that launches depend on."""
     known = torch.cuda.get_device_properties(number)
     return Device(
         name=known.name,

@@ -1,4 +1,4 @@
-"""Random experts of any kinds: for the tuner, benchmarks and tests, which need no model."""
+"""Random experts of any kinds, so that the tuner, benchmarks and tests need no model."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from bitknap.kernels.layout.exponents import with_exponent
 from bitknap.kernels.layout.scale_words import ALIGNMENT, Recipe, pack_words, tiled_rows
 from bitknap.kernels.layout.tiled_codes import pack_tiles, padded, tile_bytes
 
-_EXPONENT = -8  # of matrices that have one
+_EXPONENT = -8  # exponent of matrices that have one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Structure:
-    """What a layer of random experts has beside its up projections.
+    """The structure of a layer of random experts beyond its up projections.
 
     Attributes:
         gate: recipes of gate projections; those of up projections if None.
@@ -27,8 +27,8 @@ class Structure:
         activation: the function between gate and down.
         gated: whether there is a gate.
         biased: whether all projections have biases.
-        kept: dtype of the experts in source precision, and of biases.
-        blocks: how many blocks of rows each matrix has.
+        kept: dtype of experts in source precision, and of biases.
+        blocks: number of row blocks in each matrix.
     """
 
     gate: Sequence[Recipe] | None = None
@@ -52,13 +52,13 @@ def made_up_experts(
     """Return experts with random weights of about 1 / √inputs, the same for the same seed.
 
     Args:
-        recipes: of up projections, one a block of rows. Groups longer than a row, and the bytes
-            of kept matrices, are set right for each projection.
+        recipes: recipes of up projections, one per row block. Groups longer than a row, and the
+            bytes of kept matrices, are adjusted for each projection.
         hidden: H.
         intermediate: I.
-        structure: all else of the layer; gated, without biases, if None.
-        device: where they lie in the end.
-        seed: random seed; None leaves all zero, which takes no time, for compiling.
+        structure: the rest of the layer; gated, without biases, if None.
+        device: device of the result.
+        seed: random seed; None makes all-zero weights, which is fast, for compiling.
     """
     how = structure or Structure()
     random = None if seed is None else torch.Generator().manual_seed(seed)
@@ -94,7 +94,7 @@ def made_up_table(
     device: str = "cpu",
     blocks: int = 1,
 ) -> ExpertsTable:
-    """Return the table of random experts [rows, cols], or zero ones, in blocks of rows."""
+    """Return the table of random or zero experts [rows, cols], in row blocks."""
     long = rows // blocks
     fitting = [_fitting(recipe, long, cols, kept) for recipe in recipes]
     if random is None:
@@ -124,7 +124,7 @@ def _fitting(recipe: Recipe, rows: int, cols: int, kept: torch.dtype) -> Recipe:
 
 def _coded(recipe: Recipe, rows: int, cols: int, random: torch.Generator) -> Tensor:
     groups, levels = -(-cols // recipe.group), 2**recipe.bits - 1
-    # Uniform codes over a range of ± √(3 / cols) have a deviation of 1 / √cols.
+    # Uniform weights in ± √(3 / cols) have a standard deviation of 1 / √cols.
     step = 2 * (3 / cols) ** 0.5 / levels
     steps = (torch.rand(rows, groups, generator=random) + 0.5) * step
     middle = torch.rand(rows, groups, generator=random) * levels / 4 + levels * 3 / 8
@@ -144,7 +144,7 @@ def _coded(recipe: Recipe, rows: int, cols: int, random: torch.Generator) -> Ten
 
 
 def _tiles(bits: int, rows: int, cols: int, random: torch.Generator) -> Tensor:
-    """Return random tiles: any bits are codes, but those past the last column and row are 0."""
+    """Return random tiles: any bits are valid codes; those past the last column or row are 0."""
     height, width = padded(rows, cols)
     if (height, width) == (rows, cols):
         size = (tile_bytes(rows, cols, bits) // 2,)

@@ -1,4 +1,4 @@
-"""The plain torch twin of every kernel: what they must compute, and what runs without a GPU."""
+"""The reference implementation of every kernel in plain torch; also runs without a GPU."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def gate_up(x: Tensor, index: Tensor, experts: Experts) -> Tensor:
 
     Args:
         x: [T, H].
-        index: expert of each pair, [T, k]; an expert that is not here gives zeros.
+        index: expert of each pair, [T, k]; an expert that is not on this device gives zeros.
         experts: experts of the layer.
 
     Returns:
@@ -60,7 +60,7 @@ def gate_up(x: Tensor, index: Tensor, experts: Experts) -> Tensor:
 
 
 def down(hidden: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Tensor:
-    """Return each token's weighted sum over its experts of their outputs.
+    """Return each token's weighted sum of the outputs of its experts.
 
     Args:
         hidden: [T · k, I].
@@ -82,12 +82,12 @@ def down(hidden: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Te
 
 
 def moe(x: Tensor, index: Tensor, weights: Tensor, experts: Experts) -> Tensor:
-    """Return what `kernels.moe.moe` does, [T, H] in the dtype of `x`."""
+    """Return the result of `kernels.moe.moe`, [T, H] in the dtype of `x`."""
     return down(gate_up(x, index, experts), index, weights, experts)
 
 
 def _pairs(index: Tensor, experts: int) -> list[tuple[int, Tensor]]:
-    """Return (expert, its pairs) for every expert that is hit and here."""
+    """Return (expert, its pairs) for every expert that is on this device and has pairs."""
     flat = index.reshape(-1)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat.clamp(0, experts), minlength=experts + 1)[:experts].tolist()

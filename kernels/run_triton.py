@@ -1,4 +1,4 @@
-"""Launches a layer's kernels. Imports Triton; loaded at the first call that needs it.
+"""Launch a layer's kernels. Imports Triton; loaded at the first call that needs it.
 
 Nothing here reads a tensor: sizes, grids and allocations follow from shapes alone.
 """
@@ -30,10 +30,10 @@ from bitknap.kernels.launch import Launch, Tile
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 Start = Callable[[Any, tuple[int, ...], tuple[Any, ...], Mapping[str, Any], Tile], None]
-"""Starts a kernel: the kernel, its grid, its arguments, its constants, and warps and stages."""
+"""Starts a kernel, given the kernel, its grid, arguments, constants, and warps and stages."""
 
-# Up to so many tokens, programs of the decode path sum their inputs themselves: to read them twice
-# takes less than another launch.
+# Up to this many tokens, programs of the decode path sum their inputs themselves: reading the
+# inputs twice takes less time than another launch.
 _OWN_SUMS = 4
 _DEQUANTIZING = Tile(rows=64, stages=2)
 
@@ -50,13 +50,13 @@ def _start(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Execution:
-    """What kernels are compiled for, and what starts them.
+    """How kernels are compiled and started.
 
     Attributes:
-        compute: type that products are taken in, that of the activations if None; Triton's
+        compute: type of the operands of products, that of the activations if None; Triton's
             interpreter needs float32 or fp16.
         asm: whether codes are read by inline PTX.
-        start: what starts kernels, for those who only want to know which and how.
+        start: function that starts kernels; replaceable, to record launches only.
     """
 
     compute: torch.dtype | None = None
@@ -72,15 +72,15 @@ def run(
     launch: Launch,
     execution: Execution | None = None,
 ) -> Tensor:
-    """Return what `kernels.moe.moe` does, by Triton.
+    """Return the result of `kernels.moe.moe`, computed by Triton.
 
     Args:
         x: activations [T, H], contiguous.
         index: experts of each token [T, k], contiguous.
-        weights: weights of them, contiguous.
+        weights: routing weights of these experts, contiguous.
         experts: experts of the layer.
-        launch: how.
-        execution: what to compile for; the GPU at hand if None.
+        launch: the launch.
+        execution: how to compile and start kernels; for the local GPU if None.
     """
     out = torch.empty_like(x)
     if not index.numel():
@@ -90,7 +90,7 @@ def run(
 
 
 class _Layer:
-    """What all launches of one call share."""
+    """State shared by all launches of one call."""
 
     def __init__(
         self,
@@ -134,7 +134,7 @@ class _Layer:
         }
 
     def tables(self) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return gate's and up's tables; up's twice where there is no gate."""
+        """Return the tables of gate and up; up's twice if there is no gate."""
         up = _table(self.experts.up, self.experts.up_bias)
         gate = self.experts.gate
         return (_table(gate, self.experts.gate_bias) if gate else up, up)
@@ -148,13 +148,13 @@ def _codes(stack: Stack) -> tuple[int, ...]:
 
 
 def _cut(tile: Tile, rows: str) -> dict[str, int]:
-    """Return how a projection is cut, with the name that a kernel has for a tile's rows."""
+    """Return the tiling constants of a projection; `rows` is the kernel's name for tile rows."""
     return {rows: tile.rows, "WIDEST": tile.columns}
 
 
 def _table(stack: Stack, bias: Tensor | None) -> tuple[Tensor, ...]:
     c = stack.columns
-    # A launch without biases does not look at the last one.
+    # A launch without biases ignores the last tensor.
     last = c["buffer"] if bias is None else bias
     return (c["buffer"], c["codes_at"], c["words_at"], c["rows_at"], c["kind"], last)
 
@@ -233,7 +233,7 @@ def _grouped(layer: _Layer, out: Tensor) -> Tensor:
     hidden = layer.empty(layer.pairs, layer.inner, dtype=layer.x.dtype)
 
     def sums(x: Tensor) -> Tensor:
-        return _sums(layer, x) if launch.post else x  # scaled weights need none: not read
+        return _sums(layer, x) if launch.post else x  # not read where weights are scaled
 
     layer.start(
         grouped_gate_up,
@@ -296,7 +296,7 @@ def _dense(layer: _Layer, out: Tensor) -> Tensor:
 
 
 def _sums(layer: _Layer, x: Tensor, *, launched: bool = True) -> Tensor:
-    """Return the sums of runs of each row's columns; without a launch, room for them."""
+    """Return the sums over runs of each row's columns; without a launch, an empty buffer."""
     rows, cols = x.shape
     sums = layer.empty(rows, sums_of(cols), dtype=torch.float32)
     if launched:
@@ -308,7 +308,7 @@ def _sums(layer: _Layer, x: Tensor, *, launched: bool = True) -> Tensor:
 def _sorted(layer: _Layer, fill: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Return experts' counts [E], starts [E], and pairs by expert [T · k].
 
-    What is past the last pair that has an expert here is `fill`, or anything if None.
+    Entries past the last pair with an expert on this device are `fill`, or arbitrary if None.
     """
     counts = layer.empty(layer.count, dtype=torch.int32)
     starts = layer.empty(layer.count, dtype=torch.int32)
@@ -344,5 +344,5 @@ def _combined(layer: _Layer, part: Tensor, out: Tensor) -> Tensor:
 
 
 def most_tiles(pairs: int, experts: int, tokens: int) -> int:
-    """Return how many tiles of `tokens` pairs there can be, however pairs fall on experts."""
+    """Return the most tiles of `tokens` pairs under any assignment of pairs to experts."""
     return min(pairs, (pairs + min(experts, pairs) * (tokens - 1)) // tokens)

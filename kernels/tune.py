@@ -1,11 +1,11 @@
-"""Measure launches on the GPU at hand and write its table, which overrides the heuristic.
+"""Measure launches on the local GPU and write its table, which overrides the heuristic.
 
     python -m bitknap.kernels.tune --experts 128 --topk 8 --hidden 2048 --intermediate 768 -o FILE
 
-Weights are random and mixed over the widths given; speed does not depend on their values. Calls are
-captured in CUDA graphs that walk over several layers' weights, so that they come from memory and
-not from a cache; the median of their times decides. Move the file to `configs/` beside this one.
-Most of the time goes into compiling: give --processes as many as the machine has cores.
+Weights are random, with the given widths mixed; speed does not depend on their values. Calls are
+captured in CUDA graphs that cycle through the weights of several layers, so that weights come from
+memory and not from a cache; the median time decides. Move the file to `configs/` beside this one.
+Most of the time goes into compiling: set --processes to the number of cores.
 
 No table is shipped yet.
 """
@@ -49,13 +49,13 @@ from bitknap.kernels.random_experts import made_up_experts
 
 Projection = Literal["gate_up", "down"]
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-_COPIES = 8  # layers that a graph walks over, unless fewer take `_MEMORY` bytes
+_COPIES = 8  # layers that a graph cycles through, unless fewer take `_MEMORY` bytes
 _MEMORY = 1 << 30  # well past any second-level cache
 _CALLS, _ROUNDS = 20, 30
 
 
 def starts(case: Case, device: Device) -> list[Launch]:
-    """Return what tuning begins at: the heuristic's launch, and others of other paths and tiles."""
+    """Return the initial launches: the heuristic's, and some of other paths and tiles."""
     first = heuristic(case, device)
     if first.path == "decode":
         return [first]
@@ -68,7 +68,7 @@ def starts(case: Case, device: Device) -> list[Launch]:
 
 
 def changes(launch: Launch, projection: Projection) -> list[Launch]:
-    """Return launches that cut one projection otherwise; it does not depend on the other."""
+    """Return launches that tile one projection differently; the other is tuned independently."""
     decode, now = launch.path == "decode", getattr(launch, projection)
     if launch.path == "dense":
         return []
@@ -89,16 +89,17 @@ def tune(
 ) -> list[tuple[Case, Launch, float]]:
     """Return the fastest launch for each number of tokens, and its seconds.
 
-    Of every start the cuts of gate and up are tried, and then, with the best, those of down.
+    From every initial launch, the tilings of gate and up are tried, then, with the best, those of
+    down.
 
     Args:
-        cases: one layer's shapes at several numbers of tokens.
-        bits: widths, in turn.
+        cases: the shapes of one layer at several numbers of tokens.
+        bits: widths, assigned to experts in turn.
         dtype: dtype of activations.
-        processes: that compile everything first.
+        processes: number of processes that compile everything first.
 
     Raises:
-        InputError: there is no GPU, or cases are of several layers.
+        InputError: there is no GPU, or the cases are from several layers.
     """
     if not torch.cuda.is_available():
         raise InputError("tune: no GPU is at hand, and launches are measured on one")
@@ -136,7 +137,7 @@ def _compile_all(
     dtype: torch.dtype,
     processes: int,
 ) -> None:
-    """Launch all once in several processes, whose compilations Triton keeps for this one."""
+    """Launch everything once in several processes, which fills Triton's compilation cache."""
     jobs: dict[Launch, Case] = {}
     for case in cases:
         for start in starts(case, device):
@@ -150,7 +151,7 @@ def _compile_all(
 def _launched(
     recipes: Sequence[Recipe], dtype: torch.dtype, jobs: Sequence[tuple[Launch, Case]]
 ) -> None:
-    """Launch some cases on weights that are all zero."""
+    """Launch some cases with all-zero weights."""
     for launch, case in jobs:
         layer = made_up_experts(recipes, case.hidden, case.intermediate, device="cuda", seed=None)
         measure([layer], case, launch, dtype, rounds=0)
@@ -163,14 +164,14 @@ def measure(
     dtype: torch.dtype,
     rounds: int = _ROUNDS,
 ) -> float:
-    """Return the median seconds of one call; infinity if the device cannot run it, or not asked to.
+    """Return the median seconds of one call; infinity if the device cannot run it or `rounds` is 0.
 
     Args:
-        layers: whose weights calls take in turn.
+        layers: layers whose weights the calls use in turn.
         case: the shapes.
-        launch: how.
+        launch: the launch.
         dtype: dtype of activations.
-        rounds: graphs of calls that are timed; 0 launches a few calls and times nothing.
+        rounds: number of graphs to time; 0 launches a few calls and times nothing.
     """
     from triton.runtime.errors import OutOfResources
 

@@ -1,7 +1,8 @@
 """The inner loop of every product: rows of one expert times a tile of tokens, from tiles in memory.
 
-Products are out^T = W · x^T: weights on the side of the matrix units that is 64 wide anyway, tokens
-on the side that may be 8, so that few tokens waste little. Two ways to apply steps and zeros:
+Products are out^T = W · x^T: weights go on the side of the matrix units that is always 64 wide,
+tokens on the side that may be 8, so that few tokens waste little. Two ways to apply steps and
+zeros:
 
     POST   sums of raw codes are scaled group by group:  s · (W_q x) + m · (1 x)
            Codes need no subtraction and no multiplication, and the sums of x are at hand (`sums`).
@@ -9,8 +10,8 @@ on the side that may be 8, so that few tokens waste little. Two ways to apply st
     else   every weight is s q + m in float32, rounded to CT once. For many tokens, where scaling
            sums would cost more than an operation or two a weight.
 
-Words of the next block are loaded while this one is multiplied: they come without matrix units'
-asynchronous copies, and would be waited for in every round.
+Words of the next block are loaded while this one is multiplied: they are loaded without
+asynchronous copies, so every round would otherwise wait for them.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from bitknap.kernels.device.unpack import (
 
 @triton.jit
 def locate(table, expert, n, COLS: tl.constexpr, KIND: tl.constexpr):
-    """Return where rows `n` [rows] of an expert lie: codes, words, and what to scale by in the end.
+    """Return where rows `n` [rows] of an expert lie: codes, words, and their final scale.
 
     Codes are pointers to the first row of each row's tile, or, for kept matrices, to the row.
     """
@@ -95,7 +96,7 @@ def load_words(words, first, COLS: tl.constexpr, WIDTH: tl.constexpr, KIND: tl.c
 
 @triton.jit
 def load_tail(codes, inside, LANES: tl.constexpr, BITS: tl.constexpr, COLS: tl.constexpr):
-    """Return the words of the narrower block of LANES, of tiles at `codes`, rows `inside`."""
+    """Return the words of the narrower block of LANES in tiles at `codes`, rows `inside`."""
     FIRST: tl.constexpr = tail_begin(COLS, LANES)
     lane = tl.arange(0, LANES)
     at = codes[:, None] + (FIRST * 4 * BITS + inside[:, None] * LANES + lane[None, :])
@@ -104,7 +105,7 @@ def load_tail(codes, inside, LANES: tl.constexpr, BITS: tl.constexpr, COLS: tl.c
 
 @triton.jit
 def load_x(x, ok, k, COLS: tl.constexpr, CT: tl.constexpr):
-    """Return columns `k` [n] of rows that pointers `x` [tokens] begin, CT [n, tokens]."""
+    """Return columns `k` [n] of the rows at pointers `x` [tokens], CT [n, tokens]."""
     if COLS % 32 == 0:
         r = tl.load(x[None, :] + k[:, None], mask=ok[None, :], other=0.0)
     else:
@@ -128,8 +129,8 @@ def weights_of(
 ):
     """Return the weights of COUNT slots from slot FIRST on, [ROWS, COUNT · LANES].
 
-    In float32 if PRECISE. Else in CT, two at a time: codes are exact, but steps and zeros are
-    rounded to CT too (fp16 steps stay as they are in fp16, and lose three bits in bf16).
+    In float32 if PRECISE. Otherwise in CT, two at a time: codes are exact, but steps and zeros are
+    rounded to CT too (fp16 steps stay exact in fp16, and lose three bits in bf16).
     """
     BITS: tl.constexpr = bits_of(KIND)
     step, zero = open_word(word, KIND)
@@ -164,27 +165,27 @@ def add_block(
     CT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Return acc [rows, tokens] and the products of one block of 16 · LANES columns.
+    """Return acc [rows, tokens] plus the products of one block of 16 · LANES columns.
 
     Args:
         acc: float32 [rows, tokens].
-        W: its codes (`load_codes`).
-        words: its words (`load_words`).
-        scale: what steps and zeros lack, [rows].
+        W: codes of the block (`load_codes`).
+        words: words of the block (`load_words`).
+        scale: factor that steps and zeros still lack, [rows].
         x: pointers to rows of activations, [tokens].
-        ok: which of them there are, [tokens].
+        ok: which of these rows exist, [tokens].
         first: first column.
-        sums: pointers to rows of their sums (`sums.write_sums`), [tokens]; read if POST.
+        sums: pointers to rows of their sums (`input_sums.write_sums`), [tokens]; read if POST.
         LANES: columns of a slot.
         KIND: kind of the expert.
         COLS: number of columns of a row.
-        WIDEST: most columns that are multiplied at once.
-        POST: whether sums are scaled, or weights.
+        WIDEST: most columns multiplied at once.
+        POST: whether sums are scaled instead of weights.
         CT: type of the product's operands.
         ASM: whether slots are read by inline PTX.
     """
     BITS: tl.constexpr = bits_of(KIND)
-    # Planes of raw codes are in registers at the same time.
+    # All planes of raw codes are in registers at the same time.
     MOST: tl.constexpr = WIDEST // planes_of(BITS, CT) if POST else WIDEST
     CHUNK: tl.constexpr = chunk_of(KIND, 16 * LANES, MOST)
     COUNT: tl.constexpr = CHUNK // LANES
@@ -228,7 +229,7 @@ def add_tail(
     CT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Return acc and the products of the narrower block of LANES, if there is one."""
+    """Return acc plus the products of the narrower block of LANES, if there is one."""
     if has_tail(COLS, LANES):
         W = load_tail(codes, inside, LANES, bits_of(KIND), COLS)
         FIRST: tl.constexpr = tail_begin(COLS, LANES)
@@ -259,19 +260,19 @@ def add_codes(
     CT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Return acc and the products of blocks `begin` to `end` - 1 and, if `tail`, of the rest."""
+    """Return acc plus the products of blocks `begin` to `end` - 1 and, if `tail`, of the rest."""
     BITS: tl.constexpr = bits_of(KIND)
     MAIN: tl.constexpr = main_blocks(COLS)
     if MAIN > 0:
         lane = tl.arange(0, 16)
         at = codes[:, None] + (inside[:, None] * 16 + lane[None, :])
-        # More words of two blocks than this do not fit registers.
+        # Words of two blocks must fit into registers.
         AHEAD: tl.constexpr = words_in(KIND, COLS, 256) <= 4
         after = load_words(words, begin * 256, COLS, 256, KIND)
         for block in range(begin, end):
             own = after
             if AHEAD:
-                # The last round loads its own words again rather than what is past the end.
+                # The last round reloads its own words instead of reading past the end.
                 following = tl.minimum(block + 1, MAIN - 1) * 256
                 after = load_words(words, following, COLS, 256, KIND)
             else:
@@ -316,7 +317,7 @@ def add_kept(
     COLS: tl.constexpr,
     CT: tl.constexpr,
 ):
-    """Return acc and the products of a matrix in source precision, rows at pointers `rows`."""
+    """Return acc plus the products of a matrix in source precision, rows at pointers `rows`."""
     WIDTH: tl.constexpr = 64
     first = begin * 256
     last = tl.where(tail, COLS, end * 256)
@@ -347,22 +348,22 @@ def add_expert(
     CT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Return acc and the products of one expert's rows, which `locate` found.
+    """Return acc plus the products of one expert's rows, located by `locate`.
 
     Args:
         acc: float32 [rows, tokens].
-        at: what `locate` returned.
+        at: the result of `locate`.
         n: rows, [rows].
         x: pointers to rows of activations, [tokens].
-        ok: which of them there are, [tokens].
-        sums: pointers to rows of their sums (`sums.write_sums`), [tokens]; read if POST.
+        ok: which of these rows exist, [tokens].
+        sums: pointers to rows of their sums (`input_sums.write_sums`), [tokens]; read if POST.
         begin: first block of 256 columns.
-        end: one past the last.
-        tail: whether the columns after all whole blocks are this program's too.
+        end: one past the last block.
+        tail: whether this program also takes the columns after the whole blocks.
         KIND: kind of the expert.
         COLS: number of columns of the expert's matrix.
-        WIDEST: most columns that are multiplied at once.
-        POST: whether sums are scaled, or weights.
+        WIDEST: most columns multiplied at once.
+        POST: whether sums are scaled instead of weights.
         CT: type of the product's operands.
         ASM: whether slots are read by inline PTX.
     """

@@ -1,9 +1,9 @@
-"""Few tokens: two launches, four where inputs are not summed on the way, and no sorting.
+"""The path for few tokens: two launches (four if inputs are summed separately), no sorting.
 
 A tile is one expert and all tokens that chose it; with at most 16 tokens, token t is column t.
-Which tokens those are each program finds in the ids itself. Down's programs leave what they
-computed in float32, and the last one to finish some output columns adds it up in the order of the
-tokens' ids: the weighted sum over experts costs no third launch and comes out the same every time.
+Each program finds these tokens in the ids itself. Programs of down store partial results in
+float32, and the last one to finish some output columns adds them up in the order of the tokens'
+ids: the weighted sum over experts needs no third launch and is the same every time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def ids_of(
     KP: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Return all ids int32 [BM, KP], -1 where there is none that is an expert's."""
+    """Return all ids int32 [BM, KP], -1 where an id is missing or names no expert."""
     t = tl.arange(0, BM)
     j = tl.arange(0, KP)
     there = (t < tokens)[:, None] & (j < TOPK)[None, :]
@@ -48,11 +48,11 @@ def pick(
     EXPERTS: tl.constexpr,
     BY_EXPERT: tl.constexpr,
 ):
-    """Return (expert, pair of each token [BM], whether this program has anything to do).
+    """Return (expert, pair of each token [BM], whether this program has work).
 
-    Slots are experts, most bits first, or where there are fewer pairs, pairs: then the first pair
-    of an expert stands for it and the others have nothing to do. A token's pair is the first with
-    this expert, `_NONE` where there is none.
+    Slots are experts, most bits first, or pairs if there are fewer: then the first pair of an
+    expert stands for it and the others do nothing. A token's pair is its first with this expert, or
+    `_NONE`.
     """
     if BY_EXPERT:
         expert = tl.load(order_ptr + slot).to(tl.int32)
@@ -62,7 +62,7 @@ def pick(
     j = tl.arange(0, KP)
     pair = tl.min(tl.where(ids == expert, t[:, None] * TOPK + j[None, :], _NONE), axis=1)
     first = tl.min(pair, axis=0)
-    if BY_EXPERT:  # noqa: SIM108 - Triton has no such expression over constants
+    if BY_EXPERT:  # noqa: SIM108 - Triton has no conditional expression over constants
         busy = first < _NONE
     else:
         busy = (first == slot) & (expert >= 0)
@@ -108,7 +108,7 @@ def decode_gate_up(
     NT: tl.constexpr = tiles_of(INNER, CUT, HALF)
     pid = tl.program_id(0)
     if pid == 0:
-        # Counters of the down projection's arrivals, which comes after all of this launch.
+        # Arrival counters of the down projection, which runs after this whole launch.
         c = tl.arange(0, COUNTERS)
         tl.store(arrived_ptr + c, tl.zeros((COUNTERS,), tl.int32))
     ids = ids_of(index_ptr, tokens, EXPERTS, TOPK, KP, BM)
@@ -183,7 +183,7 @@ def decode_down(
     """Fill out [tokens, HIDDEN]: each token's weighted sum over its experts.
 
     Columns of the inputs are cut into SPLIT runs; part float32 [SPLIT, tokens · TOPK, HIDDEN] takes
-    what programs compute. Grid: slots · SPLIT · tiles of an expert.
+    the partial results. Grid: slots · SPLIT · tiles of an expert.
     """
     NT: tl.constexpr = tiles_of(HIDDEN, CUT, BN)
     BLOCKS: tl.constexpr = main_blocks(INNER)
@@ -229,7 +229,7 @@ def decode_down(
             y += tl.where(run == 0, bias, 0.0)[:, None]
         at = (run * tokens * TOPK + pair).to(tl.int64)[None, :] * HIDDEN + rows[:, None]
         tl.store(part_ptr + at, y, mask=ok[None, :] & there)
-    # All threads' stores come before the count that says they are there.
+    # All threads' stores must precede the count that announces them.
     tl.debug_barrier()
     before = tl.atomic_add(arrived_ptr + nt, 1, sem="acq_rel", scope="gpu")
     if before == slots * SPLIT - 1:
@@ -245,7 +245,8 @@ def decode_down(
             w = tl.load(weights_ptr + mine, mask=t < tokens, other=0.0).to(tl.float32)
             for s in tl.static_range(SPLIT):
                 at = (s * tokens * TOPK + first).to(tl.int64)[None, :] * HIDDEN + rows[:, None]
-                # Other programs wrote this: nothing older may come from the first-level cache.
+                # Other programs wrote this, so stale values in the first-level cache must be
+                # bypassed.
                 y = tl.load(
                     part_ptr + at,
                     mask=there_is[None, :] & there,

@@ -1,8 +1,8 @@
-"""Many tokens: pairs are sorted by expert on the device, and a tile is one expert and some of them.
+"""The path for many tokens: pairs are sorted by expert on the device; a tile has one expert.
 
-How many tiles there are only the device knows; grids are as large as they can get (`most_tiles`),
-and programs past the last tile have nothing to do. Experts with most bits come first: the tiles
-that take longest should not be the last to start.
+Only the device knows the number of tiles; grids have the largest possible size (`most_tiles`), and
+programs past the last tile do nothing. Experts with the most bits come first: the longest tiles
+should not start last.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def sort_pairs(
     EXPERTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Write each expert's pairs, ascending, where they begin, and how many. Grid: experts.
+    """Write each expert's pairs in ascending order, their start and their count. Grid: experts.
 
-    Ids that are no expert's appear nowhere. Programs need nothing of each other: each counts the
-    lesser ids itself, so one launch does it, without atomics and the same way every time.
+    Ids of no expert are left out. Programs are independent: each counts the smaller ids itself, so
+    one launch is enough, without atomics and with the same result every time.
     """
     expert = tl.program_id(0)
     before = tl.zeros((BLOCK,), tl.int32)
@@ -79,7 +79,7 @@ def find_tile(
     EP: tl.constexpr,
     BM: tl.constexpr,
 ):
-    """Return (expert, pairs [BM], which of them there are, whether there is such a tile)."""
+    """Return (expert, pairs [BM], which of them exist, whether the tile exists)."""
     i = tl.arange(0, EP)
     order = tl.load(order_ptr + i, mask=i < EXPERTS, other=0)
     counts = tl.load(counts_ptr + order, mask=i < EXPERTS, other=0)
@@ -92,7 +92,7 @@ def find_tile(
     first = (tile - tl.sum(tl.where(here, ends - tiles, 0), axis=0)) * BM
     count = tl.sum(tl.where(here, counts, 0), axis=0)
     rank = first + tl.arange(0, BM)
-    ok = rank < count  # 0 where there is no such tile
+    ok = rank < count  # count is 0 if the tile does not exist
     pair = tl.load(sorted_ptr + tl.load(starts_ptr + expert) + rank, mask=ok, other=0)
     return expert, pair, ok, busy
 
@@ -266,7 +266,7 @@ def store_block(
     CT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Store one block's weights of rows that `out` [rows] begins."""
+    """Store one block's weights in the rows at pointers `out` [rows]."""
     CHUNK: tl.constexpr = chunk_of(KIND, 16 * LANES, WIDEST)
     COUNT: tl.constexpr = CHUNK // LANES
     PER_WORD: tl.constexpr = 16 * LANES // CHUNK // words_in(KIND, COLS, 16 * LANES)
@@ -291,7 +291,7 @@ def store_expert(
     CT: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Store rows `n` of one expert where `out` [rows] begins them."""
+    """Store rows `n` of one expert at pointers `out` [rows]."""
     codes, words, scale = locate(table, expert, n, COLS, KIND)
     if kept_of(KIND):
         for first in range(0, COLS, 256):
@@ -348,7 +348,7 @@ def dequantize(
 ):
     """Fill out [entries, ROWS, COLS] with weights. Grid: entries, ⌈ROWS / BN⌉."""
     expert = tl.program_id(0)
-    # Rows past the last are the last once more: they store the same values.
+    # Rows past the last repeat the last one and store the same values.
     n = tl.minimum(tl.program_id(1) * BN + tl.arange(0, BN), ROWS - 1)
     out = out_ptr + (expert.to(tl.int64) * ROWS + n) * COLS
     kind = tl.load(table[4] + expert)

@@ -1,9 +1,10 @@
-"""Sums over runs of an input's columns: zeros are multiplied by them where sums are scaled.
+"""Sums over runs of an input's columns, which zeros are multiplied by where sums are scaled.
 
-s (W_q x) + m (1 x) needs, for each group, the sum of x over the group's columns. It has nothing to
-do with any expert, so it is taken once, for runs of 128, 64 and 32 columns, and not by matrix units
-beside every product: on an H200 a product of 64 rows with 8 or 16 tokens keeps them busy for about
-32 cycles at whatever width, which was what bound few tokens (`benchmarks/results/kernels.md`).
+s (W_q x) + m (1 x) needs, for each group, the sum of x over the group's columns. It does not depend
+on the expert, so it is computed once, for runs of 128, 64 and 32 columns, and not by matrix units
+along with every product: on an H200 a product of 64 rows with 8 or 16 tokens occupies them for
+about 32 cycles at any width, which was the bottleneck for few tokens
+(`benchmarks/results/kernels.md`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import triton.language as tl
 
 from bitknap.kernels.device.constants import sums_at, sums_of
 
-# Columns at a time: whole rows of most models, for a program waits for each load.
+# Columns per load: whole rows of most models, since a program waits for each load.
 STEP = tl.constexpr(4096)
 
 
@@ -25,7 +26,7 @@ def write_sums(x, out, first, last, COLS: tl.constexpr):
         x: pointer to the row.
         out: pointer to its sums, float32.
         first: first column.
-        last: one past the last.
+        last: one past the last column.
         COLS: number of columns of the row.
     """
     for begin in range(first, last, STEP):
@@ -57,7 +58,7 @@ def row_sums(x_ptr, out_ptr, COLS: tl.constexpr):
 
 @triton.jit
 def own_sums(x_ptr, out_ptr, row, ok, tokens, first, last, COLS: tl.constexpr):
-    """Write the sums of the rows that a program reads, for itself.
+    """Write the sums of the rows that this program reads.
 
     Other programs may write the same numbers to the same place.
 
@@ -65,10 +66,10 @@ def own_sums(x_ptr, out_ptr, row, ok, tokens, first, last, COLS: tl.constexpr):
         x_ptr: rows of inputs.
         out_ptr: rows of their sums.
         row: row of each token, int64 [BM].
-        ok: which of them there are, [BM].
-        tokens: how many there can be.
+        ok: which of these tokens exist, [BM].
+        tokens: largest number of tokens.
         first: first column, a multiple of 128.
-        last: one past the last.
+        last: one past the last column.
         COLS: number of columns of a row.
     """
     t = tl.arange(0, row.shape[0])
@@ -77,5 +78,5 @@ def own_sums(x_ptr, out_ptr, row, ok, tokens, first, last, COLS: tl.constexpr):
         if tl.sum(here.to(tl.int32), axis=0) > 0:
             mine = tl.sum(tl.where(here, row, 0), axis=0)
             write_sums(x_ptr + mine * COLS, out_ptr + mine * sums_of(COLS), first, last, COLS)
-    # What is read next, other threads of this program wrote.
+    # The values read next were written by other threads of this program.
     tl.debug_barrier()

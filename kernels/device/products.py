@@ -1,4 +1,4 @@
-"""Tiles of both projections: gate and up with the activation behind them, and down."""
+"""Tiles of the projections: gate and up followed by the activation, and down."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def activated(gate, up, GATED: tl.constexpr, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def rows_of(expert, tile, ROWS: tl.constexpr, CUT: tl.constexpr, TALL: tl.constexpr):
-    """Return where one of an expert's tiles of TALL rows lies; no tile is of two blocks of rows.
+    """Return where one of an expert's tiles of TALL rows lies; no tile spans two row blocks.
 
     Returns:
-        Its entry in tables, rows within the block [TALL], which of them there are, and the rows of
-        the whole matrix.
+        The result is its entry in tables, rows within the block [TALL], which of them exist, and
+        the rows in the whole matrix.
     """
     LONG: tl.constexpr = ROWS // CUT
     TILES: tl.constexpr = (LONG + TALL - 1) // TALL
@@ -91,7 +91,7 @@ def one_expert(
 def choose(which, a, b, ALIGNED: tl.constexpr):
     """Return pointers `a` where `which`, else `b`, multiples of ALIGNED elements; any [rows].
 
-    As a difference from `a`: the compiler forgets where pointers are aligned when it selects them.
+    Computed as an offset from `a`: the compiler loses pointer alignment in a select.
     """
     SIZE: tl.constexpr = a.dtype.element_ty.primitive_bitwidth // 8
     apart = (b.to(tl.int64) - a.to(tl.int64)) // SIZE
@@ -117,14 +117,14 @@ def both_experts(
 ):
     """Return rows `n` of gate and of up times activations, where both are of one kind.
 
-    One product of twice the rows, so that activations are read once and both matrices' codes are
-    under way at the same time.
+    This is one product of twice the rows, so that activations are read once and the codes of both
+    matrices are loaded at the same time.
     """
     HALF: tl.constexpr = n.shape[0]
     acc = tl.zeros((2 * HALF, BM), tl.float32)
     row = tl.arange(0, 2 * HALF)
     is_gate = row < HALF
-    # The rows `n` twice over.
+    # The rows `n`, repeated twice.
     twice = tl.reshape(tl.permute(tl.join(n, n), (1, 0)), (2 * HALF,))
     kind = tl.load(up[4] + expert)
     for i in tl.static_range(len(KINDS)):
@@ -184,11 +184,11 @@ def intermediate(
     Args:
         gate: table of gate projections: buffer, codes_at, words_at, rows_at, kind, bias.
         up: table of up projections.
-        expert: which entry of the tables.
-        n: rows of it, [rows].
+        expert: index of the entry in the tables.
+        n: rows of the entry, [rows].
         x: pointers to rows of activations, [tokens].
-        ok: which of them there are, [tokens].
-        sums: pointers to rows of their sums (`sums.write_sums`), [tokens]; read if POST.
+        ok: which of these rows exist, [tokens].
+        sums: pointers to rows of their sums (`input_sums.write_sums`), [tokens]; read if POST.
         KINDS: kinds of up projections.
         GATE_KINDS: kinds of gate projections.
         COLS: inputs.
@@ -197,9 +197,9 @@ def intermediate(
         GATED: whether there is a gate.
         TIED: whether gate and up of every expert are of one kind.
         BIASED: whether there are biases.
-        ACTIVATION: activation of gate, or of up.
-        WIDEST: most columns that are multiplied at once.
-        POST: whether sums are scaled, or weights.
+        ACTIVATION: activation on gate, or on up without a gate.
+        WIDEST: most columns multiplied at once.
+        POST: whether sums are scaled instead of weights.
         CT: type of the product's operands.
         ASM: whether slots are read by inline PTX.
     """

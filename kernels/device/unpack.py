@@ -1,8 +1,8 @@
-"""What all kernels share: from tiles and words in memory to floats in registers.
+"""Helpers of all kernels: read tiles and words in memory into floats in registers.
 
 Constants: CT is the type that `tl.dot` multiplies in: bf16, fp16, or float32 in Triton's
 interpreter, whose bf16 arithmetic is wrong. ASM says whether slots are read by inline PTX, two
-lanes of a 32-bit register at once; else by plain operations, for AMD and the interpreter.
+lanes of a 32-bit register at once; otherwise by plain operations, for AMD and the interpreter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bitknap.kernels.device.constants import (
 
 @triton.jit
 def known_id(value, EXPERTS: tl.constexpr):
-    """Return an id as int32, -1 if it is no expert's; 64 bits are looked at before they are cut."""
+    """Return an id as int32, -1 if it names no expert; all 64 bits are checked before the cast."""
     return tl.where((value >= 0) & (value < EXPERTS), value, -1).to(tl.int32)
 
 
@@ -119,10 +119,10 @@ def in_columns(slots, ROWS: tl.constexpr, LANES: tl.constexpr, COUNT: tl.constex
 
 @triton.jit
 def opaque(q, LANES: tl.constexpr, ASM: tl.constexpr):
-    """Return `q`, for narrow blocks in a way that the compiler does not see through.
+    """Return `q`, hidden from the compiler's optimizations for narrow blocks.
 
-    Triton 3.9 would move what `in_columns` does to operands in shared memory on Blackwell, and has
-    no layout for fewer than 8 lanes there: it aborts.
+    On Blackwell, Triton 3.9 would move the work of `in_columns` to operands in shared memory, where
+    it has no layout for fewer than 8 lanes, and abort.
     """
     if ASM and LANES < 8:
         q = tl.inline_asm_elementwise(
@@ -142,7 +142,7 @@ def load_codes(at, BITS: tl.constexpr, LANES: tl.constexpr):
 
 @triton.jit
 def word_pointer(buffer, words_at, KIND: tl.constexpr):
-    """Return where an expert's words begin, as a pointer to words of their width."""
+    """Return a pointer to an expert's first word, typed by the words' width."""
     at = buffer + tl.multiple_of(words_at, 16)
     if word_of(KIND) == 16:
         r = at.to(tl.pointer_type(tl.int16))
@@ -157,7 +157,8 @@ def word_pointer(buffer, words_at, KIND: tl.constexpr):
 def open_word(word, KIND: tl.constexpr):
     """Return step and value of code 0, float32 [rows].
 
-    Compact ones still lack `row_scale`, those of a matrix with an exponent `matrix_scale`.
+    Compact ones must still be multiplied by `row_scale`, those of a matrix with an exponent by
+    `matrix_scale`.
     """
     BITS: tl.constexpr = bits_of(KIND)
     SHARE: tl.constexpr = share_of(KIND)
@@ -186,7 +187,7 @@ def open_word(word, KIND: tl.constexpr):
 
 @triton.jit
 def row_scale(buffer, rows_at, tile, inside, KIND: tl.constexpr):
-    """Return what compact steps and zeros must be multiplied by, float32 [rows]."""
+    """Return the factor of compact steps and zeros, float32 [rows]."""
     MOST: tl.constexpr = (1 << share_of(KIND)) - 1
     at = (buffer + rows_at).to(tl.pointer_type(tl.float16)) + tile * 64 + inside
     scale = tl.load(at).to(tl.float32)
@@ -198,7 +199,7 @@ def row_scale(buffer, rows_at, tile, inside, KIND: tl.constexpr):
 @triton.jit
 def matrix_scale(buffer, words_at, rows_at, KIND: tl.constexpr):
     """Return the power of two that a matrix is multiplied by, float32 (see `exponents`)."""
-    row = tl.arange(0, 8)  # three more than hold a bit
+    row = tl.arange(0, 8)  # the power of two above the five rows that hold a bit
     if share_of(KIND):
         negative = tl.load((buffer + rows_at).to(tl.pointer_type(tl.int16)) + row) < 0
     elif symmetric_of(KIND):

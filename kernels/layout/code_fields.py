@@ -1,16 +1,17 @@
-"""How a slot's bits become a 16-bit float, for constants of kernels.
+"""How a slot's bits become a 16-bit float, as constants for kernels.
 
-A field of b bits ORed onto a power of two whose last mantissa bits it fills is that power plus the
-code, exactly: 128 + q in bf16 (7 bits of mantissa), 1024 + q in fp16 (10). The power is taken out
-again where sums are scaled.
+A field of b bits ORed into the last mantissa bits of a power of two gives exactly that power plus
+the code: 128 + q in bf16 (7 bits of mantissa), 1024 + q in fp16 (10). The power is subtracted again
+where sums are scaled.
 
-8 bits do not fit bf16's mantissa: there a code is two planes, 128 + low and 256 + 16 high.
+8 bits do not fit the mantissa of bf16: there a code is split into two planes, 128 + low and 256 +
+16 high.
 
-Tried and dropped: reading several fields after one shift, onto a smaller power where they lie
-higher in the mantissa. What the saved shifts bring (2 bits, sm_90: 0.31 instructions a weight), the
-second constant operand that then takes out unequal powers costs (0.34).
+Tried and rejected: reading several fields after one shift, onto a smaller power for fields higher
+in the mantissa. The saved shifts (2 bits, sm_90: 0.31 instructions per weight) are outweighed by
+the second constant operand needed to subtract unequal powers (0.34).
 
-Functions are Triton's, so that a kernel compiled earlier is not taken for one with other fields.
+Functions are Triton functions, so that a change of fields invalidates kernels compiled earlier.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ class Slot(NamedTuple):
     """How one slot is read.
 
     Attributes:
-        parts: ORed together and onto the power.
-        power: bits of the float that they are ORed onto, in one lane.
+        parts: fields that are ORed together and onto the power.
+        power: bits of the float that the fields are ORed onto, in one lane.
     """
 
     parts: tuple[Part, ...]
@@ -45,7 +46,7 @@ class Slot(NamedTuple):
 
 @triton.constexpr_function
 def planes(bits: int, mantissa: int) -> int:
-    """Return into how many floats a code is cut."""
+    """Return the number of floats that a code is split into."""
     return 1 if bits <= mantissa else 2
 
 
@@ -57,7 +58,7 @@ def read_slot(bits: int, slot: int, mantissa: int, plane: int = 0) -> Slot:
         bits: number of bits of a code.
         slot: 0 to 15.
         mantissa: bits of the float's mantissa: 7 or 10.
-        plane: plane of codes in two planes, 0 for the low four bits.
+        plane: plane of a code split into two, 0 for the low four bits.
     """
     from bitknap.kernels.layout.tiled_codes import (
         slot_fields,  # Triton refuses plain functions of modules
@@ -70,34 +71,34 @@ def read_slot(bits: int, slot: int, mantissa: int, plane: int = 0) -> Slot:
     word, shift = fields[0].word, fields[0].shift
     if plane == 0:
         return Slot((Part(word, shift, 15),), _float(mantissa, mantissa))
-    # The high four bits at bit 3 of the mantissa, whose bits are worth 2: 2^8 + 2 · 8 high.
+    # The high four bits go to bit 3 of the mantissa, whose unit is worth 2: 2^8 + 2 · 8 high.
     return Slot((Part(word, shift + 1, 15 << 3),), _float(mantissa + 1, mantissa))
 
 
 @triton.constexpr_function
 def excess(mantissa: int, plane: int) -> float:
-    """Return what a plane's floats are greater than its part of the code."""
+    """Return the excess of a plane's floats over its part of the code."""
     return 2.0 ** (mantissa + plane)
 
 
 @triton.constexpr_function
 def assembly(bits: int, slot: int, mantissa: int, plane: int = 0) -> str:
-    """Return PTX that reads a slot of both lanes: $0 from words $1, $2, …, one a part.
+    """Return PTX that reads a slot of both lanes: $0 from words $1, $2, …, one per part.
 
     Args:
         bits: number of bits of a code.
         slot: 0 to 15.
         mantissa: bits of the float's mantissa: 7 or 10.
-        plane: plane of codes in two planes, 0 for the low four bits.
+        plane: plane of a code split into two, 0 for the low four bits.
     """
-    # Numbers alone: Triton 3.6 makes bare tuples of named ones that it is handed.
+    # Access by position: Triton 3.6 turns named tuples into plain ones.
     parts, power = read_slot(bits, slot, mantissa, plane)
     lines, done = [".reg .b32 t, r;"], f"{power * BOTH}"
-    for at, part in enumerate(parts, start=1):  # nor does it read nested targets
+    for at, part in enumerate(parts, start=1):  # Triton does not support nested targets either
         _, shift, mask = part
         source, last = f"${at}", at == len(parts)
         if shift:
-            # Bits that cross from one lane into the other are none of the mask's.
+            # Bits that cross from one lane into the other are outside the mask.
             lines.append(f"sh{'r.u' if shift > 0 else 'l.b'}32 t, {source}, {abs(shift)};")
             source = "t"
         lines.append(f"lop3.b32 {'$0' if last else 'r'}, {source}, {mask * BOTH}, {done}, 0xea;")

@@ -1,9 +1,9 @@
-"""The power of two that a whole matrix is multiplied by, in bits that its scales leave free.
+"""A power-of-two factor of a whole matrix, stored in the spare sign bits of its scales.
 
-Scales are fp16 above 0, so their signs are spare. Those of the first scale of the first five rows
-are the bits of a number e, lowest first, in two's complement: the matrix is what its codes, scales
-and zeros stand for, times 2^(8 e). Ordinary matrices have e = 0, and no sign is set; e takes no
-byte of its own. No Triton here: `quantize` shares this file.
+Scales are fp16 above 0, so their sign bits are spare. The signs of the first scale in the first
+five rows are the bits of a number e, lowest first, in two's complement: the dequantized matrix is
+multiplied by 2^(8 e). Ordinary matrices have e = 0, with no sign set; e takes no extra bytes. No
+Triton here: `quantize` shares this file.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from torch import Tensor
 
 from bitknap.errors import InputError
 
-ROWS, STEP = 5, 8  # rows whose signs are read, and what exponents are multiples of
-MOST = STEP * (2 ** (ROWS - 1) - 1)  # and the least is -MOST, so that its reciprocal is a float32
+ROWS, STEP = 5, 8  # rows whose signs are read; exponents are multiples of STEP
+MOST = STEP * (2 ** (ROWS - 1) - 1)  # the least is -MOST, so that its reciprocal is a float32
 _SIGN = -(1 << 15)
-_LARGEST = torch.finfo(torch.bfloat16).max  # every dtype of weights but fp16 holds it
+_LARGEST = torch.finfo(torch.bfloat16).max  # fits every dtype of weights but fp16
 
 
 def power(exponent: Tensor) -> Tensor:
-    """Return 2^exponent, float32, to the bit.
+    """Return 2^exponent exactly, float32.
 
     Args:
         exponent: from -126 to 127, int32.
@@ -33,7 +33,7 @@ def times_power(weights: Tensor, exponent: Tensor | int) -> Tensor:
 
     Args:
         weights: [rows, cols].
-        exponent: exponent of all, or int32 [rows, 1] of each row.
+        exponent: exponent of all rows, or int32 [rows, 1] of each row.
     """
     if isinstance(exponent, int):
         return weights.mul_(2.0**exponent).clamp_(-_LARGEST, _LARGEST) if exponent else weights
@@ -41,14 +41,14 @@ def times_power(weights: Tensor, exponent: Tensor | int) -> Tensor:
 
 
 def with_exponent(scale: Tensor, exponent: int) -> Tensor:
-    """Return scales with a matrix's exponent in their signs.
+    """Return scales with a matrix's exponent stored in their signs.
 
     Args:
         scale: scales of all rows, fp16 [rows, n], above 0.
         exponent: a multiple of STEP from -MOST to MOST.
 
     Raises:
-        InputError: an exponent, and too few rows to hold it.
+        InputError: the exponent is not 0, and there are too few rows to hold it.
     """
     if not exponent:
         return scale
@@ -66,7 +66,7 @@ def with_exponent(scale: Tensor, exponent: int) -> Tensor:
 
 def split_exponent(scale: Tensor) -> tuple[Tensor, int]:
     """Undo `with_exponent`: return scales without signs, and the exponent."""
-    # Nobody can read numbers off a stand-in.
+    # Meta tensors have no values to read.
     signs = [] if scale.is_meta or not scale.numel() else scale[:ROWS, 0].signbit().tolist()
     if not any(signs):
         return scale, 0

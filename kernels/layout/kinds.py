@@ -1,7 +1,7 @@
-"""What kernels specialize on: how one expert's matrix is stored, as one integer.
+"""Kinds: the storage of one expert's matrix as one integer, on which kernels specialize.
 
 A layer's launch is compiled for the kinds that occur in it, and a program branches on the kind of
-its expert. Experts that differ only in where they lie are of the same kind.
+its expert. Experts that differ only in their offsets are of the same kind.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from bitknap.kernels.layout.tiled_codes import SLOTS
 
 _LEAST_GROUP = 2 * SLOTS  # columns of the narrowest block: a group may not end inside one
 _WIDEST_BLOCK = 16 * SLOTS
-_MOST_GROUP = (1 << 17) - 1  # what a kind's code has bits for
+_MOST_GROUP = (1 << 17) - 1  # largest that fits the bits in a kind's code
 _KEPT = (None, torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -27,7 +27,7 @@ class Kind(NamedTuple):
     Attributes:
         bits: number of bits of a code; of a weight if `kept`.
         share: bits of a group's share of its row's scale; 0 if a word holds an fp16 step.
-        symmetric: 1 where no zero is stored.
+        symmetric: 1 if no zero point is stored.
         kept: 0 for codes; 1, 2, 3 for a matrix in bf16, fp16, fp32.
         group: weights that share a word; 0 for a whole row.
         scaled: whether the matrix has an exponent (`exponents`).
@@ -55,12 +55,12 @@ class Kind(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Columns of a 256-column block that surely share a word: 32, 64, 128 or 256."""
+        """Columns of a 256-column block that always share a word: 32, 64, 128 or 256."""
         return gcd(self.group, _WIDEST_BLOCK)
 
     @property
     def weight(self) -> float:
-        """Bits that a weight takes, words included: what a program's time goes with."""
+        """Bits per weight, words included; a program's time is proportional to it."""
         if self.kept:
             return float(self.bits)
         word = self.share + self.bits if self.share else 16 if self.symmetric else 32
@@ -84,7 +84,7 @@ def check_runnable(kinds: tuple[Kind, ...]) -> None:
     """Raise unless kernels can run these kinds.
 
     Raises:
-        InputError: a group that ends inside a block of columns, or is too large.
+        InputError: a group ends inside a block of columns, or is too large.
     """
     for kind in kinds:
         if kind.group > _MOST_GROUP:

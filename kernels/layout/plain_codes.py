@@ -1,9 +1,9 @@
 """How codes lie in memory: the plain layout, a dense stream of bits.
 
 Value i of a matrix occupies bits i*b .. i*b + b - 1 of the stream, low bits first, row after row;
-nothing is padded but the last byte. Eight values fill exactly b bytes, which is how both
-directions work: eight values, a byte each, are one 64-bit word, and three steps bring pairs, pairs
-of pairs and halves together. No Triton here: `quantize` shares this file.
+only the last byte is padded. Eight values fill exactly b bytes, which both directions use: eight
+values, one byte each, form one 64-bit word, and three steps join pairs, pairs of pairs, and halves.
+No Triton here: `quantize` shares this file.
 """
 
 from __future__ import annotations
@@ -12,15 +12,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# (bits between the fields that meet, the lower ones of them) in each step.
+# For each step: (bits between the fields that are joined, mask of the lower ones).
 _STEPS = ((8, 0x00FF00FF00FF00FF), (16, 0x0000FFFF0000FFFF), (32, 0x00000000FFFFFFFF))
-# Words that take all the codes of a byte, a byte each.
+# Integer types that hold all the codes of a byte, one byte each.
 _WORDS = {1: torch.int64, 2: torch.int32, 4: torch.int16}
 _CHUNK = 1 << 18  # values worked on at a time: temporaries stay in the second-level cache
 
 
 def packed_bytes(values: int, bits: int) -> int:
-    """Return the bytes that `values` codes of `bits` bits take."""
+    """Return the size in bytes of `values` codes of `bits` bits."""
     return (values * bits + 7) // 8
 
 
@@ -36,7 +36,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
     for eights, stream in zip(flat.split(_CHUNK), out.split(_CHUNK // 8), strict=True):
         word = eights.view(torch.int64)
         for at, (gap, lower) in enumerate(_STEPS):
-            # word >> gap brings in the sign, which the mask takes out again.
+            # word >> gap brings in the sign, which the mask removes.
             word = (word & lower) | ((word >> gap) & lower) << (bits << at)
         stream.copy_(word.view(torch.uint8).view(-1, 8)[:, :bits])
     return out.view(-1)[: packed_bytes(values, bits)]
@@ -58,7 +58,7 @@ def unpack_bits(stream: Tensor, bits: int, values: int) -> Tensor:
 
 
 def _spread(stream: Tensor, codes: Tensor, bits: int) -> None:
-    """Write codes, a byte each, from eights of them, `bits` bytes each."""
+    """Write codes, one byte each, from groups of eight packed in `bits` bytes."""
     if bits in _WORDS:
         # The codes of one byte begin at the bottom of a word that has a byte for each of them.
         word = codes.view(_WORDS[bits])
@@ -70,7 +70,7 @@ def _spread(stream: Tensor, codes: Tensor, bits: int) -> None:
     steps = _STEPS[: word.itemsize.bit_length() - 1]
     for at, (gap, _) in reversed(list(enumerate(steps))):
         width = bits << at
-        if 2 * width <= gap:  # what the shift leaves of the lower field falls outside the mask
+        if 2 * width <= gap:  # the shifted remains of the lower field fall outside the mask
             torch.bitwise_left_shift(word, gap - width, out=other)
             word.bitwise_or_(other).bitwise_and_(_fields(width, gap, word.itemsize))
         else:
@@ -81,10 +81,10 @@ def _spread(stream: Tensor, codes: Tensor, bits: int) -> None:
 
 
 def _spread_eights(stream: Tensor, words: Tensor, bits: int) -> None:
-    """Put every `bits` bytes at the bottom of a word of their own, int64."""
+    """Put every `bits` bytes at the bottom of a separate word, int64."""
     if stream.device.type == "cpu":
-        # NumPy copies words from any address; what is read too much is masked out. The last few
-        # words would read past the end.
+        # NumPy copies words from any address; excess bits are masked out. The last few words would
+        # read past the end.
         safe = max(0, len(words) - 8 // bits - 1)
         every = np.ndarray(safe, np.int64, stream.numpy(), strides=(bits,))
         np.copyto(words[:safe].numpy(), every)

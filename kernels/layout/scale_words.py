@@ -1,16 +1,16 @@
-"""How scales and zeros lie in memory for kernels: one word a group, 64 rows side by side.
+"""How scales and zeros lie in memory for kernels: one word per group, 64 rows side by side.
 
-A group's word holds all that a kernel has to load for it, and is as narrow as that allows:
+A group's word holds everything that a kernel loads for it, and is as narrow as possible:
 
     32 bits   low half the step s, high half m, the value of code 0, both fp16     x ≈ s q + m
     16 bits   s, fp16, symmetric                                                   x ≈ s (q - mid)
     8 or 16   low bits a share of the row's fp16 scale, above them an integer      x ≈ s (q - z)
               zero of b bits unless symmetric; s = row scale · share / (2^share bits - 1)
 
-mid is (2^b - 1) / 2. Nothing is rounded on the way here, which is why a symmetric grid has no m:
-it needs more digits than fp16 has. A kernel that wants m takes -s · mid or -s · z in float32.
-Signs of the first fp16 steps or row scales may hold an exponent of the matrix (`exponents`).
-Rows are filled up to a multiple of 64 with zeros, which stand for weights of 0:
+mid is (2^b - 1) / 2. Nothing is rounded in this conversion, which is why a symmetric grid has no m:
+it needs more digits than fp16 has. A kernel that needs m computes -s · mid or -s · z in float32.
+Signs of the first fp16 steps or row scales may hold an exponent of the matrix (`exponents`). Rows
+are filled up to a multiple of 64 with zeros, which stand for weights of 0:
 
     [rows / 64] tiles, each [groups, 64], so that one tile's words are one contiguous run
 """
@@ -30,13 +30,13 @@ _DTYPES = {8: torch.uint8, 16: torch.int16, 32: torch.int32}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Recipe:
-    """How one matrix is stored, as far as kernels must know.
+    """How one matrix is stored, as far as kernels depend on it.
 
     Attributes:
         bits: number of bits of a code; of a weight, if `kept`.
-        group: weights of a row that share a word, the last of which may have fewer; at least 1.
+        group: weights of a row that share a word, at least 1; the last group may have fewer.
         share: bits of a group's share of its row's scale; 0 if the word holds an fp16 step.
-        symmetric: no zero is stored.
+        symmetric: whether no zero point is stored.
         kept: bytes of a matrix in the source's precision, row after row and without words; 0 for
             codes.
         scaled: whether signs of scales hold an exponent other than 0 (`exponents`).
@@ -61,7 +61,7 @@ class Recipe:
     def part_bytes(self, rows: int, cols: int) -> tuple[int, int, int]:
         """Return the bytes of codes, of words and of row scales; they lie in this order.
 
-        Each is a multiple of 64, and a kept matrix (all in the first) is filled up to one.
+        Each is a multiple of 64; a kept matrix (all in the first part) is padded to one.
         """
         if self.kept:
             return -(-self.kept // ALIGNMENT) * ALIGNMENT, 0, 0
@@ -77,7 +77,7 @@ def pack_words(steps: Tensor, zeros: Tensor | None, recipe: Recipe) -> Tensor:
         steps: fp16 or, where `recipe.share`, uint8 [rows, groups].
         zeros: fp16 value of code 0 or, where `recipe.share`, uint8 integer zero, [rows, groups];
             None when symmetric.
-        recipe: how they are stored.
+        recipe: how the matrix is stored.
     """
     if recipe.share:
         words = steps.int()
@@ -94,7 +94,7 @@ def unpack_words(words: Tensor, recipe: Recipe, rows: int) -> tuple[Tensor, Tens
 
     Args:
         words: as bytes, uint8.
-        recipe: how they are stored.
+        recipe: how the matrix is stored.
         rows: number of rows of the matrix.
     """
     height, _ = padded(rows, 0)
@@ -118,5 +118,5 @@ def tiled_rows(values: Tensor) -> Tensor:
 
 
 def _own(values: Tensor) -> Tensor:
-    # `contiguous` keeps odd strides of dimensions of size 1, and other types cannot view those.
+    # `contiguous` keeps odd strides of size-1 dimensions, which views of another dtype reject.
     return values.clone(memory_format=torch.contiguous_format)

@@ -1,21 +1,21 @@
 """How codes lie in memory for kernels: tiles of 64 rows, 16 codes of b bits in b 16-bit words.
 
-A row is cut into blocks of 256 columns and, for what is left, at most one block each of 128, 64
-and 32; the last one is filled up with zeros, and so are rows up to a multiple of 64. A block of
+A row is cut into blocks of 256 columns and, for the remainder, at most one block each of 128, 64
+and 32; the last block is padded with zeros, and rows are padded to a multiple of 64. A block of
 16·L columns (L lanes: 16, 8, 4 or 2) is 16 slots of L lanes:
 
     column = first + L · slot + lane
 
 The 16 slots of one row and lane take exactly b 16-bit words at every b. Each word holds
-floor(16 / b) slots in its low bits, first slot lowest; the bits that are spare at the top of the
-words, low to high and word after word, are the slots that are left (`slot_fields`).
+floor(16 / b) slots in its low bits, first slot lowest; the spare bits at the top of the words, low
+to high and word after word, hold the remaining slots (`slot_fields`).
 
     [rows / 64] tiles, each [blocks] in order of columns, each int16 [b, 64, L]
 
 So a program that walks the columns of one tile reads one contiguous run, two neighbouring lanes
 share a 32-bit register, and one shift and one mask take a slot out of both. Multiples of 64 rows
-and 32 columns take not one bit more than the plain layout (DeepSeek-V2-Lite's 1,408 columns are
-5 × 256 + 128, gpt-oss's 2,880 are 11 × 256 + 64). No Triton here: `quantize` shares this file.
+and 32 columns take no more bits than the plain layout (DeepSeek-V2-Lite's 1,408 columns are 5 × 256
++ 128, gpt-oss's 2,880 are 11 × 256 + 64). No Triton here: `quantize` shares this file.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from torch import Tensor
 
 ROWS = 64  # rows of a tile
 SLOTS = 16
-_LANES = (16, 8, 4, 2)  # of a block, widest first
-_COLS = SLOTS * _LANES[-1]  # columns are filled up to a multiple of this
+_LANES = (16, 8, 4, 2)  # lanes of a block, widest first
+_COLS = SLOTS * _LANES[-1]  # columns are padded to a multiple of this
 _CHUNK = 1 << 18  # codes worked on at a time: temporaries stay in the second-level cache
 
 
@@ -39,7 +39,7 @@ class Field(NamedTuple):
     Attributes:
         word: which of the b words.
         shift: lowest of these bits in the word.
-        width: how many.
+        width: number of bits.
         at: lowest of these bits in the code.
     """
 
@@ -54,7 +54,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         first: first column.
-        repeat: how many blocks.
+        repeat: number of blocks.
         lanes: columns of one slot.
     """
 
@@ -69,7 +69,7 @@ class Blocks(NamedTuple):
 
 
 def slot_fields(bits: int) -> tuple[tuple[Field, ...], ...]:
-    """Return for each of the 16 slots where its bits lie: one field, or a few spare ones."""
+    """Return the fields of each of the 16 slots: one field, or a few made of spare bits."""
     per = SLOTS // bits
     slots = [(Field(i // per, i % per * bits, bits, 0),) for i in range(per * bits)]
     spare = [(word, shift) for word in range(bits) for shift in range(per * bits, 16)]
@@ -86,7 +86,7 @@ def slot_fields(bits: int) -> tuple[tuple[Field, ...], ...]:
 
 
 def padded(rows: int, cols: int) -> tuple[int, int]:
-    """Return rows and columns as tiles hold them: multiples of 64 and of 32."""
+    """Return rows and columns padded for tiles: to multiples of 64 and of 32."""
     return -(-rows // ROWS) * ROWS, -(-cols // _COLS) * _COLS
 
 
@@ -163,13 +163,14 @@ def _pieces(buffer: Tensor, cols: int, bits: int) -> Iterator[tuple[Blocks, slic
 
 
 def _fill(words: Tensor, slots: Tensor, bits: int) -> None:
-    """Put slots int32 [16, tiles, blocks, 64, lanes / 2] where they belong in zeroed words."""
+    """Write slots int32 [16, tiles, blocks, 64, lanes / 2] into zeroed words."""
     for slot, fields in zip(slots, slot_fields(bits), strict=True):
         for field in fields:
             part = slot
             if field.width < bits:
                 part = (slot >> field.at) & _both(field.width)
-            # A product, since torch has a vectorized a + b · alpha; beyond bit 31 it wraps.
+            # A shift written as a product, since torch vectorizes a + b · alpha; beyond bit 31 it
+            # wraps.
             words[:, :, field.word].add_(part, alpha=1 << field.shift)
 
 
@@ -179,7 +180,7 @@ def _drain(words: Tensor, bits: int) -> Tensor:
     slots = torch.empty(tiles, many, SLOTS, *tail, dtype=torch.int32, device=words.device)
     per = SLOTS // bits
     inside = slots[:, :, : per * bits].unflatten(2, (bits, per))
-    for k in range(per):  # of all words at once
+    for k in range(per):  # all words at once
         torch.bitwise_right_shift(words, k * bits, out=inside[:, :, :, k])
     inside.bitwise_and_(_both(bits))
     for slot, fields in enumerate(slot_fields(bits)[per * bits :], per * bits):
