@@ -1,1 +1,1 @@
-"""Where the experts are, in a live model and in safetensors headers alone."""
+"""Find the experts, in a live model or from safetensors headers alone."""

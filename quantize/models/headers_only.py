@@ -27,11 +27,11 @@ from bitknap.quantization.models.tensor_names import (
     modules_blocks,
 )
 
-# gate and up alternate; shapes do not tell.
+# Model types whose gate and up alternate, which shapes do not show.
 _INTERLEAVED = ("gpt_oss",)
 _PLAIN = ("F64", "F32", "F16", "BF16")
 _NESTED = ("thinker_config", "text_config", "llm_config", "language_config")
-# Under which names configurations say how many experts a token meets.
+# Configuration keys for the number of experts per token.
 _EXPERTS_PER_TOKEN = ("num_experts_per_tok", "moe_topk", "moe_top_k", "top_k")
 
 _Shape = tuple[int, ...]
@@ -42,7 +42,7 @@ def walk_headers(
     headers: Mapping[str, tuple[str, tuple[int, ...]]],
     include: Collection[str] = (),
 ) -> Layout:
-    """Return the units of a checkpoint, in the order `experts.walk` gives for its live model.
+    """Return the units of a checkpoint, in the order of `live_model.walk` on its live model.
 
     Args:
         config: the parsed `config.json`.
@@ -50,8 +50,8 @@ def walk_headers(
         include: roles beside the routed experts: "shared", "attention", "dense".
 
     Raises:
-        InputError: a role that cannot be included.
-        ModelError: no units, tensors missing, already quantized, or in an unknown layout.
+        InputError: a role cannot be included.
+        ModelError: there are no units, or tensors are missing, quantized or in an unknown layout.
     """
     text = text_config(config)
     shapes = {name: shape for name, (_, shape) in headers.items()}
@@ -59,12 +59,12 @@ def walk_headers(
     both = config.get("is_encoder_decoder", False)
     stacks = Stacks(shapes, renames, None if both else count_of(text, "num_hidden_layers"))
     weights = {n: s for n, s in shapes.items() if len(s) == 2 and n.endswith(".weight")}
-    found = list(find_linears(weights, stacks, include))
-    blocks = modules_blocks(found, shapes)
-    known = {row.view.tensor for row in found}
-    found = [row for row in found if not _computes_nothing(text, row)]
+    matrices = list(find_linears(weights, stacks, include))
+    blocks = modules_blocks(matrices, shapes)
+    known = {row.view.tensor for row in matrices}
+    matrices = [row for row in matrices if not _computes_nothing(text, row)]
     for group in _stacks_of_experts(shapes, stacks):
-        known.update(_stacked(text, shapes, group, found, blocks))
+        known.update(_stacked(text, shapes, group, matrices, blocks))
     unknown = find_unknown(shapes, stacks, known, include)
     _check_plain(config, headers, [*known, *([unknown] if unknown else ())])
     if unknown:
@@ -72,8 +72,8 @@ def walk_headers(
             f"{unknown}: {text.get('model_type')} stores experts of shape {list(shapes[unknown])} "
             "in a way that is not known; load and save the model with transformers"
         )
-    check_stacks(found, stacks)
-    return arrange(found, describe(found, blocks, find_router(shapes, stacks, found)))
+    check_stacks(matrices, stacks)
+    return arrange(matrices, describe(matrices, blocks, find_router(shapes, stacks, matrices)))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -85,7 +85,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def count_of(text: Mapping[str, Any], *names: str) -> int | None:
-    """Return the first of some numbers that a configuration has, None if it has none of them.
+    """Return the first of the named numbers that a configuration has, None if it has none.
 
     Args:
         text: a configuration, or a part of one.
@@ -102,25 +102,25 @@ def count_of(text: Mapping[str, Any], *names: str) -> int | None:
 
 
 def experts_per_token(text: Mapping[str, Any]) -> list[int] | None:
-    """Return how many experts a token meets: one number for every layer, or one for each.
+    """Return the number of experts per token: one number for all layers, or one for each layer.
 
     Args:
         text: the part of a configuration that describes the language model.
 
     Returns:
-        A list of one number, or of one a layer as HunYuan has it; None if nothing says it.
+        A list of one number, or of one per layer as in HunYuan; None if no key is there.
 
     Raises:
         ModelError: it is neither a whole number of at least 0 nor a list of them.
     """
     for name, value in _values(text, _EXPERTS_PER_TOKEN):
-        found = value if isinstance(value, list) and value else [value]
-        if not all(map(_is_count, found)):
+        counts = value if isinstance(value, list) and value else [value]
+        if not all(map(_is_count, counts)):
             raise ModelError(
                 f"config.json: {name}: {str(value)[:80]} is neither a whole number of at least 0 "
                 "nor a list with one for each layer"
             )
-        return found
+        return counts
     return None
 
 
@@ -211,7 +211,7 @@ def _stacked(
 
 
 def _transposed(text: Mapping[str, Any], shapes: Mapping[str, _Shape], group: _Group) -> bool:
-    """Return whether matrices are [in, out]: up and down together leave one reading if gated."""
+    """Return whether matrices are stored as [in, out], which shapes of gated experts determine."""
     leaves = {STACKED_LEAVES[leaf]: shapes[full][1:] for leaf, full in group.items()}
     first = leaves.get(("gate", "up")) or leaves.get(("up",))
     down = leaves.get(("down",))

@@ -41,7 +41,7 @@ class _Storage(NamedTuple):
     decorated: bool = False
 
 
-# Classes with their own forward, to which transformers' decorator tells nothing.
+# Classes with their own forward, which transformers' decorator does not describe.
 _UNDECORATED: Mapping[str, _Storage] = {
     "Llama4TextExperts": _Storage(transposed=True),
     "LongcatFlashExperts": _Storage(),
@@ -60,8 +60,8 @@ def walk(model: nn.Module, include: Collection[str] = ()) -> Layout:
         include: more roles, of "shared", "attention", "dense".
 
     Raises:
-        InputError: a role that cannot be included.
-        ModelError: no units, or experts that this walker does not understand.
+        InputError: a role cannot be included.
+        ModelError: there are no units, or experts are stored in an unknown way.
     """
     parameters = dict(model.named_parameters())
     shapes = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
@@ -71,18 +71,18 @@ def walk(model: nn.Module, include: Collection[str] = ()) -> Layout:
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" in shapes
     }
-    found = list(find_linears(linears, stacks, include))
-    blocks = modules_blocks(found, shapes)
-    used = {row.view.tensor for row in found}
+    matrices = list(find_linears(linears, stacks, include))
+    blocks = modules_blocks(matrices, shapes)
+    used = {row.view.tensor for row in matrices}
     for name, module in model.named_modules():
-        used.update(_stacked(name, module, stacks, found, blocks))
+        used.update(_stacked(name, module, stacks, matrices, blocks))
     _check_known(model, shapes, stacks, used, include)
     for name in used:
         dtype = parameters[name].dtype
         if not dtype.is_floating_point or dtype.itemsize < 2:
             raise ModelError(f"{name}: {dtype} is already quantized; load the model in 16 bits")
-    check_stacks(found, stacks)
-    return arrange(found, describe(found, blocks, find_router(shapes, stacks, found)))
+    check_stacks(matrices, stacks)
+    return arrange(matrices, describe(matrices, blocks, find_router(shapes, stacks, matrices)))
 
 
 def _stacked(

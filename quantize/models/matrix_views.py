@@ -24,7 +24,7 @@ class View:
         tensor: name of the parameter, or of the tensor in a checkpoint.
         index: which expert of a tensor that stacks them; None if the tensor is one matrix.
         parts: how many experts a 2-D tensor holds one above the other; None where it is 3-D.
-        start: first output row; None from the beginning.
+        start: first output row; None for row 0.
         stop: end of the output rows; None to the end.
         step: 2 where gate and up alternate, None otherwise.
         transposed: whether the matrix is stored as [in, out].
@@ -92,8 +92,8 @@ class Layout:
 
     Attributes:
         units: sorted by layer, role, expert, projection.
-        views: one a unit, in the same order.
-        layers: one an MoE layer, in order.
+        views: one per unit, in the same order.
+        layers: one per MoE layer, in order.
     """
 
     units: Units
@@ -108,7 +108,7 @@ def matrix(layout: Layout, i: int, tensors: Mapping[str, torch.Tensor]) -> torch
 
 
 class Found(NamedTuple):
-    """One matrix a walker found: the key of its unit, its view and its (out, in)."""
+    """One matrix of a model: the key of its unit, its view and its (out, in)."""
 
     layer: int
     role: str
@@ -119,7 +119,7 @@ class Found(NamedTuple):
 
 
 class Block(NamedTuple):
-    """What a walker knows of one layer's experts beside their matrices."""
+    """Properties of one layer's experts, beside their matrices."""
 
     module: str
     transposed: bool = False
@@ -167,10 +167,10 @@ def cut(
 
 
 def arrange(found: Iterable[Found], layers: Iterable[ExpertLayer]) -> Layout:
-    """Sort what a walker found into a layout.
+    """Sort a model's matrices into a layout.
 
     Raises:
-        ModelError: nothing was found, or two matrices claim the same unit.
+        ModelError: there are no matrices, or two of them claim the same unit.
     """
     rows = sorted(found, key=_order)
     if not rows:

@@ -3,8 +3,8 @@
     model.layers.3.mlp.experts.17.up_proj.weight
     └ stack ┘      └────────── rest ─────────┘     layer 3, routed, expert 17, up
 
-A name that no row of the table fits is not a unit. Tensors that look like experts and fit no row
-are an error, so that a new layout is never left at full precision without a word.
+A name that matches no row of the table is not a unit. Tensors that look like experts and match no
+row are an error, so that a new layout is never silently left at full precision.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _ATTENTION = (
 )
 _CROSS = r"(?:EncDecAttention|encoder_attn|cross_attn|cross_attention)"
 
-# (role, regex over the rest). T5's sublayers hide behind `layer.N.`.
+# (role, regex over the rest). T5's sublayers have the prefix `layer.N.`.
 _RULES = tuple(
     (role, re.compile(r"(?:layer\.\d+\.)?" + regex))
     for role, regex in (
@@ -41,7 +41,7 @@ _RULES = tuple(
         ("attention", r"(?P<cross>" + _CROSS + r")\.(?P<path>.+)"),
         ("attention", r"mixer\.(?P<path>[qkvo]_proj)"),
         ("dense", _MLP + r"\.(?P<leaf>\w+)"),
-        ("dense", r"mlps\.(?P<twin>\d+)\.(?P<leaf>\w+)"),  # LongCat: two MLPs a layer
+        ("dense", r"mlps\.(?P<index>\d+)\.(?P<leaf>\w+)"),  # LongCat: two MLPs a layer
     )
 )
 
@@ -64,7 +64,7 @@ STACKED_LEAVES = {
     "v1": ("up",),
 }
 
-# What must not be passed over: matrices among experts, and anything 3-D inside an MLP.
+# Tensors that must not be ignored: matrices among experts, and anything 3-D inside an MLP.
 _EXPERT_LIKE = re.compile(r"(?:^|\.)experts?\.")
 _MLP_LIKE = re.compile(r"(?:^|\.)(?:\w*moe|" + _MLP + r")\.")
 
@@ -88,7 +88,7 @@ DISK_NAMES: Mapping[str, tuple[tuple[str, str], ...]] = {
 
 
 class Name(NamedTuple):
-    """A name taken apart; `projections` is longer than one where matrices share a tensor."""
+    """The parts of a tensor's name; several `projections` if matrices share the tensor."""
 
     role: str
     expert: int
@@ -160,8 +160,8 @@ def take_apart(rest: str) -> Name | None:
             path = re.sub(r"_proj(?=_|$)", "", groups["path"])
             return Name(role, -1, (f"cross.{path}" if "cross" in groups else path,))
         projections = _LEAVES.get(groups["leaf"], ())
-        if groups.get("twin"):
-            projections = tuple(f"{groups['twin']}.{name}" for name in projections)
+        if groups.get("index"):
+            projections = tuple(f"{groups['index']}.{name}" for name in projections)
         if projections:
             return Name(role, int(groups.get("expert") or -1), projections)
     return None
@@ -178,7 +178,7 @@ def find_linears(
         include: roles wanted beside the routed experts.
 
     Raises:
-        InputError: a role that cannot be included.
+        InputError: a role cannot be included.
     """
     for role in include:
         if role not in INCLUDES:
@@ -216,7 +216,7 @@ def find_router(
     Args:
         shapes: all tensors of the model.
         stacks: numbers the layers.
-        found: the routed matrices; say how many experts a layer has.
+        found: the routed matrices, which show how many experts a layer has.
     """
     experts: dict[int, int] = {}
     for row in found:
@@ -263,7 +263,7 @@ def check_stacks(found: Iterable[Found], stacks: Stacks) -> None:
     """Refuse units in two stacks of layers that are not an encoder and its decoder.
 
     Raises:
-        ModelError: names the stacks.
+        ModelError: there are such units; the message names the stacks.
     """
     places = (stacks.split(row.view.tensor) for row in found)
     used = sorted({place[0] for place in places if place})

@@ -1,9 +1,9 @@
-"""Whether transformers can build what a checkpoint holds, known before any work is done.
+"""Check, before any work is done, whether transformers can build what a checkpoint holds.
 
 The model is built without weights from config.json, transformers' own renamings and conversions
-are applied to tensors that have nothing but the shapes on disk, and the result is compared with
-the parameters that the model has. So what no way of loading could read is refused by every command
-alike, and says which part of which file is wrong.
+are applied to empty tensors of the shapes on disk, and the result is compared with the parameters
+that the model has. So every command refuses a checkpoint that could not be loaded, and says which
+part of which file is wrong.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bitknap.quantization.source.transformers_calls import calling_transformers
 
 # Name to (safetensors dtype, shape), as `Checkpoint.shapes` gives it.
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
-# What configurations call the number of their layers and experts, and the width of a head.
+# Configuration keys for the number of layers and experts, and for the width of a head.
 _COUNT = re.compile(
     r"(moe_)?(num|n)_(\w+_)?(layers|experts)|(encoder|decoder)_layers|depth|(\w+_)?head_dim"
 )
@@ -45,7 +45,7 @@ def check(folder: Path, *, reads_text: bool = False) -> None:
 
     Args:
         folder: the checkpoint.
-        reads_text: the model has to predict text.
+        reads_text: whether the model has to predict text.
 
     Raises:
         FileError: a file is missing, truncated, corrupt or of an unknown version.
@@ -76,9 +76,9 @@ def check_source(
     Args:
         source: the checkpoint.
         include: roles beside the routed experts.
-        known: refuse architectures that transformers cannot build; otherwise the headers alone
-            decide about those.
-        reads_text: the model has to predict text.
+        known: refuse architectures that transformers cannot build; otherwise only their headers are
+            checked.
+        reads_text: whether the model has to predict text.
 
     Raises:
         InputError: a role that cannot be included.
@@ -136,7 +136,7 @@ def check_tensors(
         folder: named in messages.
         model: as `hollow` gives it.
         shapes: the tensors on disk.
-        layout: the units found in them; experts are not compared when not given.
+        layout: the units in them; experts are not compared if it is not given.
         include: roles of these units beside the routed experts.
 
     Raises:
@@ -180,7 +180,7 @@ def check_head(folder: Path, model: Any) -> None:
 def stored_as(
     model: Any, state: Mapping[str, Tensor], names: Iterable[str]
 ) -> dict[str, list[tuple[str, str, Any]]]:
-    """Return what is stored of each parameter, as transformers' renamings say.
+    """Return the stored tensors of each parameter, by transformers' renamings.
 
     Args:
         model: the model, with or without weights.
@@ -198,7 +198,7 @@ def stored_as(
     renamings = [x for x in mapping if isinstance(x, WeightRenaming)]
     converters = [x for x in mapping if isinstance(x, WeightConverter)]
     by_pattern = {pattern: x for x in converters for pattern in x.source_patterns}
-    found: dict[str, list[tuple[str, str, Any]]] = {}
+    by_target: dict[str, list[tuple[str, str, Any]]] = {}
     for stored in sorted(names, key=in_order):
         target, pattern = rename_source_key(
             stored, renamings, converters, model.base_model_prefix, state
@@ -208,14 +208,16 @@ def stored_as(
         if target not in state:
             continue
         if pattern is None:
-            found.setdefault(target, []).append((stored, stored, WeightRenaming(stored, target)))
+            by_target.setdefault(target, []).append(
+                (stored, stored, WeightRenaming(stored, target))
+            )
         else:
-            found.setdefault(target, []).append((stored, pattern, by_pattern[pattern]))
-    return found
+            by_target.setdefault(target, []).append((stored, pattern, by_pattern[pattern]))
+    return by_target
 
 
 def _check_counts(source: Checkpoint) -> None:
-    """Refuse more layers or experts, or wider heads, than weights hold: they take long to build.
+    """Refuse more layers or experts, or wider heads, than weights hold: building takes long.
 
     A layer takes a tensor; an expert takes one, or a slice of one; a head takes rows of one.
     """
@@ -255,10 +257,10 @@ def _check_units(folder: Path, stored: Layout, built: Layout) -> None:
                 "none as config.json says; correct config.json"
             )
         for what in ("experts", "hidden", "intermediate", "gated"):
-            found, said = getattr(layer, what), getattr(other, what)
-            if found != said:
+            actual, said = getattr(layer, what), getattr(other, what)
+            if actual != said:
                 raise ModelError(
-                    f"{folder}: {layer.module}: {what} of its experts is {found} in the weights, "
+                    f"{folder}: {layer.module}: {what} of its experts is {actual} in the weights, "
                     f"config.json says {said}; one of the two belongs to another model"
                 )
     if wanted:
@@ -311,8 +313,8 @@ def _converted(
     """Return the parameters that the tensors on disk make, on the meta device."""
     made: dict[str, Tensor] = {}
     with calling_transformers(f"{folder}: transformers cannot name the tensors of the model"):
-        found = stored_as(model, state, shapes)
-    for first, parts in found.items():
+        by_target = stored_as(model, state, shapes)
+    for first, parts in by_target.items():
         transform: Any = None
         for stored, pattern, kind in parts:
             transform = transform or deepcopy(kind)

@@ -1,4 +1,4 @@
-"""What `config.json` says of a packed checkpoint, and what transformers makes of it.
+"""What `config.json` says about a packed checkpoint, and how transformers uses it.
 
 quantization_config   "bitknap", the version, how streams are laid out, whether a matrix has an
                       exponent, and which file holds the weights; `plugin` reads it
@@ -24,8 +24,8 @@ from bitknap.errors import FileError
 from bitknap.quantization.source.source_config import METHOD, unquantized
 
 VERSION = "1.0"
-# How streams lie, and the version of that: see `packed` and `tiled`. Version 2 is written where a
-# matrix has an exponent, and says so: `kernels.exponents`. Streams without any are those of 1.
+# Byte layouts of streams, and their version: see `plain_bytes` and `tiled_bytes`. Version 2 is
+# written if a matrix has an exponent (`kernels.layout.exponents`), otherwise version 1.
 LAYOUTS, LAYOUT_VERSION, WITH_EXPONENTS = ("plain", "tiles"), 1, 2
 WEIGHTS = "bitknap.safetensors"
 REFUSAL = "these weights are packed: run `import bitknap` before from_pretrained"
@@ -41,7 +41,8 @@ def packed_config(
     Args:
         source: the source's `config.json`.
         weights: the file that holds all tensors, or the index of the shards that do.
-        others: more of `quantization_config`, such as the layout of streams that are not plain.
+        others: further entries of `quantization_config`, such as the layout of streams that are not
+            plain.
     """
     ours = {**others, "quant_method": METHOD, "weights": weights}
     ours.setdefault("version", VERSION)
@@ -53,11 +54,11 @@ def packed_config(
 
 
 def lies(layout: str, exponents: bool) -> dict[str, Any]:
-    """Return what `quantization_config` says of how streams lie.
+    """Return the entries of `quantization_config` that describe the layout of streams.
 
     Args:
         layout: one of LAYOUTS.
-        exponents: whether a matrix has one.
+        exponents: whether a matrix has an exponent.
     """
     if exponents:
         return {"layout": layout, "layout_version": WITH_EXPONENTS, "exponents": True}
@@ -90,17 +91,17 @@ def stub(source: Mapping[str, Any]) -> str | None:
 
 def architectures(config: Mapping[str, Any]) -> list[str]:
     """Return the classes that a `config.json` names; none where the value is no list of names."""
-    found: Any = config.get("architectures")
-    return list(found) if fits(found, [str]) else []
+    names: Any = config.get("architectures")
+    return list(names) if fits(names, [str]) else []
 
 
 def _auto_map(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    found = config.get("auto_map")
-    return found if isinstance(found, Mapping) else {}
+    entries = config.get("auto_map")
+    return entries if isinstance(entries, Mapping) else {}
 
 
 def _causal_class(source: Mapping[str, Any]) -> str | None:
-    """Return the class that `auto_map` may name; None if there is none, or it is not ours to."""
+    """Return the class that `auto_map` may name; None if there is none or another is named."""
     names = architectures(source) or [""]
     known = re.fullmatch(r"[A-Za-z_]\w*ForCausalLM", names[0])
     others = _auto_map(source)
@@ -113,7 +114,7 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
     """Check that `config.json` is that of a packed checkpoint, of a version known here.
 
     Raises:
-        FileError: it is of another method, or of a newer major version.
+        FileError: it names another method, or a newer major version.
     """
     path = folder / "config.json"
     ours = config.get("quantization_config")
@@ -124,10 +125,10 @@ def check_config(config: Mapping[str, Any], folder: Path) -> None:
 
 
 def layout_of(config: Mapping[str, Any], folder: Path) -> str:
-    """Return how the streams of a packed checkpoint lie: "plain" or "tiles".
+    """Return the byte layout of a packed checkpoint's streams: "plain" or "tiles".
 
     Args:
-        config: its parsed `config.json`; checkpoints that say nothing are plain.
+        config: its parsed `config.json`; the layout is plain if it names none.
         folder: named in messages.
 
     Raises:
@@ -151,7 +152,7 @@ def layout_of(config: Mapping[str, Any], folder: Path) -> str:
 
 
 def to_plain(config: Any) -> Any:
-    """Take what a packed checkpoint says of itself out of its configuration, in place."""
+    """Remove a packed checkpoint's own entries from its configuration, in place."""
     plain = plain_config(vars(config))
     for name in set(vars(config)) - set(plain):
         delattr(config, name)

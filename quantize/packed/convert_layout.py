@@ -1,9 +1,9 @@
-"""A packed checkpoint in the other layout: the plain one, or the one for kernels.
+"""Convert a packed checkpoint to the other layout: the plain one, or the one for kernels.
 
 `config.json` says which it is, in `quantization_config`: `layout`, "plain" or "tiles", and
 `layout_version`. Streams keep their names and files, everything else its bytes, and nothing is
-rounded: there and back again is the same folder. The plan's bytes are those of the plain layout;
-tiles take more where matrices have to be filled up (`tiled`).
+rounded: converting there and back gives the same folder. The plan counts bytes of the plain layout;
+tiles take more if matrices are padded (`tiled_bytes`).
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def unit_bytes(plan: BitPlan, layout: str) -> np.ndarray:
     """Return the bytes of each unit in a layout, int64 [U]."""
     if layout == "plain":
         return plan.nbytes
-    found = np.zeros(len(plan.units), dtype=np.int64)
+    sizes = np.zeros(len(plan.units), dtype=np.int64)
     for choice, format in enumerate(plan.formats):
         which = np.flatnonzero(plan.choice == choice)
-        found[which] = tiled_bytes(format, plan.units.rows[which], plan.units.cols[which])
-    return found
+        sizes[which] = tiled_bytes(format, plan.units.rows[which], plan.units.cols[which])
+    return sizes
 
 
 def convert(folder: Path, layout: str, out: Path, *, overwrite: bool = False) -> dict[str, int]:
@@ -106,7 +106,7 @@ class _Job:
     then: np.ndarray
 
     def sizes(self) -> dict[str, int]:
-        """Return the bytes of every stream in the new layout; the old ones must be the plan's."""
+        """Return the bytes of every stream in the new layout; old sizes must match the plan."""
         headers, folder = self.source.headers, self.source.folder
         sizes = {}
         for name, run in self.streams.items():
@@ -136,8 +136,8 @@ class _Job:
 
 
 def _rewrite(job: _Job, shard: Path, sizes: Mapping[str, int], out: Path) -> None:
-    """Write one file with its tensors in the places they had, as far as sizes allow."""
-    # Not the checkpoint's own headers: those show low-bit tensors as what they stand for.
+    """Write one file with its tensors in the order they had."""
+    # Not the checkpoint's own headers: those show low-bit tensors as 16-bit ones.
     stored = read_header(shard)
     with shard.open("rb") as file:
         text = file.read(int.from_bytes(file.read(8), "little"))
@@ -149,7 +149,7 @@ def _rewrite(job: _Job, shard: Path, sizes: Mapping[str, int], out: Path) -> Non
         at += size
         if name in sizes:
             entries[name]["shape"] = [size]
-    # As the safetensors library and `shards` write headers: then a round trip changes no byte.
+    # Format headers as the safetensors library and `shards` do: a round trip changes no byte.
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=text.isascii()).encode()
     header += b" " * (-len(header) % 8)
     with out.open("wb") as file:
@@ -170,7 +170,7 @@ def _copy(info: TensorInfo, out: BinaryIO) -> None:
 
 
 def _write_texts(layout: str, more: int, folder: Path) -> None:
-    """Say in `config.json` which layout it is, and in an index how many bytes tensors take."""
+    """Update the layout in `config.json`, and the bytes of all tensors in an index."""
     path = folder / "config.json"
     text = path.read_text(encoding="utf-8")
     config, indent = json.loads(text), re.match(r"\{\n( *)", text)

@@ -1,7 +1,7 @@
 """From one unit's bytes to its weights, a few rows at a time.
 
-Rows are unpacked, scaled and rounded to the dtype they are wanted in while they are in the
-second-level cache: on a CPU nothing of a matrix's size is written but the matrix itself.
+Rows are unpacked, scaled and rounded to the wanted dtype while they are in the second-level cache:
+on a CPU nothing of a matrix's size is written except the matrix itself.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ _ALIGNED = 8  # rows that begin at a whole byte, whatever their width
 
 
 def unpacked(stream: Tensor, format: Format, rows: int, cols: int, layout: str = "plain") -> Tensor:
-    """Return the matrix that one unit's bytes stand for, float32 [rows, cols], where they are.
+    """Return the matrix that one unit's bytes stand for, float32 [rows, cols], on their device.
 
     Args:
         stream: uint8.
         format: how it is stored.
         rows: output features.
         cols: input features.
-        layout: how streams lie: "plain" (`packed`) or "tiles" (`tiled`).
+        layout: byte layout, "plain" (`plain_bytes`) or "tiles" (`tiled_bytes`).
 
     Raises:
         FileError: the stream does not have the bytes that the format needs.
@@ -43,10 +43,10 @@ def dequantize_into(out: Tensor, stream: Tensor, format: Format, layout: str = "
     """Write the matrix that one unit's bytes stand for into `out`, rounded to its dtype once.
 
     Args:
-        out: [rows, cols], any floating dtype and strides, where the stream is.
+        out: [rows, cols], any floating dtype and strides, on the stream's device.
         stream: uint8.
         format: how it is stored.
-        layout: how streams lie.
+        layout: byte layout of the stream.
 
     Raises:
         FileError: the stream does not have the bytes that the format needs.
@@ -66,7 +66,7 @@ def dequantize_into(out: Tensor, stream: Tensor, format: Format, layout: str = "
         last = min(rows, first + step)
         some = _codes(codes, format.bits, first, last, cols, layout)
         values = grid.rows(first, last).values(some)
-        if out.dtype == torch.float16:  # rounding may pass the largest
+        if out.dtype == torch.float16:  # rounding may exceed the largest value
             values.clamp_(-MOST_HALF, MOST_HALF)
         out[first:last].copy_(values)
 

@@ -1,4 +1,4 @@
-"""How a packed checkpoint is recognised, and what its files are called."""
+"""How a packed checkpoint is recognised, and the names of its files."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ VERSION = "1.0"
 
 
 def is_packed(folder: Path) -> bool:
-    """Return whether `folder` holds a packed checkpoint, be it damaged."""
+    """Return whether `folder` holds a packed checkpoint, even a damaged one."""
     return (folder / PLAN).is_file() or any(folder.glob(f"{PACKED}*.safetensors"))
 
 
 def roles_of(units: Units) -> tuple[str, ...]:
-    """Return the roles beside routed experts that occur: what a walker must include."""
+    """Return the roles beside routed experts that occur, which a walker must include."""
     return tuple(ROLES[r] for r in np.unique(units.role) if ROLES[r] != "routed")
 
 

@@ -1,8 +1,8 @@
 """The model card of a packed checkpoint: a README.md that says what is in it and how to load it.
 
-The source's own README.md is not lost: it stays beside it under another name, and what it says of
-the licence is carried over. A card says nothing of when and where it was made, so that equal
-checkpoints have equal cards.
+The source's own README.md is not lost: it stays beside the card under another name, and its licence
+is carried over. A card does not say when and where it was made, so that equal checkpoints have
+equal cards.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from bitknap.disk.atomic import write_whole
 from bitknap.errors import FileError
 
 CARD, SOURCE_CARD = "README.md", "SOURCE_README.md"
-# No card is longer, so that a checkpoint's size can be bounded before its card is written.
+# Maximum size of a card, so that a checkpoint's size can be bounded before its card is written.
 MOST_BYTES = 16_384
 _LAYER_BYTES = 8_000  # of that, at most, for the table of layers
 _MOST_FORMATS = 32
@@ -43,11 +43,11 @@ def write(
     """Write the card of a packed checkpoint, and keep the README.md that was copied into it.
 
     Args:
-        folder: the checkpoint; what the source's folder holds beside weights may be there already.
-        plan: what was done.
+        folder: the checkpoint; it may already hold the source's files beside weights.
+        plan: the plan that was applied.
         source: folder of the model that was quantized.
-        sizes: bytes by what they are of, such as {"packed weights": …, "source": …}.
-        losses: what was measured on held-out text, if anything: any of "perplexity", "kl",
+        sizes: bytes by a name of what takes them, such as {"packed weights": …, "source": …}.
+        losses: losses measured on held-out text, if any: some of "perplexity", "kl",
             "kl_se" and "top1".
     """
     theirs = _text(source / CARD)
@@ -65,7 +65,7 @@ def write(
 
 
 def measured(folder: Path, losses: Mapping[str, float]) -> None:
-    """Replace what the card in `folder` says of measured losses; the rest stays as it is.
+    """Replace the measured losses in the card in `folder`; the rest stays as it is.
 
     Raises:
         FileError: there is no card, or it is not one that `write` wrote.
@@ -91,11 +91,11 @@ def card(
     """Return the text of a card, at most `MOST_BYTES` of it.
 
     Args:
-        plan: what was done.
-        sizes: bytes by what they are of.
-        losses: what was measured, if anything.
+        plan: the plan that was applied.
+        sizes: bytes by a name of what takes them.
+        losses: measured losses, if any.
         name: hub id of the source, or "" if it has none.
-        license: keys of the source's front matter that say what its licence is.
+        license: the licence entries of the source's front matter.
         described: whether the source's own README.md stands beside the card.
     """
     lines = [
@@ -163,24 +163,24 @@ def _opening(plan: BitPlan, name: str, described: bool) -> list[str]:
 
 
 def hub_id(source: Path) -> str:
-    """Return the hub id of a folder in the hub's cache, or "": other paths are nobody's business.
+    """Return the hub id of a folder in the hub's cache, or "": other paths are private.
 
     Args:
         source: such as ".../models--mistralai--Mixtral-8x7B-v0.1/snapshots/fc7ac94".
     """
     for part in source.parts:
-        found = _HUB_FOLDER.fullmatch(part)
-        if found and _HUB_ID.fullmatch(name := f"{found[1]}/{found[2]}"):
+        match = _HUB_FOLDER.fullmatch(part)
+        if match and _HUB_ID.fullmatch(name := f"{match[1]}/{match[2]}"):
             return name
     return ""
 
 
 def licence(readme: str) -> dict[str, str]:
-    """Return what the front matter of a README says of the licence, value by key as written."""
-    found = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", readme, re.DOTALL | re.MULTILINE)
-    lines = found[1].splitlines() if found else []
+    """Return the licence entries of a README's front matter, value by key as written."""
+    match = re.match(r"\ufeff?---[ \t]*\r?\n(.*?)^---[ \t]*\r?$", readme, re.DOTALL | re.MULTILINE)
+    lines = match[1].splitlines() if match else []
     pairs = (_LICENSE.fullmatch(line.rstrip()) for line in lines)
-    # A value that goes on in the next line ("|", ">") is not carried over in half.
+    # Skip a value that continues on the next line ("|", ">").
     return {pair[1]: pair[2] for pair in pairs if pair and pair[2][0] not in "|>&*"}
 
 
@@ -196,7 +196,7 @@ def _table(heads: tuple[str, ...], rows: Any) -> Iterator[str]:
 
 
 def _losses(losses: Mapping[str, float]) -> str:
-    """Return the section on losses, blank lines around it and all."""
+    """Return the section on losses, including the blank lines around it."""
     rows = []
     if "perplexity" in losses:
         rows.append(("perplexity", f"{losses['perplexity']:.3f}"))
@@ -224,11 +224,11 @@ def _made(plan: BitPlan) -> Iterator[str]:
             yield f"- {label}: {_short(header[key])}"
     if "row_blocks" in header:
         yield f"- runs of rows of each matrix: {_short(header['row_blocks'])}"
-    twin = header.get("rewritten")
-    if isinstance(twin, Mapping):
-        if twin.get("rotation") is not None:
-            yield f"- residual stream rotated: seed {_short(twin['rotation'])}"
-        if twin.get("order") is not None:
+    transformed = header.get("rewritten")
+    if isinstance(transformed, Mapping):
+        if transformed.get("rotation") is not None:
+            yield f"- residual stream rotated: seed {_short(transformed['rotation'])}"
+        if transformed.get("order") is not None:
             yield "- neurons of experts sorted by sensitivity"
     objective, bound = header.get("objective"), header.get("bound")
     if isinstance(objective, int | float):

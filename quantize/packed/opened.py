@@ -1,4 +1,4 @@
-"""A packed checkpoint opened: its files checked against each other, its streams as matrices."""
+"""Open a packed checkpoint: check its files against each other, and read its streams."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ class PackedFolder:
         whole: the matrices in those tensors.
         layout: the units in those tensors; blocks of matrices where the plan cuts them.
         plan: the plan, with its units in the layout's order.
-        kind: how streams lie, "plain" or "tiles".
-        nbytes: what each unit has in them, int64[U].
+        kind: byte layout of the streams, "plain" or "tiles".
+        nbytes: bytes of each unit in them, int64[U].
     """
 
     checkpoint: Checkpoint
@@ -49,7 +49,7 @@ class PackedFolder:
 
 
 def open_packed(folder: Path) -> PackedFolder:
-    """Read all of a packed checkpoint but its tensors.
+    """Read everything in a packed checkpoint except its tensors.
 
     Raises:
         FileError: a file is missing, truncated, corrupt or of an unknown version.
@@ -84,10 +84,10 @@ def open_packed(folder: Path) -> PackedFolder:
 
 
 def check_decoded(packed: PackedFolder) -> None:
-    """Refuse to have transformers read kept tensors in fewer than 16 bits: it would not decode.
+    """Refuse kept tensors in fewer than 16 bits, which transformers would not decode.
 
     Raises:
-        ModelError: there are some, as Bitknap wrote them before it decoded them.
+        ModelError: there are some, as early versions of Bitknap wrote them.
     """
     if low := list(packed.checkpoint.low_bit):
         raise ModelError(
@@ -100,7 +100,7 @@ def check_decoded(packed: PackedFolder) -> None:
 def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
     """Return the plan of a packed checkpoint and its tensors under the source's names.
 
-    Quantized tensors come dequantized, float32 rounded to the source's dtype only by the caller.
+    Quantized tensors are dequantized to float32; the caller rounds them to the source's dtype.
 
     Raises:
         FileError: a file is missing, truncated, corrupt or of an unknown version.
@@ -115,7 +115,7 @@ def read_packed(folder: Path) -> tuple[BitPlan, dict[str, Tensor]]:
             view, piece = packed.layout.views[unit], stream[at : at + size]
             out = view.of(tensors[view.tensor])
             dequantize_into(out, piece, plan.format_of(unit), packed.kind)
-            if packed.shapes[view.tensor][0] == "F16":  # rounding may pass the largest
+            if packed.shapes[view.tensor][0] == "F16":  # rounding may exceed the largest value
                 out.clamp_(-MOST_HALF, MOST_HALF)
             at += size
     return plan, tensors

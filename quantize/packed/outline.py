@@ -82,7 +82,7 @@ def outline(source: Checkpoint, layout: Layout, plan: BitPlan, limit: int) -> Ou
     Args:
         source: the checkpoint that is read.
         layout: its units.
-        plan: what becomes of them, in the layout's order.
+        plan: the format of each unit, in the layout's order.
         limit: most bytes of the tensors in a file.
 
     Raises:
@@ -109,7 +109,7 @@ def outline(source: Checkpoint, layout: Layout, plan: BitPlan, limit: int) -> Ou
 
 
 def identity(work: Work, shards: Shards, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Return what a journal must know to tell whether other work would write other bytes."""
+    """Return the values that tell a journal whether other work would write the same bytes."""
     names = [work.plan.format_of(unit).name for unit in range(len(work.plan.units))]
     return {
         "model": work.source.fingerprint,
@@ -128,7 +128,7 @@ def _listed(piece: Piece) -> list[Any]:
 
 
 def settings(rounding: Rounding) -> dict[str, str]:
-    """Return the name of a way of rounding and what it is set to."""
+    """Return the name of a rounding method and its settings."""
     names: list[str] = [f.name for f in fields(rounding)] if is_dataclass(rounding) else []
     return {"name": rounding.name} | {name: str(getattr(rounding, name)) for name in names}
 
@@ -137,8 +137,8 @@ def has_exponents(folder: Path, plan: BitPlan) -> bool:
     """Return whether a matrix in the streams of a plain layout has an exponent.
 
     Args:
-        folder: has the files of streams.
-        plan: what the streams hold.
+        folder: the folder of the streams' files.
+        plan: the plan of the streams' units.
     """
     headers: dict[str, TensorInfo] = {}
     for file in folder.glob(f"{PACKED}*.safetensors"):

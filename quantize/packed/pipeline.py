@@ -1,7 +1,7 @@
-"""Pieces of work in a pipeline: one thread reads ahead, the caller's rounds, one thread writes.
+"""A pipeline of pieces: one thread reads ahead, the caller's thread rounds, one thread writes.
 
-What is finished is told to a journal when it is on the disk, in batches, so that a run that was
-killed goes on from there.
+Finished pieces are recorded in a journal in batches, once they are on the disk, so that a killed
+run continues from there.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Output:
 
     Args:
         folder: holds the files, which have their full size.
-        journal: to add finished pieces to.
+        journal: the journal to which finished pieces are added.
     """
 
     def __init__(self, folder: Path, journal: Path) -> None:
@@ -54,14 +54,14 @@ class Output:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        # A disk that is full already says so by the first error.
+        # If the disk is full, the first error has said so already.
         with contextlib.suppress(OSError) if error else contextlib.nullcontext():
             self.sync()
         for handle in self._handles.values():
             os.close(handle)
 
     def write(self, line: Mapping[str, Any], spans: Sequence[Span]) -> None:
-        """Write what a piece made, and note it in the journal with the next batch."""
+        """Write a piece's bytes, and record it in the journal with the next batch."""
         for (file, start), data in spans:
             if file not in self._handles:
                 self._handles[file] = os.open(self._folder / file, os.O_WRONLY)
@@ -73,7 +73,7 @@ class Output:
             self.sync()
 
     def sync(self) -> None:
-        """Bring what is written to the disk, then say so in the journal."""
+        """Flush written bytes to the disk, then record their pieces in the journal."""
         for handle in self._touched:
             os.fsync(handle)
         if self._waiting:
@@ -96,13 +96,13 @@ def run(
     output: Output,
     done: Callable[[int], None],
 ) -> None:
-    """Do pieces of work; an error of any thread comes out here, when what was finished is written.
+    """Do pieces of work; an error of any thread is raised here once finished pieces are written.
 
     Args:
-        work: what to do.
+        work: all the work.
         todo: the pieces, by number.
-        lines: what the journal says of each piece when it is finished, by number.
-        output: where its bytes go.
+        lines: journal entry of each piece when it is finished, by number.
+        output: writes the bytes of pieces.
         done: called with the number of pieces that were handed to the writer.
     """
     written: deque[Future[None]] = deque()

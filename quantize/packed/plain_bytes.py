@@ -6,8 +6,8 @@
             group a row
     zero    fp16, one a group; or a dense bit stream of b-bit integers when compact
 
-A unit that keeps its source precision is its matrix, as it was. One whose scales fp16 cannot hold
-has an exponent in the signs of five scales (`kernels.exponents`).
+A unit that keeps its source precision is stored as its matrix, unchanged. A unit whose scales fp16
+cannot hold has an exponent in the signs of five scales (`kernels.layout.exponents`).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def encode(unit: Quantized) -> Tensor:
     """Return the unit's bytes, uint8 [format.nbytes(rows, cols)].
 
     Raises:
-        InputError: an exponent, and too few rows to hold it.
+        InputError: the unit has an exponent, and too few rows to hold it.
     """
     grid, bits = unit.grid, unit.format.bits
     scale = with_exponent(grid.scale, grid.only_exponent())

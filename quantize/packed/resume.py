@@ -1,10 +1,10 @@
-"""The hidden folder in which a checkpoint grows, so that a killed run goes on where it was.
+"""The hidden folder in which a checkpoint is written, so that a killed run can continue.
 
     .OUT.partial/journal.jsonl   what the work is about, then one line a finished piece
-    .OUT.partial/files/          the checkpoint to be; becomes OUT when all of it is there
+    .OUT.partial/files/          the unfinished checkpoint; becomes OUT when it is complete
 
 The journal is never ahead of the files. A piece counts as done while the files that it was read
-from are unchanged, so that only what a repaired shard held is done again.
+from are unchanged, so that only pieces from a repaired shard are done again.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class Partial:
     """A checkpoint that is not finished.
 
     Attributes:
-        out: what it will become.
-        lines: what the journal says of each piece when it is done, by number.
+        out: the folder that it will become.
+        lines: journal entry of each piece when it is done, by number.
     """
 
     out: Path
@@ -45,20 +45,20 @@ class Partial:
 
     @property
     def files(self) -> Path:
-        """The checkpoint to be."""
+        """The folder of the unfinished checkpoint."""
         return self.folder / "files"
 
     @property
     def journal(self) -> Path:
-        """What is done of it."""
+        """The journal of finished pieces."""
         return self.folder / "journal.jsonl"
 
     def allocated(self) -> int:
-        """Return the bytes of disk that it has already."""
+        """Return the bytes of disk that it takes already."""
         return sum(f.stat().st_blocks * 512 for f in self.folder.rglob("*") if f.is_file())
 
     def begin(self, about: Mapping[str, Any], shards: Shards, *, overwrite: bool) -> set[int]:
-        """Return the numbers of the pieces that are done; start anew where there is nothing.
+        """Return the numbers of the pieces that are done; start afresh if there are none.
 
         Raises:
             MismatchError: the journal is about something else, and `overwrite` is false.
@@ -81,7 +81,7 @@ class Partial:
         return set()
 
     def _clear(self) -> None:
-        self.journal.unlink(missing_ok=True)  # first: it must not speak of files that are gone
+        self.journal.unlink(missing_ok=True)  # first, so that it never lists files that are gone
         shutil.rmtree(self.files, ignore_errors=True)
 
     def _done(self, lines: Sequence[bytes]) -> set[int]:
@@ -90,9 +90,9 @@ class Partial:
             with contextlib.suppress(
                 *(ValueError, KeyError, TypeError, IndexError, OverflowError, RecursionError)
             ):
-                found = json.loads(line)
-                if self.lines[found["piece"]] == found:
-                    done.add(int(found["piece"]))
+                entry = json.loads(line)
+                if self.lines[entry["piece"]] == entry:
+                    done.add(int(entry["piece"]))
         return done
 
     @contextlib.contextmanager
@@ -100,7 +100,7 @@ class Partial:
         """Make the folder, and keep other processes out of it while the block runs.
 
         Raises:
-            InputError: another process is in it, or it is somebody else's.
+            InputError: another process uses it, or Bitknap did not write it.
         """
         with writing(self.out):
             check_only(self.folder, _NAMES)
@@ -109,7 +109,7 @@ class Partial:
                 yield
 
     def keeping(self) -> contextlib.AbstractContextManager[None]:
-        """Say in errors of the block what is kept for the same command to go on from.
+        """Add to errors of the block what is kept, from which the same command continues.
 
         Raises:
             BitknapError: the disk is full.

@@ -1,7 +1,7 @@
-"""Output files of safetensors, laid out whole before a byte of their tensors is known.
+"""Safetensors output files, laid out completely before any of their tensors is known.
 
-Names, dtypes and shapes say where everything goes, so that tensors can be written in any order,
-in parts, and again after a kill: the same bytes in the same places.
+Names, dtypes and shapes determine where everything goes, so that tensors can be written in any
+order, in parts, and again after a kill: the same bytes in the same places.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MAX_SHARD_SIZE = "5GB"
 
 
 class Entry(NamedTuple):
-    """A tensor to be: dtype as safetensors spells it, sizes, and bytes."""
+    """A tensor to write: dtype as safetensors spells it, shape, and number of bytes."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -50,7 +50,7 @@ class Shards:
     index: tuple[str, bytes] | None
 
     def create(self, folder: Path) -> None:
-        """Write headers and the index; tensors are holes until they come."""
+        """Write headers and the index; tensors are holes until they are written."""
         for name, header in self.headers.items():
             with (folder / name).open("wb") as file:
                 file.write(header)
@@ -59,7 +59,7 @@ class Shards:
             write_whole(folder / self.index[0], self.index[1])
 
     def are_in(self, folder: Path) -> bool:
-        """Return whether `create` was here, and the files still have their headers and sizes."""
+        """Return whether a folder has the files of `create`, with their headers and sizes."""
         for name, header in self.headers.items():
             file = folder / name
             if not file.is_file() or file.stat().st_size != self.sizes[name]:
@@ -76,7 +76,7 @@ def lay_out(tensors: Mapping[str, Entry], stem: str, limit: int) -> Shards:
     Args:
         tensors: by name.
         stem: stem of the files' names: "STEM.safetensors", or "STEM-00001-of-0000N.safetensors".
-        limit: most bytes of the tensors in a file; a larger tensor has a file of its own.
+        limit: maximum bytes of the tensors in a file; a larger tensor has a file of its own.
     """
     from huggingface_hub import split_state_dict_into_shards_factory
 

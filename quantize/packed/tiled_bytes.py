@@ -4,11 +4,11 @@
     words   kernels/words, one a group
     scale   fp16, one a row: compact metadata only
 
-Rows are filled up to a multiple of 64 and columns to one of 32, and every part takes a multiple of
-64 bytes, so a stack of units is what one launch reads, as it lies on disk. A unit that keeps its
-source precision is its matrix, filled up to a multiple of 64 bytes. Nothing is rounded on the way:
-`to_tiles` and `to_plain` undo each other, to the bit. Exponents lie in the signs of scales, as in
-`packed`.
+Rows are padded to a multiple of 64 and columns to a multiple of 32, and every part takes a multiple
+of 64 bytes, so one launch can read a stack of units exactly as it is on disk. A unit that keeps its
+source precision is its matrix, padded to a multiple of 64 bytes. Nothing is rounded on the way:
+`to_tiles` and `to_plain` undo each other bit for bit. Exponents are in the signs of scales, as in
+`plain_bytes`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _KEPT = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def recipe(format: Format, rows: int, cols: int) -> Recipe:
-    """Return what kernels must know of a matrix in this format.
+    """Return what kernels must know about a matrix in this format.
 
     Raises:
         InputError: the format is made up and has no storage.
@@ -109,7 +109,7 @@ def open_tiles(stream: Tensor, format: Format, rows: int, cols: int) -> tuple[Te
 
 
 def to_tiles(stream: Tensor, format: Format, rows: int, cols: int) -> Tensor:
-    """Return a unit's bytes in tiles, given them in the plain layout.
+    """Convert a unit's bytes from the plain layout to tiles.
 
     Raises:
         FileError: the stream does not have the bytes that the format needs.
@@ -136,14 +136,14 @@ def to_plain(stream: Tensor, format: Format, rows: int, cols: int) -> Tensor:
 def experts_table(
     stack: Tensor, formats: Sequence[Format], rows: int, cols: int, blocks: int = 1
 ) -> ExpertsTable:
-    """Return what one launch reads of a stack of units in tiles, back to back.
+    """Return the table that one launch needs to read a stack of tiled units, back to back.
 
     Args:
         stack: uint8, such as one tensor of a checkpoint in tiles; not copied.
         formats: formats of each unit.
         rows: number of rows of each expert's matrix.
         cols: number of columns of each unit.
-        blocks: units of rows that make up a matrix.
+        blocks: number of units (blocks of rows) per matrix.
 
     Raises:
         InputError: the stack does not have the bytes that the formats need, a unit keeps a

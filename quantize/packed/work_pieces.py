@@ -1,9 +1,9 @@
 """The work of writing a packed checkpoint, cut into pieces of bounded size.
 
 A piece is a range of a kept tensor's bytes, or some rows or experts of one that is decoded, or some
-units of one stack and one format, or a block of one large unit's rows. What it makes goes to fixed
-places of the output, so that pieces can be done in any order and any one of them again. They are
-numbered as they lie in the source's files.
+units of one stack and one format, or a block of one large unit's rows. Its bytes go to fixed places
+in the output, so that pieces can be done in any order and repeated. They are numbered in the order
+of the source's files.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ from bitknap.quantization.stacks.apply import PIECE, Watched, all_finite, plan_p
 COPY = 1 << 24
 # Bytes of a kept tensor decoded at a time, as float32.
 DECODE = 1 << 25
-# Rows meet bytes' borders in every bit width only at multiples of 8.
+# In every bit width, only multiples of 8 rows are sure to end at a byte boundary.
 _ROWS = 8
-# Codes packed at a time: packing takes 16 bytes beside each.
+# Codes packed at a time: packing takes 16 more bytes per code.
 _CODES = 1 << 20
 
 
@@ -82,18 +82,18 @@ Piece = Copied | Decoded | Rounded
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """All there is to do, and what it is done with.
+    """All the work, and the inputs that it needs.
 
     Attributes:
         source: the checkpoint that is read.
         layout: its units.
-        plan: what becomes of them, in the layout's order.
+        plan: the format of each unit, in the layout's order.
         kept: tensors that are copied, or decoded if they are stored in fewer than 16 bits.
         places: where kept tensors begin in the output.
         unit_places: where each unit's bytes begin in the output.
         rounding: how units are rounded.
-        inputs: what units' inputs were like, for ways of rounding that ask.
-        exponents: of units that are cut into blocks of rows, as they become known (`magnitude`).
+        inputs: statistics of units' inputs, for rounding methods that need them.
+        exponents: exponents (`magnitude`) of units cut into blocks of rows, as they become known.
     """
 
     source: Checkpoint
@@ -108,8 +108,8 @@ class Work:
 
     def pieces(self) -> list[Piece]:
         """Return the pieces, in the order in which they lie in the source's files."""
-        found: list[Piece] = [*self._copied(), *self._decoded(), *self._rounded()]
-        return sorted(found, key=self._position)
+        pieces: list[Piece] = [*self._copied(), *self._decoded(), *self._rounded()]
+        return sorted(pieces, key=self._position)
 
     def _copied(self) -> Iterator[Copied]:
         for name, info in self.kept.items():
@@ -136,7 +136,7 @@ class Work:
         """Return whether a large matrix cannot be worked on in blocks of rows."""
         if format.kind == "keep":
             return self.layout.views[which[0]].tensor in self.source.low_bit
-        return self.rounding.needs_inputs  # the rest rounds row by row
+        return self.rounding.needs_inputs  # other methods round row by row
 
     def _position(self, piece: Piece) -> tuple[Path, int, int]:
         if isinstance(piece, Copied):
@@ -153,9 +153,9 @@ class Work:
         return info.file, begin, int(piece.which[0]) + piece.first
 
     def stamps(self, pieces: Sequence[Piece]) -> list[str]:
-        """Return, for each piece, what tells whether the files it is read from have changed."""
+        """Return, for each piece, a digest that changes with the files that it is read from."""
         known: dict[Path, list[Any]] = {}
-        found = []
+        digests = []
         for piece in pieces:
             if isinstance(piece, Copied):
                 files = {self.kept[piece.name].file}
@@ -170,11 +170,11 @@ class Work:
                 stat = file.stat()
                 known[file] = [file.name, stat.st_size, stat.st_mtime_ns]
             text = json.dumps([known[file] for file in sorted(files)])
-            found.append(hashlib.sha256(text.encode()).hexdigest()[:16])
-        return found
+            digests.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+        return digests
 
     def read(self, piece: Piece) -> Tensor:
-        """Return what a piece works on: bytes (of each unit), or weights float32 [n, rows, cols].
+        """Return a piece's input: bytes (of each unit), or weights float32 [n, rows, cols].
 
         Raises:
             ModelError: a weight is NaN or infinite.
@@ -216,27 +216,27 @@ class Work:
         return spans
 
     def _is_part(self, piece: Rounded) -> bool:
-        """Return whether a piece is some of the rows of its units."""
+        """Return whether a piece covers only some of the rows of its units."""
         return piece.last - piece.first < int(self.plan.units.rows[piece.which[0]])
 
     def _find_exponents(self, piece: Rounded) -> None:
-        """Look through a whole matrix, block by block, for its largest weight."""
+        """Find a matrix's exponent from its largest weight, reading it block by block."""
         (unit,) = map(int, piece.which)
         if unit in self.exponents:
             return
         rows, cols = int(self.plan.units.rows[unit]), int(self.plan.units.cols[unit])
         step = _blocks_of(PIECE // (4 * cols))
         blocks = (slice(at, min(rows, at + step)) for at in range(0, rows, step))
-        found = [
+        largest = [
             peaks(read_stored(self.layout, piece.which, self.source, block)) for block in blocks
         ]
-        self.exponents[unit] = int(exponents_of(torch.cat(found).amax(0, keepdim=True)))
+        self.exponents[unit] = int(exponents_of(torch.cat(largest).amax(0, keepdim=True)))
 
     def _kept_bytes(self, unit: int, piece: Rounded) -> Tensor:
         view = self.layout.views[unit]
         rows = slice(piece.first, piece.last)
         if view.tensor in self.source.low_bit:
-            read_stored(self.layout, np.array([unit]), self.source, rows)  # finite?
+            read_stored(self.layout, np.array([unit]), self.source, rows)  # raises if not finite
             return self.source.kept(view)
         matrix = self.source.read_matrix(view.rows(piece.first, piece.last)).contiguous()
         check_finite(view.tensor, matrix)
@@ -282,7 +282,7 @@ class Work:
 
 
 def sections(format: Format, rows: int, cols: int) -> list[int]:
-    """Return the bytes of codes, scales, shares and zeros in a unit's stream (see `packed`)."""
+    """Return the bytes of codes, scales, shares and zeros of a unit (see `plain_bytes`)."""
     total = int(format.nbytes(rows, cols))
     even = int(replace(format, symmetric=True).nbytes(rows, cols))
     codes = packed_bytes(rows * cols, format.bits)

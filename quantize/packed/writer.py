@@ -5,10 +5,10 @@
                            them in fewer bits; one uint8 tensor a stack of units,
                            named bitknap.<layer>.<role>.<projection>: their bytes, back to back
     bitknap_plan.json      the plan; with it every offset follows from `Format.nbytes`
-    README.md              the model card, see `card`
+    README.md              the model card, see `model_card`
     bitknap_files.json     names of all other files, which `--overwrite` may replace
     bitknap_source.json    name, dtype and shape of the tensors that the streams replace
-    everything else        the tokenizer and its like, copied; see `companions`
+    everything else        the tokenizer and similar files, copied; see `companions`
 
 `loading` reads what is written here.
 """
@@ -80,8 +80,8 @@ class Rounded:
 
     Attributes:
         rounding: How to round.
-        inputs: What units' inputs were like, for ways of rounding that ask.
-        about: What `inputs` come from, such as text, tokens and seed; JSON values.
+        inputs: Statistics of units' inputs, for rounding methods that need them.
+        about: Origin of `inputs`, such as text, tokens and seed; JSON values.
     """
 
     rounding: Rounding = RTN
@@ -93,7 +93,7 @@ BY_RTN = Rounded()
 
 
 def fixed_bytes(source: Checkpoint, layout: Layout) -> int:
-    """Return what a packed checkpoint takes on disk beside its units' bytes, at most.
+    """Return the most that a packed checkpoint takes on disk beside its units' bytes.
 
     Kept tensors and copied files are exact; for headers, config and the plan's text it is a bound.
     """
@@ -115,20 +115,20 @@ def save(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, int]:
-    """Write `source` quantized as `plan` says, piece by piece; `out` appears when all is there.
+    """Write `source` quantized as `plan` says, piece by piece; `out` appears when it is complete.
 
-    Little more than the largest matrix is in memory. What is done grows in a hidden folder beside
-    `out` (see `resume`): after a kill or an error the same call goes on from there, and ends with
-    the same bytes.
+    Little more than the largest matrix is in memory. Finished pieces are kept in a hidden folder
+    beside `out` (see `resume`): after a kill or an error the same call continues from there, and
+    ends with the same bytes.
 
     Args:
         source: the checkpoint.
-        plan: what becomes of its units.
+        plan: the format of each of its units.
         out: the folder to write.
         rounded: how to round, and by what inputs.
-        max_shard_size: most bytes of a file, such as "5GB"; a larger tensor has its own.
-        overwrite: replace `out`, and what a run with other inputs left.
-        progress: called with ("quantize", done, of) after each piece.
+        max_shard_size: maximum bytes of a file, such as "5GB"; a larger tensor has its own.
+        overwrite: replace `out`, and unfinished files of a run with other inputs.
+        progress: called with ("quantize", done, total) after each piece.
 
     Returns:
         "predicted" and "written" bytes of the units, and bytes of the whole "checkpoint"; how many
@@ -231,7 +231,7 @@ def _finish(
 
 
 def _decoded(source: Checkpoint, kept: Iterable[str]) -> dict[str, int]:
-    """Return what became of the kept tensors that are stored in fewer than 16 bits."""
+    """Return the number and sizes of kept tensors that are decoded from fewer than 16 bits."""
     names = [name for name in kept if name in source.low_bit]
     return {
         "decoded": len(names),

@@ -1,4 +1,4 @@
-"""GPTQ: round columns one after the other, and let later ones make up for the errors of earlier.
+"""GPTQ: round columns one by one; later ones make up for the errors of earlier ones.
 
 With H = E x xᵀ the error of a matrix's output is tr(ΔW H ΔWᵀ), ΔW = W - Ŵ (Frantar et al. 2023,
 eq. 1). Let H = R Rᵀ, R upper triangular. Then the error is ‖ΔW R‖², whose column j,
@@ -6,8 +6,8 @@ eq. 1). Let H = R Rᵀ, R upper triangular. Then the error is ‖ΔW R‖², who
     Σ_{i<j} Δw_i R_ij + Δw_j R_jj ,
 
 is least when w_j + Σ_{i<j} Δw_i R_ij / R_jj is rounded to nearest. That is GPTQ's update without
-the inverse of H, whose Cholesky factor is R⁻¹ (Chee et al. 2023, theorem 6, prove the two alike):
-one factorization, and the error of every row comes with it.
+the inverse of H, whose Cholesky factor is R⁻¹ (Chee et al. 2023, theorem 6, prove the two equal):
+one factorization, which also gives the error of every row.
 
 Grids are `rtn`'s, or wider, and fixed before the first column is rounded, so that columns may be
 taken in any order and groups keep their places ("static groups"; no g_idx is stored). Rounding to
@@ -27,7 +27,7 @@ from bitknap.quantization.rounding import rtn
 from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.grid_lines import lines
 
-# Columns whose errors reach the others in one matrix product, and those that wait within them.
+# Columns of a block, whose errors reach later blocks in one matrix product, and of a step in it.
 _BLOCK, _STEP = 128, 16
 # Numbers in the largest temporary array: 64 MiB of them, or 1 GiB where a launch costs more.
 _CHUNK = {"cpu": 1 << 24, "cuda": 1 << 28}
@@ -37,13 +37,13 @@ _RAISES = 4
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Factor:
-    """H of k matrices, damped and factored, over its mean diagonal.
+    """H of k matrices, damped, factored and divided by its mean diagonal.
 
     Attributes:
         order: columns in the order they are rounded, int64 [k, cols].
         feedback: R_ij / R_jj in that order, float32 [k, cols, cols]; 1 on the diagonal.
         pivot: R_jj², float32 [k, cols, 1].
-        damping: what was added to the diagonal, float32 [k, 1].
+        damping: term added to the diagonal, float32 [k, 1].
     """
 
     order: Tensor
@@ -85,13 +85,13 @@ def quantize(
         weights: what to round.
         format: a grid.
         moments: E x xᵀ of each matrix's inputs, in any unit; float32.
-        damping: what is added to the diagonal of each, over its mean, float32 [n]; raised tenfold
+        damping: term added to each diagonal, relative to its mean, float32 [n]; raised tenfold
             while the factorization fails.
-        act_order: take columns by falling diagonal, not from left to right.
-        wider: step of the grids over that of the best ones for rounding to nearest.
+        act_order: take columns by decreasing diagonal, not from left to right.
+        wider: step of the grids relative to the best ones for rounding to nearest.
 
     Raises:
-        InputError: moments of another shape, not finite, or those of no inputs.
+        InputError: moments have another shape, are not finite, or cannot come from inputs.
     """
     n, rows, cols = weights.shape
     if moments.shape != (n, cols, cols):
@@ -107,7 +107,7 @@ def quantize(
         some = weights[which]
         known, level = moments[which].to(weights.device), damping[which].to(weights.device)
         factor = _factor(known, level, start, act_order)
-        # Rows are split only where one matrix is a chunk, so that parts follow row after row.
+        # Rows are split only if one matrix fills a chunk, so that parts stay in row order.
         parts += [
             _rounded(block.float(), format, factor, wider)
             for block in some.split(max(1, size // (cols * len(some))), dim=1)
@@ -116,7 +116,7 @@ def quantize(
 
 
 def _factor(moments: Tensor, damping: Tensor, first: int, act_order: bool) -> _Factor:
-    """Factor second moments [k, cols, cols], those of matrices first, first + 1, ..."""
+    """Factor second moments [k, cols, cols] of matrices first, first + 1, ..."""
     diagonal = moments.diagonal(dim1=1, dim2=2)
     mean = diagonal.double().mean(1).float()
     finite = torch.isfinite(moments.sum((1, 2)))
@@ -128,7 +128,7 @@ def _factor(moments: Tensor, damping: Tensor, first: int, act_order: bool) -> _F
     order = torch.arange(moments.shape[1], device=moments.device).expand(diagonal.shape)
     if act_order:
         order = diagonal.argsort(dim=1, descending=True, stable=True)
-    # The last column comes first here: R is the factor of H backwards, turned back.
+    # Columns are reversed here: R is the factor of the reversed H, reversed again.
     back = order.flip(1)
     unit = torch.where(mean > 0, mean, 1).view(-1, 1, 1)
     h = _take(_take(moments, back).mT.contiguous(), back).div_(unit)
@@ -166,7 +166,7 @@ def _rounded(weights: Tensor, format: Format, factor: _Factor, wider: float) -> 
     plain = factor.sorted(weights - nearest.dequantize().view_as(weights))
     step, floor = (y.view(*weights.shape[:2], -1).mT.contiguous() for y in lines(grid))
     codes, delta, missed = _columns(x, step, floor, grid.size, factor, 2**format.bits - 1)
-    # Not a number is not less: weights too large for a square stay with the nearest.
+    # NaN is never less: rows with weights too large to square keep rounding to nearest.
     better = factor.error(missed, delta) < factor.error(_missed(plain, factor), plain)
     mine = better.flatten()
     kept = torch.where(mine[:, None], factor.unsorted(codes).flatten(0, 1), nearest.codes)
@@ -183,7 +183,7 @@ def _columns(
         step: step of each group in storage, [k, G, rows].
         floor: value of its code 0.
         size: columns of a group in storage.
-        factor: how errors pass on.
+        factor: how errors propagate.
         levels: the largest code.
 
     Returns:
@@ -232,6 +232,6 @@ def _missed(delta: Tensor, factor: _Factor) -> Tensor:
 
 
 def _take(x: Tensor, places: Tensor) -> Tensor:
-    """Return rows of k matrices [k, m, ...] by place, int64 [k, m]; whole rows are copied."""
+    """Return rows of k matrices [k, m, ...] at `places`, int64 [k, m]; whole rows are copied."""
     first = torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
     return x.flatten(0, 1).index_select(0, (places + first).flatten()).view_as(x)

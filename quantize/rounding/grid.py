@@ -1,4 +1,4 @@
-"""What rounding makes of a matrix: codes, and the grid of each group that reads them back.
+"""The result of rounding a matrix: codes, and the grid of each group that decodes them.
 
 A group of weights x becomes codes q and, by format:
 
@@ -6,10 +6,10 @@ A group of weights x becomes codes q and, by format:
     asymmetric, fp16     x ≈ s q + m    m: fp16 value of code 0; 1 bit is sign × scale + mean
     asymmetric, compact  x ≈ s (q - z)  z: integer zero of b bits
 
-`compact` stores s as an 8-bit share of one fp16 scale a row, `compact6` as a 6-bit one. Every way
-of rounding ends here: scales and zeros are rounded as they are stored before codes are chosen, so
-that the error charged is the error deployed. A matrix whose scales fp16 cannot hold has a power of
-two besides, which all that is said above is multiplied by (`magnitude`).
+`compact` stores s as an 8-bit share of one fp16 scale a row, `compact6` as a 6-bit one. Every
+rounding method uses these grids: scales and zeros are rounded to their stored precision before
+codes are chosen, so that costs are charged for the error that is deployed. A matrix whose scales
+fp16 cannot hold also has a power of two that multiplies everything above (`magnitude`).
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ class Grid:
 
     Attributes:
         format: the storage format.
-        cols: weights of a row.
+        cols: weights in a row.
         scale: fp16 [rows, G] ("fp16" metadata) or fp16 [rows, 1], the row scale ("compact").
         share: uint8 [rows, G], group scale over row scale in 255ths, or 63rds (`top_share`); None
             unless compact with more than one group a row.
         zero: fp16 [rows, G] value of code 0, or uint8 [rows, G] integer zero; None when symmetric.
-        exponent: of the power of two that each row's weights are multiplied by, int32 [rows, 1],
+        exponent: exponent of the power of two that multiplies each row's weights, int32 [rows, 1],
             the same in all rows of a matrix; None for 0 in every row.
     """
 
@@ -55,7 +55,7 @@ class Grid:
 
     @classmethod
     def stored(cls, format: Format, cols: int, scale: Tensor, zero: Tensor) -> Grid:
-        """Round scales and zeros as they are stored.
+        """Return the grid with scales and zeros rounded to their stored precision.
 
         Args:
             format: a grid.
@@ -81,7 +81,7 @@ class Grid:
 
     @property
     def size(self) -> int:
-        """Weights of a whole group."""
+        """Number of weights in a full group."""
         return self.format.group_size or self.cols
 
     def steps(self) -> Tensor:
@@ -182,7 +182,7 @@ class Grid:
 
     @staticmethod
     def stack(grids: list[Grid]) -> Grid:
-        """Return the grids of the same format and width as one, row after row."""
+        """Return grids of the same format and width as one, with their rows concatenated."""
         first = grids[0]
         return Grid(
             format=first.format,
@@ -196,7 +196,7 @@ class Grid:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantized:
-    """The codes of a stack of rows and the grid that reads them back.
+    """The codes of a stack of rows and the grid that decodes them.
 
     Attributes:
         grid: scales and zeros.
@@ -218,7 +218,7 @@ class Quantized:
     def times_power(self, exponent: Tensor | None) -> Quantized:
         """Return this with the weights of each row multiplied by 2^exponent, int32 [rows].
 
-        The grid's own exponent is replaced; None takes it away.
+        The grid's own exponent is replaced; None removes it.
         """
         column = None if exponent is None else exponent[:, None]
         return Quantized(grid=replace(self.grid, exponent=column), codes=self.codes)
@@ -229,7 +229,7 @@ class Quantized:
 
     @staticmethod
     def stack(parts: list[Quantized]) -> Quantized:
-        """Return parts of one format and width as one, row after row."""
+        """Return parts of the same format and width as one, with their rows concatenated."""
         return Quantized(
             grid=Grid.stack([part.grid for part in parts]),
             codes=torch.cat([part.codes for part in parts]),
@@ -237,13 +237,13 @@ class Quantized:
 
 
 def _stack(parts: list[Tensor | None]) -> Tensor | None:
-    found = [part for part in parts if part is not None]
-    return torch.cat(found) if found else None
+    present = [part for part in parts if part is not None]
+    return torch.cat(present) if present else None
 
 
 def _stack_exponents(grids: list[Grid]) -> Tensor | None:
     if all(grid.exponent is None for grid in grids):
         return None
     none = [torch.zeros_like(grid.scale[:, :1], dtype=torch.int32) for grid in grids]
-    found = [grid.exponent for grid in grids]
-    return torch.cat([n if f is None else f for n, f in zip(none, found, strict=True)])
+    exponents = [grid.exponent for grid in grids]
+    return torch.cat([n if f is None else f for n, f in zip(none, exponents, strict=True)])

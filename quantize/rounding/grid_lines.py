@@ -1,4 +1,4 @@
-"""Any stored grid as one line a group: x ≈ step q + floor, whatever its zeros are kept as."""
+"""Any stored grid as one line per group: x ≈ step q + floor, however its zeros are stored."""
 
 from __future__ import annotations
 

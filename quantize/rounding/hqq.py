@@ -8,20 +8,20 @@ closed forms:
     e ← sign(r) max(0, |r| - |r|^(p-1) / β)    generalised soft threshold
     z ← mean(q - (x - e) / s)
 
-The scale stays the start's, as published. A symmetric grid has no zero to move: there s is fitted,
-by least squares of x - e on the codes; and where compact metadata keeps integer zeros, z takes the
-whole number nearest to the mean above, then s is fitted to it.
+The scale stays that of the starting grid, as published. A symmetric grid has no zero to move: there
+s is fitted, by least squares of x - e on the codes; and where compact metadata keeps integer zeros,
+z takes the whole number nearest to the mean above, then s is fitted to it.
 
-Errors are in steps, so that β means the same for every group. At β = 1 the threshold spares all
-errors within a step: only weights that the grid cuts off are forgiven. Published code takes 10 for
-errors of raw weights, which at their size forgives less still. Forgiving more lowers the p-norm
-further, and costs: on reference:mixtral at int2-g64-asym with s fitted too, β = 1, 2 and 10 raised
-the KL of `rtn` by 3, 22 and 59 %.
+Errors are measured in steps, so that β means the same for every group. At β = 1 the threshold
+leaves all errors within a step alone: only weights that the grid clips are forgiven. The published
+code takes 10 for errors of raw weights, which at their size forgives even less. Forgiving more
+lowers the p-norm further but costs accuracy: on reference:mixtral at int2-g64-asym with s fitted
+too, β = 1, 2 and 10 raised the KL of `rtn` by 3, 22 and 59 %.
 
 The start is `rtn`'s grid. A group stops at the first iteration that does not lower its
 ‖x - x̂‖_p^p; a row takes its result if that norm, on the grid as it is stored, is below the
-start's, and the start otherwise. Nothing is known of inputs, so that this is no promise about the
-squared error, which `rtn` minimises.
+start's, and the start otherwise. The inputs are not known, so this does not bound the squared
+error, which `rtn` minimises.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from bitknap.quantization.rounding import rtn
 from bitknap.quantization.rounding.grid import LEAST_SCALE, Grid, Quantized
 from bitknap.quantization.rounding.grid_lines import lines
 
-# β of the first iteration; its growth and the most iterations are those of the paper's code.
+# β of the first iteration, its growth, and the most iterations; the last two are the paper's.
 _SHARPNESS, _GROWTH, _ITERATIONS = 1.0, 1.01, 20
 # Weights worked on at a time: on a CPU temporaries stay in the cache.
 _CHUNK = {"cpu": 1 << 15, "cuda": 1 << 26}
@@ -54,13 +54,15 @@ def quantize(weight: Tensor, format: Format, *, power: float) -> Quantized:
 
 
 def _rounded(x: Tensor, format: Format, power: float) -> Quantized:
-    """Quantize some rows; of each keep the better of the start and the result."""
+    """Quantize some rows; for each row keep the better of the start and the result."""
     start = rtn.quantize(x, format)
     step, floor = lines(start.grid)
     zero = -floor / step
     fitted = _fit_rows(x, step, zero, start.grid.size, format, power)
-    found = Grid.stored(format, x.shape[1], *fitted)
-    better = _norm(x - found.values(found.codes(x)), power) < _norm(x - start.dequantize(), power)
+    refined = Grid.stored(format, x.shape[1], *fitted)
+    better = _norm(x - refined.values(refined.codes(x)), power) < _norm(
+        x - start.dequantize(), power
+    )
     if not bool(better.any()):
         return start
     chosen = [torch.where(better, a, b) for a, b in zip(fitted, (step, zero), strict=True)]
@@ -85,9 +87,9 @@ def _fit_rows(
         if part.shape[1] == 0:
             continue
         s, z = step[:, groups].reshape(-1, 1), zero[:, groups].reshape(-1, 1)
-        found = _split(part.reshape(len(s), -1), s, z, format, power)
-        parts.append([f.view(rows, -1) for f in found])
-    steps, zeros = (torch.cat(found, dim=1) for found in zip(*parts, strict=True))
+        fit = _split(part.reshape(len(s), -1), s, z, format, power)
+        parts.append([f.view(rows, -1) for f in fit])
+    steps, zeros = (torch.cat(fit, dim=1) for fit in zip(*parts, strict=True))
     return steps, zeros
 
 
@@ -98,8 +100,8 @@ def _split(
 
     Args:
         x: weights, [groups, size].
-        step: where it starts, [groups, 1].
-        zero: likewise.
+        step: steps to start from, [groups, 1].
+        zero: zeros to start from, [groups, 1].
         format: a grid.
         power: p of the norm.
     """

@@ -1,8 +1,8 @@
-"""Matrices of any magnitude: a power of two brings them to where fp16 has scales for them.
+"""Matrices of any magnitude: a power of two brings them into the range of fp16 scales.
 
-A product with a power of two rounds nothing, and rounding to a grid does not depend on the unit of
-weights, so a matrix loses the same at any magnitude. Ordinary matrices have no factor. What the
-exponent is stored in, see `kernels.exponents`.
+Multiplying by a power of two is exact, and rounding to a grid does not depend on the unit of
+weights, so a matrix loses the same at any magnitude. Ordinary matrices have no factor. See
+`kernels.layout.exponents` for how the exponent is stored.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from bitknap.kernels.layout.exponents import MOST, STEP, power
 from bitknap.quantization.rounding.grid import Quantized
 
-# Largest absolute weights of ordinary matrices. Below, steps of 8 bits are subnormal fp16 numbers;
-# above, values of code 0 come near the largest fp16.
+# Range of the largest absolute weight of ordinary matrices. Below it, steps of 8 bits are subnormal
+# fp16 numbers; above it, values of code 0 come near the largest fp16.
 _ORDINARY = 2.0**-8, 2.0**15
-_BELOW = 14  # other matrices end with their largest weight just below 2 to this
+_BELOW = 14  # other matrices are scaled to a largest weight just below 2 to this power
 
 
 def peaks(weights: Tensor) -> Tensor:
@@ -32,7 +32,7 @@ def exponents_of(largest: Tensor) -> Tensor:
     """Return the exponent of each matrix, int32 [n]; 0 for ordinary ones.
 
     Args:
-        largest: absolute weight of each, float32 [n] (`peaks`).
+        largest: largest absolute weight of each matrix, float32 [n] (`peaks`).
     """
     known = torch.frexp(largest).exponent
     needed = -((_BELOW - known) // STEP) * STEP  # up to a multiple of STEP
@@ -49,10 +49,10 @@ def in_range(
     Args:
         weights: what to round.
         rounded: rounds n matrices of ordinary magnitude, row after row.
-        known: the exponents of the matrices, int32 [n], where `weights` are only some rows of them.
+        known: the exponents of the matrices, int32 [n], if `weights` are only some of their rows.
     """
-    found = exponents_of(peaks(weights)) if known is None else known.to(weights.device)
-    if not bool(found.any()):
+    exponents = exponents_of(peaks(weights)) if known is None else known.to(weights.device)
+    if not bool(exponents.any()):
         return rounded(weights)
-    quantized = rounded(weights.float() * power(-found)[:, None, None])
-    return quantized.times_power(found.repeat_interleave(weights.shape[1]))
+    quantized = rounded(weights.float() * power(-exponents)[:, None, None])
+    return quantized.times_power(exponents.repeat_interleave(weights.shape[1]))

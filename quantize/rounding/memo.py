@@ -1,8 +1,8 @@
-"""Rounding that is done once: the same matrix in the same format is looked up the next time.
+"""Rounding that is done once: a matrix already rounded to a format is looked up the next time.
 
-Estimators charge the round trips of a few matrices to many formats, and comparing plans stores the
-same matrices in the same formats again and again. What is kept are codes and grids, a byte a
-weight and what scales take, found by a digest of the weights.
+Estimators measure the round trips of a few matrices in many formats, and comparing plans rounds the
+same matrices to the same formats again and again. Codes and grids are kept, a byte per weight plus
+the scales, under a digest of the weights.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ from bitknap.allocation.problem.format import Format
 from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
-# Bytes of codes and grids that are kept at most.
+# Maximum bytes of codes and grids that are kept.
 KEPT_BYTES = 4 << 30
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Remembered:
-    """Another way of rounding, with a memory.
+    """Another rounding method, with a memo.
 
-    When `limit` is reached, what is new is rounded each time it is asked for.
+    When `limit` is reached, new matrices are rounded each time they are asked for.
 
     Attributes:
         rounding: how a matrix that is not known yet is rounded.
-        limit: bytes that are kept at most.
+        limit: maximum bytes that are kept.
     """
 
     rounding: Rounding
@@ -57,25 +57,25 @@ class Remembered:
         """Return n matrices [n, rows, cols] as n × rows quantized rows.
 
         Raises:
-            InputError: what the way of rounding that is remembered raises.
+            InputError: raised by the wrapped rounding method.
         """
         if exponents is not None:  # some rows of larger matrices
             return self.rounding.quantize(weights, format, inputs, exponents)
         rows = weights.shape[1]
         keys = [_key(weights, format, inputs, at) for at in range(len(weights))]
         new = [at for at, key in enumerate(keys) if key not in self._known]
-        found: dict[bytes, Quantized] = {}
+        fresh: dict[bytes, Quantized] = {}
         if new:
             some = None
             if inputs is not None:
                 some = Inputs(moments=inputs.moments[new], tokens=inputs.tokens[new])
             rounded = self.rounding.quantize(weights[new], format, some)
             for place, at in enumerate(new):
-                found[keys[at]] = rounded.rows(place * rows, (place + 1) * rows)
+                fresh[keys[at]] = rounded.rows(place * rows, (place + 1) * rows)
             if len(new) == len(keys) and not self._room(rounded):
                 return rounded
-            self._keep(found)
-        return Quantized.stack([found.get(key) or self._known[key] for key in keys])
+            self._keep(fresh)
+        return Quantized.stack([fresh.get(key) or self._known[key] for key in keys])
 
     def _room(self, rounded: Quantized) -> bool:
         return sum(self._sizes) + _bytes(rounded) <= self.limit

@@ -1,7 +1,7 @@
 """Ways to round a matrix to a format, behind one signature.
 
-A way of rounding takes equally shaped matrices, and what is known of their inputs if it asks for
-that, and returns codes. Costs are charged and checkpoints written by the same one: its name is the
+A rounding method takes matrices of one shape, with statistics of their inputs if it needs them, and
+returns codes. Costs are measured and checkpoints written with the same method, whose name is the
 "method" of tables and plans.
 """
 
@@ -49,7 +49,7 @@ class Rtn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Hqq:
-    """Half-quadratic quantization, each group by itself, for most weights' sake; see `hqq`.
+    """Half-quadratic quantization: fit each group's grid to most of its weights; see `hqq`.
 
     Attributes:
         power: p of the norm of the error that is minimised, above 0 and at most 1.
@@ -86,10 +86,11 @@ class Hqq:
         return in_range(weights, rounded, exponents)
 
 
-# Steps of GPTQ's grids over the best ones for rounding to nearest, by width: what earlier columns
-# missed is added to later ones, which outgrow those. Of 1 to 1.8, on both reference models in whole
-# rows and groups of 64, these lose least: at 1 bit half the KL, at 2 bits a fifth to a third less,
-# at 3 bits a twentieth to a tenth; at 4 bits anything wider loses more.
+# Steps of GPTQ's grids relative to the best ones for rounding to nearest, by width: errors of
+# earlier columns are added to later ones, which outgrow those grids. Of factors from 1 to 1.8, on
+# both reference models in whole rows and groups of 64, these lose least: at 1 bit half the KL, at 2
+# bits a fifth to a third less, at 3 bits a twentieth to a tenth; at 4 bits anything wider loses
+# more.
 _WIDER = {1: 1.5, 2: 1.2, 3: 1.1}
 
 
@@ -99,15 +100,15 @@ class Gptq:
 
     Second moments of few tokens are mostly noise, and plain GPTQ fits later columns to it: with
     1,024 calibration tokens its KL on both reference models at int2-g64-asym was above that of
-    rounding to nearest. Noise goes with columns over tokens, so that much is added to the
-    diagonal: of 0.1 to 3, `ridge` 1 was the best or within 1 % of it, and better than rounding to
-    nearest from 64 calibration tokens on.
+    rounding to nearest. Noise grows with the ratio of columns to tokens, so that ratio is added to
+    the diagonal: of factors from 0.1 to 3, `ridge` 1 was the best or within 1 % of it, and better
+    than rounding to nearest from 64 calibration tokens on.
 
     Attributes:
-        damping: what is added to the diagonal of the second moments, over its mean.
-        ridge: what is added besides, over the mean and over columns a token; 0 for plain GPTQ.
-        act_order: take columns by falling second moment, not from left to right.
-        widen: use wider grids than rounding to nearest would, up to 3 bits; ours.
+        damping: term added to the diagonal of the second moments, relative to its mean.
+        ridge: further term, relative to the mean times columns per token; 0 for plain GPTQ.
+        act_order: take columns by decreasing second moment, not from left to right.
+        widen: use wider grids than rounding to nearest would, up to 3 bits; not in published GPTQ.
     """
 
     damping: float = 0.01
@@ -134,9 +135,9 @@ class Gptq:
     def fallbacks(self, inputs: Inputs) -> Tensor:
         """Return which matrices saw too few tokens, bool [n].
 
-        Theirs are fewer than `ridge` × columns: the diagonal gets more than its mean on top, and
-        what later columns make up for fades. Without tokens it is next to nothing, and the result
-        that of rounding to nearest.
+        They saw fewer than `ridge` × columns: more than its mean is added to the diagonal, and
+        later columns make up for less. Without tokens they make up for almost nothing, and the
+        result is that of rounding to nearest.
         """
         return inputs.tokens < self.ridge * inputs.moments.shape[-1]
 
@@ -150,7 +151,7 @@ class Gptq:
         """Return n matrices [n, rows, cols] as n × rows quantized rows.
 
         Raises:
-            InputError: no inputs, or second moments that are none.
+            InputError: inputs are missing, or their second moments are not valid.
         """
         if inputs is None:
             raise InputError(
@@ -173,31 +174,31 @@ RTN = Rtn()
 
 
 def method(way: str | Rounding) -> Rounding:
-    """Return a way of rounding, found by what `--method` calls it if it is a name.
+    """Return a rounding method, looked up by its name in `--method` if `way` is a string.
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no method has that name.
     """
     if not isinstance(way, str):
         return way
-    found: Rounding = METHODS.find(way)()
-    return found
+    rounding: Rounding = METHODS.find(way)()
+    return rounding
 
 
 def planned(plan: BitPlan, way: str | Rounding | None = None, *, force: bool = False) -> Rounding:
-    """Return how a plan is to be rounded: as it was made for, unless another way is forced.
+    """Return the rounding method that a plan was made for, or another one if it is forced.
 
     Raises:
-        MismatchError: another way was asked for than the plan's costs are of.
+        MismatchError: the plan's costs are for another method than the requested one.
     """
     known = str(plan.header.get("method", RTN.name))
-    found = method(known if way is None else way)
-    if found.name != known and not force:
+    wanted = method(known if way is None else way)
+    if wanted.name != known and not force:
         raise MismatchError(
-            f"the plan is made for rounding by {known}, not by {found.name}; make a plan "
-            f"from costs of {found.name} (estimate with `rounding={found.name}`), or force it"
+            f"the plan is made for rounding by {known}, not by {wanted.name}; make a plan "
+            f"from costs of {wanted.name} (estimate with `rounding={wanted.name}`), or force it"
         )
-    return found
+    return wanted
 
 
 def round_trip(

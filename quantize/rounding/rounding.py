@@ -11,7 +11,8 @@ where the format has one, for each group of weights).
             return in_range(weights, lambda w: _plain(w.flatten(0, 1), format), exponents)
 
 * `weights` is [n, rows, cols] of any magnitude. `in_range` (`quantize/rounding/magnitude.py`)
-  scales each matrix by a power of two so that fp16 can hold its scales, and calls you with that.
+  scales each matrix by a power of two so that fp16 can hold its scales, and passes the result to
+  your function.
 * `format` is a grid: 1 to 8 bits, a group size (0 is the whole row), with or without a zero point.
 * `Grid.stored(format, cols, scale, zero)` rounds scales and zeros as they are stored; choose the
   codes on that grid, so that costs are charged for the error that the checkpoint will have.
@@ -35,11 +36,11 @@ from bitknap.quantization.rounding.grid import Quantized
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What the inputs of n equally shaped matrices were like.
+    """Statistics of the inputs of n matrices of one shape.
 
     Attributes:
         moments: mean of x xᵀ over the tokens that each matrix saw, float32 [n, cols, cols].
-        tokens: how many those were, int64 [n].
+        tokens: number of those tokens, int64 [n].
     """
 
     moments: Tensor
@@ -50,13 +51,13 @@ class Rounding(Protocol):
     """A way to round.
 
     Attributes:
-        name: what `--method` calls it.
+        name: its name in `--method`.
         needs_inputs: whether it refuses to work without `Inputs`.
     """
 
     @property
     def name(self) -> str:
-        """What `--method` calls it."""
+        """Its name in `--method`."""
         ...
 
     @property
@@ -76,8 +77,8 @@ class Rounding(Protocol):
         Args:
             weights: what to round, of any magnitude.
             format: a grid.
-            inputs: what is known of their inputs.
-            exponents: of the powers of two that the matrices have (`magnitude`), int32 [n], where
-                `weights` are only some rows of them.
+            inputs: statistics of their inputs, if recorded.
+            exponents: exponents of the matrices' powers of two (`magnitude`), int32 [n], if
+                `weights` are only some of their rows.
         """
         ...

@@ -1,10 +1,10 @@
 """Round-to-nearest on a group-wise uniform grid, with an MSE-optimal clipping search.
 
-The search tries shrunken ranges of each group. Rounding to a range gives codes, and those a grid
-that fits them best by least squares; the range whose grid explains most of the group is taken, and
-polished once more (Lloyd's alternation). `quantized` says what the grids are.
+The search tries shrunken ranges of each group. Rounding to a range gives codes, and least squares
+gives the grid that fits those codes best. The range whose grid explains most of the group is taken
+and refined once more (Lloyd's alternation). `grid` defines the grids.
 
-A matrix is worked on in chunks that stay in the cache: a search is about 40 sweeps over each.
+A matrix is processed in chunks that stay in the cache: a search is about 40 sweeps over each.
 """
 
 from __future__ import annotations
@@ -17,19 +17,20 @@ from torch import Tensor
 from bitknap.allocation.problem.format import Format
 from bitknap.quantization.rounding.grid import LEAST_SCALE, Grid, Quantized
 
-# The least range that the search tries, by width: a share of the full one, or so many standard
-# deviations to each side if that is more. Best ranges of Gaussian weights lie above both.
+# The smallest range that the search tries, by width: a share of the full one, or a number of
+# standard deviations to each side if that is more. Best ranges of Gaussian weights lie above both.
 _LEAST_RANGE = {2: 0.25, 3: 0.35, 4: 0.45, 5: 0.6, 6: 0.7, 7: 0.8, 8: 0.9}
 _LEAST_SPREAD = {2: 1.3, 3: 1.8, 4: 2.3, 5: 2.8, 6: 3.2, 7: 3.6, 8: 4.0}
 _MOST = 0.8  # so that few weights near to each other are not all kept at the full range
-# How many ranges are tried, and how many more in long groups, whose full range is wider; a real
-# zero, which least squares moves as well, can do with one less in short ones. Measured on Gaussian
-# and heavy-tailed weights: another one gains less than 1 % of the error.
+# How many ranges are tried, and how many more in long groups, whose full range is wider. With a
+# real zero, which least squares moves as well, short groups need one less. On Gaussian and
+# heavy-tailed weights, one more range was measured to gain less than 1 % of the error.
 _CANDIDATES = {2: 5, 3: 5, 4: 5, 5: 4, 6: 3, 7: 2, 8: 2}
 _LONG, _MORE = 128, 2
 _POLISH = 1
 _LARGEST = 2.0**25  # beyond every value that an fp16 scale and zero can stand for at 8 bits
-# Weights worked on at a time. On a CPU fewer are slower: many steps have one number a group.
+# Weights worked on at a time. On a CPU smaller chunks are slower: many steps work on one number per
+# group.
 _CHUNK = {"cpu": 1 << 17, "cuda": 1 << 26}
 
 
@@ -52,7 +53,7 @@ def wider(weight: Tensor, format: Format, factor: float) -> Grid:
 
 
 def _blocks(weight: Tensor) -> Iterator[Tensor]:
-    """Yield rows in chunks, float32, so small that sums stay finite."""
+    """Yield rows in float32 chunks, clamped so that sums stay finite."""
     size = _CHUNK.get(weight.device.type, _CHUNK["cuda"])
     for block in weight.split(max(1, size // weight.shape[1])):
         yield block.float().clamp(-_LARGEST, _LARGEST)
@@ -86,7 +87,7 @@ def _fit(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     mean = x.mean(1, keepdim=True)
     if real:
         x = x - mean
-    if format.bits == 1:  # least squares in closed form: the sign's side, and the mean distance
+    if format.bits == 1:  # closed-form least squares: signs, and twice the mean distance as step
         scale = _positive(2 * x.abs().mean(1, keepdim=True))
         return scale, 0.5 - mean / scale if real else torch.full_like(scale, 0.5)
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
@@ -127,7 +128,7 @@ def _positive(scale: Tensor) -> Tensor:
 
 
 def _range_grid(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tensor]:
-    """Return the grid that spans low .. high, as far as the format can."""
+    """Return the grid that spans low .. high, as far as the format allows."""
     levels = 2**format.bits - 1
     if format.symmetric:
         return _positive(torch.maximum(-low, high) * (2 / levels)), torch.full_like(low, levels / 2)
@@ -151,7 +152,7 @@ def _refit(
     Args:
         x: weights, [groups, size]; of mean 0 if the zero may move.
         scale: scales of the grid to round to, [groups, 1].
-        zero: likewise.
+        zero: zeros of that grid, [groups, 1].
         total: sum of each group; None if the zero may move, to any real number.
         bits: width of a code.
         work: two arrays like x to overwrite.

@@ -1,4 +1,4 @@
-"""Dequantized matrices of a model, the most used ones, in a fixed number of bytes."""
+"""A cache of a model's most used dequantized matrices, limited in bytes."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ CACHE_BYTES = 1 << 28
 class Cache:
     """Matrices by key, at most `limit` bytes of them.
 
-    What was asked for most often stays: layers run in turn, so the matrix used longest ago is the
-    one needed next, and dropping it, as caches mostly do, would find nothing from one token to the
-    next; but of a layer's experts routers prefer some.
+    The most requested matrices stay. Layers run in turn, so the least recently used matrix is the
+    next one needed: evicting it, as most caches do, would give no hits from one token to the next.
+    But routers prefer some of a layer's experts.
 
     Attributes:
-        limit: in bytes; may be changed at any time.
-        used: bytes of what is kept.
+        limit: maximum size in bytes; may be changed at any time.
+        used: bytes of the matrices kept now.
     """
 
     def __init__(self, limit: int = CACHE_BYTES) -> None:
@@ -29,18 +29,18 @@ class Cache:
         self.used = 0
         self._kept: dict[Hashable, Tensor] = {}
         self._asked: Counter[Hashable] = Counter()
-        # (how often it had been asked for when it was looked at, a tie breaker, key)
+        # A heap of (number of requests when last checked, tie breaker, key).
         self._coldest: list[tuple[int, int, Hashable]] = []
         self._serial = count()
         self._told: set[str] = set()
 
     def get(self, key: Hashable) -> Tensor | None:
-        """Return a matrix if it is kept; nobody may write to it."""
+        """Return a matrix if it is kept; callers must not write to it."""
         self._asked[key] += 1
         return self._kept.get(key)
 
     def offer(self, key: Hashable, matrix: Tensor) -> bool:
-        """Keep a matrix if there is room beside those asked for as often; return whether it is."""
+        """Keep a matrix, dropping only less requested ones; return whether it was kept."""
         if matrix.nbytes > self.limit:
             return False
         while self.used + matrix.nbytes > self.limit:
@@ -52,7 +52,7 @@ class Cache:
         return True
 
     def _drop_below(self, asked: int) -> bool:
-        """Drop the matrix asked for least often, if that is less often than `asked`."""
+        """Drop the least requested matrix if it has fewer requests than `asked`."""
         while self._coldest:
             known, serial, key = self._coldest[0]
             now = self._asked[key]
@@ -74,7 +74,7 @@ class Cache:
         self.used = 0
 
     def tell(self, what: str) -> bool:
-        """Return whether this is news: a model's modules share a cache, and say things once."""
+        """Return whether a message is new: modules that share a cache log each message once."""
         news = what not in self._told
         self._told.add(what)
         return news

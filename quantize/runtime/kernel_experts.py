@@ -1,8 +1,9 @@
-"""Packed experts as kernels take them: when they can, and where everything lies.
+"""Prepare packed experts for the kernels, or say why kernels cannot run them.
 
-Kernels read streams in tiles. Those of a checkpoint in tiles are used as they lie; plain ones are
-laid in tiles once, on the device they are on, and `save_pretrained` lays them back, to the bit.
-All else that a launch reads stands in small tensors beside them, so a call costs the host nothing.
+Kernels read streams in tiles. Streams of a tiled checkpoint are used unchanged; plain ones are
+converted to tiles once, on their device, and `save_pretrained` converts them back bit for bit.
+Everything else that a launch reads is in small tensors beside them, so a call costs the host
+nothing.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ from bitknap.quantization.packed.dequantize import KEPT
 from bitknap.quantization.packed.tiled_bytes import experts_table, recipe
 from bitknap.quantization.runtime.packed_weight import PackedWeight, Piece
 
-# What gate and up are tried with: small values tell gelu from its approximation, large ones a cap.
+# Test inputs for gate and up: small ones tell gelu from its approximation, large ones show a cap.
 _PROBE = (-200.0, -20.0, -6.0, -2.5, -1.0, -0.3, 0.0, 0.3, 1.0, 2.5, 6.0, 20.0, 200.0)
 _TOLERANCE = 1e-5
 
 
 def kernel_experts(module: nn.Module, packed: Mapping[str, PackedWeight]) -> Experts:
-    """Return a decorated experts module's weights for `kernels.moe`; lays streams in tiles.
+    """Return a decorated experts module's weights for `kernels.moe`, its streams in tiles.
 
     Args:
-        module: its streams are on the device where they will run.
+        module: the experts, whose streams are on the device where they will run.
         packed: its packed parameters.
 
     Raises:
@@ -67,25 +68,25 @@ def kernel_experts(module: nn.Module, packed: Mapping[str, PackedWeight]) -> Exp
 
 
 def activation_of(module: nn.Module, gated: bool, device: torch.device) -> Activation:
-    """Return which activation of the kernels computes what the module's own does, by trying.
+    """Return the kernels' activation that gives the same values as the module's own.
 
     Raises:
-        InputError: none does.
+        InputError: there is none.
     """
     values = torch.tensor(_PROBE, device=device)
     gate, up = values.repeat_interleave(len(values)), values.repeat(len(values))
     own: Any = module
     if not gated:
-        found = own.act_fn(up.clone())
+        actual = own.act_fn(up.clone())
     elif own.is_concatenated:
-        found = own._apply_gate(torch.cat([gate, up])[None])[0]
+        actual = own._apply_gate(torch.cat([gate, up])[None])[0]
     else:
-        found = own._apply_gate(torch.stack([gate, up], 1).view(1, -1))[0]
+        actual = own._apply_gate(torch.stack([gate, up], 1).view(1, -1))[0]
     for name in get_args(Activation):
         if name == "swiglu_oai" and not gated:
             continue
         expected = activate(gate if gated else None, up, name)
-        if torch.allclose(found, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
+        if torch.allclose(actual, expected, rtol=_TOLERANCE, atol=_TOLERANCE):
             known: Activation = name
             return known
     raise InputError(
@@ -95,20 +96,22 @@ def activation_of(module: nn.Module, gated: bool, device: torch.device) -> Activ
 
 
 def _projections(packed: Mapping[str, PackedWeight]) -> dict[str, list[Piece]]:
-    """Return the units of each projection, expert after expert, and block of rows after block."""
-    found: defaultdict[str, list[Piece]] = defaultdict(list)
+    """Return the units of each projection, ordered by expert, then by block of rows."""
+    by_projection: defaultdict[str, list[Piece]] = defaultdict(list)
     for weight in packed.values():
         for expert in range(weight.shape[0]):
             for piece in sorted(weight.parts[expert], key=lambda piece: piece.start):
                 # Streams are named after projections: bitknap_routed_gate.
-                found[piece.buffer.rpartition("_")[2]].append(piece)
-    if not {"up", "down"} <= set(found) <= {"gate", "up", "down"}:
-        raise InputError(f"projections {', '.join(sorted(found))}: kernels take gate, up and down")
-    return dict(found)
+                by_projection[piece.buffer.rpartition("_")[2]].append(piece)
+    if not {"up", "down"} <= set(by_projection) <= {"gate", "up", "down"}:
+        raise InputError(
+            f"projections {', '.join(sorted(by_projection))}: kernels take gate, up and down"
+        )
+    return dict(by_projection)
 
 
 def _check(pieces: Sequence[Piece], experts: int) -> None:
-    """Raise unless kernels can run a projection's formats, before anything is laid elsewhere."""
+    """Raise unless kernels can run a projection's formats; called before streams are converted."""
     if len(pieces) % experts or len({piece.rows for piece in pieces}) > 1:
         raise InputError(f"{pieces[0].buffer}: blocks of rows of several lengths; kernels take one")
     kept = {piece.format.source for piece in pieces if piece.format.kind == "keep"}
@@ -124,7 +127,7 @@ def _check(pieces: Sequence[Piece], experts: int) -> None:
 def _table(
     pieces: Sequence[Piece], experts: int, packed: Mapping[str, PackedWeight]
 ) -> ExpertsTable:
-    """Return what one launch reads of a projection's stream."""
+    """Return the table that one launch needs to read a projection's stream."""
     first = pieces[0]
     holder = next(w.holders[first.buffer] for w in packed.values() if first.buffer in w.holders)
     stream = holder.get_buffer(first.buffer)
@@ -150,8 +153,8 @@ def _split_bias(module: nn.Module, gated: bool) -> tuple[Tensor | None, Tensor |
 
 
 def _bias(module: nn.Module, name: str) -> Tensor | None:
-    found = getattr(module, name, None)
-    return None if found is None else found.detach()
+    bias = getattr(module, name, None)
+    return None if bias is None else bias.detach()
 
 
 def _class(module: nn.Module) -> str:

@@ -1,16 +1,16 @@
 """Modules whose weights stay packed: a matrix is dequantized when it is used, or never.
 
-A module keeps its class's behaviour and loses some parameters. In their place is a
-`PackedWeight`, which reads its matrices from streams, uint8 buffers that are the very bytes of the
-checkpoint. Reading the attribute (`linear.weight`) gives the whole dequantized tensor, so any
-forward works unchanged. Experts that transformers' `@use_experts_implementation` decorates run
+A module keeps its class's behaviour and loses some parameters. In their place is a `PackedWeight`,
+which reads its matrices from streams: uint8 buffers with exactly the bytes of the checkpoint.
+Reading the attribute (`linear.weight`) gives the whole dequantized tensor, so any forward works
+unchanged. Experts that transformers' `@use_experts_implementation` decorates run
 
     on a CUDA device   by `kernels.moe`, straight from the streams, where kernels know the class's
                        activation and its formats; otherwise as below, and that is logged once
     elsewhere          by their own forward on `Matrices`: those that a batch does not hit are
                        never dequantized
 
-Resident are the streams, and a cache of dequantized matrices with a cap in bytes.
+Memory holds the streams and a cache of dequantized matrices, limited in bytes.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _LOG = logging.getLogger(__name__)
 
 
 class Packed(nn.Module):
-    """What a module of any class gains when some of its parameters are packed."""
+    """Mixin for a module of any class some of whose parameters are packed."""
 
     packed: dict[str, PackedWeight]
     original: type[nn.Module]
@@ -45,7 +45,7 @@ class Packed(nn.Module):
         return self.read(packed[name]) if name in packed else super().__getattr__(name)
 
     def prepare(self) -> None:
-        """Say once if these are experts on a GPU whose class kernels know nothing of."""
+        """Warn once if these are experts on a GPU and kernels do not support their class."""
         weight = next(iter(self.packed.values()))
         if weight.stacked and weight.filled and weight.device.type == "cuda":
             self._tell(f"{self.original.__name__} does not go through transformers' interface")
@@ -64,11 +64,11 @@ class Packed(nn.Module):
 
 
 class PackedExperts(Packed):
-    """What decorated experts gain: kernels run them, or only those that are hit are dequantized.
+    """Mixin for decorated experts: kernels run them, or only experts with tokens are dequantized.
 
     Attributes:
-        kernels: what kernels read; None where they do not run these experts.
-        anywhere: have them run on other devices too, by their plain torch twin, which is slow.
+        kernels: the weights as kernels read them; None if kernels do not run these experts.
+        anywhere: run the kernels' reference implementation, which is slow, on other devices.
     """
 
     kernels: Experts | None = None
@@ -76,7 +76,7 @@ class PackedExperts(Packed):
     dequantizing: Callable[..., Any]
 
     def prepare(self) -> None:
-        """Have kernels run these experts if they are on a CUDA device and kernels can."""
+        """Let kernels run these experts if they are on a CUDA device and kernels can."""
         weight = next(iter(self.packed.values()))
         self.kernels = None
         if not weight.filled or not (self.anywhere or weight.device.type == "cuda"):
@@ -87,12 +87,12 @@ class PackedExperts(Packed):
             self._tell(str(error))
             return
         if weight.device.type == "cuda":
-            # A CUDA graph would copy all of them at each replay if it thought they could move.
+            # Without static addresses, a CUDA graph would copy all of them at each replay.
             for tensor in self.kernels.tensors:
                 torch._dynamo.mark_static_address(tensor)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the experts as their class does: activations, experts of each token, weights."""
+        """Run the experts as their class does on activations, expert indices and weights."""
         if kwargs:
             args = inspect.signature(self.original.forward).bind(self, *args, **kwargs).args[1:]
         x = args[0]
@@ -104,7 +104,7 @@ class PackedExperts(Packed):
 
 
 def _dequantizing(module: PackedExperts, *args: Any) -> Any:
-    """Run the class's own forward on a module that has no stacks: what is hit is dequantized."""
+    """Run the class's own forward, which dequantizes only experts that tokens go to."""
     own: nn.Module = object.__new__(module.original)
     matrices = {name: weight.matrices() for name, weight in module.packed.items()}
     # torch types parameters more narrowly than a forward needs them.
@@ -116,7 +116,7 @@ def _dequantizing(module: PackedExperts, *args: Any) -> Any:
 @cache
 def _packed_class(original: type[nn.Module], experts: bool) -> type[nn.Module]:
     base = PackedExperts if experts else Packed
-    # torch.compile cuts its graphs there: which matrices are read is known only when they are.
+    # torch.compile breaks its graph there: which matrices are read is known only at run time.
     outside: Any = torch.compiler.disable
     own = {"original": original, "read": staticmethod(outside(PackedWeight.whole))}
     if experts:

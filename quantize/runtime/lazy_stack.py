@@ -1,10 +1,10 @@
 """A stack of experts' matrices that is never stacked.
 
-transformers' ways to run experts take the matrix of one expert at a time (`eager`), those of the
-pairs of tokens and experts (`batched_mm`), or all of them for one grouped product (`grouped_mm`).
-`Matrices` stands where they look for the stack [E, ., .], and has a matrix dequantized, or taken
-from the cache, when it is multiplied with. So experts that no token goes to are not touched, and
-those in the cache are not copied.
+transformers runs experts with the matrix of one expert at a time (`eager`), with one matrix for
+each pair of token and expert (`batched_mm`), or with all of them in one grouped product
+(`grouped_mm`). `Matrices` takes the place of the stack [E, ., .]. It dequantizes a matrix, or takes
+it from the cache, when a product needs it. So experts that no token goes to are not touched, and
+cached matrices are not copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# The public one, since torch 2.10, calls the private one.
+# The public function, new in torch 2.10, calls the private one.
 _GROUPED = tuple(
     found
     for where, name in ((functional, "grouped_mm"), (torch, "_grouped_mm"))
@@ -25,13 +25,13 @@ _GROUPED = tuple(
 
 
 class Matrices:
-    """Looks like a tensor [E, ., .], as far as running experts goes.
+    """Behaves like a tensor [E, ., .] in everything that running experts needs.
 
     Attributes:
-        matrix: returns one expert's matrix, which nobody may write to.
+        matrix: function that returns one expert's matrix, which callers must not write to.
         shape: shape of the stack.
         dtype: dtype of the matrices.
-        device: where they are.
+        device: device of the matrices.
     """
 
     def __init__(
@@ -46,7 +46,7 @@ class Matrices:
         self._swapped = swapped
 
     def transpose(self, one: int, other: int) -> Matrices:
-        """Return the stack with each matrix transposed: what grouped products multiply with."""
+        """Return the stack with each matrix transposed, as grouped products need it."""
         assert {one % 3, other % 3} == {1, 2}, "only the matrices are transposed"
         return Matrices(self.matrix, self.shape, self.dtype, self.device, not self._swapped)
 
@@ -57,11 +57,11 @@ class Matrices:
         return torch.stack([self._one(i) for i in ids.tolist()])
 
     def _one(self, expert: int) -> Tensor:
-        found = self.matrix(expert)
-        return found.T if self._swapped else found
+        matrix = self.matrix(expert)
+        return matrix.T if self._swapped else matrix
 
     def data_ptr(self) -> int:
-        """Return 0: every matrix lies where it likes, aligned."""
+        """Return 0, which counts as aligned: each matrix has its own memory."""
         return 0
 
     @classmethod
@@ -86,7 +86,7 @@ class Matrices:
             if end > start:
                 parts.append(rows[start:end] @ self._one(expert))
                 start = end
-        if start < len(rows) or not parts:  # what belongs to experts that are elsewhere
+        if start < len(rows) or not parts:  # rows of experts that are elsewhere
             left = len(rows) - start
             parts.append(rows.new_zeros(left, before if self._swapped else after))
         return torch.cat(parts) if len(parts) > 1 else parts[0]

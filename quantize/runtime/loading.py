@@ -1,4 +1,4 @@
-"""Back from a checkpoint, packed or plain, to a transformers model."""
+"""Load a checkpoint, packed or plain, as a transformers model."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ def load(
 
     Args:
         folder: the checkpoint.
-        dtype: "auto" is what config.json says; quantized weights are rounded to it once.
-        device: where it goes.
+        dtype: "auto" is the one in config.json; quantized weights are rounded to it once.
+        device: device of the model.
         packed: keep the weights of a packed checkpoint packed in memory, in about the bytes that
-            they have on disk. On a CUDA device, where this is what happens when nothing is said,
-            kernels run its experts; elsewhere a matrix is dequantized when it is used, which is
-            slower than an ordinary model unless it is in the cache. Its `save_pretrained` writes a
-            packed checkpoint; otherwise it is an ordinary model.
-        cache_bytes: how much of it may be held dequantized as well, when packed.
+            they have on disk; by default only on a CUDA device. There kernels run its experts;
+            elsewhere a matrix is dequantized when it is used, which is slower than an ordinary
+            model unless the matrix is cached. `save_pretrained` then writes a packed checkpoint.
+            Otherwise the model is an ordinary one.
+        cache_bytes: maximum bytes of cached dequantized matrices, if packed.
 
     Raises:
         FileError: a file is damaged, or the model needs tensors that are not there.
@@ -68,7 +68,7 @@ def load(
     if is_packed(folder) and dtype == "auto":
         dtype = _own_dtype(folder, config)
     if packed:
-        # The plug-in is imported when transformers is, by a hook, and must not be what imports it.
+        # A hook imports the plug-in after transformers; it must not be imported first.
         from bitknap.quantization.runtime.transformers_plugin import register
 
         register()
@@ -95,8 +95,8 @@ def load(
 def _reads_alike(source: Checkpoint) -> bool:
     """Return whether transformers, given the folder, loads what `Checkpoint.read` reads.
 
-    It does not decode all low-bit weights, adds an adapter that it finds, and refuses an index
-    without metadata and a dtype that nothing is computed in.
+    transformers does not decode all low-bit weights, adds an adapter in the folder, and refuses an
+    index without metadata or a dtype that models do not compute in.
     """
     adapter = (source.folder / "adapter_config.json").is_file()
     bare = source.index and not has_metadata(source.folder / source.index)
@@ -105,7 +105,7 @@ def _reads_alike(source: Checkpoint) -> bool:
 
 
 def _generation(folder: Path) -> Any:
-    """Return a folder's settings for generating, None where transformers passes over them.
+    """Return a folder's generation settings, None if transformers has none to read.
 
     Raises:
         FileError: transformers refuses them.
@@ -122,8 +122,8 @@ def _generation(folder: Path) -> Any:
 
 
 def _own_dtype(folder: Path, config: Any) -> torch.dtype:
-    """Return the dtype that config.json names, or else the one of the replaced tensors."""
+    """Return the dtype that config.json names, or else that of the replaced tensors."""
     if config.dtype is not None:
-        found: torch.dtype = config.dtype
-        return found
+        dtype: torch.dtype = config.dtype
+        return dtype
     return DTYPES[next(iter(source_shapes(folder).values()))[0]]

@@ -27,7 +27,7 @@ class Piece(NamedTuple):
         format: how it is stored.
         rows: output features.
         cols: input features.
-        view: its place in the parameter; in one expert of it where experts are stacked.
+        view: its place in the parameter, or in one expert's matrix if experts are stacked.
     """
 
     buffer: str
@@ -48,10 +48,10 @@ class PackedWeight:
         dtype: dtype of the parameter; matrices are rounded to it once.
         stacked: whether its first dimension counts experts.
         parts: the pieces of each expert if stacked, else all of them under 0.
-        layout: how streams lie now.
-        stored: how they lie in the checkpoint.
+        layout: byte layout of the streams now.
+        stored: their byte layout in the checkpoint.
         cache: shared by a model's weights.
-        filled: whether the streams have been read; until then there is nothing but a shape.
+        filled: whether the streams have been read; until then only the shape is known.
     """
 
     def __init__(
@@ -75,33 +75,33 @@ class PackedWeight:
             self.parts.setdefault(part or 0, []).append(piece._replace(view=view))
 
     def whole(self) -> Tensor:
-        """Return the parameter, dequantized; nobody may write to it."""
+        """Return the parameter, dequantized; callers must not write to it."""
         if self.stacked and self.filled:
             return torch.stack([self.matrix(expert) for expert in range(self.shape[0])])
         return self.matrix(0) if self.filled else self._empty(self.shape)
 
     def matrix(self, part: int) -> Tensor:
-        """Return an expert of a stacked parameter, or all of another; nobody may write to it."""
+        """Return one expert of a stacked parameter, or all of any other; do not write to it."""
         key = (self, part)
-        found = self.cache.get(key)
-        if found is None:
+        dequantized = self.cache.get(key)
+        if dequantized is None:
             # Tensors made in inference mode could not be used outside it, and these may be kept.
             with torch.inference_mode(mode=False), torch.no_grad():
-                found = self._empty(self.shape[1:] if self.stacked else self.shape)
+                dequantized = self._empty(self.shape[1:] if self.stacked else self.shape)
                 for piece in self.parts[part]:
                     stream = self.holders[piece.buffer].get_buffer(piece.buffer)
-                    view = piece.view.of(found)
+                    view = piece.view.of(dequantized)
                     some = stream[piece.start : piece.stop]
                     dequantize_into(view, some, piece.format, self.layout)
-            self.cache.offer(key, found)
-        return found
+            self.cache.offer(key, dequantized)
+        return dequantized
 
     def matrices(self) -> Matrices:
         """Return the experts of a stacked parameter, dequantized one by one when used."""
         return Matrices(self.matrix, self.shape, self.dtype, self.device)
 
     def lay(self, layout: str) -> None:
-        """Lay the streams of this parameter alone in another layout, in place, to the bit."""
+        """Convert only this parameter's streams to another layout, in place and bit for bit."""
         if layout == self.layout:
             return
         at: dict[str, int] = {}
@@ -120,7 +120,7 @@ class PackedWeight:
         self.layout = layout
 
     def as_stored(self, buffer: str) -> Tensor:
-        """Return a stream as it lies in the checkpoint."""
+        """Return a stream in the checkpoint's layout."""
         if self.layout == self.stored:
             return self.holders[buffer].get_buffer(buffer)
         return torch.cat([self._unit(p, self.stored) for p in self._in_order(buffer)])
@@ -130,7 +130,7 @@ class PackedWeight:
         return sorted(pieces, key=lambda piece: piece.start)
 
     def _unit(self, piece: Piece, layout: str) -> Tensor:
-        """Return the bytes of one unit in a layout that its stream is not in."""
+        """Convert the bytes of one unit to the layout that its stream does not have."""
         stream = self.holders[piece.buffer].get_buffer(piece.buffer)[piece.start : piece.stop]
         turn = to_tiles if layout == "tiles" else to_plain
         with stream.device:
@@ -138,11 +138,11 @@ class PackedWeight:
 
     @property
     def device(self) -> torch.device:
-        """Where its streams are."""
+        """The device of its streams."""
         buffer, holder = next(iter(self.holders.items()))
         return holder.get_buffer(buffer).device
 
     def _empty(self, shape: Sequence[int]) -> Tensor:
-        # transformers initializes what it thinks it did not load; let it, on the meta device.
+        # transformers initializes what it did not load itself; let it do so on the meta device.
         device = self.device if self.filled else torch.device("meta")
         return torch.empty(tuple(shape), dtype=self.dtype, device=device)

@@ -1,8 +1,8 @@
-"""`save_pretrained` of a packed model: the packed checkpoint again.
+"""`save_pretrained` of a packed model, which writes the packed checkpoint again.
 
-transformers writes tensors and configuration as for any model, into a folder of its own; from
-there they move to where they belong, under the names of a packed checkpoint, with the files beside
-them that tensors do not say.
+transformers writes tensors and configuration into a temporary folder, as for any model. They then
+move to the target folder under the names of a packed checkpoint, together with the files that
+cannot be derived from tensors.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ _OPTIONAL = (CARD, SOURCE_CARD)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Companions:
-    """The files of a packed checkpoint that belong to its streams, byte by byte.
+    """The files of a packed checkpoint that belong to its streams, as bytes.
 
     Attributes:
         files: name to content.
@@ -39,25 +39,25 @@ class Companions:
 
     @classmethod
     def beside(cls, folder: Path, config: Any) -> Companions:
-        """Read them; from the hub if the weights came from there and they have not yet.
+        """Read the files; missing ones are fetched if the weights came from the hub.
 
         Raises:
             FileError: one is missing.
         """
-        found: dict[str, bytes] = {}
+        contents: dict[str, bytes] = {}
         for name in (*_NEEDED, *_OPTIONAL):
             path = folder / name
             if not path.is_file() and name in _NEEDED:
                 _fetch(config, name)
             if path.is_file():
-                found[name] = path.read_bytes()
+                contents[name] = path.read_bytes()
             elif name in _NEEDED:
                 raise FileError(f"{path}: missing; it belongs to the packed weights")
-        return cls(files=found)
+        return cls(files=contents)
 
 
 def _fetch(config: Any, name: str) -> None:
-    """Have one file of a model on the hub put where its weights are."""
+    """Download one file of a model on the hub to the folder of its weights."""
     origin = str(getattr(config, "_name_or_path", ""))
     if not origin or Path(origin).is_dir():
         return
@@ -72,9 +72,9 @@ def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> No
 
     Args:
         model: loaded by `from_pretrained` from a packed checkpoint.
-        save_directory: the folder to write to; of what it holds, the files that this tool wrote
-            are replaced, and packed weights of another shape go.
-        kwargs: as for any model of transformers, but for `push_to_hub`, `state_dict`, `variant`.
+        save_directory: the folder to write to; files in it that this tool wrote are replaced, and
+            its old weight files are deleted.
+        kwargs: as for any transformers model, except `push_to_hub`, `state_dict`, `variant`.
 
     Raises:
         InputError: an option that a packed checkpoint has no place for, or a folder that holds
@@ -141,7 +141,7 @@ def _check_replaceable(out: Path, file: Path, ours: Collection[str]) -> None:
 
 
 def _rename(folder: Path) -> str:
-    """Call weights what they are called in a packed checkpoint; return the file to load."""
+    """Give weights their names in a packed checkpoint; return the name of the file to load."""
     for file in list(folder.glob(f"{PLAIN}*.safetensors")):
         file.rename(folder / file.name.replace(PLAIN, PACKED, 1))
     index = folder / f"{PLAIN}.safetensors.index.json"

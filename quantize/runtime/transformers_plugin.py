@@ -2,7 +2,7 @@
 
 Once `bitknap` is imported (`transformers_hook`), `from_pretrained` of a packed checkpoint comes
 here: `config.json` says "bitknap", the quantizer points transformers at the files, replaces the
-parameters that units make up by packed weights (`layers`), and reads their streams itself when
+parameters that consist of units by packed weights (`layers`), and reads their streams itself after
 transformers has loaded the rest. `save_pretrained` of such a model writes a packed checkpoint.
 """
 
@@ -43,7 +43,7 @@ from bitknap.quantization.source.source_config import METHOD
 from bitknap.quantization.stacks.apply import aligned
 from bitknap.quantization.stacks.row_blocks import layout_for
 
-# What streams are called in a live model: one buffer of the module that all their units are in.
+# Prefix of a stream's buffer in a live model, in the module that has all its units.
 _BUFFER = "bitknap_"
 
 
@@ -85,11 +85,11 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         self._packed: list[Packed] = []
 
     def update_attn_implementation(self, config: Any) -> Any:
-        """Point transformers at the weights; of what it calls, this alone sees the config."""
+        """Point transformers at the weights; no other hook that it calls gets the config."""
         config.transformers_weights = self.quantization_config.weights
         return config
 
-    # transformers 5.17 has no such method, and calls this one with the config.
+    # transformers 5.17 lacks the method above and calls this one with the config.
     update_tp_plan = update_attn_implementation
 
     def _process_model_before_weight_loading(
@@ -116,7 +116,7 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def _replace(self, model: Any, layout: Layout) -> None:
-        """Give every stream its buffer, and every parameter of units its packed weight."""
+        """Give every stream a buffer, and replace parameters that hold units by packed weights."""
         assert self._folder is not None
         plan, kind = aligned(self._folder.plan, layout), self._folder.kind
         nbytes = unit_bytes(plan, kind)
@@ -172,7 +172,7 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """Return the tensors of a packed checkpoint, under their names there."""
+        """Return the model's tensors under their names in a packed checkpoint."""
         state = model.state_dict()
         laid = {
             (id(holder), buffer): weight
@@ -188,7 +188,7 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def companions(self) -> Companions:
-        """What stands beside the tensors: the plan and its like."""
+        """The files beside the tensors, such as the plan."""
         return self._companions
 
     def _dequantize(self, model: Any, dtype: torch.dtype | str | None = None) -> Any:
@@ -198,7 +198,7 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
             del place.module._buffers[place.buffer]
         vars(model).pop("save_pretrained", None)
         to_plain(model.config)
-        # A configuration that has been saved holds the name of its dtype.
+        # A configuration that has been saved holds its dtype as a name.
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype
         return model if named is None else model.to(named)
 
@@ -213,12 +213,12 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
 
     @property
     def is_compileable(self) -> bool:
-        """Whether kernels run all that is packed; what is dequantized when used cuts graphs."""
+        """Whether kernels run all packed modules; dequantizing at run time breaks graphs."""
         return all(getattr(module, "kernels", None) is not None for module in self._packed)
 
 
 def register() -> None:
-    """Tell transformers of the method, unless it knows."""
+    """Register the method with transformers, unless it is registered already."""
     from transformers.quantizers import auto
 
     if METHOD not in auto.AUTO_QUANTIZATION_CONFIG_MAPPING:

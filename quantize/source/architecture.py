@@ -1,4 +1,4 @@
-"""The transformers class of a folder, and a model of it without weights."""
+"""The transformers class of a model's folder, and an instance of it without weights."""
 
 from __future__ import annotations
 
@@ -61,17 +61,19 @@ def architecture_of(folder: Path, config: Any) -> Any:
         return known[type(config)]
     if not isinstance(names, list | tuple) or not isinstance(names[0], str):
         raise ModelError(f"{folder}: config.json: architectures: {names!r} is not a list of names")
-    found = getattr(transformers, names[0], None)
-    if packages := getattr(found, "_backends", None):
+    model_class = getattr(transformers, names[0], None)
+    if packages := getattr(model_class, "_backends", None):
         raise ModelError(
             f"{folder}: {names[0]} needs {', '.join(map(str, packages))}; install it first"
         )
-    if not isinstance(found, type) or not issubclass(found, transformers.PreTrainedModel):
+    if not isinstance(model_class, type) or not issubclass(
+        model_class, transformers.PreTrainedModel
+    ):
         raise ModelError(
             f"{folder}: config.json: architectures: unknown architecture {names[0]!r}; "
             "transformers has no such model class"
         )
-    return found
+    return model_class
 
 
 def hollow(folder: Path, config: Any) -> Any:
@@ -98,7 +100,7 @@ def hollow(folder: Path, config: Any) -> Any:
 
 
 def align_experts(model: Any) -> None:
-    """Have experts run one by one where torch could not multiply them as a group.
+    """Run experts one by one if torch cannot multiply them as a group.
 
     Args:
         model: with its weights or without; in the dtype that it will run in.

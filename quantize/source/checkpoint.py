@@ -31,7 +31,7 @@ from bitknap.quantization.source.weight_files import read_weights, weights_of
 
 __all__ = ["DTYPES", "PACKED", "PLAIN", "REWRITTEN", "Checkpoint", "TensorInfo", "resolve"]
 
-# What `config.json` of a twin says of how it was made; see `twin`.
+# Key of `config.json` for how a transformed copy was made; see `transformed_model`.
 REWRITTEN = "bitknap_rewritten"
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
@@ -52,8 +52,8 @@ def resolve(model: str | Path) -> Path:
     Raises:
         InputError: there is no such model.
     """
-    found = _local(model)
-    return hub.fetch(str(model)) if found is None else found
+    folder = _local(model)
+    return hub.fetch(str(model)) if folder is None else folder
 
 
 def places(model: str | Path) -> list[Path]:
@@ -62,8 +62,8 @@ def places(model: str | Path) -> list[Path]:
     Raises:
         InputError: there is no such model.
     """
-    found = _local(model)
-    return [hub.cache_of(str(model)) if found is None else found]
+    folder = _local(model)
+    return [hub.cache_of(str(model)) if folder is None else folder]
 
 
 def _local(model: str | Path) -> Path | None:
@@ -100,8 +100,8 @@ class Checkpoint:
         config: the parsed `config.json`.
         headers: tensor name to dtype, shape and place; tensors in fewer than 16 bits appear as
             the "BF16" ones they stand for, in the place of their codes.
-        low_bit: by those names, how they are really stored.
-        elsewhere: bytes of the tokenizer and its like where they were not fetched, as in `look`.
+        low_bit: how those tensors are really stored, by name.
+        elsewhere: bytes of the tokenizer and similar files that were not fetched, as in `look`.
     """
 
     folder: Path
@@ -125,17 +125,17 @@ class Checkpoint:
     def look(cls, model: str | Path) -> Checkpoint:
         """Read the configuration and all headers of a model, wherever it is.
 
-        Of a model on the hub that is not here yet nothing else is fetched: its tensors cannot be
-        read.
+        For a model on the hub that is not in the cache nothing else is fetched: its tensors cannot
+        be read.
 
         Raises:
             InputError: there is no such model.
             FileError: a file is missing, truncated or inconsistent; says which.
             ModelError: tensors are quantized in a way that is not read; says which.
         """
-        found = _local(model)
-        if found is not None:
-            return cls.open(found)
+        folder = _local(model)
+        if folder is not None:
+            return cls.open(folder)
         seen = hub.fetch_headers(str(model))
         if isinstance(seen, Path):
             return cls.open(seen)
@@ -152,7 +152,7 @@ class Checkpoint:
 
     @property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Tensor name to (safetensors dtype, shape): what `names.walk_headers` takes."""
+        """Tensor name to (safetensors dtype, shape): what `headers_only.walk_headers` takes."""
         return {name: (info.dtype, info.shape) for name, info in self.headers.items()}
 
     @property
@@ -162,11 +162,11 @@ class Checkpoint:
 
     def stored(self, names: Iterable[str]) -> dict[str, TensorInfo]:
         """Return the tensors on disk behind `names`: themselves, or their codes and scales."""
-        found: dict[str, TensorInfo] = {}
+        places: dict[str, TensorInfo] = {}
         for name in names:
             low = self.low_bit.get(name)
-            found.update({name: self.headers[name]} if low is None else low.parts)
-        return found
+            places.update({name: self.headers[name]} if low is None else low.parts)
+        return places
 
     def written_bytes(self, name: str) -> int:
         """Return the bytes of a tensor where it is written: as stored, or decoded to bfloat16."""
@@ -174,7 +174,7 @@ class Checkpoint:
         return 2 * math.prod(info.shape) if name in self.low_bit else info.stop - info.start
 
     def precision(self, name: str) -> str:
-        """Return what `Format.keep` calls the precision a tensor is stored in; "" for others."""
+        """Return the name in `Format.keep` of a tensor's stored precision; "" for others."""
         low = self.low_bit.get(name)
         if low is not None:
             return low.kind if low.keepable else ""
@@ -182,7 +182,7 @@ class Checkpoint:
 
     @property
     def index(self) -> str:
-        """Name of the index of the files of weights, relative to the folder; "" of a single one."""
+        """Name of the index of weight files, relative to the folder; "" for a single file."""
         name = weights_of(self.config, lambda name: (self.folder / name).is_file())
         return name if name.endswith(".json") else ""
 
@@ -197,7 +197,7 @@ class Checkpoint:
 
     @property
     def folder_bytes(self) -> int:
-        """Bytes of the model on disk: weights, configuration and what belongs to it beside them."""
+        """Bytes of the model on disk: weights, configuration and companions."""
         names = (*self._weight_names(), *self.companions.travel, "config.json")
         return sum((self.folder / name).stat().st_size for name in names)
 
@@ -217,13 +217,13 @@ class Checkpoint:
         return sum((self.folder / name).stat().st_size for name in self.companions.travel)
 
     def copy_companions(self, folder: Path) -> None:
-        """Copy the companions that belong to the model: of links what they point to."""
+        """Copy the companions that belong to the model; links are followed."""
         for name in self.companions.travel:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(self.folder / name, folder / name)
 
     def stored_as(self, name: str) -> str:
-        """Return what to call the way a tensor is stored, whether or not it can be kept."""
+        """Return a name for the way a tensor is stored, whether or not it can be kept."""
         low = "fp8" if name in self.low_bit else self.headers[name].dtype
         return self.precision(name) or low
 
@@ -231,9 +231,9 @@ class Checkpoint:
     def fingerprint(self) -> str:
         """32 hex digits that tell this model from another, even one of the same shapes.
 
-        SHA-256 over the model type, how a twin was made and, sorted by name, each tensor's name,
-        dtype, shape and first 256 bytes; it does not depend on how the tensors are spread over
-        files.
+        SHA-256 over the model type, how a transformed copy was made and, sorted by name, each
+        tensor's name, dtype, shape and first 256 bytes; it does not depend on how the tensors are
+        spread over files.
         """
         digest = hashlib.sha256(str(self.config.get("model_type", "")).encode())
         if REWRITTEN in self.config:
@@ -288,7 +288,7 @@ class Checkpoint:
         return low_bit_codes.decode(low, _read_slabs(low, first, last), first_row)
 
     def read_matrix(self, view: View) -> torch.Tensor:
-        """Return one [out, in] matrix, as `read` gives its tensor, but not the rest of the tensor.
+        """Return one [out, in] matrix as `read` would, without reading the rest of its tensor.
 
         Raises:
             FileError: the file has shrunk since it was opened, or torch lacks the dtype.
@@ -315,7 +315,7 @@ class Checkpoint:
         return self.read_matrix(view).contiguous().view(torch.uint8).reshape(-1)
 
     def _around(self, low: LowBit, view: View) -> tuple[low_bit_codes.Stored, View]:
-        """Return the expert that holds a matrix, and where the matrix is in that."""
+        """Return the expert that holds a matrix, and the matrix's place in it."""
         if view.index is None or view.parts is not None:
             return _read_both(low), view
         return _read_slabs(low, view.index, view.index + 1), replace(view, index=0)

@@ -1,7 +1,7 @@
 """Which files beside the weights belong to a model, and which stay where they are.
 
-The table below decides by name, the first row that fits. A file that no row names travels if it is
-small. Folders are not searched, but for those that transformers reads and for pictures of a card.
+The first row of the table below that matches a name decides. A file that no row names travels if it
+is small. Only folders that transformers reads, and those for a card's pictures, are searched.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from pathlib import Path
 from bitknap.disk.manifest import MANIFEST
 from bitknap.errors import FileError
 
-# Why files stay behind, and their names in lower case. An adapter stays as a whole: transformers
-# would look for its weights as soon as it sees its configuration.
+# Reasons why files stay behind, and their names in lower case. All files of an adapter stay:
+# transformers would look for its weights as soon as it sees its configuration.
 _STAY: Mapping[str, tuple[str, ...]] = {
     "an adapter (merge it into the model to have it quantized)": (
         *("adapter_config.json", "adapter_model*", "adapters.*"),
@@ -47,16 +47,16 @@ _STAY: Mapping[str, tuple[str, ...]] = {
         *("*.parquet", "*.arrow", "*.csv", "*.jsonl"),
     ),
 }
-# What configuration, tokenizers, processors, templates, code and cards are made of.
+# Names of configurations, tokenizers, processors, templates, code and cards.
 _KNOWN = (
     *("*.json", "*.jinja", "*.model", "*.tiktoken", "*.txt", "*.vocab", "*.bpe", "*.codes"),
     *("*.tokenizer", "*.spm", "*.md", "*.py", "*.yaml", "*.yml", "license*", "notice*"),
     *("*.png", "*.jpg", "*.jpeg", "*.gif", "*.webp", "*.svg", "*.pdf", "*.ttf", "*.otf"),
 )
-# The largest vocabularies that are known take some 50 MB.
+# The largest known vocabularies take some 50 MB.
 _MOST_KNOWN, _MOST_UNKNOWN = 1 << 29, 1 << 24
-# transformers reads templates, a way to generate, and more tokenizers of a processor; libraries for
-# embeddings read 1_Pooling and its like, and the model's card shows pictures.
+# transformers reads templates, generation code, and a processor's other tokenizers; libraries for
+# embeddings read folders such as 1_Pooling, and the model's card shows pictures.
 _FOLDERS = (
     *("additional_chat_templates", "custom_generate", "*tokenizer*", "[0-9]_*", "licenses"),
     *("assets", "figures", "figs", "images", "imgs", "img", "media"),
@@ -72,7 +72,8 @@ class Companions:
 
     Attributes:
         travel: those that belong to the model, sorted.
-        left: why others stay behind, to their names, sorted; a folder's name ends in a slash.
+        left: reason to stay behind, to the names of such files, sorted; a folder's name ends in
+            "/".
     """
 
     travel: tuple[str, ...]
@@ -83,7 +84,7 @@ class Companions:
         """Look through a model's folder.
 
         Args:
-            folder: the model's.
+            folder: the model's folder.
             weights: names, relative to it, of the files of weights that are read and their index.
 
         Raises:
@@ -101,11 +102,11 @@ class Companions:
 
 
 def reason_to_stay(name: str, size: int = 0) -> str:
-    """Return why a file beside the weights is not the model's; "" if it is.
+    """Return why a file beside the weights does not belong to the model; "" if it does.
 
     Args:
         name: relative to the model's folder.
-        size: bytes.
+        size: its size in bytes.
     """
     *folders, last = name.lower().split("/")
     if folders and not _fits(folders[0], _FOLDERS):
@@ -135,7 +136,7 @@ def check_content(path: Path) -> None:
 def _sort_top(
     path: Path, weights: Collection[str], travel: list[str], left: Mapping[str, list[str]]
 ) -> None:
-    """Put a file where it belongs, and of a folder all files or the folder itself."""
+    """Add a file to `travel` or `left`; for a folder, add all its files or the folder itself."""
     name = path.name
     if not path.is_dir():
         if name not in ("config.json", MANIFEST) and name not in weights:
@@ -150,7 +151,7 @@ def _sort_top(
 
 
 def _sort(name: str, path: Path, travel: list[str], left: Mapping[str, list[str]]) -> None:
-    """Put one file where it belongs."""
+    """Add one file to `travel` or `left`."""
     there = path.exists()
     why = reason_to_stay(name, path.stat().st_size if there else 0)
     if there and not path.is_file():
@@ -163,7 +164,7 @@ def _sort(name: str, path: Path, travel: list[str], left: Mapping[str, list[str]
 
 
 def _below(folder: Path, name: str, weights: Collection[str]) -> Iterator[tuple[str, Path]]:
-    """Yield the files in a folder but weights that are read, with names relative to the model."""
+    """Yield the files in a folder except the model's weights, with names relative to the model."""
     for path in sorted(folder.iterdir()):
         inner = f"{name}/{path.name}"
         if not path.is_dir():

@@ -1,7 +1,7 @@
-"""Tensors quantized in a way that is not read, recognised by name and dtype, and refused.
+"""Recognise tensors in unsupported quantized formats by name and dtype, and refuse them.
 
-Codes taken for weights load without a word and are wrong a thousandfold. What `lowbit` does not
-decode is therefore refused when a checkpoint is opened, before any work.
+Codes mistaken for weights load without an error and are wrong a thousandfold. Tensors that
+`low_bit_codes` does not decode are therefore refused when a checkpoint is opened, before any work.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from bitknap.errors import ModelError
 from bitknap.quantization.source.safetensors_header import TensorInfo
 from bitknap.quantization.source.source_config import METHOD, quantization_of
 
-# How a tensor's name ends, and the format that is the only one to use this name.
+# Endings of tensor names, and the only format that uses them.
 _ENDINGS = tuple(
     (re.compile(rf"(?:{ending})$"), format)
     for ending, format in (
@@ -51,11 +51,11 @@ def check(
     Args:
         folder: named in messages.
         config: the parsed `config.json`.
-        headers: the tensors, those that are decoded as the 16-bit ones they stand for.
+        headers: the tensors; decoded ones appear as the 16-bit ones they stand for.
         quantized: whether some are decoded.
 
     Raises:
-        ModelError: names the tensors and their format.
+        ModelError: there are such tensors; the message names them and their format.
         FileError: the quantization settings of `config.json` are not an object.
     """
     method = quantization_of(config).get("quant_method", "unknown")

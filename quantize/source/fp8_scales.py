@@ -1,4 +1,4 @@
-"""The scales of float8 weights: what they are called, and which weights share one.
+"""The scales of float8 weights: their names, and which weights share one.
 
 X, or M.weight                            F8_E4M3 or F8_E5M2 [..., rows, cols]
 X_scale_inv, X_scale, M.scale             F32, BF16, F16 or F8_E8M0; the weight is their product.
@@ -9,8 +9,8 @@ X_scale_inv, X_scale, M.scale             F32, BF16, F16 or F8_E8M0; the weight 
     [], [1], [..., 1, 1] or [...]           a matrix does, or the whole tensor
 X_activation_scale, M.input_scale, ...    how inputs were quantized; weights do not need them
 
-A stated `weight_block_size` is followed to the letter by X_scale_inv, so that a scale of a wrong
-shape is noticed; beside it transformers gives embeddings one X_scale each.
+X_scale_inv must match a stated `weight_block_size` exactly, so that a scale of a wrong shape is
+noticed; transformers then still gives each embedding one X_scale.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ _ACTIVATIONS = tuple(
 
 def scales_of(name: str, stored: Mapping[str, TensorInfo]) -> str | None:
     """Return the name of the scales of a float8 tensor, None if there are none."""
-    found = (_beside(name, suffix) for suffix in _SUFFIXES)
-    return next((scales for scales in found if scales in stored), None)
+    candidates = (_beside(name, suffix) for suffix in _SUFFIXES)
+    return next((scales for scales in candidates if scales in stored), None)
 
 
 def values(scales: Tensor) -> Tensor:
-    """Return scales as they are multiplied with, float32."""
+    """Return scales as factors, float32."""
     exponents = scales.dtype == torch.uint8
     return (scales.view(torch.float8_e8m0fnu) if exponents else scales).float()
 
 
 def activation_scales(name: str, stored: Mapping[str, TensorInfo]) -> list[str]:
     """Return the stored tensors that say how the inputs and outputs of a weight were quantized."""
-    found = [f"{name}_{leaf}" for leaf in _ACTIVATIONS]
-    found += [_beside(name, f".{leaf}") for leaf in _ACTIVATIONS]
-    return [other for other in dict.fromkeys(found) if other in stored]
+    candidates = [f"{name}_{leaf}" for leaf in _ACTIVATIONS]
+    candidates += [_beside(name, f".{leaf}") for leaf in _ACTIVATIONS]
+    return [other for other in dict.fromkeys(candidates) if other in stored]
 
 
 def _beside(name: str, suffix: str) -> str:
@@ -74,14 +74,14 @@ def shared_block(
         config: the parsed `config.json`.
         codes: the float8 tensor.
         scales: its scales.
-        scales_name: what they are called.
+        scales_name: their name.
 
     Raises:
-        FileError: their shape or dtype fits no granularity that is known.
+        FileError: their shape or dtype fits no known granularity.
     """
     stated = block_size(config)
     blocks = [stated] if stated else group_blocks(config)
-    # With the key there and null, transformers stores one scale a tensor.
+    # If the key is there but null, transformers stores one scale per tensor.
     silent = "weight_block_size" not in quantization_of(config)
     if not blocks and silent and scales_name.endswith(_INVERSE):
         blocks = [BLOCK]
@@ -93,7 +93,7 @@ def shared_block(
         others = {(*lead, rows, 1): (1, cols), (*lead, rows): (1, cols)}
         others |= {(*lead, 1, cols): (rows, 1)} if lead else {}
         whole = [(), (1,), tuple(lead), (*lead, 1), *(() if blocks else ((*lead, 1, 1),))]
-        # A block's shape, where it fits, is what is meant; the rest decode alike where they clash.
+        # If a block's shape fits, it is the one meant; the others decode alike where they clash.
         shapes = others | dict.fromkeys(whole, (max(1, rows), max(1, cols))) | shapes
     if scales.shape not in shapes or scales.dtype not in _DTYPES:
         raise FileError(

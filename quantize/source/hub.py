@@ -1,8 +1,8 @@
-"""Models on the Hugging Face hub: file by file, and no file that is not needed.
+"""Download models from the Hugging Face hub file by file, and only the files that are needed.
 
-Pickles are not fetched, and only those weights are that are read: many repositories hold them
-several times, in subfolders or under another name. Code is fetched, never run, where a
-configuration names it: then a packed checkpoint of the model names it too.
+Pickles are not fetched, and of the weights only those that are read: many repositories hold them
+several times, in subfolders or under another name. Code that a configuration names is fetched but
+never run: a packed checkpoint of the model names it too.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Remote(NamedTuple):
 def fetch(model: str) -> Path:
     """Return the cached folder of a model, after downloading what is missing in it.
 
-    Without a connection the cache alone will do.
+    Without a connection, only the cache is used.
 
     Raises:
-        InputError: there is no such model, or it cannot be had.
+        InputError: there is no such model, or it cannot be downloaded.
     """
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
@@ -71,10 +71,10 @@ def fetch(model: str) -> Path:
 
 
 def fetch_headers(model: str) -> Remote | Path:
-    """Return what the headers of a model say, or its folder if its weights are in the cache.
+    """Return the headers of a model, or its folder if its weights are in the cache.
 
     Raises:
-        InputError: there is no such model, or it cannot be had.
+        InputError: there is no such model, or it cannot be downloaded.
         FileError: a header is inconsistent; says which.
     """
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
@@ -105,7 +105,7 @@ def fetch_headers(model: str) -> Remote | Path:
 
 
 def snapshot_of(folder: Path) -> Path:
-    """Return the snapshot in a cached repository's folder; any other folder is itself.
+    """Return the snapshot in a cached repository's folder; return any other folder unchanged.
 
     Args:
         folder: such as models--ORGANIZATION--NAME, which holds blobs, refs and snapshots.
@@ -129,7 +129,7 @@ def snapshot_of(folder: Path) -> Path:
 
 
 def cache_of(model: str) -> Path:
-    """Return the folder of the cache in which all files of a model are, fetched or not."""
+    """Return the cache's folder for all files of a model, fetched or not."""
     from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
 
@@ -172,7 +172,7 @@ def _beside(sizes: Mapping[str, int]) -> list[str]:
 
 
 def _names_code(folder: Path) -> bool:
-    """Return whether a configuration that is here names code of the repository."""
+    """Return whether a fetched configuration names code of the repository."""
     known = [folder / name for name in _NAMES_CODE]
     return any(path.is_file() and b'"auto_map"' in path.read_bytes() for path in known)
 
@@ -187,6 +187,6 @@ def _files_of(folder: Path, weights: str) -> list[str]:
 def _fetch_one(folder: Path, name: str, model: str) -> None:
     from huggingface_hub import hf_hub_download
 
-    # The cache has a folder a revision.
+    # The cache has one folder per revision.
     if name and Path(hf_hub_download(model, name)) != folder / name:
         raise InputError(f"{model}: changed on the hub while it was downloaded; start again")

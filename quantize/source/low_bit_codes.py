@@ -11,7 +11,7 @@ MXFP4 (gpt-oss; OCP Microscaling Formats 1.0)
 
     Without the dimension of experts, the matrix of a linear layer: [rows, 32 * groups].
 
-Which tensors are meant is read from names and shapes. `foreign_formats` refuses what is left over.
+Such tensors are recognised by names and shapes. `foreign_formats` refuses other quantized ones.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class LowBit:
     """How one 16-bit tensor is stored: codes, and scales beside them.
 
     Attributes:
-        kind: what `Format.keep` calls it.
-        parts: the stored tensors by name: codes, scales, and what decoding does not need.
+        kind: its name in `Format.keep`.
+        parts: the stored tensors by name: codes, scales, and those that decoding does not need.
         block: output rows and input columns that share a scale.
         transposed: whether the 16-bit tensor has rows and columns the other way round.
     """
@@ -63,7 +63,7 @@ class LowBit:
 
     @property
     def codes(self) -> TensorInfo:
-        """Where the codes lie."""
+        """The place of the codes."""
         return next(iter(self.parts.values()))
 
     @property
@@ -92,10 +92,10 @@ class Stored(NamedTuple):
 def logical(
     config: Mapping[str, Any], stored: Mapping[str, TensorInfo]
 ) -> tuple[dict[str, TensorInfo], dict[str, LowBit]]:
-    """Return the tensors that a 16-bit checkpoint would have, and how those in fewer bits lie.
+    """Return the tensors that a 16-bit checkpoint would have, and how low-bit ones are stored.
 
     Args:
-        config: the parsed `config.json`; the blocks that it names are followed.
+        config: the parsed `config.json`; the blocks that it names are used.
         stored: tensor name to dtype, shape and place, as the headers say.
 
     Returns:
@@ -103,14 +103,14 @@ def logical(
         and the low-bit tensors by their 16-bit names.
 
     Raises:
-        FileError: codes and scales do not fit, or one is there without the other.
+        FileError: codes and scales do not fit each other, or one of them is missing.
     """
     headers: dict[str, TensorInfo] = {}
-    found: dict[str, LowBit] = {}
+    low_bit: dict[str, LowBit] = {}
     for name, info in stored.items():
         if _is_mxfp4(name, info):
             plain = name.removesuffix(_BLOCKS)
-            found[plain] = _mxfp4(name, info, stored)
+            low_bit[plain] = _mxfp4(name, info, stored)
             *experts, rows, groups, _ = info.shape
             cols = groups * _GROUP
             shape = (*experts, cols, rows) if experts else (rows, cols)
@@ -119,15 +119,15 @@ def logical(
             parts = {name: info, scales: stored[scales]}
             parts |= {other: stored[other] for other in activation_scales(name, stored)}
             block = shared_block(config, info, stored[scales], scales)
-            found[name] = LowBit(kind="fp8-block", parts=parts, block=block)
+            low_bit[name] = LowBit(kind="fp8-block", parts=parts, block=block)
             headers[name] = info._replace(dtype="BF16")
         else:
             headers[name] = info
-    for low in found.values():
+    for low in low_bit.values():
         for part in low.parts:
-            if part not in found:
+            if part not in low_bit:
                 headers.pop(part, None)
-    return headers, found
+    return headers, low_bit
 
 
 def _is_mxfp4(name: str, info: TensorInfo) -> bool:
@@ -150,14 +150,14 @@ def _mxfp4(name: str, info: TensorInfo, stored: Mapping[str, TensorInfo]) -> Low
 
 
 def decode(low: LowBit, stored: Stored, first: int = 0) -> Tensor:
-    """Return the 16-bit tensor, bfloat16; of stacked MXFP4 as a transposed view.
+    """Return the 16-bit tensor, bfloat16; stacked MXFP4 comes as a transposed view.
 
     Products are taken in float32 and rounded once; those of MXFP4 are exact.
 
     Args:
         low: how it is stored.
         stored: codes and scales, whole or the same experts of both.
-        first: the row that codes of one FP8 matrix begin with; its scales are whole.
+        first: first row of the given codes of one FP8 matrix, whose scales are whole.
     """
     if low.kind == "mxfp4":
         decoded = _decode_mxfp4(stored)
@@ -233,7 +233,7 @@ def cut(low: LowBit, stored: Stored, view: View) -> Tensor:
 
 
 def restore(stream: Tensor, kind: str, rows: int, cols: int) -> Tensor:
-    """Return the matrix that `cut` gave the bytes of, float32 [rows, cols], rounded to bfloat16.
+    """Return the matrix whose bytes `cut` returned, float32 [rows, cols], rounded to bfloat16.
 
     Args:
         stream: uint8.

@@ -1,4 +1,4 @@
-"""Parts of stored tensors, read by their place in the file: what is not asked for stays there."""
+"""Read parts of stored tensors by their place in the file, and nothing else."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def read_slabs(name: str, info: TensorInfo, first: int, last: int) -> Tensor:
         FileError: the file has shrunk since its header was read.
     """
     size = (info.stop - info.start) // max(1, info.shape[0])
-    found = read_bytes(name, info, first * size, last * size)
-    return found.view(_dtype(name, info)).view(last - first, *info.shape[1:])
+    data = read_bytes(name, info, first * size, last * size)
+    return data.view(_dtype(name, info)).view(last - first, *info.shape[1:])
 
 
 def read_view(info: TensorInfo, view: View) -> Tensor:
-    """Return the [out, in] matrix that `view` is of a stored tensor, reading little beside it.
+    """Return the [out, in] matrix at `view` in a stored tensor, reading little else.
 
-    A transposed matrix is read whole, as its rows lie scattered; interleaved ones with what lies
-    between.
+    A transposed matrix is read whole, as its rows are scattered; an interleaved one is read with
+    the rows between.
 
     Raises:
         FileError: the file has shrunk since its header was read, or torch lacks the dtype.

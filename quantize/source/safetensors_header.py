@@ -1,4 +1,4 @@
-"""The header of one safetensors file, read without trust.
+"""Read the header of one safetensors file without trusting it.
 
 8 bytes   n, little-endian
 n bytes   JSON: name -> dtype, shape, data_offsets; and __metadata__
@@ -19,8 +19,8 @@ import torch
 
 from bitknap.errors import FileError
 
-# How weights are called: transformers' own name, and ours for packed ones. Under its own name
-# transformers would load a packed checkpoint without a word and make up all experts at random.
+# Names of weight files: transformers' own, and Bitknap's for packed weights. Under its own name
+# transformers would load a packed checkpoint silently, with all experts drawn at random.
 STEMS = PLAIN, PACKED = "model", "bitknap"
 
 # The bound of the safetensors library.
@@ -90,7 +90,7 @@ def check_header(
     Raises:
         FileError: anything at all is wrong with the header; names the file and the tensor.
     """
-    found: dict[str, TensorInfo] = {}
+    tensors: dict[str, TensorInfo] = {}
     for name, entry in entries.items():
         if name == "__metadata__":
             continue
@@ -107,9 +107,9 @@ def check_header(
             raise FileError(
                 f"{path}: {name}: {stop - start} bytes do not hold {dtype} {list(shape)}"
             )
-        found[name] = TensorInfo(dtype, shape, path, begin + start, begin + stop)
-    _check_tiling(path, found, begin, size)
-    return found
+        tensors[name] = TensorInfo(dtype, shape, path, begin + start, begin + stop)
+    _check_tiling(path, tensors, begin, size)
+    return tensors
 
 
 def _read_json(path: Path) -> tuple[dict[str, Any], int, int]:

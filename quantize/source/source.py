@@ -1,7 +1,7 @@
 """The protocol `Source`, and how to write your own.
 
-A source is a model that is read one matrix at a time: what Bitknap asks for before it needs a
-running model. `Checkpoint` is the source of a folder with safetensors; yours may hold tensors in
+A source is a model that is read one matrix at a time, which is all Bitknap needs before it runs a
+model. `Checkpoint` is the source of a folder with safetensors; yours may hold tensors in
 memory, or decode a container that Bitknap does not read.
 
     class InMemory:
@@ -66,9 +66,9 @@ class Source(Protocol):
         ...
 
     def read_matrix(self, view: View) -> Tensor:
-        """Return one [out, in] matrix, as `read` gives its tensor, but not the rest of the tensor.
+        """Return one [out, in] matrix as `read` would, without reading the rest of its tensor.
 
         Args:
-            view: the tensor, and the part of it.
+            view: the tensor and the part of it to read.
         """
         ...

@@ -1,4 +1,4 @@
-"""What a source's `config.json` says of quantization, wherever it says so."""
+"""The quantization settings in a source's `config.json`, wherever they are."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import torch
 
 from bitknap.errors import FileError
 
-# What our own packed checkpoints call themselves.
+# The method that Bitknap's packed checkpoints name.
 METHOD = "bitknap"
-# The second is what compressed-tensors wrote at first.
+# The second key is from early versions of compressed-tensors.
 KEYS = ("quantization_config", "compression_config")
 _DTYPES = ("dtype", "torch_dtype")
 
@@ -25,10 +25,10 @@ def quantization_of(config: Mapping[str, Any]) -> Mapping[str, Any]:
         FileError: they are not a JSON object.
     """
     for key in KEYS:
-        if found := config.get(key):
-            if not isinstance(found, Mapping):
-                raise FileError(f"config.json: {key}: {found!r} is not a JSON object")
-            return found
+        if settings := config.get(key):
+            if not isinstance(settings, Mapping):
+                raise FileError(f"config.json: {key}: {settings!r} is not a JSON object")
+            return settings
     parts = (part for part in config.values() if isinstance(part, Mapping))
     return next(filter(None, map(quantization_of, parts)), {})
 
@@ -50,14 +50,14 @@ def unquantized(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def computes(dtype: Any) -> bool:
     """Return whether a model can compute in the dtype that its configuration names, if any."""
-    found = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
-    if not isinstance(found, torch.dtype):
+    resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
+    if not isinstance(resolved, torch.dtype):
         return True  # none, "auto", or a mistake that transformers explains
-    return found.is_floating_point and found.itemsize > 1
+    return resolved.is_floating_point and resolved.itemsize > 1
 
 
 def forget_quantization(config: Any) -> None:
-    """Do as `unquantized` to a transformers configuration, in place."""
+    """Do what `unquantized` does, but to a transformers configuration and in place."""
     for name, value in list(vars(config).items()):
         if name in KEYS:
             delattr(config, name)
@@ -68,7 +68,7 @@ def forget_quantization(config: Any) -> None:
 
 
 def block_size(config: Mapping[str, Any]) -> tuple[int, int] | None:
-    """Return the rows and columns that share a scale by `weight_block_size`, if it says so.
+    """Return the rows and columns that share a scale by `weight_block_size`, if that is set.
 
     Raises:
         FileError: it is not two sizes.
@@ -83,14 +83,14 @@ def group_blocks(config: Mapping[str, Any]) -> list[tuple[int, int]]:
         FileError: one of them is not two sizes.
     """
     groups = quantization_of(config).get("config_groups")
-    found = []
+    blocks = []
     for group in groups.values() if isinstance(groups, Mapping) else ():
         weights = group.get("weights") if isinstance(group, Mapping) else None
         weights = weights if isinstance(weights, Mapping) else {}
         size = weights.get("group_size")
         wide = [1, size] if weights.get("strategy") == "group" else None
-        found.append(_pair("block_structure", weights.get("block_structure") or wide))
-    return [block for block in found if block is not None]
+        blocks.append(_pair("block_structure", weights.get("block_structure") or wide))
+    return [block for block in blocks if block is not None]
 
 
 def _pair(key: str, size: Any) -> tuple[int, int] | None:

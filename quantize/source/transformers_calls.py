@@ -1,8 +1,8 @@
-"""What transformers raises on a model that it cannot read, build or run, as one line of ours.
+"""Turn transformers' errors on a model that it cannot read, build or run into Bitknap's.
 
-Which exceptions transformers, its validators and torch below them raise is not documented, so all
-of them are converted; but only those that come out of their code. What Bitknap's own code raises,
-or a hook that somebody put on a model, passes: it is a defect there, whoever called it.
+It is not documented which exceptions transformers, its validators and torch below them raise, so
+all are converted, but only if they come out of that code. Exceptions of Bitknap's own code, or of a
+user's hook on a model, pass through: they are defects there, whoever called it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from types import TracebackType
 from bitknap.errors import BitknapError, ModelError
 
 _MOST = 300
-# Packages that transformers calls; the standard library is another.
+# Packages that transformers calls, beside the standard library.
 _BELOW = frozenset(
     (
         *(
@@ -43,10 +43,10 @@ def calling_transformers(
     Args:
         what: the part of the message before the reason, such as "out: cannot read config.json".
         remedy: the part after it.
-        kind: kind of the error raised.
+        kind: class of the error to raise.
 
     Raises:
-        BitknapError: transformers refused; of that kind, with the cause chained.
+        BitknapError: transformers refused; of the class `kind`, with the cause chained.
     """
     try:
         yield

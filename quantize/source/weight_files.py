@@ -1,11 +1,11 @@
-"""Which files hold a model's weights: those that transformers takes, read as it reads them.
+"""Which files hold a model's weights: the ones that transformers reads, in the same way.
 
     config.json's "transformers_weights"       a file or an index, if it names one
     model.safetensors                          one file
-    model.safetensors.index.json               several, of which every tensor counts
+    model.safetensors.index.json               several; the tensors of all of them count
 
-A tensor in two files of an index is that of the file whose name is sorted last, whichever the
-index names: transformers lets it overwrite the others.
+If two files of an index hold the same tensor, the file whose name is sorted last wins, whichever
+the index names: transformers lets it overwrite the others.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def weights_of(config: Any, there: Callable[[str], bool]) -> str:
 
     Args:
         config: the parsed `config.json`.
-        there: whether the model has a file of this name.
+        there: function that returns whether the model has a file of a name.
 
     Raises:
         FileError: the configuration names a file outside the model's folder.
@@ -110,7 +110,7 @@ def _check_there(path: Path, says: str) -> None:
 
 
 def _nothing(folder: Path) -> str:
-    """Return what to say of a folder without weights that are read."""
+    """Return the error message for a folder without readable weights."""
     for path in sorted(folder.glob(f"*{_FILE}*")):
         check_content(path)
     plain = f"{folder}: neither {PLAIN}{_FILE} nor {PLAIN}{_INDEX}"

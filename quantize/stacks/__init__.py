@@ -1,1 +1,1 @@
-"""A plan meets weights: runs of units that are worked on together."""
+"""Apply a plan to weights, in runs of units that are processed together."""

@@ -1,4 +1,4 @@
-"""A plan meets weights: quantize every unit in its format, wherever the weights come from."""
+"""Apply a plan to weights: quantize every unit in its format, whatever the weights' source."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
 from bitknap.quantization.source.source import Source
 
-# Weights worked on at a time, as float32: much beside the cost of a call, little beside a model.
+# Bytes of float32 weights processed at a time: many beside a call's cost, few beside a model.
 PIECE = 1 << 25
 
 
 def stacks(units: Units) -> list[np.ndarray]:
     """Return the units in runs that can be worked on together, each int64 [n].
 
-    A stack is one layer's one projection of one role, all of one shape: for routed experts, all
+    A stack holds the units of one layer, role, projection and shape: for routed experts, all
     experts of the layer.
     """
     keys = np.stack([units.layer, units.role, units.projection, units.rows, units.cols])
@@ -49,7 +49,7 @@ def _in_pieces(run: np.ndarray, units: Units, most: int) -> list[np.ndarray]:
 
 
 def plan_pieces(plan: BitPlan) -> Iterator[tuple[np.ndarray, Format]]:
-    """Yield the units of a plan and their format: `stack_pieces`, each of one format."""
+    """Yield runs of a plan's units and their format: `stack_pieces`, split by format."""
     for run in stacks(plan.units):
         choices = plan.choice[run]
         for choice in np.unique(choices):
@@ -106,11 +106,11 @@ def _finite(layout: Layout, which: np.ndarray, weights: Tensor) -> Tensor:
 
 def all_finite(values: Tensor) -> bool:
     """Return whether no value is NaN or infinite, in one sweep and without a copy."""
-    # NaN is the least and the greatest of whatever it is among.
+    # `aminmax` returns NaN if any value is NaN.
     return not values.numel() or bool(torch.stack(torch.aminmax(values)).isfinite().all())
 
 
-# From equally shaped units to what their inputs were like.
+# A function from units of one shape to the statistics of their inputs.
 Watched = Callable[[np.ndarray], Inputs]
 
 
@@ -122,13 +122,13 @@ def quantize_plan(
 ) -> Iterator[tuple[np.ndarray, Quantized | Tensor]]:
     """Yield (units of one format, their stacked rows quantized) over the whole plan, in pieces.
 
-    Units that keep their source precision come as the weights that `read` gave.
+    Units that keep their source precision are yielded as the weights that `read` returned.
 
     Args:
-        plan: what to do.
-        read: weights of equally shaped units, float32 [n, rows, cols].
-        rounding: how.
-        inputs: what units' inputs were like, for ways of rounding that ask.
+        plan: the format of every unit.
+        read: function that returns the weights of units of one shape, float32 [n, rows, cols].
+        rounding: how to round.
+        inputs: statistics of units' inputs, for rounding methods that need them.
     """
     for which, format in plan_pieces(plan):
         weights = read(which)
@@ -145,22 +145,22 @@ def aligned(plan: BitPlan, layout: Layout) -> BitPlan:
     Raises:
         MismatchError: the plan has other units, or units of other shapes.
     """
-    ours, theirs = layout.units, plan.units
-    place = {theirs.label(i): i for i in range(len(theirs))}
-    order = [place.get(ours.label(i), -1) for i in range(len(ours))]
-    if len(ours) != len(theirs) or -1 in order:
+    own, planned = layout.units, plan.units
+    place = {planned.label(i): i for i in range(len(planned))}
+    order = [place.get(own.label(i), -1) for i in range(len(own))]
+    if len(own) != len(planned) or -1 in order:
         raise MismatchError(
-            f"the plan has {len(theirs)} units and the model {len(ours)}, or others; "
+            f"the plan has {len(planned)} units and the model {len(own)}, or others; "
             "make a plan from a table of this model"
         )
     if not all(
-        np.array_equal(getattr(ours, n), getattr(theirs, n)[order]) for n in ("rows", "cols")
+        np.array_equal(getattr(own, n), getattr(planned, n)[order]) for n in ("rows", "cols")
     ):
         raise MismatchError(
             "the plan's units have other shapes than the model's; make a plan for it"
         )
     return BitPlan.from_choice(
-        ours, plan.formats, plan.choice[order], model=plan.model, header=plan.header
+        own, plan.formats, plan.choice[order], model=plan.model, header=plan.header
     )
 
 
@@ -172,14 +172,14 @@ def apply(
     rounding: Rounding = RTN,
     inputs: Watched | None = None,
 ) -> None:
-    """Replace the model's weights by what the plan makes of them, in place.
+    """Replace the model's weights by their values under the plan, in place.
 
     Args:
         model: the model that `layout` was walked on.
         layout: its units and their views.
         plan: a plan over the same units.
         rounding: how to round.
-        inputs: what units' inputs were like, for ways of rounding that ask.
+        inputs: statistics of units' inputs, for rounding methods that need them.
     """
     plan = aligned(plan, layout)
     tensors = dict(model.named_parameters())
@@ -206,7 +206,7 @@ def replaced(
         model: the model that `layout` was walked on.
         layout: its units and their views.
         which: equally shaped units.
-        change: from their weights [n, rows, cols], float32, to the new ones.
+        change: function from their weights, float32 [n, rows, cols], to the new ones.
     """
     tensors = dict(model.named_parameters())
     with torch.no_grad():

@@ -3,8 +3,8 @@
     matrix   rows 0 .. 767                     one unit, block 0
     4 blocks rows 0-191, 192-383, 384-575, …   four units, blocks 0 .. 3
 
-Rows are rounded and stored one by one, so a matrix cut into blocks of one format has the weights it
-has whole. Blocks need not be equal: a plan's units say how many rows each has.
+Rows are rounded and stored one by one, so a matrix cut into blocks of one format has the same
+weights as the whole matrix. Blocks need not be equal: a plan's units say how many rows each has.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from bitknap.quantization.stacks.apply import Watched
 
 
 def block_units(units: Units, blocks: int) -> tuple[Units, Longs]:
-    """Return the units cut into runs of rows, and which unit each is of, int64[B].
+    """Return the units cut into runs of rows, and the unit that each is cut from, int64[B].
 
-    A matrix's blocks follow each other; the first ones have one row more where rows do not divide.
+    A matrix's blocks are consecutive; the first ones have one row more if rows do not divide.
 
     Args:
         units: whole matrices.
-        blocks: number of blocks of each matrix; one of fewer rows has one block a row.
+        blocks: number of blocks per matrix; a matrix with fewer rows has one block per row.
 
     Raises:
         InputError: blocks is below 1, or the units are cut already.
@@ -56,14 +56,14 @@ def split_rows(layout: Layout, blocks: int) -> Layout:
 
 
 def layout_for(units: Units, layout: Layout) -> Layout:
-    """Return the layout cut as `units` are, block by block in row order; itself if none is cut.
+    """Return the layout cut as `units` are, block by block in row order; unchanged if none is cut.
 
     Args:
         units: units of a plan or a table, in any order.
         layout: layout of whole matrices.
 
     Raises:
-        MismatchError: a matrix's blocks do not make it up.
+        MismatchError: the blocks of a matrix do not cover it exactly.
     """
     if not units.block.any():
         return layout
@@ -89,10 +89,10 @@ def layout_for(units: Units, layout: Layout) -> Layout:
 
 
 def whole_of(units: Units, whole: Units) -> Longs:
-    """Return which unit of `whole` each block is of, int64[B].
+    """Return the index in `whole` of the unit that each block is cut from, int64[B].
 
     Raises:
-        MismatchError: a block is of no unit of `whole`.
+        MismatchError: a block belongs to no unit of `whole`.
     """
     names = tuple(dict.fromkeys((*whole.projections, *units.projections)))
     vocabulary = [np.array([names.index(n) for n in u.projections]) for u in (whole, units)]
@@ -100,24 +100,24 @@ def whole_of(units: Units, whole: Units) -> Longs:
         (u.layer, u.role, u.expert, words[u.projection])
         for u, words in zip((whole, units), vocabulary, strict=True)
     ]
-    # Whole matrices come first and are distinct, so theirs are the numbers 0 .. U - 1.
-    found = numbered(*(np.concatenate(pair) for pair in zip(*keys, strict=True)))[len(whole) :]
-    foreign = found >= len(whole)
+    # Whole matrices come first and are distinct, so their numbers are 0 .. U - 1.
+    numbers = numbered(*(np.concatenate(pair) for pair in zip(*keys, strict=True)))[len(whole) :]
+    foreign = numbers >= len(whole)
     if foreign.any():
         raise MismatchError(
             f"{units.label(int(foreign.argmax()))}: no such matrix in this model; "
             "make a plan from a table of this model"
         )
-    return found.astype(np.int64)
+    return numbers.astype(np.int64)
 
 
 def inputs_of_blocks(units: Units, whole: Units, inputs: Watched) -> Watched:
-    """Return what blocks' inputs were like: those of the matrix that each is cut from.
+    """Return the input statistics of blocks: those of the matrix that each is cut from.
 
     Args:
         units: blocks.
         whole: the units that `inputs` knows.
-        inputs: from equally shaped whole units to what their inputs were like.
+        inputs: function from whole units of one shape to the statistics of their inputs.
     """
     source = whole_of(units, whole)
 
@@ -128,7 +128,7 @@ def inputs_of_blocks(units: Units, whole: Units, inputs: Watched) -> Watched:
 
 
 def _in_row_order(units: Units, whole: Units) -> tuple[Longs, Longs]:
-    """Return which matrix each block is of, sorted, and the order of blocks that sorts them."""
+    """Return the matrix that each block is from, sorted, and the order that sorts the blocks."""
     source = whole_of(units, whole)
     order = np.lexsort((units.block, source))
     missing = np.bincount(source, minlength=len(whole)) == 0

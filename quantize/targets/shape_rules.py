@@ -1,8 +1,8 @@
 """The table of targets: which other runtimes could hold a model, from its units' shapes alone.
 
-What a runtime stores has rules of its own: rows that divide into its blocks, widths it has kernels
-for, matrices that must share a format. Facts are those of the runtimes' formats as of 2026; an
-exporter checks them again against names and the plan.
+Each runtime's format has its own rules: rows that divide into its blocks, widths it has kernels
+for, matrices that must share a format. The table states the formats as of 2026; an exporter checks
+them again against names and the plan.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from bitknap.quantization.targets.target import Fit, Target
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeRule:
-    """A target whose format asks that sizes of every matrix divide by its blocks.
+    """A target whose format requires matrix sizes that are multiples of its block sizes.
 
     Attributes:
-        name: what the runtime is called at the command line.
+        name: the runtime's name on the command line.
         about: one sentence for lists.
         bits: widths it stores.
         profile: units that must share a format.
         groups: group sizes it has; one of them must divide all rows.
-        rows: output features must divide by this.
-        cols: input features must divide by this.
-        full_cols: input features must divide by this for all its types; 1 where there is no such.
-        fallback: what becomes of matrices that do not.
+        rows: output features must be a multiple of this.
+        cols: input features must be a multiple of this.
+        full_cols: input features must be a multiple of this for all its types; 1 for no such rule.
+        fallback: what happens to matrices that do not fit `full_cols`.
         fallback_bits: widths that are left for them.
     """
 
@@ -134,7 +134,7 @@ def fits(units: Units, targets: Sequence[Target] = TARGETS) -> tuple[Fit, ...]:
 
 
 def _not_multiple(units: Units, side: str, step: int) -> str:
-    """Say which size is no multiple of `step`: the first unit's; "" if all are."""
+    """Describe the first unit whose size is not a multiple of `step`; "" if there is none."""
     sizes = units.rows if side == "rows" else units.cols
     wrong = sizes % step != 0
     if not wrong.any():

@@ -13,7 +13,7 @@ A target is another runtime's format: which widths it stores, which units must s
             return Fit(target=self, possible=True, bits=(8,), groups=(), reason="")
 
 * `fit` judges all units together, by their rows and columns, before any weight is read.
-* A plan for the runtime is made with `--profile` of that name, and with widths out of `Fit.bits`.
+* A plan for the runtime is made with `--profile` of that name, and with widths from `Fit.bits`.
 
 `ShapeRule` is a target whose rule is divisibility, which covers the runtimes in `TARGETS`
 (`quantize/targets/shape_rules.py`); a new one of that kind is one row there.
@@ -33,7 +33,7 @@ class Target(Protocol):
 
     @property
     def name(self) -> str:
-        """What the runtime is called at the command line."""
+        """The runtime's name on the command line."""
         ...
 
     @property

@@ -1,6 +1,6 @@
-"""Reorder the neurons of experts, so that rows of like sensitivity lie in one block.
+"""Reorder the neurons of experts, so that rows of similar sensitivity share a block.
 
-A neuron i of an expert is row i of gate and of up, their biases, and column i of down. What the
+Neuron i of an expert is row i of gate and of up, their biases, and column i of down. What the
 expert computes is a sum over its neurons,
 
     y = Σ_i down[:, i] · act(gate[i] · x) (up[i] · x),
@@ -60,18 +60,18 @@ class Permutation:
     @property
     def digest(self) -> str:
         """32 hex digits that tell this order from others."""
-        found = hashlib.sha256()
+        hasher = hashlib.sha256()
         for layer, order in sorted(self.order.items()):
-            found.update(f"{layer} {order.shape}".encode() + order.astype("<i8").tobytes())
-        return found.digest()[:16].hex()
+            hasher.update(f"{layer} {order.shape}".encode() + order.astype("<i8").tobytes())
+        return hasher.digest()[:16].hex()
 
 
 def order_neurons(layout: Layout, scores: Mapping[int, npt.ArrayLike]) -> Permutation:
-    """Return the order by falling score; neurons of equal scores keep theirs.
+    """Return the order by decreasing score; neurons with equal scores keep their order.
 
     Args:
         layout: says which layers there are.
-        scores: by layer number, of each neuron, [experts, intermediate]; see
+        scores: by layer number, the score of each neuron, [experts, intermediate]; see
             `estimators.published.xie.neuron_scores`.
 
     Raises:
@@ -92,7 +92,7 @@ def order_neurons(layout: Layout, scores: Mapping[int, npt.ArrayLike]) -> Permut
 
 @torch.no_grad()
 def permute(model: nn.Module, layout: Layout, permutation: Permutation) -> None:
-    """Put the neurons of a live model in a new order, in place; it computes what it did.
+    """Reorder the neurons of a live model in place; its outputs do not change.
 
     Args:
         model: the model that `layout` was walked on.
@@ -101,7 +101,7 @@ def permute(model: nn.Module, layout: Layout, permutation: Permutation) -> None:
 
     Raises:
         InputError: the layout is cut into blocks.
-        MismatchError: the permutation is of another model.
+        MismatchError: the permutation is for another model.
         ModelError: experts have parameters that are not known to follow their neurons.
     """
     tensors = dict(model.named_parameters())
@@ -110,16 +110,16 @@ def permute(model: nn.Module, layout: Layout, permutation: Permutation) -> None:
 
 
 def permuted(source: Checkpoint, permutation: Permutation) -> Rewritten:
-    """Return a checkpoint read with its neurons in a new order.
+    """Return a checkpoint whose neurons are reordered as it is read.
 
-    `rewritten.write` makes a plain checkpoint of it, which everything else takes unchanged.
+    `rewritten_checkpoint.write` writes it as a plain checkpoint, which all other code can read.
 
     Args:
         source: the checkpoint.
         permutation: the order, of this model; it may come from the live model's layout.
 
     Raises:
-        MismatchError: the permutation is of another model.
+        MismatchError: the permutation is for another model.
         ModelError: experts have tensors that are not known to follow their neurons, or the weights
             are quantized.
     """
@@ -136,7 +136,7 @@ def permuted(source: Checkpoint, permutation: Permutation) -> Rewritten:
 
 
 class _Part(NamedTuple):
-    """What of a tensor follows the neurons of one expert, and in which order."""
+    """The part of a tensor that follows the neurons of one expert, and their order."""
 
     view: View
     axis: int  # 0: rows, 1: columns
@@ -147,7 +147,7 @@ class _Part(NamedTuple):
 def _parts(
     layout: Layout, permutation: Permutation, names: Collection[str]
 ) -> dict[str, list[_Part]]:
-    """Return, by tensor, the parts of it that are reordered."""
+    """Return the reordered parts of each tensor, by its name."""
     units = layout.units
     if units.block.any():
         raise InputError("layout: cut into blocks; permute with the layout of whole matrices")
@@ -180,11 +180,11 @@ def _parts(
 
 def _check_shapes(layout: Layout, permutation: Permutation) -> None:
     wanted = {layer.layer: (layer.experts, layer.intermediate) for layer in layout.layers}
-    found = {layer: order.shape for layer, order in permutation.order.items()}
-    if wanted != found:
-        layer = next(n for n in sorted({*wanted, *found}) if wanted.get(n) != found.get(n))
+    given = {layer: order.shape for layer, order in permutation.order.items()}
+    if wanted != given:
+        layer = next(n for n in sorted({*wanted, *given}) if wanted.get(n) != given.get(n))
         raise MismatchError(
-            f"layer {layer}: the permutation is of {found.get(layer)} experts and neurons, the "
+            f"layer {layer}: the permutation is of {given.get(layer)} experts and neurons, the "
             f"model has {wanted.get(layer)}; make one from this model's scores"
         )
 

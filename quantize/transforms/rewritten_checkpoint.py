@@ -1,6 +1,6 @@
 """A plain checkpoint with other numbers in the same tensors, computed as they are read.
 
-What changes weights but not the model's function (`permute`, `rotation`) is done here: one tensor
+Changes to weights that keep the model's function (`permute`, `rotation`) are made here one tensor
 at a time, so that the model need not fit in memory. `write` makes a plain transformers folder.
 """
 
@@ -29,14 +29,15 @@ _INDEX = "model.safetensors.index.json"
 class Rewritten:
     """A checkpoint that is changed as it is read, with the same names, shapes and dtypes.
 
-    Plans and packed checkpoints are of the folder that `write` makes of it.
+    Plans and packed checkpoints refer to the folder that `write` makes from it.
 
     Attributes:
-        source: what is read.
-        change: from a tensor's name and its stored value, which it may overwrite, to the new one.
-        mark: tells this change from others; part of the fingerprint.
-        config: what becomes `config.json`.
-        copies: new tensors: name to the name of the source's tensor that they are made from.
+        source: the checkpoint to read.
+        change: function from a tensor's name and stored value, which it may overwrite, to the new
+            value.
+        mark: identifies this change; part of the fingerprint.
+        config: the content of the new `config.json`.
+        copies: new tensors: name to the name of the source's tensor that each is made from.
     """
 
     source: Checkpoint
@@ -47,7 +48,7 @@ class Rewritten:
 
     @property
     def folder(self) -> Path:
-        """Where the source is."""
+        """The source's folder."""
         return self.source.folder
 
     @property
@@ -58,12 +59,12 @@ class Rewritten:
 
     @property
     def shapes(self) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Tensor name to (safetensors dtype, shape): what `names.walk_headers` takes."""
+        """Tensor name to (safetensors dtype, shape): what `headers_only.walk_headers` takes."""
         return {name: (info.dtype, info.shape) for name, info in self.headers.items()}
 
     @property
     def fingerprint(self) -> str:
-        """32 hex digits: another than the source's, and another than that of the written copy."""
+        """32 hex digits, different from the source's and from the written copy's."""
         text = f"{self.source.fingerprint} {self.mark}"
         return hashlib.sha256(text.encode()).digest()[:16].hex()
 
@@ -79,7 +80,7 @@ class Rewritten:
 
 
 def write(checkpoint: Rewritten, out: Path, *, overwrite: bool = False) -> None:
-    """Write a plain transformers checkpoint, whole or not at all, in files as the source has them.
+    """Write a plain transformers checkpoint, whole or not at all, in files named like the source's.
 
     Raises:
         InputError: `out` exists and `overwrite` is false.

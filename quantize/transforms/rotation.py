@@ -1,7 +1,7 @@
 """Rotate the residual stream of a model offline, so that few weights stand out.
 
-With Q orthogonal, x' = x Q in place of the residual stream x changes nothing that a model computes
-if everything that reads the stream undoes Q and everything that writes to it applies Q. RMSNorm
+Replacing the residual stream x by x' = x Q, Q orthogonal, changes nothing that a model computes if
+everything that reads the stream undoes Q and everything that writes to it applies Q. RMSNorm
 commutes with Q once its weights n are folded into the matrices that read its output:
 
     embedding  E' = E Q                    writers  o, down              W' = Qᵀ W, b' = b Q
@@ -9,9 +9,9 @@ commutes with Q once its weights n are folded into the matrices that read its ou
                                                     head, likewise
 
 Q = D H: random signs D, then a Walsh–Hadamard transform H, block-diagonal where the hidden size is
-no power of two. What an expert or a head of attention does inside stays as it is. The result is a
-plain model of the same architecture, its embeddings untied if they were tied: the head has folded
-a norm in, the embedding has not.
+no power of two. Experts and attention heads are unchanged inside. The result is a plain model of
+the same architecture. Tied embeddings are untied: a norm is folded into the head, but not into the
+embedding.
 
 Sources: Ashkboos et al., SliceGPT (arXiv 2401.15024, §3: RMSNorm and rotations) and QuaRot
 (arXiv 2404.00456); nothing is rotated at run time here.
@@ -53,7 +53,7 @@ _BEFORE_ATTENTION, _BEFORE_MLP = "input_layernorm.weight", "post_attention_layer
 _MLP = r"(?:mlp|block_sparse_moe)\."
 _EXPERT = _MLP + r"(?:experts\.(?:\d+\.)?|shared_experts?\.)?"
 
-# What is beside the stream: heads' norms, latent projections, biases added to what was read.
+# Tensors that do not touch the stream: heads' norms, latent projections, biases after reading.
 _BESIDE = re.compile(
     r"self_attn\.(?:[qk]_norm|q_a_layernorm|kv_a_layernorm|q_b_proj|kv_b_proj)\.weight"
     r"|self_attn\.(?:(?:q|k|v|q_a)_proj\.bias|kv_a_proj_with_mqa\.bias|sinks|rotary_emb\.inv_freq)"
@@ -73,8 +73,8 @@ _WRITTEN_BIAS = re.compile(r"self_attn\.o_proj\.bias|" + _MLP + r"experts\.down_
 def hadamard(x: Tensor, signs: Tensor) -> Tensor:
     """Return x D H: flip signs, then transform the last dimension; lengths and angles stay.
 
-    H is orthonormal, with blocks of the largest power of two that divides the size: of 128 for
-    1,408. It takes additions only, log2 of the block a number.
+    H is orthonormal. Its block size is the largest power of two that divides the size: 128 for
+    1,408. It takes only additions, log2(block size) per number.
 
     Args:
         x: float [..., size].
@@ -84,7 +84,7 @@ def hadamard(x: Tensor, signs: Tensor) -> Tensor:
 
 
 def unhadamard(x: Tensor, signs: Tensor) -> Tensor:
-    """Return what `hadamard` turned into `x`."""
+    """Return the tensor that `hadamard` turned into `x`."""
     return _walsh(x) * signs
 
 
@@ -93,12 +93,12 @@ def _walsh(x: Tensor) -> Tensor:
     size = x.shape[-1]
     block = size & -size
     step = 1
-    found = x
+    result = x
     while step < block:
-        pairs = found.reshape(-1, 2, step)
-        found = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1)
+        pairs = result.reshape(-1, 2, step)
+        result = torch.stack((pairs[:, 0] + pairs[:, 1], pairs[:, 0] - pairs[:, 1]), dim=1)
         step *= 2
-    return found.reshape(x.shape) / math.sqrt(block)
+    return result.reshape(x.shape) / math.sqrt(block)
 
 
 def random_signs(size: int, seed: int) -> Tensor:
@@ -108,11 +108,11 @@ def random_signs(size: int, seed: int) -> Tensor:
 
 
 class Turn(NamedTuple):
-    """What becomes of one tensor that touches the residual stream.
+    """How one tensor that touches the residual stream changes.
 
     Attributes:
         axis: the axis along which the stream runs, from the end: -1 or -2.
-        norm: the norm that the tensor is read behind, whose weights are folded in first; or None.
+        norm: name of the norm before the tensor, whose weights are folded in first; or None.
         is_norm: whether it is a norm itself, which becomes 1.
     """
 
@@ -122,35 +122,35 @@ class Turn(NamedTuple):
 
 
 def turns(model_type: str, names: Iterable[str]) -> dict[str, Turn]:
-    """Return what becomes of every tensor that changes.
+    """Return how every tensor that changes is changed.
 
     Args:
         model_type: model type of the language model's config.
         names: all tensors, of a live model or of a checkpoint.
 
     Raises:
-        ModelError: the family is not known, or a tensor that its rules do not name.
+        ModelError: the family is not known, or its rules do not name a tensor.
     """
     if model_type not in KNOWN:
         raise ModelError(
             f"{model_type}: not known how to rotate its residual stream; known: {', '.join(KNOWN)}"
         )
     everything = set(names)
-    found = {}
+    changes = {}
     for name in everything:
         turn = _turn(name, inputs_first=model_type in _INPUTS_FIRST)
         if turn is None:
             continue
         if turn.norm and turn.norm not in everything:
             raise ModelError(f"{name}: its norm {turn.norm} is missing; is a tensor missing?")
-        found[name] = turn
-    if missing := sorted({_EMBEDDING, _NORM} - set(found)):
+        changes[name] = turn
+    if missing := sorted({_EMBEDDING, _NORM} - set(changes)):
         raise ModelError(f"{missing[0]}: missing; rotate a whole causal language model")
-    return found
+    return changes
 
 
 def _turn(name: str, *, inputs_first: bool) -> Turn | None:
-    """Return what becomes of a tensor, None if it stays."""
+    """Return how a tensor changes, None if it does not."""
     outside = {_EMBEDDING: Turn(), _NORM: Turn(is_norm=True), _HEAD: Turn(norm=_NORM)}
     if name in outside:
         return outside[name]
@@ -177,7 +177,7 @@ def _turn(name: str, *, inputs_first: bool) -> Turn | None:
 
 @torch.no_grad()
 def rotate_residual(model: nn.Module, seed: int = 0) -> None:
-    """Rotate a live model's residual stream, in place; its logits stay, up to rounding.
+    """Rotate a live model's residual stream, in place; its logits stay the same up to rounding.
 
     Tied embeddings are untied. Rotate in float32: rounding to 16 bits adds errors of its own.
 
@@ -205,7 +205,7 @@ def rotate_residual(model: nn.Module, seed: int = 0) -> None:
 
 
 def turned(source: Checkpoint, seed: int = 0) -> Rewritten:
-    """Return a checkpoint read with its residual stream rotated, tensor by tensor.
+    """Return a checkpoint whose residual stream is rotated as it is read, tensor by tensor.
 
     Raises:
         ModelError: the family or one of its tensors is not known, or the weights are quantized.
@@ -231,7 +231,7 @@ def turned(source: Checkpoint, seed: int = 0) -> Rewritten:
 
 
 def rotated(folder: Path, out: Path, seed: int = 0, *, overwrite: bool = False) -> None:
-    """Write a checkpoint's rotated twin: a plain transformers folder of the same architecture.
+    """Write a rotated copy of a checkpoint: a plain transformers folder of the same architecture.
 
     One tensor is in memory at a time. Weights keep their dtype, so those in 16 bits are rounded
     once more.

@@ -1,10 +1,11 @@
-"""A twin: a checkpoint of the same function whose weights round better, on disk while it is used.
+"""A transformed copy of a checkpoint: the same function, but weights that round better.
 
     rotated    its residual stream is turned by random Hadamard transforms   see `rotation`
-    sorted     neurons of like sensitivity lie in one block of rows           see `permute`
+    sorted     neurons of similar sensitivity share a block of rows          see `permute`
 
-A plan of a twin says in its header, under "rewritten", how the twin was made, so that it can be
-made again from the original. The twin's `config.json` says it too; it is part of its fingerprint.
+The copy is on disk while it is used. A plan for it says in its header, under "rewritten", how the
+copy was made, so that it can be made again from the original. The copy's `config.json` says it too;
+it is part of its fingerprint.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from bitknap.quantization.transforms.permute import Permutation, permuted
 from bitknap.quantization.transforms.rewritten_checkpoint import Rewritten, write
 from bitknap.quantization.transforms.rotation import turned
 
-# What a table and a plan say of a twin.
+# The key under which tables and plans describe a transformed copy.
 KEY = "rewritten"
 _NAMES = r"(rotated|sorted)(\.json)?"
 
@@ -40,7 +41,7 @@ class Sorting:
 
     Attributes:
         blocks: number of blocks of each matrix.
-        block: by layer number, uint8 [experts, neurons].
+        block: by layer number, the block of each neuron, uint8 [experts, neurons].
     """
 
     blocks: int
@@ -48,13 +49,13 @@ class Sorting:
 
     @classmethod
     def by_score(cls, scores: Mapping[int, npt.ArrayLike], blocks: int) -> Sorting:
-        """Return the sorting by falling score, into blocks as `blocks.block_units` cuts them.
+        """Return the sorting by decreasing score, into blocks as in `row_blocks.block_units`.
 
         Args:
-            scores: by layer number, of each neuron, [experts, neurons].
+            scores: by layer number, the score of each neuron, [experts, neurons].
             blocks: at most 256.
         """
-        found = {}
+        block_of = {}
         for layer, score in scores.items():
             values = np.asarray(score, dtype=np.float64)
             neurons = values.shape[1]
@@ -64,8 +65,8 @@ class Sorting:
             number = np.empty(values.shape, dtype=np.uint8)
             places = np.broadcast_to(np.repeat(np.arange(count), sizes), values.shape)
             np.put_along_axis(number, order, places.astype(np.uint8), axis=1)
-            found[layer] = number
-        return cls(blocks=blocks, block=found)
+            block_of[layer] = number
+        return cls(blocks=blocks, block=block_of)
 
     @property
     def permutation(self) -> Permutation:
@@ -74,7 +75,7 @@ class Sorting:
         return Permutation(order=order)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return JSON values: as few bits a neuron as tell the blocks apart, in base 64."""
+        """Return JSON values: the fewest bits per neuron that tell blocks apart, in base 64."""
         layers = {
             str(layer): [*block.shape, base64.b64encode(_packed(block, self.blocks)).decode()]
             for layer, block in sorted(self.block.items())
@@ -86,7 +87,7 @@ class Sorting:
         """Read what `to_dict` returned.
 
         Raises:
-            FileError: it is something else.
+            FileError: the value has another form.
         """
         try:
             blocks = int(said["blocks"])
@@ -101,7 +102,7 @@ class Sorting:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Recipe:
-    """How a twin is made from its original.
+    """How a transformed copy is made from its original.
 
     Attributes:
         rotation: seed of the signs; None does not rotate.
@@ -112,7 +113,7 @@ class Recipe:
     order: Sorting | None = None
 
     def to_dict(self, origin: Checkpoint) -> dict[str, Any]:
-        """Return what a table says of it, JSON values."""
+        """Return the JSON values that a table holds."""
         order = None if self.order is None else self.order.to_dict()
         return {"of": origin.fingerprint, "rotation": self.rotation, "order": order}
 
@@ -121,7 +122,7 @@ class Recipe:
         """Read what `to_dict` returned.
 
         Raises:
-            FileError: it is something else.
+            FileError: the value has another form.
         """
         rotation, order = said.get("rotation"), said.get("order")
         if not (rotation is None or isinstance(rotation, int)):
@@ -130,17 +131,17 @@ class Recipe:
 
 
 def recipe_of(header: Mapping[str, Any]) -> Recipe:
-    """Return how the twin of a plan is made; of any other plan, the recipe that changes nothing.
+    """Return how a plan's transformed copy is made; for other plans, a recipe without changes.
 
     Raises:
-        FileError: the plan does not say how its twin is made.
+        FileError: the plan does not say how its transformed copy is made.
     """
     said = header.get(KEY)
     return Recipe.from_dict(said) if isinstance(said, Mapping) else Recipe()
 
 
 def beside(out: Path) -> Path:
-    """Return where the twin of a run that writes `out` grows.
+    """Return the folder for the transformed copy of a run that writes `out`.
 
     Raises:
         InputError: something else is there.
@@ -151,37 +152,39 @@ def beside(out: Path) -> Path:
 
 
 def forget(out: Path) -> None:
-    """Delete the twin of a run that wrote `out`, if there is one."""
+    """Delete the transformed copy of a run that wrote `out`, if there is one."""
     drop(hidden(out, "twin"), _NAMES)
 
 
 def make(origin: Checkpoint, recipe: Recipe, folder: Path) -> Checkpoint:
-    """Return the twin in a folder, written there unless a former run left it.
+    """Return the transformed copy in a folder, written there unless an earlier run left it.
 
     Raises:
         ModelError: the model cannot be rotated or its neurons not sorted.
         InputError: the disk has no room for it, or something else is in its place.
     """
-    found = origin
+    checkpoint = origin
     if recipe.rotation is not None:
-        found = _written(turned(found, recipe.rotation), found, folder / "rotated")
+        checkpoint = _written(turned(checkpoint, recipe.rotation), checkpoint, folder / "rotated")
     if recipe.order is not None:
-        found = _written(permuted(found, recipe.order.permutation), found, folder / "sorted")
-    return found
+        checkpoint = _written(
+            permuted(checkpoint, recipe.order.permutation), checkpoint, folder / "sorted"
+        )
+    return checkpoint
 
 
 def planned(origin: Checkpoint, header: Mapping[str, Any], model: str, folder: Path) -> Checkpoint:
-    """Return the checkpoint that a plan is for: the given one, or its twin in a folder.
+    """Return the checkpoint that a plan is for: the given one, or its transformed copy.
 
     Args:
         origin: the given one.
         header: header of the plan.
         model: fingerprint that the plan is for.
-        folder: where the twin is made, if one is needed.
+        folder: where the transformed copy is made, if one is needed.
 
     Raises:
-        MismatchError: the plan is for a twin of another model.
-        FileError: the plan does not say how its twin is made.
+        MismatchError: the plan is for a transformed copy of another model.
+        FileError: the plan does not say how its transformed copy is made.
     """
     said = header.get(KEY)
     if said is None or model == origin.fingerprint:
@@ -189,20 +192,20 @@ def planned(origin: Checkpoint, header: Mapping[str, Any], model: str, folder: P
     if not isinstance(said, Mapping) or said.get("of") != origin.fingerprint:
         of = said.get("of") if isinstance(said, Mapping) else "unknown"
         raise MismatchError(
-            f"the plan is for a rotated or sorted twin of model {of}, this one is "
+            f"the plan is for a rotated or sorted copy of model {of}, this one is "
             f"{origin.fingerprint}; give the model that the table was estimated on"
         )
-    found = make(origin, recipe_of(header), folder)
-    if found.fingerprint != model:
+    copy = make(origin, recipe_of(header), folder)
+    if copy.fingerprint != model:
         raise MismatchError(
-            f"the plan is for model {model}, its {KEY} makes {found.fingerprint} of this one; "
+            f"the plan is for model {model}, its {KEY} makes {copy.fingerprint} of this one; "
             "make the plan again"
         )
-    return found
+    return copy
 
 
 def _written(change: Rewritten, origin: Checkpoint, folder: Path) -> Checkpoint:
-    """Return a changed checkpoint as a folder; one that is there from the same files is taken."""
+    """Write a changed checkpoint to a folder, unless one made from the same files is there."""
     mark = {"of": origin.fingerprint, "by": change.mark}
     stamp = {"mark": mark, "files": _stamps(origin)}
     note = folder.with_suffix(".json")

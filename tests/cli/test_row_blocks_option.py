@@ -126,7 +126,7 @@ def test_plans_of_twins_are_refused_elsewhere(made, saved, tmp_path, refused):
     main(["solve", str(table), "--budget", "4bpw", "-o", str(plan)])
     other = saved(tmp_path / "other", seed=1)
     line = refused("quantize", other, "--plan", plan, "-o", tmp_path / "out")
-    assert "rotated or sorted twin of model" in line
+    assert "rotated or sorted copy of model" in line
     known = BitPlan.load(plan)
     with pytest.raises(MismatchError, match="the plan is for model"):
         bitknap.quantize(other, BitPlan.load(made.plan), tmp_path / "out")

@@ -1,7 +1,7 @@
-"""A journal: what long work has done, on disk as it comes, to continue where it was killed.
+"""A journal of the finished parts of long work, from which a killed run continues.
 
-JSON lines: a header that says what the work is about, then one line a finished part. Only the
-last line can be torn; it is cut.
+JSON lines: a header that says what the work is about, then one line per finished part. Only the
+last line can be incomplete; it is cut off.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from bitknap.disk.atomic import check_version, write_whole
 from bitknap.errors import BitknapError, FileError, MismatchError
 
 _KIND, _VERSION = "bitknap.journal", "1.0"
-# A disk without room.
+# Error numbers of a full disk.
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -28,7 +28,7 @@ def open_lines(
     """Return the lines of finished parts, in order; start the journal if there is none.
 
     Args:
-        path: the journal; a torn last line is cut off the file.
+        path: the journal; an incomplete last line is cut off the file.
         about: what the work is about, JSON values; must be what the journal was started with.
         way_out: what to do about a journal that cannot be used.
 
@@ -49,7 +49,7 @@ def open_lines(
 
 
 def whole_lines(path: Path) -> list[bytes]:
-    """Return the lines of a journal, header and all, but a torn last one.
+    """Return the complete lines of a journal, including its header.
 
     Raises:
         FileError: the file cannot be read.
@@ -71,11 +71,11 @@ def append_lines(path: Path, parts: Iterable[Mapping[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def keeping(out: Path, kept: Callable[[], str]) -> Iterator[None]:
-    """Say in errors of the block what is kept for the same command to go on from.
+    """Add to errors of the block what is kept, from which the same command continues.
 
     Args:
         out: what the block writes.
-        kept: says it, with a leading "; ", or "" when there is nothing to say.
+        kept: function that returns this text, with a leading "; ", or "" for none.
 
     Raises:
         BitknapError: the disk is full.
@@ -92,7 +92,7 @@ def keeping(out: Path, kept: Callable[[], str]) -> Iterator[None]:
 
 
 def no_room(error: OSError) -> str:
-    """Return what is wrong and what to do where a disk or a file is full, "" for other errors."""
+    """Return the problem and its remedy if a disk or a file is full, "" for other errors."""
     if error.errno in FULL:
         return "no space left on the disk; free some"
     if error.errno == errno.EFBIG:
@@ -112,8 +112,8 @@ def _check_header(path: Path, line: bytes, about: Mapping[str, Any], way_out: st
     if not isinstance(header, dict):
         raise FileError(f"{path}: not a journal; {way_out}")
     check_version(header, _KIND, _VERSION, path)
-    found = header.get("about")
-    known = found if isinstance(found, dict) else {}
+    said = header.get("about")
+    known = said if isinstance(said, dict) else {}
     wanted = json.loads(json.dumps(dict(about)))
     if known != wanted:
         names = sorted(wanted.keys() | known.keys())

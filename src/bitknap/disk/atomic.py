@@ -1,4 +1,4 @@
-"""Files appear whole or not at all, and say which version they are."""
+"""Write files whole or not at all, and check the versions that they state."""
 
 from __future__ import annotations
 
@@ -16,34 +16,33 @@ from typing import Any
 
 from bitknap.errors import FileError, InputError
 
-# The dot and the digits that `mkstemp` adds to a name, so that a name from `beside` has room.
+# Characters that a temporary file of `mkstemp` adds to a name, for which `beside` leaves room.
 _RANDOM = 9
 
 
 @contextlib.contextmanager
 def folders_above(path: Path) -> Iterator[None]:
-    """Make the folders above `path`; those that were made go again if the block fails."""
+    """Make the folders above `path`; if the block fails, delete those that were made."""
     above = path.absolute().parents
     missing = [folder for folder in above if not folder.exists()]
     above[0].mkdir(parents=True, exist_ok=True)
     try:
         yield
     except BaseException:
-        with contextlib.suppress(OSError):  # somebody else's file in it: let it stand
+        with contextlib.suppress(OSError):  # a folder with somebody else's file stays
             for folder in missing:
                 folder.rmdir()
         raise
 
 
 def beside(path: Path, suffix: str, *, hidden: bool = True) -> Path:
-    """Return the name beside an output for what belongs to it: ".OUT.suffix" or "OUT.suffix".
+    """Return the path beside an output for what belongs to it: ".OUT.suffix" or "OUT.suffix".
 
-    A name that would be longer than the file system takes is cut, and told from others by 12
-    digits of its SHA-256.
+    A name too long for the file system is cut, and made unique by 12 digits of its SHA-256.
 
     Args:
-        path: the output, whether it is there or not.
-        suffix: what the name says, without the dot.
+        path: the output, which need not exist.
+        suffix: end of the name, without the dot.
         hidden: whether it begins with a dot.
     """
     named = path if path.name not in ("", "..") else path.resolve()
@@ -56,7 +55,7 @@ def beside(path: Path, suffix: str, *, hidden: bool = True) -> Path:
 
 
 def name_limit(path: Path) -> int:
-    """Return the most bytes of a file's name on the disk of `path`, which need not exist."""
+    """Return the maximum bytes of a file's name on the disk of `path`, which need not exist."""
     try:
         return os.pathconf(existing(path), "PC_NAME_MAX")
     except (OSError, ValueError):
@@ -69,9 +68,9 @@ def existing(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` by a temporary name, fsync and rename.
+    """Write `content` to `path` through a temporary file, fsync and rename.
 
-    Temporary files that killed runs left of the same path go.
+    Temporary files of the same path that killed runs left are deleted.
     """
     with folders_above(path):
         start = beside(path, "tmp-")
@@ -97,11 +96,11 @@ def _temporary(start: Path) -> tuple[int, str]:
         try_lock(handle)
         if os.fstat(handle).st_nlink:
             return handle, name
-        os.close(handle)  # another run took it for a killed run's before it was locked
+        os.close(handle)  # another run deleted it before it was locked, as if left by a killed run
 
 
 def _drop_stale(start: Path) -> None:
-    """Delete files of which the name begins like `start` and which nobody holds the lock of."""
+    """Delete files whose name begins like `start` and whose lock nobody holds."""
     with contextlib.suppress(OSError), os.scandir(start.parent) as entries:
         for entry in entries:
             rest = entry.name.removeprefix(start.name)
@@ -118,7 +117,7 @@ def _drop_stale(start: Path) -> None:
 def try_lock(handle: int) -> bool:
     """Take the lock of an open file, and return whether no other process has it.
 
-    On a file system without locks nobody ever has it.
+    On a file system without locks the answer is always True.
     """
     import fcntl
 
@@ -132,7 +131,7 @@ def try_lock(handle: int) -> bool:
 
 
 def synced(path: Path) -> None:
-    """Return when what was written to a file, or the names in a folder, are on the disk."""
+    """Flush a file's content, or the names in a folder, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -150,11 +149,11 @@ def locked(path: Path, busy: str) -> Iterator[None]:
     """Keep other processes out of a file or folder while the block runs.
 
     Args:
-        path: what is locked; it is there.
-        busy: what to say when another process is in it, without the way out.
+        path: the file or folder to lock, which must exist.
+        busy: message if another process holds the lock, without the remedy.
 
     Raises:
-        InputError: another process is in it.
+        InputError: another process holds the lock.
     """
     handle = os.open(path, os.O_RDONLY)
     try:
@@ -166,7 +165,7 @@ def locked(path: Path, busy: str) -> Iterator[None]:
 
 
 def check_space(path: Path, needed: int) -> None:
-    """Refuse to start what the disk of `path`, which need not exist yet, has no room for.
+    """Check that the disk of `path`, which need not exist yet, has room.
 
     Raises:
         InputError: fewer than `needed` bytes are free.
@@ -201,11 +200,13 @@ def check_version(header: Mapping[str, Any], kind: str, version: str, path: Path
     """
     if header.get("format") != kind:
         raise FileError(f"{path}: format: {header.get('format')!r} is not {kind!r}")
-    found = str(header.get("version", ""))
-    if not re.fullmatch(r"\d+\.\d+", found):
-        raise FileError(f"{path}: version: {found!r} is not MAJOR.MINOR")
-    (major, minor), (ours, known) = (tuple(map(int, v.split("."))) for v in (found, version))
-    if major != ours:
-        raise FileError(f"{path}: version: {found} cannot be read by this library ({version})")
-    if minor > known:
-        warnings.warn(f"{path}: version {found} is newer than {version}", stacklevel=2)
+    stated = str(header.get("version", ""))
+    if not re.fullmatch(r"\d+\.\d+", stated):
+        raise FileError(f"{path}: version: {stated!r} is not MAJOR.MINOR")
+    (major, minor), (known_major, known_minor) = (
+        tuple(map(int, v.split("."))) for v in (stated, version)
+    )
+    if major != known_major:
+        raise FileError(f"{path}: version: {stated} cannot be read by this library ({version})")
+    if minor > known_minor:
+        warnings.warn(f"{path}: version {stated} is newer than {version}", stacklevel=2)

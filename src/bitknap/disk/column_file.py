@@ -1,4 +1,4 @@
-"""Columns on disk: safetensors, with one JSON text in the header that says what they are."""
+"""Columns on disk: safetensors, with one JSON text in the header that describes them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bitknap.errors import FileError
 
 # The only metadata key: safetensors does not keep the order of several.
 _KEY = "bitknap"
-# What is read of a provenance; "each" holds those of the tables that a table was made of.
+# Entries of a provenance that are read; "each" holds those of the tables that make up a table.
 _SAID: dict[str, Any] = {
     "coverage": [[int, int, int]],
     "super_experts": [[int, int, float]],
@@ -36,14 +36,14 @@ _SAID: dict[str, Any] = {
     "tokens": int,
 }
 _PROVENANCE = {**_SAID, "each": [{f"{key}?": shape for key, shape in _SAID.items()}]}
-# What safetensors and NumPy raise where a file is damaged; neither says so in its documentation.
+# Exceptions of safetensors and NumPy for a damaged file, which neither of them documents.
 _DAMAGED = (OSError, ValueError, TypeError, AttributeError, OverflowError, MemoryError)
 
 
 def write_columns(
     path: Path, header: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]
 ) -> None:
-    """Write arrays and their header, whole or not at all; equal ones give equal bytes."""
+    """Write arrays and their header, whole or not at all; equal content gives equal bytes."""
     from safetensors.numpy import save
 
     # safetensors writes the buffer as it lies in memory.
@@ -64,7 +64,7 @@ def read_columns(
 
     Args:
         path: the file.
-        what: said of a file without a header: "not a cost table".
+        what: what the file should be, named in messages, such as "a cost table".
         kind: the wanted format, such as "bitknap.table".
         version: what this library writes.
         dtypes: dtypes of every array.

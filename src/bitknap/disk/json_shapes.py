@@ -1,4 +1,4 @@
-"""Check that parsed JSON from a file is built as its reader expects."""
+"""Check that parsed JSON from a file has the structure that its reader expects."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ def check_shapes(values: Mapping[str, Any], shapes: Mapping[str, Any], where: st
 
     Args:
         values: a parsed JSON object.
-        shapes: key to the shape that its value must have where the key is there, as `fits` takes
-            it.
+        shapes: key to the shape that its value must have if the key is there, as `fits` takes it.
         where: named in messages, such as "table.safetensors: provenance".
 
     Raises:
@@ -60,7 +59,7 @@ def _is_a(value: Any, kind: type | None) -> bool:
         return value is None
     if kind is float:
         return _is_number(value)
-    # `type`, since a truth value is an int.
+    # `type`, since a bool is an int.
     if kind is int:
         return type(value) is int and -_LARGE <= value < _LARGE
     return type(value) is kind

@@ -1,10 +1,11 @@
-"""What this tool wrote, and so may replace: a list in every folder, and a mark in every file.
+"""Record what this tool wrote, and so may replace: a list in every folder, a mark in every file.
 
     bitknap_files.json   "format" "bitknap.files", "version", and "files": the names, relative to
                          the folder, of all other files that were written into it
 
-A folder without that list is known if it is a packed checkpoint or a comparison of an earlier
-version. A file is known by its "format" key, or by the generator that a page or a picture names.
+A folder without that list is recognised if it is a packed checkpoint or a comparison of an earlier
+version. A file is recognised by its "format" key, or by the generator that a page or a picture
+names.
 """
 
 from __future__ import annotations
@@ -33,13 +34,13 @@ _MARKS = (
     f"<dc:title>{GENERATOR}</dc:title>".encode(),
     b"--ink: #1b1f24; --soft: #57606a",  # pages of versions that named no generator
 )
-_FORMER_PICTURE = b"<!-- Cost against size: "  # the same of pictures
+_FORMER_PICTURE = b"<!-- Cost against size: "  # the same for pictures
 # A page or a picture names its generator before this many bytes.
 _HEAD = 1 << 16
-# The longest header of a safetensors file, as that library has it.
+# The longest header that the safetensors library allows.
 _LONGEST = 100_000_000
-# What versions before the list wrote into a packed checkpoint beside the source's own files, and
-# what those files are called: what `save_pretrained` writes for configurations and tokenizers.
+# Files in packed checkpoints of versions without the list: Bitknap's own, and those that
+# `save_pretrained` writes for configurations and tokenizers.
 _PACKED = re.compile(
     r"config\.json|bitknap(-\d{5}-of-\d{5})?\.safetensors|bitknap\.safetensors\.index\.json|"
     r"bitknap_plan\.json|bitknap_source\.json|README\.md|SOURCE_README\.md|modeling_bitknap\.py|"
@@ -57,9 +58,9 @@ def sign(folder: Path, names: Collection[str] | None = None) -> None:
     """Write the list of files into a folder; equal names give equal bytes.
 
     Args:
-        folder: what this tool writes.
-        names: what it wrote or will write there, all files if not given; a name that ends in "/"
-            is a folder and all that is in it.
+        folder: a folder that this tool writes.
+        names: files that it wrote or will write there, all files if not given; a name that ends in
+            "/" is a folder with everything in it.
     """
     known = set(names_in(folder) if names is None else names) - {MANIFEST}
     content = {"files": sorted(known), "format": KIND, "version": VERSION}
@@ -68,12 +69,12 @@ def sign(folder: Path, names: Collection[str] | None = None) -> None:
 
 
 def names_in(folder: Path) -> list[str]:
-    """Return the names of all that is in a folder and its folders, relative to it, but folders."""
+    """Return the names of all files in a folder and its subfolders, relative to it."""
     return [name for name, _ in _entries(folder) if name == _finished(name)]
 
 
 def listed(folder: Path) -> frozenset[str] | None:
-    """Return the names that a folder's list says; None if there is no list that can be read."""
+    """Return the names in a folder's list; None if there is no readable list."""
     path = folder / MANIFEST
     if path.is_symlink():
         return None
@@ -99,8 +100,8 @@ def check_ours(folder: Path, copied_from: Path | None = None) -> None:
 
     Args:
         folder: an existing folder; an empty one is fine.
-        copied_from: folder of the model that is read. An earlier version copied files from it,
-            which are known as its copies.
+        copied_from: folder of the source model. An earlier version copied files from it, which are
+            recognised as copies.
     """
     known = listed(folder)
     for entry, regular in _entries(folder):
@@ -114,12 +115,12 @@ def check_ours(folder: Path, copied_from: Path | None = None) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Delete what this tool wrote into a folder, the list last, and the folder if that was all.
+    """Delete what this tool wrote into a folder, its list last, then the folder if it is empty.
 
-    A kill in between leaves a folder that is still known.
+    A kill in between leaves a folder that is still recognised.
 
     Raises:
-        InputError: something else is in it; that stays, and the folder with it.
+        InputError: something else is in the folder; both stay.
     """
     known = listed(folder) or frozenset()
     strange = ""
@@ -138,7 +139,7 @@ def remove(folder: Path) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """Return whether a file says of itself that this tool wrote it; an empty one holds nothing."""
+    """Return whether a file states that this tool wrote it, or is empty and so holds nothing."""
     try:
         if not stat.S_ISREG(path.lstat().st_mode):
             return False
@@ -162,7 +163,7 @@ def _ours(header: Any) -> bool:
 
 
 def _first_line(path: Path) -> Any:
-    """Return what the first line of a journal says."""
+    """Return the parsed first line of a journal."""
     try:
         with path.open("rb") as file:
             return json.loads(file.readline(_LONGEST))
@@ -189,7 +190,7 @@ def _safetensors_header(path: Path) -> Any:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
-    """Yield the name of everything below a folder but folders, and whether it is a regular file."""
+    """Yield the name of each non-folder below a folder, and whether it is a regular file."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -204,9 +205,9 @@ def _entries(folder: Path) -> Iterator[tuple[str, bool]]:
 
 
 def _finished(name: str) -> str:
-    """Return the name of the file that a temporary one of `write_whole` was to become."""
-    found = _TEMPORARY.fullmatch(name)
-    return name if found is None else f"{found[1]}{found[2]}"
+    """Return the final name of a temporary file of `write_whole`; keep any other name."""
+    match = _TEMPORARY.fullmatch(name)
+    return name if match is None else f"{match[1]}{match[2]}"
 
 
 def _name(path: Path, folder: Path) -> str:

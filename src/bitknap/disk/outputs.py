@@ -1,11 +1,11 @@
-"""What may be written where: asked before any work, and again when the old makes way for the new.
+"""Which outputs may be written: checked before any work, and again before one is replaced.
 
-An output is never an input, nor in one, nor around one. `--overwrite` replaces only what this tool
-wrote (`manifest`). What was there stays until the new one is whole on the disk; a kill at any point
-leaves the old one or the new one, and besides, under hidden names that the next run cleans up:
+An output is never an input, inside one, or around one. `--overwrite` replaces only what this tool
+wrote (`manifest`). The old output stays until the new one is complete on the disk. A kill at any
+point leaves the old one or the new one, and perhaps hidden files that the next run cleans up:
 
     .OUT.new     a folder that is being written
-    .OUT.old     a folder that is about to take the place, or has lost it
+    .OUT.old     the new folder before it is exchanged with OUT, or the old one after that
     .OUT.lock    who is writing OUT; that process holds the lock of the file
 """
 
@@ -43,7 +43,7 @@ def check_output(
 
     Args:
         path: the output.
-        kind: what it will be.
+        kind: whether it will be a file or a folder.
         overwrite: whether what is there may be replaced, if this tool wrote it.
         inputs: files and folders that are read, or written by the same command.
         copied_from: folder of the model, whose files an earlier version copied into the output.
@@ -75,8 +75,8 @@ def check_output(
 def check_apart(path: Path, inputs: Iterable[Path]) -> None:
     """Raise InputError if an output is an input, lies in one or contains one.
 
-    Places are compared as the file system knows them: links, "..", and other spellings of a name
-    do not hide that two are one.
+    Paths are compared as the file system identifies them: links, "..", and other spellings of a
+    name do not hide that two paths are one place.
     """
     real = Path(os.path.realpath(path))
     here, above = _identity(real), {_identity(folder) for folder in real.parents}
@@ -97,7 +97,7 @@ def check_apart(path: Path, inputs: Iterable[Path]) -> None:
 
 
 def _places(whole: Path) -> Iterator[Path]:
-    """Yield an input, and where the files of a folder truly are."""
+    """Yield an input and, for a folder, the real paths of its files."""
     yield whole
     if os.path.lexists(whole) and whole.is_dir():
         for file in whole.iterdir():
@@ -106,12 +106,12 @@ def _places(whole: Path) -> Iterator[Path]:
 
 
 def _identity(path: Path) -> object:
-    """Return what tells a file or folder from others; of one that is not there, its name."""
+    """Return a key that identifies a file or folder; its name if it does not exist."""
     try:
-        found = path.stat()
+        status = path.stat()
     except OSError:
         return str(path)
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _check_name(path: Path) -> None:
@@ -155,8 +155,8 @@ def _check_replaceable(path: Path) -> None:
 def writing(path: Path) -> Iterator[None]:
     """Keep other processes from writing an output while the block runs.
 
-    The block may enter it again: a command holds it from its first check to its end, and what it
-    calls holds it while it writes.
+    The block may enter it again: a command holds it from its first check to its end, and functions
+    that it calls hold it while they write.
 
     Raises:
         InputError: another process, or another thread of this one, is writing it.
@@ -177,10 +177,10 @@ def _lock(lock: Path, path: Path) -> int | None:
     holder = f"bitknap {platform.node()} {os.getpid()} {threading.get_ident()}\n".encode()
     while True:
         handle = os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
-        is_free, found = try_lock(handle), os.pread(handle, 1 << 10, 0)
-        if not is_free or (found and not found.startswith(b"bitknap ")):
+        is_free, content = try_lock(handle), os.pread(handle, 1 << 10, 0)
+        if not is_free or (content and not content.startswith(b"bitknap ")):
             os.close(handle)
-            if found == holder:
+            if content == holder:
                 return None
             if is_free:
                 raise InputError(
@@ -192,7 +192,7 @@ def _lock(lock: Path, path: Path) -> int | None:
                 os.ftruncate(handle, 0)
                 os.pwrite(handle, holder, 0)
                 return handle
-        os.close(handle)  # who held it before has deleted it
+        os.close(handle)  # its former holder has deleted it
 
 
 @contextlib.contextmanager
@@ -202,7 +202,7 @@ def whole_folder(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
     Args:
         path: the folder to write.
         overwrite: whether what is there may be replaced, if this tool wrote it.
-        inputs: what is read.
+        inputs: files and folders that are read.
 
     Raises:
         InputError: `path` may not be written, or another process is writing it.
@@ -223,13 +223,13 @@ def whole_folder(path: Path, *, overwrite: bool, inputs: Iterable[Path] = ()) ->
 
 
 def place(part: Path, path: Path, *, overwrite: bool, copied_from: Path | None = None) -> None:
-    """Make a finished folder become `path`, in the place of what is there; called in `writing`.
+    """Move a finished folder to `path`, replacing what is there; called inside `writing`.
 
     Args:
         part: the finished folder, with the list of its files.
         path: the output.
         overwrite: whether what is there may be replaced, if this tool wrote it.
-        copied_from: as of `check_output`.
+        copied_from: as for `check_output`.
 
     Raises:
         InputError: what is there may not be replaced; `part` is left as it is.
@@ -242,11 +242,11 @@ def place(part: Path, path: Path, *, overwrite: bool, copied_from: Path | None =
     aside = beside(path, "old")
     check_output(path, "folder", overwrite=overwrite, copied_from=copied_from)
     if not path.exists() or not any(path.iterdir()):
-        part.rename(path)  # takes an empty folder's place, and no other's
+        part.rename(path)  # replaces an empty folder, and no other
         synced(path.absolute().parent)
         _discard_old(aside)
         return
-    if manifest.listed(path) is None:  # of an earlier version: what is put aside must be known
+    if manifest.listed(path) is None:  # an earlier version's: a folder put aside must be recognised
         manifest.sign(path)
     _discard_old(aside)
     part.rename(aside)
@@ -259,7 +259,7 @@ def place(part: Path, path: Path, *, overwrite: bool, copied_from: Path | None =
 
 
 def _discard(part: Path) -> None:
-    """Delete what a killed run left of a folder that it was writing."""
+    """Delete an unfinished folder that a killed run left."""
     if not os.path.lexists(part):
         return
     started = all(manifest.MANIFEST in file.name for file in part.iterdir())
@@ -269,7 +269,7 @@ def _discard(part: Path) -> None:
 
 
 def _discard_old(aside: Path) -> None:
-    """Delete what a killed run left of a folder that it replaced."""
+    """Delete a replaced folder that a killed run left."""
     if not os.path.lexists(aside):
         return
     if manifest.listed(aside) is None and any(aside.iterdir()):
@@ -278,11 +278,11 @@ def _discard_old(aside: Path) -> None:
 
 
 def holds_only(folder: Path, names: str) -> bool:
-    """Return whether a hidden working folder is ours: all in it has names that we give.
+    """Return whether a hidden working folder is Bitknap's: all names in it are known.
 
     Args:
-        folder: a folder, or a name that is free.
-        names: pattern of the names; those of files that are being written are known.
+        folder: a folder, which need not exist.
+        names: pattern of the names; those of files that are being written count as well.
     """
     if not os.path.lexists(folder):
         return True
@@ -294,16 +294,16 @@ def holds_only(folder: Path, names: str) -> bool:
 
 
 def check_only(folder: Path, names: str) -> None:
-    """Raise InputError if a hidden working folder is not ours; see `holds_only`."""
+    """Raise InputError if a hidden working folder is not Bitknap's; see `holds_only`."""
     if not holds_only(folder, names):
         raise InputError(f"{folder} is in the way and was not written by Bitknap; move it away")
 
 
 def drop(folder: Path, names: str) -> None:
-    """Delete a hidden working folder if it is ours; see `holds_only`.
+    """Delete a hidden working folder if it is Bitknap's; see `holds_only`.
 
-    Folders in it lose the list of their files last, so that a kill leaves what is still known. One
-    with a file that this tool did not write is left as it is.
+    Folders in it lose the list of their files last, so that a kill leaves folders that are still
+    recognised. A folder with a file that this tool did not write is left as it is.
     """
     if not (holds_only(folder, names) and folder.exists()):
         return
@@ -315,7 +315,7 @@ def drop(folder: Path, names: str) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two names change places in one step; return False where the system cannot."""
+    """Exchange two names in one step; return False if the system cannot."""
     if not sys.platform.startswith("linux"):
         return False
     renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
