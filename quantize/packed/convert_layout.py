@@ -180,8 +180,8 @@ def _write_texts(layout: str, more: int, folder: Path) -> None:
     content = json.dumps(config, indent=len(indent[1]) if indent else None) + "\n"
     write_whole(path, content.encode())
 
-    def grown(found: re.Match[str]) -> str:
-        return f"{found[1]}{int(found[2]) + more}"
+    def grown(match: re.Match[str]) -> str:
+        return f"{match[1]}{int(match[2]) + more}"
 
     for index in folder.glob("*.safetensors.index.json"):
         text = index.read_text(encoding="utf-8")

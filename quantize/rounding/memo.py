@@ -80,11 +80,11 @@ class Remembered:
     def _room(self, rounded: Quantized) -> bool:
         return sum(self._sizes) + _bytes(rounded) <= self.limit
 
-    def _keep(self, found: dict[bytes, Quantized]) -> None:
-        size = sum(map(_bytes, found.values()))
+    def _keep(self, fresh: dict[bytes, Quantized]) -> None:
+        size = sum(map(_bytes, fresh.values()))
         if sum(self._sizes) + size <= self.limit:
             self._sizes.append(size)
-            self._known.update(found)
+            self._known.update(fresh)
 
 
 def _bytes(rounded: Quantized) -> int:

@@ -18,9 +18,9 @@ from torch.nn import functional
 
 # The public function, new in torch 2.10, calls the private one.
 _GROUPED = tuple(
-    found
+    product
     for where, name in ((functional, "grouped_mm"), (torch, "_grouped_mm"))
-    if (found := getattr(where, name, None)) is not None
+    if (product := getattr(where, name, None)) is not None
 )
 
 

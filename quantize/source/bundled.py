@@ -17,8 +17,8 @@ _PACKAGE = "bitknap.benchmarks.reference"
 def bundled() -> dict[str, Path]:
     """Return the folder of each bundled model by its name, "reference:" included."""
     root = Path(str(files(_PACKAGE)))
-    found = sorted(path.parent for path in root.glob("*/config.json"))
-    return {PREFIX + folder.name: folder for folder in found}
+    folders = sorted(path.parent for path in root.glob("*/config.json"))
+    return {PREFIX + folder.name: folder for folder in folders}
 
 
 def folder_of(name: str) -> Path:
@@ -28,7 +28,7 @@ def folder_of(name: str) -> Path:
         name: with "reference:".
 
     Raises:
-        InputError: there is none of that name.
+        InputError: no bundled model has that name.
     """
     known = bundled()
     if name not in known:
@@ -37,7 +37,7 @@ def folder_of(name: str) -> Path:
 
 
 def parameters_of(folder: Path) -> int:
-    """Return how many numbers the weights of a folder are, read off the headers."""
+    """Return the number of weights in a folder, read from the headers."""
     from safetensors import safe_open
 
     total = 0
@@ -50,5 +50,5 @@ def parameters_of(folder: Path) -> int:
 
 def config_of(folder: Path) -> dict[str, Any]:
     """Return a bundled model's `config.json`."""
-    found: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    return found
+    config: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config

@@ -157,9 +157,9 @@ def _entry(path: Path, name: str, entry: Any) -> tuple[str, tuple[int, ...], tup
     return dtype, tuple(shape), (offsets[0], offsets[1])
 
 
-def _check_tiling(path: Path, found: dict[str, TensorInfo], begin: int, size: int) -> None:
+def _check_tiling(path: Path, tensors: dict[str, TensorInfo], begin: int, size: int) -> None:
     at = begin
-    for name, info in sorted(found.items(), key=lambda item: item[1][3:]):
+    for name, info in sorted(tensors.items(), key=lambda item: item[1][3:]):
         if info.start != at:
             what = "overlaps the tensor before it" if info.start < at else "leaves a hole before it"
             raise FileError(f"{path}: {name}: {what}, at byte {info.start}")
