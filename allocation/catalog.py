@@ -38,16 +38,16 @@ SOLVERS = Catalog(
 
 
 def solver_of(name: str, **settings: Any) -> Solver:
-    """Return the solver of a name.
+    """Return a new solver, by name.
 
     Args:
         name: a row of `SOLVERS`.
-        settings: keywords for it, such as `gap`, `time_limit` or `seed`; None is left out. A
-            solver that draws nothing needs no `seed`, and is not given one.
+        settings: keywords for it, such as `gap`, `time_limit` or `seed`; those that are None are
+            dropped. A solver without random draws is not given a `seed`.
 
     Raises:
         InputError: the name is unknown or offered twice, the solver cannot be imported or does
-            not take a setting, or it is no solver.
+            not take a setting, or it is not a solver.
     """
     entry = SOLVERS.find(name)
     given = {key: value for key, value in settings.items() if value is not None}
@@ -59,10 +59,10 @@ def solver_of(name: str, **settings: Any) -> Solver:
                 f"{' and '.join(takers)} do"
             )
         del given[key]
-    found: Solver = entry(**given)
-    if not (callable(getattr(found, "answer", None)) and isinstance(found.name, str)):
+    solver: Solver = entry(**given)
+    if not (callable(getattr(solver, "answer", None)) and isinstance(solver.name, str)):
         raise InputError(
             f"solver {name!r}: {entry.place} of {entry.package} has no name or no "
             "answer(problem); see bitknap.allocation.solvers.solver"
         )
-    return found
+    return solver
