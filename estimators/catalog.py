@@ -128,10 +128,10 @@ def rounds_to_nearest(name: str) -> bool:
 
 
 def kind_of(entry: Entry) -> str:
-    """Return what a row is; of another package's, what an instance of it can do.
+    """Return the kind of a row; for another package's row, the kind of its instance.
 
     Raises:
-        InputError: it can do nothing of what estimators and signals do.
+        InputError: the instance is neither an estimator nor a signal.
     """
     if entry.own:
         return entry.kind

@@ -20,10 +20,10 @@ from bitknap.estimators.measuring.windows import Windows
 
 @dataclass(frozen=True, slots=True)
 class Documents:
-    """Strings, each a document of its own.
+    """Strings, each of which is a separate document.
 
     Attributes:
-        parts: The documents in their order; at least one holds more than blanks.
+        parts: The documents in order; at least one must not be blank.
     """
 
     parts: tuple[str, ...]
@@ -37,7 +37,7 @@ class Documents:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class TokenWindows:
-    """Windows of tokens that a caller cut.
+    """Windows of tokens, cut by the caller.
 
     Attributes:
         ids: Token ids, int64 [windows, length].
@@ -49,7 +49,7 @@ class TokenWindows:
         """Return windows, spread evenly over all of them.
 
         Args:
-            tokens: How many tokens to take at most, rounded down to whole windows.
+            tokens: Maximum number of tokens, rounded down to whole windows.
             longest: The model's context.
 
         Raises:
@@ -65,17 +65,17 @@ class TokenWindows:
         return Windows(ids=self.ids[torch.arange(wanted) * there // wanted])
 
     def every(self, length: int) -> Windows:
-        """Return all windows; they have one length."""
+        """Return all windows, which have the same length."""
         return Windows(ids=self.ids)
 
 
 Text = str | Documents | TokenWindows
-# What a caller may write: a path or "builtin", documents, or token windows [windows, length].
+# Types that a caller may give: a path or "builtin", documents, or token windows [windows, length].
 TextLike = Text | Path | Sequence[str] | Tensor | np.ndarray | Iterable[Any]
 
 
 def text_of(given: TextLike) -> Text:
-    """Return the text that a caller gave as one value; an iterable is read to its end.
+    """Return the caller's text as one value; an iterable is read to its end.
 
     Args:
         given: A path or "builtin"; a list of strings, each a document; or token windows of one

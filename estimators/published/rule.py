@@ -1,4 +1,4 @@
-"""What the files of papers share: what a rule plans from, what it offers, and its common parts."""
+"""Common parts of the published rules: their inputs, their results, and helpers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from bitknap.estimators.evidence.evidence import Evidence
     from bitknap.estimators.signals.signal import Signal
 
-# What every rule chooses from, so that they differ in what they choose alone.
+# All rules choose from these formats, so that they differ only in their choice.
 FORMATS = make_formats(bits=(1, 2, 3, 4), group_size="row", symmetric=True)
 # Widths of MC-MoE, GEMQ and Chowdhury et al., and their formats.
 LEVELS = (1, 2, 3)
@@ -33,7 +33,7 @@ BYTES = "bytes"
 
 
 class Offer(NamedTuple):
-    """A plan, and the value of the rule's knob that gave it, "" for a byte limit."""
+    """A plan, and the value of the rule's knob that produced it; "" for a byte limit."""
 
     plan: BitPlan
     setting: str
@@ -45,10 +45,11 @@ class Rule:
 
     Attributes:
         name: its title in the report.
-        source: where it is from.
-        knob: what is turned to meet a size.
+        source: the paper or program.
+        knob: the parameter that is changed to meet a size.
         ties: which units share a format.
-        offers: plans of at most so many bytes; the best of several on the judge's text counts.
+        offers: returns plans within a number of bytes; if there are several, the best on the
+            evaluation text counts.
     """
 
     name: str
@@ -60,12 +61,12 @@ class Rule:
 
 @dataclass(frozen=True, kw_only=True)
 class Material:
-    """What rules plan from.
+    """The inputs of rules.
 
     Attributes:
         evidence: the calibration pass, with curvature, traces and gradients.
         final: router norms at the end of training, by layer.
-        initial: those at its start; None takes the final norms alone.
+        initial: router norms at its start; None uses the final norms alone.
         sets: passes over several texts, for rules that ask for them.
     """
 
@@ -80,7 +81,7 @@ def rule_of(name: str, material: Material, progress: Progress | None = None) -> 
 
     Args:
         name: name of an entry that makes plans.
-        material: what to plan from.
+        material: the inputs of the rule.
         progress: called with (what, done, of) while it measures.
 
     Raises:
@@ -140,10 +141,10 @@ def largest(
     """Return the plan of the last knob that fits; none if no plan does.
 
     Args:
-        plan_of: from a knob to its plan.
-        knobs: in the order of the plans' bytes.
-        nbytes: largest size.
-        text: how to write a knob.
+        plan_of: maps a knob to its plan.
+        knobs: values of the knob, in the order of the plans' bytes.
+        nbytes: maximum size.
+        text: format string for a knob.
     """
     size = bisect_right(knobs, nbytes, key=lambda knob: plan_of(knob).total_bytes)
     if not size:
@@ -153,7 +154,7 @@ def largest(
 
 
 def ranked(evidence: Evidence, formats: Sequence[Format], cost: Floats, name: str) -> CostTable:
-    """Return costs as a table that only ranks.
+    """Return a table of costs that only rank.
 
     Args:
         evidence: gives the units.
@@ -172,6 +173,6 @@ def ranked(evidence: Evidence, formats: Sequence[Format], cost: Floats, name: st
 def each_format(
     evidence: Evidence, formats: Sequence[Format], signal: Callable[[Format], Signal], name: str
 ) -> CostTable:
-    """Return a signal's scores at every format as a table that only ranks."""
+    """Return a table of a signal's scores at every format, which only rank."""
     cost = np.stack([signal(format).score(evidence) for format in formats], axis=1)
     return ranked(evidence, formats, cost, name)

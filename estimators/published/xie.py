@@ -1,4 +1,4 @@
-"""Channel scores: output rows of a matrix as units of their own.
+"""Channel scores: output rows of a matrix as separate units.
 
 Xie et al. replace Fisher information and condition numbers by cheap statistics of channels,
 
@@ -13,8 +13,8 @@ readable and its abstract defines none of the three, so what stands here is OUR 
     O_c       share of the row's weights more than k standard deviations from its mean, with half
               a weight added to the count and one to the row, so that no row scores 0
 
-K V and O are each divided by their mean over the matrix before they are mixed; alpha would mean
-nothing otherwise. So S_c has mean 1 in every matrix.
+K V and O are each divided by their mean over the matrix before they are mixed; otherwise alpha
+would have no meaning. So S_c has mean 1 in every matrix.
 
     ties       none: rows are units of their own
     allocator  the knapsack, for want of theirs
@@ -96,10 +96,10 @@ def _mean_one(term: Tensor) -> Tensor:
 
 @dataclass(frozen=True, slots=True)
 class ChannelScore:
-    """Root mean square of S_c over a matrix's rows: how unlike its channels are.
+    """Root mean square of S_c over a matrix's rows, which measures how much its channels differ.
 
-    The mean is 1 in every matrix and says nothing of it; the root mean square is 1 where all rows
-    are alike and grows with a few bad ones. Which choice the paper makes is not known.
+    The mean is 1 in every matrix and carries no information; the root mean square is 1 if all rows
+    are equal and grows with a few bad ones. Which choice the paper makes is not known.
 
     Attributes:
         alpha: see `channel_scores`.
@@ -133,26 +133,26 @@ def channel_table(
     alpha: float = 0.5,
     k: float = 3.0,
 ) -> CostTable:
-    """Return costs of runs of output rows, each a unit of its own (`Units.block`).
+    """Return costs of runs of output rows, each a separate unit (`Units.block`).
 
     With recorded gradients a row costs ½ Σ F ΔW², as in `Fisher`, in nats per token; without
-    them S_c × its variance × its weights × the format's distortion, which only ranks. Both add up
-    over rows, and groups lie within a row, so the blocks of a matrix cost what it costs whole in
-    every format. Their bytes are each block's own, rounded up to whole bytes.
+    them S_c × its variance × its weights × the format's distortion, which only ranks. Both add
+    up over rows, and groups lie within a row, so the blocks of a matrix together cost as much as
+    the whole matrix in every format. Their bytes are each block's own, rounded up to whole bytes.
 
     A plan over blocks is applied and stored through `quantize.blocks.layout_for`.
 
     Args:
         evidence: gives the units and their weights.
         formats: the options; a kept precision costs nothing.
-        blocks: of each matrix, of equal rows or one row apart; a matrix of fewer rows has one
-            block a row.
+        blocks: number of blocks per matrix, equal to within one row; a matrix with fewer rows has
+            one block per row.
         alpha: see `channel_scores`; unused with gradients.
         k: see `channel_scores`; unused with gradients.
 
     Raises:
         InputError: blocks is below 1, alpha or k is wrong, gradients were recorded and a unit is
-            not a routed expert's, or the evidence is of blocks already.
+            not a routed expert's, or the units are already blocks.
     """
     _check(alpha, k)
     whole = evidence.units
@@ -190,20 +190,20 @@ def channel_table(
 def neuron_scores(
     evidence: Evidence, format: Format, *, alpha: float = 0.5, k: float = 3.0
 ) -> dict[int, Floats]:
-    """Return what storing each neuron in a format costs, by layer, float64 [experts, neurons].
+    """Return the cost of storing each neuron in a format, by layer, float64 [experts, neurons].
 
     A neuron is a row of gate and of up and a column of down; its cost is the sum of theirs, as
-    `channel_table` charges rows. `quantize.permute` sorts neurons by it, so that blocks are of
-    like sensitivity.
+    `channel_table` charges rows. `quantize.permute` sorts neurons by it, so that neurons in a block
+    have similar sensitivity.
 
     Args:
         evidence: gives the routed experts and their weights.
-        format: a grid, of about the width that plans will have.
+        format: a grid of about the width that plans will have.
         alpha: see `channel_scores`; unused with gradients.
         k: see `channel_scores`; unused with gradients.
 
     Raises:
-        InputError: alpha or k is wrong, or the format is no grid.
+        InputError: alpha or k is wrong, or the format is not a grid.
     """
     _check(alpha, k)
     if format.kind != "grid":
@@ -261,14 +261,14 @@ def _distortions(formats: Sequence[Format], cols: int) -> Tensor:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class DownReport:
-    """Whether down projections need more bits than up projections, as a cost table has it.
+    """Whether down projections need more bits than up projections, according to a cost table.
 
     Attributes:
         format: the format at which sensitivities were compared.
         layers: layer numbers, int64[L].
         ratio: mean cost a weight of down over that of up in each layer, float64[L].
-        bits: for "up" and "down", mean bits of a code that the plan gives each layer, float64[L];
-            without metadata, of which the projection with shorter rows has more.
+        bits: for "up" and "down", mean bits of a code in each layer of the plan, float64[L],
+            without metadata, which is larger for the projection with shorter rows.
         budget: bits per weight of the plan, metadata included.
     """
 
@@ -280,12 +280,12 @@ class DownReport:
 
     @property
     def holds(self) -> bool:
-        """Whether the plan gives down more bits than up, in the mean over layers."""
+        """Whether the plan gives down more bits than up on average over layers."""
         return bool(self.bits["down"].mean() > self.bits["up"].mean())
 
     @property
     def share(self) -> float:
-        """Share of layers in which a weight of down is the more sensitive."""
+        """Share of layers in which a weight of down is more sensitive than one of up."""
         return float((self.ratio > 1).mean())
 
 
@@ -297,11 +297,11 @@ def down_needs_more(table: CostTable, bits: float = 2.5) -> DownReport:
 
     Args:
         table: a cost table whose units are whole matrices or blocks.
-        bits: per weight, metadata included.
+        bits: budget in bits per weight, including metadata.
 
     Raises:
-        InputError: the table has no down or up projection of routed experts in some layer with
-            the other, or no grid that every unit may have.
+        InputError: a layer lacks the down or up projection of routed experts, or no grid is allowed
+            for every unit.
         InfeasibleError: the budget is below the smallest plan.
     """
     units = table.units
@@ -344,7 +344,7 @@ def _nearest(table: CostTable, bits: float) -> int:
 
 
 def xie(evidence: Evidence, formats: Sequence[Format]) -> CostTable:
-    """Return S_c × Var × distortion of every output row, a unit each (Xie et al.; ours defined)."""
+    """Return S_c × Var × distortion of every output row, each a unit (after Xie et al.)."""
     bare = {number: replace(layer, curvature={}) for number, layer in evidence.layers.items()}
     rows = int(evidence.units.rows.max())
     return channel_table(replace(evidence, layers=bare), formats, blocks=rows)

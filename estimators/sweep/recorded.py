@@ -1,4 +1,4 @@
-"""What a calibration pass records beside routing and diagonal second moments."""
+"""What a calibration pass records in addition to routing and diagonal second moments."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ class Recorded:
         full: Whole second-moment matrices.
         curvature: Squared gradients, with labels drawn from the model.
         traces: The experts' inputs and routing, token by token.
-        gradients: The loss's gradients at the experts' output, labels drawn from the model; keeps
-            traces too.
-        trace_tokens: Keep traces of the first so many tokens only; of all when not given.
-        spilled: Dtype of activations on disk in between layers, where a pass goes layer by layer;
+        gradients: The loss's gradients at the experts' output, with labels drawn from the model;
+            keeps traces too.
+        trace_tokens: Number of first tokens to keep in traces; all when not given.
+        spilled: Dtype of activations on disk between layers, in passes that go layer by layer;
             bfloat16 takes half the disk, and its rounding is measured as noise too.
     """
 
@@ -40,7 +40,7 @@ class Recorded:
 
     @classmethod
     def of(cls, needs: Collection[str]) -> Recorded:
-        """Return what an estimator's needs ask for."""
+        """Return the recording that an estimator's needs require."""
         return cls(
             full="full" in needs,
             curvature="curvature" in needs,
@@ -50,9 +50,9 @@ class Recorded:
 
     @property
     def by_layer(self) -> tuple[torch.dtype, bool, bool, int | None]:
-        """What names a pass layer by layer in a journal, beside model and text."""
+        """The name of a layer-by-layer pass in a journal, in addition to model and text."""
         return self.spilled, self.full, self.traces, self.trace_tokens
 
     def traced(self, tokens: int) -> int:
-        """Return of how many of a text's tokens traces are kept."""
+        """Return the number of a text's tokens for which traces are kept."""
         return (self.trace_tokens or tokens) if self.traces or self.gradients else 0
