@@ -1,0 +1,58 @@
+"""Hidden working folders: known as ours while they are deleted, and strange files in them stay."""
+
+from pathlib import Path
+
+from bitknap.disk import outputs
+from bitknap.disk.outputs import check_output, whole_folder
+
+
+def working_folder(tmp_path):
+    """Return a hidden folder with a listed one in it, as a sorted copy of a model is kept."""
+    folder = tmp_path / ".out.copy"
+    with whole_folder(folder / "sorted", overwrite=False) as part:
+        for name in ("config.json", "model.safetensors", "a.txt"):
+            (part / name).write_text(name)
+    return folder
+
+
+def test_a_working_folder_that_is_being_deleted_is_known_at_every_step(tmp_path, monkeypatch):
+    count = 0
+    while True:
+        folder = working_folder(tmp_path)
+        left, real = count, Path.unlink
+
+        def unlink(self, missing_ok=False, real=real):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            real(self, missing_ok)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Path, "unlink", unlink)
+            try:
+                outputs.drop(folder, "sorted")
+            except KeyboardInterrupt:
+                check_output(folder / "sorted", "folder", overwrite=True)
+        outputs.drop(folder, "sorted")
+        assert not folder.exists()
+        if left >= 0:
+            break
+        count += 1
+    assert count == 4  # three files and their list
+
+
+def test_a_strange_file_in_a_working_folder_stays(tmp_path):
+    folder = working_folder(tmp_path)
+    (folder / "sorted" / "thesis.txt").write_text("years of work")
+    outputs.drop(folder, "sorted")
+    assert (folder / "sorted" / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_file_that_safetensors_was_writing_is_ours_to_delete(tmp_path):
+    folder = tmp_path / "out.journal.files"
+    folder.mkdir()
+    (folder / ".tmpyfOoEJ").write_bytes(b"half a file")
+    outputs.check_only(folder, r".+\.safetensors")
+    outputs.drop(folder, r".+\.safetensors")
+    assert not folder.exists()
