@@ -129,10 +129,10 @@ def measured(root: Path) -> dict[str, Any]:
     }
 
 
-def markdown(found: dict[str, Any]) -> str:
+def markdown(results: dict[str, Any]) -> str:
     """Return the page of a measurement."""
-    about, seconds = found["about"], found["import_seconds"]
-    rows = [f"| {name} | {size:,} |" for name, size in found["bytes"].items()]
+    about, seconds = results["about"], results["import_seconds"]
+    rows = [f"| {name} | {size:,} |" for name, size in results["bytes"].items()]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return "\n".join(
         [
@@ -144,7 +144,7 @@ def markdown(found: dict[str, Any]) -> str:
             "|---|---:|",
             *rows,
             "",
-            f"The wheel has {found['files']} files.",
+            f"The wheel has {results['files']} files.",
             "",
             f"`import bitknap` takes {seconds['median']:.3f} s, at least {seconds['least']:.3f} s "
             f"({_IMPORTS} fresh interpreters, `-X importtime`; {versions}; {about['cores']} cores "
@@ -159,9 +159,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write into")
     out = parser.parse_args(argv).out
-    found = measured(checkout())
-    write_whole(out / "packaging.json", (json.dumps(found, indent=1) + "\n").encode())
-    write_whole(out / "packaging.md", markdown(found).encode())
+    results = measured(checkout())
+    write_whole(out / "packaging.json", (json.dumps(results, indent=1) + "\n").encode())
+    write_whole(out / "packaging.md", markdown(results).encode())
 
 
 if __name__ == "__main__":

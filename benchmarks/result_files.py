@@ -61,11 +61,11 @@ def read_results(path: Path) -> dict[str, Any]:
     """
     if not os.path.lexists(path) or not path.stat().st_size:
         return {}
-    found = read_json(path)
-    if not isinstance(found, dict):
+    document = read_json(path)
+    if not isinstance(document, dict):
         raise FileError(f"{path}: holds no results of a benchmark; move it away")
-    check_version(found, KIND, VERSION, path)
-    return {name: value for name, value in found.items() if name not in HEADER}
+    check_version(document, KIND, VERSION, path)
+    return {name: value for name, value in document.items() if name not in HEADER}
 
 
 def write_results(path: Path, document: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ def offers(
     families: dict[tuple[int, bool, str], list[Format]] = {}
     for item in sorted(formats, key=lambda item: item.bits):
         families.setdefault((item.group_size, item.symmetric, item.metadata), []).append(item)
-    found = []
+    plans = []
     for family in families.values():
         sizes = storage(units, family).sum(0)
         pairs = [
@@ -51,8 +51,8 @@ def offers(
         ]
         if (len(family) == 1 and sizes[0] <= nbytes) or sizes[-1] <= nbytes:
             pairs.append((family[-1], family[-1]))
-        found += [_prefix(units, low, high, order, nbytes, model) for low, high in pairs]
-    return found
+        plans += [_prefix(units, low, high, order, nbytes, model) for low, high in pairs]
+    return plans
 
 
 def _prefix(

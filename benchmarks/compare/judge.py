@@ -77,8 +77,8 @@ def mean_ranks(domains: Sequence[Mapping[str, float]]) -> list[float]:
     values = np.array([[one[name] for name in domains[0]] for one in domains])
     below = (values[None] < values[:, None]).sum(1)
     equal = (values[None] == values[:, None]).sum(1)
-    found: list[float] = (below + (equal + 1) / 2).mean(1).tolist()
-    return found
+    ranks: list[float] = (below + (equal + 1) / 2).mean(1).tolist()
+    return ranks
 
 
 def check_apart(evaluation: Tensor, calibration: Tensor) -> None:
@@ -105,5 +105,5 @@ def check_apart(evaluation: Tensor, calibration: Tensor) -> None:
 
 def _runs(windows: Tensor, length: int, step: int) -> np.ndarray:
     runs = windows.to(torch.int32).unfold(1, length, step).flatten(0, 1)
-    found: np.ndarray = runs.contiguous().numpy()
-    return found
+    array: np.ndarray = runs.contiguous().numpy()
+    return array

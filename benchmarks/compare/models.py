@@ -121,7 +121,7 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
     longest = longest_of(model.config)
     windows = encoded(source.folder, words, model.config).windows(options.tokens, longest)
     held_out, domain, names = _held_out(options, source.folder, model.config)
-    found = calibrate(
+    calibrated = calibrate(
         model,
         layout,
         windows,
@@ -129,8 +129,8 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
         seed=options.seed,
         progress=progress,
     )
-    provenance = {**found.provenance, "model": source.fingerprint}
-    evidence = replace(found, provenance=provenance, rounding=Remembered(rounding=rounding))
+    provenance = {**calibrated.provenance, "model": source.fingerprint}
+    evidence = replace(calibrated, provenance=provenance, rounding=Remembered(rounding=rounding))
     loop = open_loop(model, evidence, words, windows.ids, options.refine_tokens, source.folder)
     # What the tokenizer begins every window with is no text that they share.
     read = (windows.ids, *(part.windows for part in loop.parts), loop.gate.windows)
@@ -179,10 +179,10 @@ def _held_out(
         texts |= {n: words[a:b] for n, (a, b) in zip(DOMAINS, pairwise(cuts), strict=True)}
     each = options.judged // len(texts)
     longest = longest_of(config)
-    found = [encoded(folder, words, config).windows(each, longest) for words in texts.values()]
-    counts = [len(windows) for windows in found]
-    held_out = Windows(ids=torch.cat([one.ids for one in found]), prefix=found[0].prefix)
-    return held_out, np.repeat(np.arange(len(found)), counts), tuple(texts)
+    by_domain = [encoded(folder, words, config).windows(each, longest) for words in texts.values()]
+    counts = [len(windows) for windows in by_domain]
+    held_out = Windows(ids=torch.cat([one.ids for one in by_domain]), prefix=by_domain[0].prefix)
+    return held_out, np.repeat(np.arange(len(by_domain)), counts), tuple(texts)
 
 
 def _initial(folder: Path, layout: Layout) -> Mapping[int, Floats] | None:

@@ -162,16 +162,16 @@ def write(run: Comparison, folder: Path, command: str) -> dict[str, Any]:
     """Write everything, forget what was kept for a killed run, and return the document."""
     from bitknap.report.run_files import write_report
 
-    found = document(run, command)
+    results = document(run, command)
     plans = {f"{budget:g}bpw": plan for budget, plan in run.plans.items()}
     for name, plan in plans.items():
         (folder / "plans").mkdir(parents=True, exist_ok=True)
         plan.save(folder / "plans" / f"{name}.json")
-    write_whole(folder / "compare.json", _bytes(found))
-    write_report(found, plans, folder)
+    write_whole(folder / "compare.json", _bytes(results))
+    write_report(results, plans, folder)
     write_whole(folder / "times.json", _bytes(times(run)))
     shutil.rmtree(folder / WORK, ignore_errors=True)
-    return found
+    return results
 
 
 def _bytes(values: Mapping[str, Any]) -> bytes:

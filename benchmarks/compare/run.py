@@ -59,7 +59,7 @@ class Cell:
 
     def line(self) -> dict[str, Any]:
         """Return the cell as JSON values."""
-        found = {
+        fields = {
             "strategy": self.strategy,
             "budget": self.budget,
             "status": self.status,
@@ -68,7 +68,7 @@ class Cell:
             "ours": self.ours.tolist(),
             "seconds": self.seconds,
         }
-        return {**found, "sum": _sum(found)}
+        return {**fields, "sum": _sum(fields)}
 
     @classmethod
     def of_line(cls, line: bytes) -> Cell:
@@ -77,12 +77,12 @@ class Cell:
         Raises:
             ValueError: the line is not as it was written.
         """
-        found: dict[str, Any] = json.loads(line)
-        if not isinstance(found, dict) or found.pop("sum", None) != _sum(found):
+        fields: dict[str, Any] = json.loads(line)
+        if not isinstance(fields, dict) or fields.pop("sum", None) != _sum(fields):
             raise ValueError("damaged")
         for name in ("kl", "ours"):
-            found[name] = np.array(found[name], dtype=np.float64)
-        return cls(**found)
+            fields[name] = np.array(fields[name], dtype=np.float64)
+        return cls(**fields)
 
 
 def _sum(values: Mapping[str, Any]) -> int:
@@ -230,13 +230,13 @@ def _judged(run: Comparison, strategy: Strategy, budget: float) -> Cell:
         "source": strategy.source,
         "measurements": strategy.measurements,
     }
-    found = list(strategy.offers(run.limit(budget)))
+    offers = list(strategy.offers(run.limit(budget)))
     seconds = time.perf_counter() - start
-    if not found:
+    if not offers:
         reason = f"no plan of at most {run.limit(budget):,} bytes"
         values = {**about, "reason": reason}
         return Cell(strategy=strategy.name, budget=budget, status=UNREACHABLE, values=values)
-    judged = [(offer, setting.judge.of(offer.plan)) for offer in found]
+    judged = [(offer, setting.judge.of(offer.plan)) for offer in offers]
     if strategy.average:
         offer, losses = judged[0][0], _mean([losses for _, losses in judged])
     else:
@@ -261,14 +261,14 @@ def _mean(losses: Sequence[Losses]) -> Losses:
 
 def _facts(run: Comparison, plan: BitPlan, losses: Losses, tasks: Tasks | None) -> dict[str, Any]:
     """Return what a plan takes, was thought to lose and does lose, JSON values."""
-    found = {
+    facts = {
         "bytes": plan.total_bytes,
         "bpw": plan.bpw,
         "predicted": _predicted(run, plan),
         "perplexity": losses.perplexity,
         "top1": float(losses.top1.mean()),
     }
-    return found if tasks is None else found | {"tasks": tasks.scores(run.setting, plan)}
+    return facts if tasks is None else facts | {"tasks": tasks.scores(run.setting, plan)}
 
 
 def _predicted(run: Comparison, plan: BitPlan) -> float | None:
@@ -338,7 +338,7 @@ def _ours(run: Comparison, budget: float, work: Path | None) -> None:
 
 def rows(run: Comparison) -> list[dict[str, Any]]:
     """Return all cells as the report's rows: ours first, then by budget and loss."""
-    found = []
+    report_rows = []
     for budget in run.budgets:
         here = [cell for (_, at), cell in run.done.items() if at == budget]
         fine = sorted(
@@ -348,10 +348,10 @@ def rows(run: Comparison) -> list[dict[str, Any]]:
         domains = [run.setting.judge.by_domain(cell.kl) for cell in fine]
         ranks = mean_ranks(domains)
         for cell, domain, rank in zip(fine, domains, ranks, strict=True):
-            found.append(_row(cell, domain, rank))
+            report_rows.append(_row(cell, domain, rank))
         bad = sorted((cell for cell in here if cell.status != OK), key=lambda cell: cell.strategy)
-        found += [_row(cell, None, None) for cell in bad]
-    return found
+        report_rows += [_row(cell, None, None) for cell in bad]
+    return report_rows
 
 
 _NUMBERS = ("setting", "bytes", "bpw", "perplexity", "top1", "measurements", "predicted")

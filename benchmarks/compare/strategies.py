@@ -79,13 +79,13 @@ def names(words: Sequence[str]) -> tuple[str, ...]:
     Raises:
         InputError: a word is none of these.
     """
-    found: dict[str, None] = dict.fromkeys((OURS, UNREFINED, ROWS, "uniform"))
+    chosen: dict[str, None] = dict.fromkeys((OURS, UNREFINED, ROWS, "uniform"))
     for word in words:
         estimator, _, solver = word.partition(":")
         if word in _SETS:
-            found |= dict.fromkeys(_SETS[word])
+            chosen |= dict.fromkeys(_SETS[word])
         elif word in _ALONE or _made_of_two(estimator, solver):
-            found[word] = None
+            chosen[word] = None
         else:
             near = guess(word, (*_SETS, *_ALONE, *_SETS["all"]))
             raise InputError(
@@ -93,7 +93,7 @@ def names(words: Sequence[str]) -> tuple[str, ...]:
                 f"ESTIMATOR:SOLVER, such as fisher:greedy, with {', '.join(ESTIMATORS)} and "
                 f"{', '.join(SOLVERS)}{near}"
             )
-    return tuple(found)
+    return tuple(chosen)
 
 
 def _made_of_two(estimator: str, solver: str) -> bool:
@@ -241,12 +241,12 @@ def _random(setting: Setting) -> Strategy:
     seeds = range(setting.options.seed, setting.options.seed + SEEDS)
 
     def offers(nbytes: int) -> list[Offer]:
-        found = []
+        plans = []
         for seed in seeds:
             scored = Scored(RandomScore(seed))
             table = scored.estimate(setting.evidence, setting.options.formats)
-            found.append(Offer(plan_of(setting, table, nbytes), f"mean of {SEEDS} seeds"))
-        return found
+            plans.append(Offer(plan_of(setting, table, nbytes), f"mean of {SEEDS} seeds"))
+        return plans
 
     source = f"log-normal scores, mean of {SEEDS} seeds"
     return Strategy(name="random", group="random", source=source, offers=offers, average=True)

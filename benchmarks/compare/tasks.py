@@ -75,7 +75,7 @@ class Tasks:
                 tokenizer=tokenizer_of(setting.source.folder),
                 batch_size=_BATCH,
             )
-            found = simple_evaluate(
+            evaluated = simple_evaluate(
                 model=language,
                 tasks=list(self.names),
                 task_manager=_manager(self.folder),
@@ -86,7 +86,7 @@ class Tasks:
                 torch_random_seed=seed,
                 fewshot_random_seed=seed,
             )
-        return {name: dict(_numbers(values)) for name, values in found["results"].items()}
+        return {name: dict(_numbers(values)) for name, values in evaluated["results"].items()}
 
 
 def _numbers(values: dict[str, Any]) -> Iterator[tuple[str, float]]:

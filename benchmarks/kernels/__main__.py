@@ -39,7 +39,7 @@ def about(device: str) -> dict[str, Any]:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    found = {
+    facts = {
         "versions": versions,
         "date": datetime.date.today().isoformat(),
         "cpu": platform.processor() or platform.machine(),
@@ -49,12 +49,12 @@ def about(device: str) -> dict[str, Any]:
     }
     if device == "cuda":
         known = torch.cuda.get_device_properties(0)
-        found["device"] = known.name
-        found["processors"] = known.multi_processor_count
-        found["memory"] = known.total_memory
-        found["cache"] = known.L2_cache_size
-        found["cuda"] = torch.version.cuda
-    return found
+        facts["device"] = known.name
+        facts["processors"] = known.multi_processor_count
+        facts["memory"] = known.total_memory
+        facts["cache"] = known.L2_cache_size
+        facts["cuda"] = torch.version.cuda
+    return facts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,12 +107,12 @@ def measure(out: Path, asked: Asked, say: Callable[[str], None]) -> None:
         from bitknap.benchmarks.kernels.compile_cases import compile_all
 
         compile_all(chosen, asked.processes, say)
-    found = ceilings(device)
-    setting = Setting(device=device, runs=asked.runs, ceilings=found)
+    peaks = ceilings(device)
+    setting = Setting(device=device, runs=asked.runs, ceilings=peaks)
     rows: list[dict[str, Any]] = []
     for name, more in measured(chosen, setting):
         rows += more
-        write(out, {"about": about(device), "toy": asked.toy, "ceilings": found, "rows": rows})
+        write(out, {"about": about(device), "toy": asked.toy, "ceilings": peaks, "rows": rows})
         say(name)
 
 
@@ -123,13 +123,13 @@ def measure_cpu(out: Path, *, toy: bool, rounds: int, say: Callable[[str], None]
     torch.set_num_threads(1)
     which = cpu.TOY if toy else cpu.LAYERS
     with tempfile.TemporaryDirectory() as folder:
-        found = {
+        results = {
             "about": about("cpu"),
             "rates": cpu.rates([(64, 96)] if toy else [(1024, 2048)], rounds),
             "layers": cpu.layers(which, rounds=rounds, prefill=8 if toy else 512, say=say),
             "models": cpu.models(Path(folder), tokens=4 if toy else 64, prefill=8 if toy else 512),
         }
-    write(out, {"cpu": found})
+    write(out, {"cpu": results})
 
 
 def write(out: Path, parts: dict[str, Any]) -> None:

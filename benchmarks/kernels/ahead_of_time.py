@@ -158,7 +158,7 @@ def variants(
     )
     for kernel, _, arguments, constants, tile in started:
         names = [name for name in kernel.arg_names if name not in constants]
-        found = constants.get("KINDS", ())
+        codes = constants.get("KINDS", ())
         rows = constants.get("HALF", 0) * (2 if constants.get("TIED") else 1)
         yield Variant(
             name=f"{layer.name} T{tokens} {kernel.__name__}",
@@ -166,7 +166,7 @@ def variants(
             signature={n: _type(a) for n, a in zip(names, arguments, strict=True)},
             constants=constants,
             tile=tile,
-            kinds=tuple(Kind.of(code) for code in found),
+            kinds=tuple(Kind.of(code) for code in codes),
             rows=rows or constants.get("BN", 0),
             tokens=constants.get("BM", 0),
         )
@@ -233,15 +233,15 @@ def _amd(made: Any, variant: Variant, target: str) -> Built:
     text = made.asm["amdgcn"]
 
     def value(name: str) -> int:
-        found = re.search(rf"\.{name}:\s*(\d+)", text)
-        return int(found[1]) if found else 0
+        match = re.search(rf"\.{name}:\s*(\d+)", text)
+        return int(match[1]) if match else 0
 
     lines: list[tuple[int, str]] = []
     labels: dict[str, int] = {}
     loops: list[tuple[int, int]] = []
     for line in text.splitlines():
-        if found := re.match(r"(\.LBB\w+):", line):
-            labels[found[1]] = len(lines)
+        if match := re.match(r"(\.LBB\w+):", line):
+            labels[match[1]] = len(lines)
         elif re.match(r"\s+[a-z]+_\w+", line):
             lines.append((len(lines), line.strip()))
             jump = re.search(r"s_c?branch\w*\s+(\.LBB\w+)", line)
@@ -294,14 +294,14 @@ def budget(variant: Variant) -> float | None:
 
 def problems(variant: Variant, built: Built) -> list[str]:
     """Return what must not be: one line each, none if all is well."""
-    found = []
+    messages = []
     if built.spills:
-        found.append(f"{built.spills} instructions spill registers")
+        messages.append(f"{built.spills} instructions spill registers")
     if built.shared > SHARED[built.target]:
-        found.append(f"{built.shared} bytes of shared memory, limit {SHARED[built.target]}")
+        messages.append(f"{built.shared} bytes of shared memory, limit {SHARED[built.target]}")
     limit = budget(variant)
     if limit is not None and built.target == "sm_90" and built.per_weight:
         most = max(built.per_weight)
         if most > limit:
-            found.append(f"{most} instructions a weight, budget {limit}")
-    return [f"{variant.name} on {built.target}: {text}" for text in found]
+            messages.append(f"{most} instructions a weight, budget {limit}")
+    return [f"{variant.name} on {built.target}: {text}" for text in messages]

@@ -114,21 +114,21 @@ def cases(*, quick: bool) -> list[Case]:
     Args:
         quick: the few that the targets are about.
     """
-    found = []
+    chosen = []
     for model in MODELS:
         layer = Layer.of(model)
         if quick:
             for mix, batch in product(("4", "2+3+4+8", OTHER, KEPT), (1, 16, 512)):
-                found.append(Case(layer=layer, mix=mix, batch=batch))
+                chosen.append(Case(layer=layer, mix=mix, batch=batch))
             continue
         for mix, batch in product(MIXES, BATCHES):
-            found.append(Case(layer=layer, mix=mix, batch=batch))
+            chosen.append(Case(layer=layer, mix=mix, batch=batch))
         for mix, batch in product(("4", "2+3+4+8"), (1, 16, 64, 512)):
             base = Case(layer=layer, mix=mix, batch=batch)
-            found += [replace(base, routing=routing) for routing in ROUTINGS[1:]]
-            found += [replace(base, dtype="fp16"), replace(base, group=64)]
-    found.sort(key=lambda case: (MODELS.index(case.layer.name), case.weights_name, case.dtype))
-    return found
+            chosen += [replace(base, routing=routing) for routing in ROUTINGS[1:]]
+            chosen += [replace(base, dtype="fp16"), replace(base, group=64)]
+    chosen.sort(key=lambda case: (MODELS.index(case.layer.name), case.weights_name, case.dtype))
+    return chosen
 
 
 def toy_cases() -> list[Case]:

@@ -131,7 +131,7 @@ def routed(layer: Layer, tokens: int, dtype: torch.dtype, seed: int) -> tuple[Te
 
 def rates(shapes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
     """Return how fast matrices are dequantized to bf16, in GB of bf16 a second of one thread."""
-    found = []
+    measured_rates = []
     for rows, cols in shapes:
         for name in FORMATS:
             for layout in LAYOUTS:
@@ -140,10 +140,10 @@ def rates(shapes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]
                 run = lambda o=out, s=stream, f=format, w=layout: dequantize_into(o, s, f, w)  # noqa: E731
                 seconds = turn_about({"": run}, rounds)[""]
                 rate = out.nbytes / statistics.median(seconds) / 1e9
-                found.append(
+                measured_rates.append(
                     {"shape": [rows, cols], "format": name, "layout": layout, "gb_per_second": rate}
                 )
-    return found
+    return measured_rates
 
 
 def layers(
@@ -157,16 +157,16 @@ def layers(
         prefill: tokens of a prefill step.
         say: told of every row.
     """
-    found = []
+    rows = []
     for shape, layer in which.items():
         large = layer.experts * layer.hidden * layer.intermediate > _LARGE
         for dtype in ("bf16",) if large else DTYPES:
             # Once dequantized, all widths are alike.
             for name in FORMATS if dtype == "bf16" and not large else FORMATS[-1:]:
                 row = _layer(layer, Format.parse(name), DTYPES[dtype], rounds, prefill)
-                found.append({"layer": shape, "format": name, "dtype": dtype, **row})
+                rows.append({"layer": shape, "format": name, "dtype": dtype, **row})
                 say(f"{shape} {name} {dtype}")
-    return found
+    return rows
 
 
 @torch.inference_mode()
@@ -177,7 +177,7 @@ def _layer(
     cache = next(iter(packed.packed.values())).cache
     plain = experts_of(layer, format, "plain", dtype, Cache(0))
     unpack(plain)
-    found: dict[str, Any] = {}
+    row: dict[str, Any] = {}
     for step, tokens in (("decode", DECODE), ("prefill", prefill)):
         inputs = [routed(layer, tokens, dtype, seed) for seed in range(8)]
         seconds: dict[str, list[float]] = {}
@@ -189,10 +189,10 @@ def _layer(
             turns = turn_about({name: _next(packed, inputs), "plain": _next(plain, inputs)}, few)
             for key, values in turns.items():
                 seconds.setdefault(key, []).extend(values)
-        found[step] = {key: statistics.median(values) for key, values in seconds.items()}
-        found[step]["tokens"] = tokens
-        found[f"{step} equal"] = all(torch.equal(packed(*x), plain(*x)) for x in inputs[:2])
-    return found
+        row[step] = {key: statistics.median(values) for key, values in seconds.items()}
+        row[step]["tokens"] = tokens
+        row[f"{step} equal"] = all(torch.equal(packed(*x), plain(*x)) for x in inputs[:2])
+    return row
 
 
 def _next(module: nn.Module, inputs: Sequence[tuple[Tensor, ...]]) -> Callable[[], object]:
@@ -228,7 +228,7 @@ def models(folder: Path, *, tokens: int, prefill: int) -> list[dict[str, Any]]:
         "all cached": {"packed": True, "cache_bytes": 1 << 30},
         "nothing cached": {"packed": True, "cache_bytes": 0},
     }
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
     for dtype, kind in DTYPES.items():
         loaded = {name: load(folder, kind, **how) for name, how in options.items()}
         ids = torch.arange(prefill).view(1, -1) % 512 + 3
@@ -244,8 +244,8 @@ def models(folder: Path, *, tokens: int, prefill: int) -> list[dict[str, Any]]:
         for name, values in seconds.items():
             count = tokens if name.startswith("decode") else prefill
             row[name] = count / statistics.median(values)
-        found.append(row)
-    return found
+        rows.append(row)
+    return rows
 
 
 def _packed_reference(out: Path) -> Path:

@@ -33,14 +33,14 @@ def cpu_section(cpu: Mapping[str, Any]) -> Iterator[str]:
     )
     for row in cpu["layers"]:
         for step in ("decode", "prefill"):
-            found = row[step]
-            cells = [f"{found['plain'] * 1e3:.1f}"]
+            times = row[step]
+            cells = [f"{times['plain'] * 1e3:.1f}"]
             cells += [
-                f"{found[way] * 1e3:.1f} ({found[way] / found['plain']:.2f})" for way in _WAYS[1:]
+                f"{times[way] * 1e3:.1f} ({times[way] / times['plain']:.2f})" for way in _WAYS[1:]
             ]
             equal = "equal to the bit" if row[f"{step} equal"] else "differ"
             name = f"{row['layer']}, {row['format']}, {row['dtype']}"
-            yield f"| {name} | {found['tokens']} tokens | " + " | ".join(cells) + f" | {equal} |"
+            yield f"| {name} | {times['tokens']} tokens | " + " | ".join(cells) + f" | {equal} |"
     yield from ("", "Whole models, tokens a second of the processor:", "")
     yield "| model, dtype | step | plain | all cached | nothing cached | tokens |"
     yield "|---|---|---|---|---|---|"

@@ -93,11 +93,11 @@ def _rows(
         about = {**facts, **roof(down=way != GATE_UP), "way": way}
         try:
             calls = [make(i, route) for i, route in enumerate(routes)]
-            found = seconds_of(calls, setting.device, setting.runs, graph=way != EAGER)
+            timed = seconds_of(calls, setting.device, setting.runs, graph=way != EAGER)
         except (torch.cuda.OutOfMemoryError, BitknapError) as error:
             yield {**about, "note": str(error).splitlines()[0]}
             continue
-        yield {**about, **found, "share": about["ideal"] / found["seconds"]}
+        yield {**about, **timed, "share": about["ideal"] / timed["seconds"]}
 
 
 def _sets(case: Case, device: str) -> list[Experts]:
@@ -190,19 +190,19 @@ class _Peers:
 
     def ways(self, case: Case) -> dict[str, Make]:
         """Return what can run a case."""
-        found: dict[str, Make] = {}
+        makers: dict[str, Make] = {}
         if self.naive:
-            found[NAIVE] = lambda i, route: partial(self.naive[i % len(self.naive)], *route)
+            makers[NAIVE] = lambda i, route: partial(self.naive[i % len(self.naive)], *route)
         if not self.stacks:
-            return found
+            return makers
         expert = sum(stack[0].nbytes for stack in self.stacks[0])
         for way in TRANSFORMERS:
             pairs = case.batch * case.layer.top_k
             if way != "batched_mm" or pairs * expert <= _COPIES:
-                found[f"transformers {way}"] = partial(self._transformers, way)
+                makers[f"transformers {way}"] = partial(self._transformers, way)
         if installed("vllm") and self.device == "cuda":
-            found[VLLM] = self._vllm
-        return found
+            makers[VLLM] = self._vllm
+        return makers
 
     def _transformers(self, way: str, i: int, route: Routing) -> Call:
         from transformers import MixtralConfig

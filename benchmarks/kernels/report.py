@@ -66,22 +66,22 @@ def _bandwidths(mixed: str, uniform: str) -> Callable[[Sequence[Row]], list[floa
     """Return bytes a second in a mix over those at the width that has as many bytes."""
 
     def values(rows: Sequence[Row]) -> list[float]:
-        found = {_key(row): row for row in rows if row["batch"] <= 64}
+        by_key = {_key(row): row for row in rows if row["batch"] <= 64}
         return [
             (row["bytes"] / row["seconds"]) / (other["bytes"] / other["seconds"])
-            for row in found.values()
-            if row["mix"] == mixed and (other := found.get(_key(row, mix=uniform)))
+            for row in by_key.values()
+            if row["mix"] == mixed and (other := by_key.get(_key(row, mix=uniform)))
         ]
 
     return values
 
 
 def _over_kept(rows: Sequence[Row]) -> list[float]:
-    found = {_key(row, group=0): row for row in rows if row["group"] == 128 and row["batch"] <= 16}
+    by_key = {_key(row, group=0): row for row in rows if row["group"] == 128 and row["batch"] <= 16}
     return [
         other["seconds"] / row["seconds"]
-        for row in found.values()
-        if row["mix"] == _UNIFORM and (other := found.get(_key(row, mix=KEPT, group=0)))
+        for row in by_key.values()
+        if row["mix"] == _UNIFORM and (other := by_key.get(_key(row, mix=KEPT, group=0)))
     ]
 
 
@@ -118,13 +118,13 @@ def targets(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     every = [] if document.get("toy") else [r for r in document.get("rows", []) if "seconds" in r]
     peak = document.get("ceilings", {}).get("matmul", float("inf"))
     ours = [{**row, "peak": peak} for row in every if row["way"] == OURS]
-    found = []
+    judged = []
     for target in TARGETS:
         low, high = target.form.format(target.least), target.form.format(target.aim)
         text = f"{target.text}: at least {low}, aim {high}"
-        found.append((text, *_verdict(target.values(ours), target.least, target.aim, target.form)))
+        judged.append((text, *_verdict(target.values(ours), target.least, target.aim, target.form)))
     text = "prefill of 512–4096: never below 0.6 × transformers' grouped_mm in bf16"
-    return [*found, (text, *_verdict(_over_grouped(every), 0.6, 1.0, "{:.2f}"))]
+    return [*judged, (text, *_verdict(_over_grouped(every), 0.6, 1.0, "{:.2f}"))]
 
 
 def _verdict(values: Sequence[float], least: float, aim: float, form: str) -> tuple[str, str]:
@@ -225,11 +225,11 @@ def _model(rows: Sequence[Row]) -> Iterator[str]:
 
 def _price(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what it costs that gate and up of one expert differ in width."""
-    found = {_key(row): row for row in rows if "seconds" in row and row["way"] in (OURS, GATE_UP)}
+    by_key = {_key(row): row for row in rows if "seconds" in row and row["way"] in (OURS, GATE_UP)}
     ratios = {
         row["batch"]: row["seconds"] / other["seconds"]
-        for row in found.values()
-        if row["mix"] == OTHER and (other := found.get(_key(row, mix=_MIXED)))
+        for row in by_key.values()
+        if row["mix"] == OTHER and (other := by_key.get(_key(row, mix=_MIXED)))
     }
     if ratios:
         said = ", ".join(f"{ratio:.2f} at {batch}" for batch, ratio in sorted(ratios.items()))

@@ -141,10 +141,10 @@ def report(document: dict[str, Any]) -> str:
             f"| {r['variant']} | {r['dtype']} | {r['target']} | {tile} | {r['registers']} | "
             f"{r['spills']} | {r['shared'] / 1024:.0f} | {per_weight} | {r['budget'] or ''} |"
         )
-    found = [text for r in document["rows"] for text in r["problems"]]
+    misses = [text for r in document["rows"] for text in r["problems"]]
     done = f"{len(document['rows'])} of {document['planned']} compilations"
-    lines += ["", f"{done}; {len(found)} miss a limit.", ""]
-    return "\n".join([*lines, *(f"- {text}" for text in found), *([""] if found else [])])
+    lines += ["", f"{done}; {len(misses)} miss a limit.", ""]
+    return "\n".join([*lines, *(f"- {text}" for text in misses), *([""] if misses else [])])
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -75,7 +75,7 @@ CHECKS, CHECK_BUDGETS = 12, (2.0, 2.5)
 def signals(evidence: Evidence, model: Any) -> Iterator[Estimator]:
     """Yield every rank-only signal as an estimator."""
     norms = router_norms(dict(model.named_parameters()), evidence.layout)
-    found: list[Signal] = [
+    rank_only: list[Signal] = [
         Uniform(),
         RandomScore(),
         Frequency(),
@@ -94,7 +94,7 @@ def signals(evidence: Evidence, model: Any) -> Iterator[Estimator]:
         ChannelScore(),
         RouterNorm(final=norms),
     ]
-    yield from (Scored(signal) for signal in found)
+    yield from (Scored(signal) for signal in rank_only)
 
 
 def dense_free(evidence: Evidence, model: Any) -> Iterator[tuple[Estimator, int]]:
@@ -200,19 +200,19 @@ class Setting:
 
 def prepared(name: str, out: Path, tokens: int, judged: int) -> Setting:
     """Calibrate on a reference model, and measure every unit or read what was measured."""
-    found = reference(name, tokens, judged)
+    calibrated = reference(name, tokens, judged)
     journal = out / f"profiling.{name}.journal"
     begun, start = journal.exists(), time.perf_counter()
-    dense = Measured(progress=_say, journal=journal).estimate(found.evidence, FORMATS)
+    dense = Measured(progress=_say, journal=journal).estimate(calibrated.evidence, FORMATS)
     seconds = None if begun else time.perf_counter() - start
     return Setting(
         name=name,
         tokens=tokens,
         judged=judged,
-        model=found.model,
-        evidence=found.evidence,
+        model=calibrated.model,
+        evidence=calibrated.evidence,
         dense=dense,
-        judge=found.judge,
+        judge=calibrated.judge,
         seconds=seconds,
     )
 
@@ -251,9 +251,9 @@ def _sampled(
     plain = Known.of(Fisher(space="output"), evidence)
     # As many readings as the samples, spent on groups; and one a group, as a base for rules.
     few = Calibrated(base=plain, measurements=len(drawn(dense, 0)))
-    found = Known.of(few, evidence, plain.seconds)
-    row = _row(few.name, found.table, dense, judge, best, BUDGETS, found.readings)
-    yield row | {"seed": 0, "share": found.seconds / whole}
+    grouped = Known.of(few, evidence, plain.seconds)
+    row = _row(few.name, grouped.table, dense, judge, best, BUDGETS, grouped.readings)
+    yield row | {"seed": 0, "share": grouped.seconds / whole}
     one = Calibrated(base=plain, measurements=len(stacks(evidence.units)))
     for base in (None, plain, Known.of(one, evidence, plain.seconds)):
         before, readings = (base.seconds, base.readings) if base else (0.0, 0)
@@ -298,9 +298,9 @@ def checked(setting: Setting) -> list[dict[str, Any]]:
         plans = plans_for_check(Problem(tied, Budget.bits(bits)), CHECKS)
         kl = [float(setting.judge.of(plan).kl.mean()) for plan in plans]
         for name, table in tables.items():
-            found = check_plans(table, plans, kl)
-            numbers = {"spearman": found.spearman, "slope": found.slope, "scale": found.scale}
-            rows.append({"estimator": name, "bits": bits, "regret": found.regret, **numbers})
+            check = check_plans(table, plans, kl)
+            numbers = {"spearman": check.spearman, "slope": check.slope, "scale": check.scale}
+            rows.append({"estimator": name, "bits": bits, "regret": check.regret, **numbers})
             print(json.dumps(rows[-1]), flush=True)
     return rows
 
@@ -355,11 +355,11 @@ def main() -> None:
     path = args.out / "profiling.json"
     document: dict[str, Any] = {"models": {}} | read_results(path)
     for name in args.models.split(","):
-        found = document["models"].get(name, {})
-        if "rows" not in found or "checks" not in found:
+        kept = document["models"].get(name, {})
+        if "rows" not in kept or "checks" not in kept:
             setting = prepared(name, args.out, args.tokens, args.judged_on)
-            found = found if "rows" in found else ranked(setting)
-            document["models"][name] = found | {"checks": checked(setting)}
+            kept = kept if "rows" in kept else ranked(setting)
+            document["models"][name] = kept | {"checks": checked(setting)}
         packages = ("numpy", "torch", "transformers", "scikit-learn")
         versions = {package: version(package) for package in packages}
         threads = torch.get_num_threads()

@@ -30,7 +30,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     for model in models.values():
         parts += _model(model)
     about = document["about"]
-    versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     parts.append(f"{about['cpu']}, {about['threads']} thread; {versions}.")
     return "\n".join(parts) + "\n"
 

@@ -47,21 +47,21 @@ from bitknap.quantization.source.checkpoint import resolve
 SETS = 4
 
 
-def material(found: Reference) -> Material:
+def material(calibrated: Reference) -> Material:
     """Return what rules plan from: the pass, router norms, and a pass a quarter of the text."""
-    folder = resolve(f"reference:{found.name}")
-    layout = found.evidence.layout
+    folder = resolve(f"reference:{calibrated.name}")
+    layout = calibrated.evidence.layout
     text, tokenizer = read_text(BUILTIN, "calibration"), tokenizer_of(folder)
     cuts = [len(text) * part // SETS for part in range(SETS + 1)]
     sets = []
     for start, end in pairwise(cuts):
-        longest = longest_of(found.model.config)
-        windows = token_windows(tokenizer, text[start:end], found.tokens, longest)
-        sets.append(calibrate(found.model, layout, windows))
+        longest = longest_of(calibrated.model.config)
+        windows = token_windows(tokenizer, text[start:end], calibrated.tokens, longest)
+        sets.append(calibrate(calibrated.model, layout, windows))
     routers = load_file(folder / "initial_routers.safetensors")
     return Material(
-        evidence=found.evidence,
-        final=router_norms(dict(found.model.named_parameters()), layout),
+        evidence=calibrated.evidence,
+        final=router_norms(dict(calibrated.model.named_parameters()), layout),
         initial=router_norms(routers, layout),
         sets=tuple(sets),
     )
@@ -133,18 +133,18 @@ def _predicted(table: CostTable, plan: BitPlan) -> float | None:
     return float(table.cost[np.arange(len(plan.units)), columns[plan.choice]].sum())
 
 
-def measured(found: Reference) -> Mapping[str, Any]:
+def measured(calibrated: Reference) -> Mapping[str, Any]:
     """Return all that is reported of one reference model, JSON values."""
-    known = material(found)
-    ours = ours_on(found.evidence)
+    known = material(calibrated)
+    ours = ours_on(calibrated.evidence)
     return {
-        "model": found.name,
-        "tokens": found.tokens,
-        "judged_on": found.judged,
+        "model": calibrated.name,
+        "tokens": calibrated.tokens,
+        "judged_on": calibrated.judged,
         "units": len(ours.units),
         "measurements": ours.provenance["measurements"],
-        "rows": compared(found.judge, rules(known, _say), ours),
-        "claims": claims(found.judge, known, ours),
+        "rows": compared(calibrated.judge, rules(known, _say), ours),
+        "claims": claims(calibrated.judge, known, ours),
     }
 
 
@@ -166,8 +166,8 @@ def main() -> None:
     document: dict[str, Any] = {"models": {}} | read_results(path)
     for name in args.models.split(","):
         if name not in document["models"]:
-            found = reference(name, args.tokens, args.judged_on)
-            document["models"][name] = measured(found)
+            calibrated = reference(name, args.tokens, args.judged_on)
+            document["models"][name] = measured(calibrated)
         packages = ("numpy", "torch", "transformers", "scikit-fuzzy")
         versions = {package: version(package) for package in packages}
         threads = torch.get_num_threads()

@@ -44,13 +44,13 @@ def claims(
         ours: the calibrated costs.
         budgets: bits per weight, of plans with and without what a claim is about.
     """
-    found = [_down(ours)]
+    verdicts = [_down(ours)]
     change = norm_changes(known.final, known.initial)
     if known.initial is not None:
-        found.append(_norms("small change of router norm, more bits", change, known, ours))
-    found.append(_norms("small final router norm, more bits", known.final, known, ours))
-    found.append(_max_var(judge, known, ours, budgets))
-    return [*found, _frequency(judge, known, ours, budgets)]
+        verdicts.append(_norms("small change of router norm, more bits", change, known, ours))
+    verdicts.append(_norms("small final router norm, more bits", known.final, known, ours))
+    verdicts.append(_max_var(judge, known, ours, budgets))
+    return [*verdicts, _frequency(judge, known, ours, budgets)]
 
 
 def decided(value: float, deviation: float) -> str:
@@ -103,17 +103,17 @@ def _norms(
 
 def _ranks(pairs: Mapping[int, Sequence[Floats]], known: Material) -> dict[str, Any]:
     """Return the verdict on a positive rank correlation within layers, idle experts left out."""
-    found, variance = [], []
+    correlations, variance = [], []
     for number, (first, second) in pairs.items():
         seen = known.evidence.layers[number].count.numpy() > 0
         if seen.sum() > 2:
-            found.append(rank_correlation(first[seen], second[seen]))
+            correlations.append(rank_correlation(first[seen], second[seen]))
             variance.append(1 / (int(seen.sum()) - 1))
-    mean = float(np.mean(found)) if found else float("nan")
-    deviation = float(np.sqrt(np.sum(variance)) / max(1, len(found)))
+    mean = float(np.mean(correlations)) if correlations else float("nan")
+    deviation = float(np.sqrt(np.sum(variance)) / max(1, len(correlations)))
     return {
         "verdict": decided(mean, deviation),
-        "figures": {"correlation": found, "mean": mean, "deviation": deviation},
+        "figures": {"correlation": correlations, "mean": mean, "deviation": deviation},
     }
 
 
@@ -121,12 +121,12 @@ def expert_costs(ours: CostTable) -> dict[int, Floats]:
     """Return what every expert costs at 2 bits, all its matrices, by layer float64[E]."""
     units = ours.units
     column = [item.bits for item in ours.formats].index(WIDTH)
-    found: dict[int, Floats] = {}
+    totals: dict[int, Floats] = {}
     for number in np.unique(units.layer).tolist():
         here = units.layer == number
-        found[number] = np.zeros(int(units.expert[here].max()) + 1)
-        np.add.at(found[number], units.expert[here], ours.cost[here, column])
-    return found
+        totals[number] = np.zeros(int(units.expert[here].max()) + 1)
+        np.add.at(totals[number], units.expert[here], ours.cost[here, column])
+    return totals
 
 
 def _max_var(
@@ -134,7 +134,7 @@ def _max_var(
 ) -> dict[str, Any]:
     """Check that MaxVar reordering makes the plans of Chowdhury et al. better."""
     named = {rule.name: rule for rule in chowdhury.variations(known)}
-    found = []
+    pairs = []
     moved = []
     for bits in budgets:
         limit = int(Budget.bits(bits).limit(ours).bound)
@@ -143,11 +143,11 @@ def _max_var(
         )
         if with_ and without:
             moved.append(int(with_[0].plan.header["displaced"]))
-            found.append(_pair(bits, judge.of(without[0].plan), judge.of(with_[0].plan)))
+            pairs.append(_pair(bits, judge.of(without[0].plan), judge.of(with_[0].plan)))
     return {
         "claim": "MaxVar reordering makes plans better",
         "source": "Chowdhury et al.",
-        **_plans(found),
+        **_plans(pairs),
         "also": f"{max(moved, default=0)} experts changed places",
     }
 
@@ -164,8 +164,8 @@ def _frequency(
         Scored(Frequency(), exponent=exponent).estimate(known.evidence, FORMATS)
         for exponent in (1.0, -1.0)
     )
-    found = [_pair(b, judge.losses(down, b)[1], judge.losses(up, b)[1]) for b in budgets]
-    plans = _plans(found)
+    plan_pairs = [_pair(b, judge.losses(down, b)[1], judge.losses(up, b)[1]) for b in budgets]
+    plans = _plans(plan_pairs)
     verdicts = {rank["verdict"], plans["verdict"]}
     return {
         "claim": "frequent experts need more bits (PMQ, FRI-MxMoE), not rare ones (Chowdhury)",
@@ -188,11 +188,11 @@ def _pair(bits: float, without: Losses, with_: Losses) -> dict[str, float]:
     }
 
 
-def _plans(found: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+def _plans(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
     """Return the verdict on plans that should gain."""
-    sure = [row for row in found if abs(row["gain"]) > _SURE * row["gain_se"]]
+    sure = [row for row in rows if abs(row["gain"]) > _SURE * row["gain_se"]]
     better = sum(row["gain"] > 0 for row in sure)
     return {
         "verdict": by_budgets(better, len(sure) - better),
-        "figures": {"plans": [dict(row) for row in found]},
+        "figures": {"plans": [dict(row) for row in rows]},
     }

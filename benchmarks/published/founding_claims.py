@@ -165,7 +165,7 @@ def several_sets(judge: Judge, sets: Sequence[Evidence]) -> dict[str, Any]:
 
     The exact plan for data-free cost × share, at equal bytes; one text stands for each in turn.
     """
-    units, found = sets[0].units, []
+    units, pairs = sets[0].units, []
     tables = [
         Scored(_Given(share)).estimate(sets[0], FORMATS)
         for share in (_share(sets), *(_share([one]) for one in sets))
@@ -173,7 +173,7 @@ def several_sets(judge: Judge, sets: Sequence[Evidence]) -> dict[str, Any]:
     for bits in _BUDGETS:
         joint, *single = [judge.losses(table, bits)[1].kl for table in tables]
         paired = np.mean(single, axis=0) - joint
-        found.append(
+        pairs.append(
             {
                 "budget": bits,
                 "without": float(np.mean(single)),
@@ -182,7 +182,7 @@ def several_sets(judge: Judge, sets: Sequence[Evidence]) -> dict[str, Any]:
                 "gain_se": standard_error(paired) if paired.any() else 0.0,
             }
         )
-    sure = [row for row in found if abs(row["gain"]) > 2 * row["gain_se"]]
+    sure = [row for row in pairs if abs(row["gain"]) > 2 * row["gain_se"]]
     better = sum(row["gain"] > 0 for row in sure)
     verdict = UNDECIDED
     if 2 * better != len(sure):
@@ -191,7 +191,7 @@ def several_sets(judge: Judge, sets: Sequence[Evidence]) -> dict[str, Any]:
         "claim": "significance over several calibration sets makes better plans than over one",
         "source": "MoQa",
         "verdict": verdict,
-        "figures": {"plans": found},
+        "figures": {"plans": pairs},
         "also": f"{len(units)} units, {len(sets)} sets; without: mean of one set each",
     }
 
@@ -207,13 +207,13 @@ def _share(sets: Sequence[Evidence]) -> Floats:
     )
 
 
-def checked(found: Reference, profiling: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+def checked(calibrated: Reference, profiling: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """Yield every claim on one model, JSON values."""
-    known = material(found)
-    yield from claims(found.judge, known, ours_on(found.evidence), _BUDGETS)
-    yield antecedents_matter(found.evidence)
-    yield fewer_measurements(profiling, found.name)
-    yield several_sets(found.judge, known.sets)
+    known = material(calibrated)
+    yield from claims(calibrated.judge, known, ours_on(calibrated.evidence), _BUDGETS)
+    yield antecedents_matter(calibrated.evidence)
+    yield fewer_measurements(profiling, calibrated.name)
+    yield several_sets(calibrated.judge, known.sets)
 
 
 def markdown(document: Mapping[str, Any]) -> str:
@@ -250,8 +250,8 @@ def main() -> None:
         parser.exit(2, f"{args.out / 'profiling.json'}: missing; run the profiling benchmark\n")
     for name in MODELS:
         if name not in document["models"]:
-            found = reference(name, args.tokens, args.judged_on)
-            rows = list(checked(found, profiling))
+            calibrated = reference(name, args.tokens, args.judged_on)
+            rows = list(checked(calibrated, profiling))
             document["models"][name] = {"model": name, "claims": rows}
             write_results(path, document)
     write_report(args.out / "founding_claims.md", markdown(document))

@@ -40,7 +40,7 @@ def markdown(document: Mapping[str, Any]) -> str:
     parts += _overall(models)
     parts += _claims(models)
     about = document["about"]
-    versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     parts.append(f"\n{about['cpu']}, {about['threads']} thread(s); {versions}.")
     return "\n".join(parts) + "\n"
 
@@ -186,22 +186,22 @@ def claims_table(models: Iterable[Mapping[str, Any]]) -> list[str]:
 
 
 def _figures(claim: Mapping[str, Any]) -> str:
-    found = claim["figures"]
+    known = claim["figures"]
     parts = []
-    if "ratio" in found:
+    if "ratio" in known:
         parts.append(
-            f"sensitivity a weight, down over up, by layer at {found['at']}: "
-            f"{_numbers(found['ratio'])}; mean bits at {found['budget']} bpw: down "
-            f"{_numbers(found['bits_down'])}, up {_numbers(found['bits_up'])}"
+            f"sensitivity a weight, down over up, by layer at {known['at']}: "
+            f"{_numbers(known['ratio'])}; mean bits at {known['budget']} bpw: down "
+            f"{_numbers(known['bits_down'])}, up {_numbers(known['bits_up'])}"
         )
-    if "mean" in found:
+    if "mean" in known:
         parts.append(
-            f"by layer {_numbers(found['correlation'])}, mean {found['mean']:+.2f} ± "
-            f"{found['deviation']:.2f} of chance"
+            f"by layer {_numbers(known['correlation'])}, mean {known['mean']:+.2f} ± "
+            f"{known['deviation']:.2f} of chance"
         )
-    if "plans" in found:
+    if "plans" in known:
         each = [
-            f"{row['with']:.4f} / {row['without']:.4f} at {row['budget']}" for row in found["plans"]
+            f"{row['with']:.4f} / {row['without']:.4f} at {row['budget']}" for row in known["plans"]
         ]
         parts.append(f"KL of plans with / without: {', '.join(each)}")
     if claim.get("also"):

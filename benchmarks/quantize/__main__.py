@@ -119,25 +119,25 @@ def _speed(sizes: Sizes, folder: Path, say: Callable[[str], None]) -> dict[str, 
 
 
 def _quality(sizes: Sizes, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    found = [
+    models = [
         quality.measured(
             model, tokens=sizes.tokens, judged=sizes.judged, formats=sizes.formats, say=say
         )
         for model in sizes.models
     ]
-    return {"quality": found}
+    return {"quality": models}
 
 
 def _large(sizes: Sizes, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
-    found = large_checkpoint.measured(
+    result = large_checkpoint.measured(
         folder,
         model=sizes.large,
         layers=sizes.layers,
         estimator=sizes.estimator,
         room=sizes.room,
     )
-    say(json.dumps(found))
-    return {"large": found}
+    say(json.dumps(result))
+    return {"large": result}
 
 
 _PARTS = {"speed": _speed, "quality": _quality, "large": _large}

@@ -38,11 +38,11 @@ def hqq_packed(weight: Tensor, format: Format, *, optimize: bool) -> Tensor:
 
 def hqq_values(weights: Tensor, format: Format, *, optimize: bool) -> Tensor:
     """Return what HQQ's package makes of weights [n, rows, cols], float32; metadata as float32."""
-    found = []
+    values = []
     for weight in weights.float():
         codes, meta = _hqq(weight, format, optimize=optimize, bitpack=False)
-        found.append(((codes.float() - meta["zero"]) * meta["scale"]).view_as(weight))
-    return torch.stack(found)
+        values.append(((codes.float() - meta["zero"]) * meta["scale"]).view_as(weight))
+    return torch.stack(values)
 
 
 def _hqq(weight: Tensor, format: Format, *, optimize: bool, bitpack: bool) -> tuple[Tensor, Any]:
@@ -83,17 +83,17 @@ def llm_gptq(
         act_order: take columns by falling diagonal, scales fixed before ("weight").
         scales: scales of min-max ranges, its default, or of its search for the least error.
     """
-    found, _, _, _ = _gptq(weights, format, moments, act_order=act_order, scales=scales)
-    return found
+    rounded, _, _, _ = _gptq(weights, format, moments, act_order=act_order, scales=scales)
+    return rounded
 
 
 def llm_gptq_packed(weight: Tensor, format: Format, moments: Tensor) -> Tensor:
     """Return codes of llm-compressor's GPTQ [rows, cols], packed as its checkpoints are."""
     weights = weight.float().unsqueeze(0)
-    found, scale, zero, args = _gptq(
+    rounded, scale, zero, args = _gptq(
         weights, format, moments.unsqueeze(0), act_order=True, scales="min-max"
     )
-    return _packed(found[0], scale[0], zero[0], args)
+    return _packed(rounded[0], scale[0], zero[0], args)
 
 
 def _gptq(
@@ -104,10 +104,10 @@ def _gptq(
     pairs = [_scales(weight, args, scales) for weight in weights]
     scale, zero = (torch.stack(part) for part in zip(*pairs, strict=True))
     # It works in the arrays that it is given.
-    found, _, _ = gptq.quantize_weight(
+    rounded, _, _ = gptq.quantize_weight(
         weights.clone(), moments.clone(), scale, zero, None, args, percdamp=0.01
     )
-    return found, scale, zero, args
+    return rounded, scale, zero, args
 
 
 def _arguments(format: Format, *, act_order: bool) -> Any:
@@ -124,8 +124,8 @@ def _arguments(format: Format, *, act_order: bool) -> Any:
 def _scales(weight: Tensor, args: Any, scales: Scales) -> tuple[Tensor, Tensor]:
     if scales == "mse":
         search = import_module("llmcompressor.observers.mse").MemorylessMSEObserver
-        found = search(base_name="weight", args=args)(weight).get_qparams()
-        return found["scale"], found["zero_point"]
+        parameters = search(base_name="weight", args=args)(weight).get_qparams()
+        return parameters["scale"], parameters["zero_point"]
     utils = import_module("compressed_tensors.quantization.utils")
     groups = weight.unflatten(1, (-1, args.group_size or weight.shape[1]))
     scale, zero = utils.calculate_qparams(groups.amin(-1), groups.amax(-1), args)

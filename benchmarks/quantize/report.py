@@ -16,7 +16,7 @@ _HALF = 0.5
 def markdown(document: Mapping[str, Any]) -> str:
     """Return the report of everything measured."""
     about = document["about"]
-    versions = ", ".join(f"{name} {found}" for name, found in about["versions"].items())
+    versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
         "# Quantizers",
         "",

@@ -148,17 +148,17 @@ def measured(
         gptq_formats: how many formats GPTQ rounds to; its time hardly depends on the width.
         say: told of every shape and format.
     """
-    found = []
+    results = []
     for shape, (count, rows, cols) in shapes.items():
         given = matrices(count, rows, cols, folder)
         for place, name in enumerate(FORMATS):
             fast = place >= gptq_formats
             ways = [way for way in WAYS if not (fast and way.whole)]
-            found += _turn_about(ways, given, shape, Format.parse(name), seconds, rounds)
+            results += _turn_about(ways, given, shape, Format.parse(name), seconds, rounds)
             say(f"{shape} {name}")
         for file in folder.glob("*.bin"):
             file.unlink()
-    return found
+    return results
 
 
 def matrices(count: int, rows: int, cols: int, folder: Path, seed: int = 0) -> Matrices:
@@ -189,12 +189,12 @@ def _turn_about(
         for way in known:
             if not (way.whole and spent[way.name]):  # one measurement is long enough
                 spent[way.name].append(_seconds_a_run(way, parts[way.name], given, format, seconds))
-    found = []
+    results = []
     for way in known:
         size, median = 2 * parts[way.name].numel(), statistics.median(spent[way.name])
         rate = {"gb_per_second": size / median / 1e9, "rows": len(parts[way.name])}
-        found.append({**facts, "way": way.name, **rate, "seconds": spent[way.name]})
-    return found + [{**facts, "way": way.name, "note": "not installed"} for way in absent]
+        results.append({**facts, "way": way.name, **rate, "seconds": spent[way.name]})
+    return results + [{**facts, "way": way.name, "note": "not installed"} for way in absent]
 
 
 def _rows_for(way: Way, given: Matrices, format: Format, seconds: float) -> Tensor:
@@ -230,9 +230,9 @@ def profiled(shapes: Mapping[str, tuple[int, int, int]], folder: Path) -> dict[s
     format = Format.parse(FORMATS[0])
     run = _ours(RTN)
     run(given.weights[0], format, given)
-    with profile(activities=[ProfilerActivity.CPU]) as found:
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
         run(given.weights[0], format, given)
-    spent = {event.key: event.self_cpu_time_total for event in found.key_averages()}
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     total = sum(spent.values())
     most = sorted(spent.items(), key=lambda item: -item[1])[:8]
     return {name.removeprefix("aten::"): time / total for name, time in most}

@@ -59,8 +59,8 @@ def main() -> None:
             path = args.out / f"compare.{name}.{method}.json"
             if not path.exists():
                 work = args.work / f"{name}.{method}"
-                found = measured(name, method, work, args.evaluations, args.strategies)
-                write_results(path, found)
+                result = measured(name, method, work, args.evaluations, args.strategies)
+                write_results(path, result)
 
 
 def measured(
@@ -71,12 +71,12 @@ def measured(
     setting = prepare(options, _say)
     wanted = strategies or (("all",) if (name, method) in _EVERY else _SOME[method])
     first = _run(setting, names(wanted), work / "free")
-    found = {"free": _document(first)}
+    documents = {"free": _document(first)}
     for profile in PROFILES:
         other = replace(setting, options=replace(options, profile=profile, evaluations=1))
         run = _run(other, names(_TIED), work / profile, first)
-        found[profile] = _document(run)
-    return found
+        documents[profile] = _document(run)
+    return documents
 
 
 def _run(

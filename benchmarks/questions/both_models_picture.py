@@ -22,13 +22,13 @@ _LINES = ("uniform", "ours")
 _GRID, _INK = "#DDDDDD", "#222222"
 
 
-def picture(found: Mapping[str, Mapping[str, Any]]) -> Figure:
+def picture(documents: Mapping[str, Mapping[str, Any]]) -> Figure:
     """Draw documents by model and method, then by profile; that of free choice is drawn."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5.2 * len(found), 4.6), layout="constrained")
-    axes = figure.subplots(1, len(found), sharey=True, squeeze=False)[0]
-    for place, (name, profiles) in zip(axes, found.items(), strict=True):
+    figure = Figure(figsize=(5.2 * len(documents), 4.6), layout="constrained")
+    axes = figure.subplots(1, len(documents), sharey=True, squeeze=False)[0]
+    for place, (name, profiles) in zip(axes, documents.items(), strict=True):
         rows = [row for row in profiles["free"]["rows"] if row["status"] == "ok"]
         for group, colour in _COLOURS.items():
             here = [row for row in rows if row["group"] == group]

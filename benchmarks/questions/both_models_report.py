@@ -42,19 +42,19 @@ def main() -> None:
     args = parser.parse_args()
     paths = sorted(args.results.glob("compare.*.*.json"))
     claim(parser, args.results, "compare.md", "compare.svg", *(path.name for path in paths))
-    found = {
+    documents = {
         path.name.removeprefix("compare.").removesuffix(".json"): read_results(path)
         for path in paths
     }
-    if not found:
+    if not documents:
         parser.exit(2, f"{args.results}: no compare.MODEL.METHOD.json there; run both_models\n")
-    write_report(args.results / "compare.md", markdown(found))
-    write_picture(picture(found), args.results / "compare.svg")
+    write_report(args.results / "compare.md", markdown(documents))
+    write_picture(picture(documents), args.results / "compare.svg")
 
 
-def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
+def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the report of documents by model and method, then by profile."""
-    first = next(iter(found.values()))["free"]
+    first = next(iter(documents.values()))["free"]
     about = first["about"]
     steps = max(len(steps) for steps in first["refine"].values())
     lines = [
@@ -64,12 +64,12 @@ def markdown(found: Mapping[str, Mapping[str, Any]]) -> str:
             refined=about["refine_tokens"],
             command=about["command"],
         ),
-        *_headline(found),
-        *_unlike(found),
-        *_overall(found),
-        *_profiles(found),
-        *_loops(found),
-        *_alike(found),
+        *_headline(documents),
+        *_unlike(documents),
+        *_overall(documents),
+        *_profiles(documents),
+        *_loops(documents),
+        *_alike(documents),
     ]
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     return "\n".join([*lines, "", f"{about['device']}; {versions}.", ""])
@@ -89,8 +89,8 @@ def budgets(document: Mapping[str, Any]) -> list[str]:
     return [entry["budget"] for entry in document["budgets"]]
 
 
-def _cells(found: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, dict[str, Row]]]:
-    for name, profiles in found.items():
+def _cells(documents: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str, dict[str, Row]]]:
+    for name, profiles in documents.items():
         for budget in budgets(profiles["free"]):
             yield name, budget, rows_at(profiles["free"], budget)
 
@@ -99,14 +99,14 @@ def _least(rows: Sequence[Row]) -> Row | None:
     return min(rows, key=lambda row: float(row["kl"]), default=None)
 
 
-def _headline(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _headline(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [
         "| model, rounding | bpw | uniform | best published rule | best of all others | ours | "
         "over uniform | others − ours |",
         "|---|---|---|---|---|---|---|---|",
     ]
     ratios, lowest, cells = [], 0, 0
-    for name, budget, rows in _cells(found):
+    for name, budget, rows in _cells(documents):
         ours, uniform = rows["ours"], rows.get("uniform")
         rule = _least([row for row in rows.values() if row["group"] == "published"])
         others = [row for row in rows.values() if row["group"] != "ours"]
@@ -134,10 +134,10 @@ def _headline(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _unlike(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _unlike(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return what was not the same for all: strategies and plans that the loop measured."""
     lines = ["", "Not the same everywhere:", ""]
-    for name, profiles in found.items():
+    for name, profiles in documents.items():
         document = profiles["free"]
         plans = max(len(steps) for steps in document["refine"].values())
         strategies = {row["strategy"] for row in document["rows"]}
@@ -159,10 +159,10 @@ def _ratio(ours: Row, other: Row | None) -> str:
     return "–" if other is None else f"{ours['kl'] / other['kl']:.2f}"
 
 
-def _overall(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _overall(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return every strategy over all cells it is in."""
     every: dict[str, list[Row]] = {}
-    for _, _, cell in _cells(found):
+    for _, _, cell in _cells(documents):
         for name, row in cell.items():
             every.setdefault(name, []).append(row)
     lines = [
@@ -178,8 +178,8 @@ def _overall(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     ]
     every.pop("ours")
     means = {
-        name: float(np.exp(np.mean([np.log(row["ratio"]) for row in found])))
-        for name, found in every.items()
+        name: float(np.exp(np.mean([np.log(row["ratio"]) for row in judged])))
+        for name, judged in every.items()
     }
     for name in sorted(every, key=lambda name: (means[name], name)):
         rows, mean = every[name], means[name]
@@ -193,8 +193,8 @@ def _overall(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _profiles(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    names = list(next(iter(found.values())))
+def _profiles(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    names = list(next(iter(documents.values())))
     lines = [
         "",
         "## Under a runtime's grouping rule",
@@ -205,7 +205,7 @@ def _profiles(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         f"| model, rounding | bpw | {' | '.join(names)} | uniform |",
         "|---|---|" + "---|" * (len(names) + 1),
     ]
-    for name, profiles in found.items():
+    for name, profiles in documents.items():
         for budget in budgets(profiles["free"]):
             here = {profile: rows_at(document, budget) for profile, document in profiles.items()}
             values = " | ".join(f"{rows['ours']['kl']:.5f}" for rows in here.values())
@@ -215,7 +215,7 @@ def _profiles(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _loops(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _loops(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     lines = [
         "",
         "## What refining gained",
@@ -226,8 +226,8 @@ def _loops(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "→ after | before − after | gate against uniform |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    for name, budget, rows in _cells(found):
-        loop, before = found[name]["free"]["loop"][budget], rows["ours-unrefined"]
+    for name, budget, rows in _cells(documents):
+        loop, before = documents[name]["free"]["loop"][budget], rows["ours-unrefined"]
         gate = f"{loop['gate_kl']:.5f} against {loop.get('gate_uniform_kl', float('nan')):.5f}"
         lines.append(
             f"| {name.replace('.', ', ')} | {budget.removesuffix('bpw')} | {loop['evaluations']} | "
@@ -239,7 +239,7 @@ def _loops(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
     return lines
 
 
-def _alike(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def _alike(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return what is not significant."""
     lines = [
         "",
@@ -248,7 +248,7 @@ def _alike(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "Strategies that two standard errors do not tell from ours, by cell:",
         "",
     ]
-    for name, budget, rows in _cells(found):
+    for name, budget, rows in _cells(documents):
         alike = [
             row["strategy"]
             for row in rows.values()
@@ -260,13 +260,13 @@ def _alike(found: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _by_estimator(names: Sequence[str]) -> str:
     """Return strategies with the solvers of one estimator together."""
-    found: dict[str, list[str]] = {}
+    solvers_of: dict[str, list[str]] = {}
     for name in names:
         first, _, solver = name.partition(":")
-        found.setdefault(first, []).append(solver)
+        solvers_of.setdefault(first, []).append(solver)
     parts = [
         f"{first} ({', '.join(sorted(solvers))})" if any(solvers) else first
-        for first, solvers in found.items()
+        for first, solvers in solvers_of.items()
     ]
     return ", ".join(parts) or "none"
 

@@ -80,13 +80,13 @@ def rows_for(name: str, ours: list[dict[str, Any]], tokens: int) -> list[str]:
     replay = Replay(model, layout, windows, cache=False)
     lines = []
     for row in ours:
-        found = []
+        losses = []
         for plan in plans_knowing(layout.units, idle, row["bytes"]):
             with applied(model, layout, plan):
-                found.append(replay.kl())
+                losses.append(replay.kl())
         lines.append(
             f"| {name} | {row['budget_bpw']} | {100 * idle.mean():.0f} % | {row['kl']:.5f} | "
-            f"{min(found):.5f} | {row['uniform_kl']:.5f} | {row['kl'] / min(found):.2f} |"
+            f"{min(losses):.5f} | {row['uniform_kl']:.5f} | {row['kl'] / min(losses):.2f} |"
         )
         print(lines[-1], flush=True)
     return lines

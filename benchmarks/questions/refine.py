@@ -44,9 +44,9 @@ def rows(setting: Setting, table: CostTable, bits: float, both: bool) -> Iterato
     problem = Problem(tied, [Budget.bits(bits)])
     parts = measures(setting.loop, tied, Readings())
     start = time.perf_counter()
-    found = Refine(parts=parts, evaluations=OURS).run(problem)
-    first = found.steps[0].choice
-    plan = found.solution.plan
+    refined = Refine(parts=parts, evaluations=OURS).run(problem)
+    first = refined.steps[0].choice
+    plan = refined.solution.plan
     ours = setting.judge.of(plan).kl
     before = setting.judge.of(BitPlan.from_choice(tied.units, tied.formats, first)).kl
     about = {"model": setting.options.model, "bits": bits}
@@ -55,14 +55,14 @@ def rows(setting: Setting, table: CostTable, bits: float, both: bool) -> Iterato
         "way": "ours, unrefined",
         "plans": readings,
         "seconds": None,
-        "seen": float(found.steps[0].losses.mean()),
+        "seen": float(refined.steps[0].losses.mean()),
         **_unseen(before, ours),
     }
     yield about | {
         "way": "ours",
-        "plans": readings + len(found.steps),
+        "plans": readings + len(refined.steps),
         "seconds": time.perf_counter() - start,
-        "seen": float(found.best.losses.mean()),
+        "seen": float(refined.best.losses.mean()),
         **_unseen(ours, ours),
     }
     rivals: dict[str, tuple[CostTable, tuple[int, ...] | None]] = {

@@ -79,8 +79,8 @@ def _solver(name: str, seconds: float) -> Solver:
         return _Timed(name=name, baseline=BASELINES[name], seconds=seconds)
     module, kind, settings = OURS[name]
     more = {"time_limit": seconds} if name in _LIMITED else {}
-    found: Solver = getattr(import_module(module), kind)(**settings, **more)
-    return found
+    made: Solver = getattr(import_module(module), kind)(**settings, **more)
+    return made
 
 
 def why_not(name: str, given: Instance) -> str:
@@ -123,8 +123,8 @@ def measure(name: str, where: str, seconds: float) -> dict[str, Any]:
     start = time.perf_counter()
     try:
         while not spent or (len(spent) < repeats and max(spent) < _SHORT):
-            found = solve(problem, solver)
-            spent.append(found.seconds)
+            solution = solve(problem, solver)
+            spent.append(solution.seconds)
     except InputError as error:
         return {**row, "status": "skipped", "note": str(error)}
     except BitknapError as error:
@@ -133,15 +133,15 @@ def measure(name: str, where: str, seconds: float) -> dict[str, Any]:
         row["build_seconds"] = sum(getattr(solver, "built", [])[-1:])
         return row | _memory(before)
     return row | {
-        "status": found.status.name.lower(),
+        "status": solution.status.name.lower(),
         "seconds": statistics.median(spent),
         "build_seconds": statistics.median(getattr(solver, "built", [0.0])[-len(spent) :]),
         "runs": len(spent),
-        "objective": found.cost,
+        "objective": solution.cost,
         # JSON has no infinity.
-        "bound": found.bound if abs(found.bound) < float("inf") else None,
-        "gap": found.gap if found.gap < float("inf") else None,
-        "bytes": found.plan.total_bytes,
+        "bound": solution.bound if abs(solution.bound) < float("inf") else None,
+        "gap": solution.gap if solution.gap < float("inf") else None,
+        "bytes": solution.plan.total_bytes,
         **_memory(before),
     }
 
@@ -204,8 +204,8 @@ def apart(name: str, where: str, seconds: float) -> dict[str, Any]:
         last = (errors.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
         row = {"solver": name, "instance": where, "time_limit": seconds}
         return {**row, "status": "failed", "note": last}
-    found: dict[str, Any] = json.loads(said)
-    return found
+    result: dict[str, Any] = json.loads(said)
+    return result
 
 
 def _one(name: str, where: str, seconds: float) -> None:

@@ -116,8 +116,8 @@ def frequencies(units: Units, active: int, generator: np.random.Generator) -> Fl
     layers, experts = int(units.layer.max()) + 1, int(units.expert.max()) + 1
     share = generator.lognormal(0, 0.8, (layers, experts))
     share = np.minimum(active * share / share.sum(axis=1, keepdims=True), 1.0)
-    found: Floats = share[units.layer, units.expert]
-    return found
+    by_unit: Floats = share[units.layer, units.expert]
+    return by_unit
 
 
 def costs(units: Units, frequency: Floats, generator: np.random.Generator) -> Floats:
@@ -137,8 +137,8 @@ def costs(units: Units, frequency: Floats, generator: np.random.Generator) -> Fl
     distortion = _GAUSS ** (1 - tail) * _TAILED**tail
     distortion[::8] = _UNCLIPPED
     distortion *= generator.lognormal(0, 0.05, distortion.shape)
-    found: Floats = sensitivity[:, None] / sensitivity.sum() * distortion
-    return found
+    made_up: Floats = sensitivity[:, None] / sensitivity.sum() * distortion
+    return made_up
 
 
 def model_instance(shape: Shape, count: int | None = None, *, seed: int = 0) -> Instance:

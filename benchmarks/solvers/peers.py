@@ -186,26 +186,26 @@ def _run_scipy(built: tuple[Scaled, Any], seconds: float) -> Answer:
     from scipy.optimize import Bounds, milp
 
     flat, constraints = built
-    found = milp(
+    result = milp(
         flat.cost,
         integrality=np.ones(len(flat.cost)),
         bounds=Bounds(0, 1),
         constraints=constraints,
         options={"mip_rel_gap": GAP, "time_limit": seconds},
     )
-    bound = -np.inf if found.mip_dual_bound is None else float(found.mip_dual_bound)
-    if found.x is None:
+    bound = -np.inf if result.mip_dual_bound is None else float(result.mip_dual_bound)
+    if result.x is None:
         return flat.nothing(bound)
-    return flat.answer(found.x > 0.5, bound, done=found.status == 0)
+    return flat.answer(result.x > 0.5, bound, done=result.status == 0)
 
 
 def _build_cp_sat(problem: Problem) -> tuple[Scaled, Any, list[Any], float]:
     cp_model = import_module("ortools.sat.python.cp_model")
     flat = scaled(problem)
     # Whole numbers only: the sum of the dearest options becomes 2**50, weights are rounded up.
-    dearest = np.zeros(flat.rows)
-    np.maximum.at(dearest, flat.row, np.abs(flat.cost))
-    scale = 2.0**50 / dearest.sum()
+    largest = np.zeros(flat.rows)
+    np.maximum.at(largest, flat.row, np.abs(flat.cost))
+    scale = 2.0**50 / largest.sum()
     model = cp_model.CpModel()
     picks = [model.new_bool_var("") for _ in range(len(flat.row))]
     for group in flat.groups():
@@ -321,10 +321,10 @@ def _run_bisection(problem: Problem, seconds: float) -> Answer:
     dual = max(best[2], at(low)[2])
     for _ in range(100):
         price = (low + high) / 2
-        found = at(price)
-        dual = max(dual, found[2])
-        if found[1] <= bound:
-            high, best = price, found
+        answer = at(price)
+        dual = max(dual, answer[2])
+        if answer[1] <= bound:
+            high, best = price, answer
         else:
             low = price
     return Answer(choice=best[0], bound=dual, status=Status.FEASIBLE)

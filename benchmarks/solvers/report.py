@@ -41,23 +41,23 @@ def _solving(row: Row) -> float:
 
 def targets(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
     """Return each target, what was measured, and "pass", "miss" or "not measured"."""
-    found = {(row["solver"], row["instance"]): row for row in rows if "seconds" in row}
+    by_pair = {(row["solver"], row["instance"]): row for row in rows if "seconds" in row}
     return [
-        _agreement(found),
-        _speed(found, 100, "PuLP/CBC", ("pulp-cbc",)),
-        _speed(found, 50, "HiGHS", _HIGHS),
-        _ours(found, "250k", seconds=1, megabytes=500, gap=1e-6),
-        _ours(found, "channels", seconds=5, megabytes=2000),
-        _ours(found, "36k+5", seconds=20, gap=1e-4),
-        _ours(found, "36k+10", seconds=20, gap=1e-4),
+        _agreement(by_pair),
+        _speed(by_pair, 100, "PuLP/CBC", ("pulp-cbc",)),
+        _speed(by_pair, 50, "HiGHS", _HIGHS),
+        _ours(by_pair, "250k", seconds=1, megabytes=500, gap=1e-6),
+        _ours(by_pair, "channels", seconds=5, megabytes=2000),
+        _ours(by_pair, "36k+5", seconds=20, gap=1e-4),
+        _ours(by_pair, "36k+10", seconds=20, gap=1e-4),
     ]
 
 
-def _agreement(found: Mapping[tuple[str, str], Row]) -> tuple[str, str, str]:
+def _agreement(by_pair: Mapping[tuple[str, str], Row]) -> tuple[str, str, str]:
     text = "same objective as HiGHS within 1e-9, wherever HiGHS finished"
     worst, count = 0.0, 0
-    for (solver, where), row in found.items():
-        ours = found.get(("knapsack", where), {})
+    for (solver, where), row in by_pair.items():
+        ours = by_pair.get(("knapsack", where), {})
         if solver in _HIGHS and row["status"] == "optimal" and "objective" in ours:
             other = row["objective"]
             worst = max(worst, abs(ours["objective"] - other) / max(abs(other), 1e-300))
@@ -68,11 +68,11 @@ def _agreement(found: Mapping[tuple[str, str], Row]) -> tuple[str, str, str]:
 
 
 def _speed(
-    found: Mapping[tuple[str, str], Row], factor: int, label: str, solvers: Sequence[str]
+    by_pair: Mapping[tuple[str, str], Row], factor: int, label: str, solvers: Sequence[str]
 ) -> tuple[str, str, str]:
     text = f"at least {factor} times faster than {label} at 36,000 × 8, its model building left out"
-    ours = found.get(("knapsack", "36k"))
-    others = [found[name, "36k"] for name in solvers if (name, "36k") in found]
+    ours = by_pair.get(("knapsack", "36k"))
+    others = [by_pair[name, "36k"] for name in solvers if (name, "36k") in by_pair]
     if ours is None or not others:
         return text, "", "not measured"
     best = min(others, key=_solving)
@@ -82,7 +82,7 @@ def _speed(
 
 
 def _ours(
-    found: Mapping[tuple[str, str], Row],
+    by_pair: Mapping[tuple[str, str], Row],
     where: str,
     *,
     seconds: float,
@@ -95,7 +95,7 @@ def _ours(
     if gap:
         wanted.append((f"gap {gap:g}", "gap", gap, "gap {:.1e}"))
     text = f"{where}: at most " + ", ".join(item[0] for item in wanted)
-    row = found.get(("knapsack", where))
+    row = by_pair.get(("knapsack", where))
     if row is None:
         return text, "", "not measured"
     if "objective" not in row:

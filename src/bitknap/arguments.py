@@ -1,4 +1,4 @@
-"""Arguments that programs beside the command line share: benchmarks, and the tuning of kernels."""
+"""Arguments shared by the programs besides the command line: benchmarks and kernel tuning."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def add_output(parser: argparse.ArgumentParser, about: str, *, required: bool = 
 
     Args:
         parser: The parser of the program.
-        about: The help text: what is written.
+        about: The help text, which says what is written.
         required: Whether the program needs it.
     """
     group = parser.add_mutually_exclusive_group(required=required)

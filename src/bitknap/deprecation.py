@@ -49,7 +49,7 @@ def renamed_keywords(**new_of_old: str) -> Callable[[Callable[P, R]], Callable[P
         **new_of_old: The new name of each old one.
 
     Raises:
-        TypeError: At a call that gives a keyword under both names.
+        TypeError: When a call gives a keyword under both names.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -76,16 +76,16 @@ def grouped_keywords(
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Return a decorator for a function whose old keywords are now fields of one frozen value.
 
-    A call with old keywords gets a `kind` made of them, or the `kind` that the call gives with
-    those fields replaced.
+    A call with old keywords gets a `kind` made from them, or the given `kind` with those fields
+    replaced.
 
     Args:
-        keyword: The function's keyword that takes the value; give it by name, not by position.
+        keyword: The function's keyword that takes the value; callers pass it by name.
         kind: The dataclass of the value. It must work without arguments.
-        names: The field of each old keyword; without it, every field under its own name.
+        names: Maps old keywords to fields; by default, every field under its own name.
 
     Raises:
-        TypeError: At the decoration, if `kind` has no such field.
+        TypeError: When the function is decorated, if `kind` has no such field.
     """
     known = {field.name for field in fields(kind) if field.init}
     fields_of = dict(names) if names is not None else {name: name for name in sorted(known)}
@@ -111,11 +111,11 @@ def grouped_keywords(
 
 
 def renamed_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]:
-    """Return a module's `__getattr__` for names that it had once.
+    """Return a module's `__getattr__` for names that it used to have.
 
     Args:
         module: The module's own name, `__name__`.
-        homes: Where each old name's object is now, as `package.module:name`.
+        homes: Current location of each old name's object, as `package.module:name`.
     """
 
     def get(name: str) -> Any:
@@ -129,15 +129,15 @@ def renamed_names(module: str, homes: Mapping[str, str]) -> Callable[[str], Any]
 
 
 def moved_module(old: str, new: str) -> Callable[[str], Any]:
-    """Return the `__getattr__` of a module whose contents are in another one now.
+    """Return the `__getattr__` of a module whose contents are now in another one.
 
     Args:
         old: The old module's own name, `__name__`.
-        new: The module that has its contents.
+        new: The module that now has its contents.
     """
 
     def get(name: str) -> Any:
-        # Python's own look-ups, such as __path__, are no use of the module.
+        # Python's own look-ups, such as __path__, do not count as uses of the module.
         if name.startswith("__"):
             raise AttributeError(f"module {old!r} has no attribute {name!r}")
         value = getattr(import_module(new), name)

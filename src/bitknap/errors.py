@@ -5,7 +5,7 @@ BitknapError                  one line: what, the value, the limit, the remedy
 ├── FileError (ValueError)    a file that is missing, truncated, corrupt or of another version
 ├── ModelError (ValueError)   a model that cannot be walked, read or calibrated
 ├── MismatchError             two things that do not belong together: a plan and another model
-└── InfeasibleError           no plan satisfies the limits; says the least reachable
+└── InfeasibleError           no plan satisfies the limits; says the smallest reachable value
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Tables of names: what there is, the nearest name to a wrong one, and what packages add.
+"""Tables of names: known names, the nearest name to a misspelled one, and names from packages.
 
-A `Catalog` is one table: the rows that Bitknap has, and those that other packages offer as entry
-points. It knows where each thing is, and imports it only when it is asked for.
+A `Catalog` is one table: Bitknap's own rows, and those that other packages offer as entry points.
+It stores where each object is, and imports an object only on request.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any
 from bitknap.errors import InputError
 
 OWN = "bitknap"
-# Share of letters in order, from 0 to 1, below which a name is no misspelling of another.
+# Similarity of letters, from 0 to 1, below which a name is not a misspelling of another.
 _ALIKE = 0.4
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
-    """Return the error that says that a name is unknown, which is nearest, and what there is.
+    """Return the error for an unknown name, with the nearest name and all known names.
 
     Args:
-        what: what the name should be the name of, such as "solver".
-        name: as it was given.
+        what: the kind of name, such as "solver".
+        name: the name that was given.
         known: every name that exists.
     """
     names = list(known)
@@ -44,7 +44,7 @@ def guess(name: str, known: Iterable[str]) -> str:
 
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return the known name that is spelled most like another, or "" if none is."""
-    # Letters are compared in lower case; the name is said as it is written.
+    # Letters are compared in lower case; the known name is returned as it is written.
     written = {one.lower(): one for one in reversed(list(known))}
     near = get_close_matches(name.lower(), list(written), 1, _ALIKE)
     return written[near[0]] if near else ""
@@ -55,13 +55,13 @@ class Entry:
     """One row of a catalog.
 
     Attributes:
-        name: what it is called at the command line.
-        about: one sentence; read off the docstring if it is empty.
-        place: where it is, "module:attribute".
+        name: its name at the command line.
+        about: a description in one sentence; taken from the docstring if empty.
+        place: its location, "module:attribute".
         settings: keywords that its factory is called with.
-        kind: what sort of thing it is, where a catalog has several.
+        kind: its kind, in a catalog with several kinds.
         cites: where it was published.
-        package: what offers it: "bitknap", or a name and a version.
+        package: the package that offers it: "bitknap", or a name and a version.
     """
 
     name: str
@@ -74,11 +74,11 @@ class Entry:
 
     @property
     def own(self) -> bool:
-        """Whether Bitknap has it, and not another package."""
+        """Whether it belongs to Bitknap rather than to another package."""
         return self.package == OWN
 
     def load(self) -> Any:
-        """Import what the row names.
+        """Import the object that the row names.
 
         Raises:
             InputError: another package offers it, and it cannot be imported.
@@ -88,12 +88,12 @@ class Entry:
             return getattr(import_module(module), attribute)
         try:
             return EntryPoint(self.name, self.place, "").load()
-        # A package may fail in any way; the others must not.
+        # A package may raise any exception; it must not break the others.
         except (Exception, SystemExit) as error:
             raise self._broken(f"cannot import {self.place}", error) from None
 
     def accepts(self, keyword: str) -> bool:
-        """Return whether what the row names is called with this keyword, or could be."""
+        """Return whether the named object takes this keyword, by name or in `**kwargs`."""
         try:
             taken = inspect.signature(self.load()).parameters.values()
         except (TypeError, ValueError):
@@ -101,13 +101,13 @@ class Entry:
         return any(one.name == keyword or one.kind is one.VAR_KEYWORD for one in taken)
 
     def __call__(self, **more: Any) -> Any:
-        """Return a new instance; what is no class or function is returned as it is.
+        """Return a new instance; an object that is not callable is returned unchanged.
 
         Args:
             more: further keywords.
 
         Raises:
-            InputError: another package offers it, and it cannot be made.
+            InputError: another package offers it, and it cannot be created.
         """
         made = self.load()
         if not callable(made):
@@ -122,7 +122,7 @@ class Entry:
             raise self._broken(f"cannot make {self.place}", error) from None
 
     def described(self) -> str:
-        """Return the sentence about it, or the first line of its docstring.
+        """Return its description, or the first line of its docstring.
 
         Raises:
             InputError: another package offers it, and it cannot be imported.
@@ -145,9 +145,9 @@ class Catalog:
     """One table of names.
 
     Attributes:
-        what: what each row is, such as "solver".
-        rows: what Bitknap has, in the order of lists.
-        group: the entry points that packages offer more in; "" for none.
+        what: the kind of each row, such as "solver".
+        rows: Bitknap's own rows, in the order of lists.
+        group: the entry point group in which packages offer more rows; "" for none.
     """
 
     what: str
@@ -155,7 +155,7 @@ class Catalog:
     group: str = ""
 
     def entries(self) -> tuple[Entry, ...]:
-        """Return every row, Bitknap's first, then those of packages by name."""
+        """Return every row: Bitknap's own first, then those of packages, sorted by name."""
         return (*self.rows, *sorted(_offered(self.group), key=lambda one: (one.name, one.package)))
 
     def names(self) -> tuple[str, ...]:
@@ -163,7 +163,7 @@ class Catalog:
         return tuple(dict.fromkeys(one.name for one in self.entries()))
 
     def find(self, name: str) -> Entry:
-        """Return the row of a name; nothing of it is imported.
+        """Return the row with a name, without importing its object.
 
         Raises:
             InputError: no row has the name, or several packages offer it.
@@ -196,12 +196,12 @@ class Catalog:
 
 
 def _offered(group: str) -> Iterator[Entry]:
-    """Yield what installed packages offer in a group of entry points."""
+    """Yield the rows that installed packages offer in an entry point group."""
     seen: set[str] = set()
     for distribution in distributions() if group else ():
         points = _points(distribution, group)
         name = str(distribution.metadata["Name"] or "an unnamed package") if points else ""
-        if name.lower() in seen:  # an older copy, further down the path
+        if name.lower() in seen:  # an older copy, later on the path
             continue
         seen.add(name.lower())
         for point in points:

@@ -1,10 +1,10 @@
-"""Keep transformers quiet: what matters on the terminal is ours."""
+"""Keep transformers quiet: only Bitknap writes to the terminal."""
 
 from __future__ import annotations
 
 
 def silence_transformers() -> None:
-    """Keep transformers from drawing bars and telling what it loads."""
+    """Keep transformers from drawing progress bars and logging what it loads."""
     from transformers.utils import logging
 
     logging.set_verbosity_error()

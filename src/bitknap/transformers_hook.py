@@ -1,11 +1,11 @@
 """Tells transformers about packed checkpoints, without importing it.
 
-transformers finds quantizers in a table of its own and looks for no plug-ins, so somebody has to
-write into that table between its import and the first `from_pretrained`. Importing transformers
-with Bitknap would do, and cost seconds and torch for those who only solve. Hence a finder on
-`sys.meta_path`: it answers for one module name, costs nothing until transformers asks for that
-module, and registers the plug-in right after the module has run. Where transformers was imported
-first, the plug-in is registered at once.
+transformers finds quantizers in its own table and does not look for plug-ins, so they must be
+written into that table between its import and the first `from_pretrained`. Importing transformers
+with Bitknap would work, but would cost users who only solve seconds and torch. Hence a finder on
+`sys.meta_path`: it answers for one module name, costs nothing until transformers imports that
+module, and registers the plug-in right after the module has run. If transformers is already
+imported, the plug-in is registered at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ TABLE = "transformers.quantizers.auto"
 
 
 class _Finder(MetaPathFinder):
-    """Finds `TABLE` as the other finders do, and has it registered into once it has run."""
+    """Finds `TABLE` through the other finders, and registers the plug-in once it has run."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -50,7 +50,7 @@ def _register_after(spec: ModuleSpec) -> None:
 
 
 def install() -> None:
-    """See to it that transformers knows packed checkpoints, now or as soon as it is imported."""
+    """Make transformers recognize packed checkpoints, now or as soon as it is imported."""
     if any(isinstance(finder, _Finder) for finder in sys.meta_path):
         return
     sys.meta_path.insert(0, _Finder())

@@ -1,4 +1,4 @@
-"""From a model and a text to what estimators and judges read: evidence, and windows of tokens."""
+"""Turn a model and a text into the inputs of estimators and judges: evidence and token windows."""
 
 from __future__ import annotations
 
@@ -44,13 +44,13 @@ def gather(
     readings: Readings | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
-    """Return the evidence that is needed: from weights alone, or from a pass over a text.
+    """Return the required evidence: from the weights alone, or from a pass over a text.
 
     Args:
         source: the model.
         needs: what an estimator needs.
-        asked: on what; one text.
-        readings: where measurements are kept; nowhere if not given.
+        asked: the calibration request, with one text.
+        readings: where measurements are kept; they are not kept if this is not given.
         progress: called with (what, done, of).
 
     Raises:
@@ -73,7 +73,7 @@ def _pass(
     readings: Readings,
     progress: Progress | None,
 ) -> Evidence:
-    """Return what a pass over the text records, in one piece or layer by layer."""
+    """Return the evidence from a pass over the text, in one piece or layer by layer."""
     layout = walk_headers(source.config, source.shapes, asked.include)
     way = way_to_calibrate(source, layout, asked.tokens, needs, asked.max_memory)
     windows, recorded = _windows(source, asked), Recorded.of(needs)
@@ -107,12 +107,12 @@ def readings_about(
     rotation: int | None = None,
     blocks: int | None = None,
 ) -> dict[str, Any]:
-    """Return what measurements on a model depend on, JSON values; reads all of its weights.
+    """Return the inputs that measurements on a model depend on, as JSON values; reads all weights.
 
     Args:
         origin: the model, before it is rotated or sorted.
-        asked: on what, alike but for their texts.
-        rotation: seed of what turns the residual stream; None leaves it.
+        asked: the calibration requests, which differ only in their texts.
+        rotation: seed of the rotation of the residual stream; None does not rotate it.
         blocks: number of blocks of rows that neurons are sorted into; None does not sort.
     """
     first = asked[0]
@@ -138,10 +138,10 @@ def _windows(source: Checkpoint, asked: Calibration) -> Windows:
 def encoded(
     folder: Path, text: str | Documents | TokenWindows, config: Any
 ) -> Encoded | TokenWindows:
-    """Return a document as tokens of the model in a folder, whose configuration is given.
+    """Return a document tokenized for the model in a folder, whose configuration is given.
 
     Raises:
-        InputError: the text is empty, or the tokenizer is missing or not the model's.
+        InputError: the text is empty, or the tokenizer is missing or does not belong to the model.
     """
     return _encoded(None if isinstance(text, TokenWindows) else tokenizer_of(folder), text, config)
 
@@ -162,9 +162,9 @@ def _encoded(
 
 
 def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, str, int]]:
-    """Return (layer, expert, projection, tokens) of matrices that a method falls back on."""
+    """Return (layer, expert, projection, tokens) of matrices for which GPTQ falls back."""
     units = evidence.units
-    found = []
+    matrices = []
     for run in stacks(units):
         known = evidence.inputs(run)
         for unit, few, seen in zip(
@@ -172,8 +172,8 @@ def too_few_tokens(evidence: Evidence, rounding: Gptq) -> list[tuple[int, int, s
         ):
             if few:
                 name = str(units.projections[units.projection[unit]])
-                found.append((int(units.layer[unit]), int(units.expert[unit]), name, int(seen)))
-    return found
+                matrices.append((int(units.layer[unit]), int(units.expert[unit]), name, int(seen)))
+    return matrices
 
 
 def evaluation_windows(model: Path | LiveModel, text: TextLike, tokens: int) -> Windows:

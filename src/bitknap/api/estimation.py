@@ -1,4 +1,4 @@
-"""From a model to its cost table: gather evidence, estimate, and say what the costs are of."""
+"""Turn a model into its cost table: gather evidence, estimate, and record how it was measured."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from bitknap.quantization.stacks.row_blocks import split_rows
 from bitknap.quantization.transforms import transformed_model
 
 T = TypeVar("T", int, float)
-# (layer, expert, tokens) of experts that saw few, (layer, expert, times) of those that stand out.
+# (layer, expert, tokens) for experts that saw few, (layer, expert, times) for outlying experts.
 _Seen = tuple[list[tuple[int, int, int]], list[tuple[int, int, float]]]
 
 
@@ -62,27 +62,27 @@ def estimate(
     resume: Resume | None = None,
     progress: Progress | None = None,
 ) -> CostTable:
-    """Return what every format would cost every unit of a model.
+    """Return the cost of every format for every unit of a model.
 
     Within a family of grids, costs that rise with the width are pooled; the provenance counts
     them as "repaired". Experts that saw few tokens, and those whose output is far above their
-    layer's, are listed there too; the latter may use no narrow grid.
+    layer's, are listed there too; the latter may not use narrow grids.
 
     Args:
         model: A folder, a hub id, "reference:NAME", or a `LiveModel`.
         estimator: `Calibrated()` when not given.
-        formats: What units may become: a list of formats, or `Formats` with more to say;
+        formats: Formats that units may have: a list, or `Formats` with further options;
             `default_formats()` when not given.
-        text: Short for `calibration=Calibration(text=…)`; the bundled text when not given.
-        calibration: What the model is run on, and how weights will be rounded.
-        resume: What is kept on disk, so that a killed run goes on.
+        text: Shorthand for `calibration=Calibration(text=…)`; the bundled text when not given.
+        calibration: The text that the model is run on, and how weights will be rounded.
+        resume: Files kept on disk so that a killed run can continue.
         progress: Called with (what, done, of).
 
     Raises:
-        InputError: The text or a name cannot be used, or the memory does not suffice.
+        InputError: The text or a name cannot be used, or `max_memory` is too low.
         ModelError: The model cannot be built, walked, calibrated, rotated or permuted.
         FileError: A file of the model is damaged.
-        MismatchError: Samples or a journal are of other inputs.
+        MismatchError: Samples or a journal belong to other inputs.
     """
     asked = (calibration or Calibration()).on(_sets_of(text))
     job = _Job(
@@ -100,7 +100,7 @@ def estimate(
 
 
 def _sets_of(text: TextLike | TextSets | None) -> TextLike | TextSets | None:
-    """Return a text; a list of files, which was a list of calibration sets once, as such."""
+    """Return the text; a list of files, formerly the way to pass several sets, as `TextSets`."""
     if not isinstance(text, list | tuple) or not all(map(_is_file, text)):
         return text
     warn_renamed("estimate(text=[several files])", "text=TextSets([…])", stacklevel=4)
@@ -110,13 +110,13 @@ def _sets_of(text: TextLike | TextSets | None) -> TextLike | TextSets | None:
 def _is_file(text: object) -> bool:
     try:
         return isinstance(text, str | Path) and (text == BUILTIN or Path(text).is_file())
-    except (OSError, ValueError):  # too long for a name, or with characters that no name has
+    except (OSError, ValueError):  # too long, or with characters not allowed in names
         return False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Job:
-    """What `estimate` was asked for, to be done on one checkpoint and each of its texts."""
+    """A request to `estimate`, carried out on one checkpoint for each of its texts."""
 
     estimator: Estimator
     formats: Formats
@@ -130,13 +130,13 @@ class _Job:
 
     @property
     def keeps(self) -> bool:
-        """Whether anything is measured that would be worth a journal."""
+        """Whether the measurements are worth keeping in a journal."""
         return "replay" in self.estimator.needs or (
             self.reads and self.asked[0].max_memory is not None
         )
 
     def table(self, origin: Checkpoint, resume: Resume) -> CostTable:
-        """Return the table of a model, transformed first where that is asked for."""
+        """Return the table of a model, which is first transformed if requested."""
         options, first, about = self.formats.listed(origin), self.asked[0], {}
         recipe = transformed_model.Recipe(rotation=first.seed if self.formats.rotate else None)
         if resume.journal is not None and self.keeps:
@@ -166,14 +166,14 @@ class _Job:
     def _facts(
         self, origin: Checkpoint, source: Checkpoint, recipe: transformed_model.Recipe
     ) -> dict[str, object]:
-        """Return what a table says of the model, and of its bytes beside the units."""
+        """Return the facts that a table records about the model and its bytes besides the units."""
         include, blocks = self.asked[0].include, self.formats.row_blocks
         on_disk = walk_headers(source.config, source.shapes, include)
         layout = on_disk if blocks == 1 else split_rows(on_disk, blocks)
         fixed_bytes, rewritten = writer.fixed_bytes(source, layout), {}
         if source is not origin:
             rewritten = {transformed_model.KEY: recipe.to_dict(origin)}
-            # The plan, which is part of the checkpoint, repeats it.
+            # The plan is part of the checkpoint and repeats this.
             fixed_bytes += 2 * len(json.dumps(rewritten[transformed_model.KEY]))
         return {
             "model": source.fingerprint,
@@ -184,7 +184,7 @@ class _Job:
         }
 
     def _sorting(self, source: Checkpoint, readings: Readings) -> transformed_model.Sorting:
-        """Return how neurons are sorted, by the first text if any is read."""
+        """Return the order of the neurons, taken from the first text if one is read."""
         needs = frozenset({"moments"}) if self.estimator.needs else frozenset()
         evidence = self._gather(source, needs, self.asked[0], readings)
         return blocks_of_rows.sorting(evidence, self.formats.row_blocks)
@@ -192,7 +192,7 @@ class _Job:
     def _run(
         self, source: Checkpoint, options: Sequence[Format] | None, readings: Readings
     ) -> tuple[list[CostTable], list[_Seen]]:
-        """Return a table for each text, and which experts saw little or stand out in it."""
+        """Return a table for each text, and the experts with few tokens or outlying outputs."""
         tables, passes = [], []
         for asked in self.asked:
             evidence = self._gather(source, self.estimator.needs, asked, readings)
@@ -201,7 +201,7 @@ class _Job:
                 table = blocks_of_rows.by_rows(table, evidence, self.formats.row_blocks)
             tables.append(table)
             passes.append((evidence.coverage(), _standing_out(evidence)))
-            del evidence  # one model and its memory at a time
+            del evidence  # keep only one model in memory at a time
         return tables, passes
 
     def _gather(
@@ -214,16 +214,16 @@ class _Job:
 
 @contextlib.contextmanager
 def _folder(given: Path | None) -> Iterator[Path]:
-    """Yield a folder for transformed copies; a temporary one goes again."""
+    """Yield a folder for transformed copies; a temporary one is deleted afterwards."""
     if given is not None:
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="bitknap-", ignore_cleanup_errors=True) as found:
-        yield Path(found)
+    with tempfile.TemporaryDirectory(prefix="bitknap-", ignore_cleanup_errors=True) as temporary:
+        yield Path(temporary)
 
 
 def _check_texts(job: _Job) -> None:
-    """Refuse texts that are not several sets, before minutes go into calibrating on them."""
+    """Refuse texts that are not separate sets, before spending minutes on calibration."""
     if len(job.asked) == 1 and job.asked[0].robust is None:
         return
     if not job.estimator.needs:
@@ -236,15 +236,15 @@ def _check_texts(job: _Job) -> None:
 def _union(
     lists: Sequence[Sequence[tuple[int, int, T]]], pick: Callable[[T, T], T]
 ) -> list[tuple[int, int, T]]:
-    """Return (layer, expert, value) of several passes as one list in order, each expert once."""
-    found: dict[tuple[int, int], T] = {}
+    """Merge (layer, expert, value) lists of several passes into a sorted list, each expert once."""
+    merged: dict[tuple[int, int], T] = {}
     for layer, expert, value in chain.from_iterable(lists):
-        found[layer, expert] = pick(found.get((layer, expert), value), value)
-    return [(layer, expert, value) for (layer, expert), value in sorted(found.items())]
+        merged[layer, expert] = pick(merged.get((layer, expert), value), value)
+    return [(layer, expert, value) for (layer, expert), value in sorted(merged.items())]
 
 
 def _standing_out(evidence: Evidence) -> list[tuple[int, int, float]]:
-    """Return the experts whose output is far above their layer's median; none without a text."""
+    """Return the experts with outputs far above their layer's median; empty without a text."""
     known = all(layer.output_max is not None for layer in evidence.layers.values())
-    found = super_experts(evidence) if known else []
-    return [(layer, expert, round(times, 1)) for layer, expert, times in found]
+    outliers = super_experts(evidence) if known else []
+    return [(layer, expert, round(times, 1)) for layer, expert, times in outliers]

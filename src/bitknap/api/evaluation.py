@@ -32,10 +32,10 @@ def rows_for(
     uniform: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
-    """Return one row a model: the reference, the best uniform recipe if asked for, and `model`.
+    """Return one row per model: the reference, the best uniform recipe if requested, and `model`.
 
     Raises:
-        InputError: a uniform recipe is asked for, but `model` is not a packed checkpoint.
+        InputError: a uniform recipe is requested, but `model` is not a packed checkpoint.
     """
     ours = evaluate(model, reference, text=text, tokens=tokens)
     if reference is None:
@@ -58,7 +58,7 @@ def rows_for(
 
 
 def summary(losses: Losses, nbytes: int | None = None) -> dict[str, Any]:
-    """Return losses as JSON values, `bytes` of the units with them if known."""
+    """Return losses as JSON values, with the `bytes` of the units if known."""
     row = {
         "perplexity": losses.perplexity,
         "kl": float(losses.kl.mean()),
@@ -82,9 +82,9 @@ def best_uniform_of(
 def best_uniform(
     replay: Replay, layout: Layout, nbytes: int, progress: Progress | None = None
 ) -> tuple[str, BitPlan, Losses]:
-    """Return the uniform recipe of the lowest KL on the replayed text, at `nbytes` or so.
+    """Return the uniform recipe with the lowest KL on the replayed text, at about `nbytes`.
 
-    The choice is made on the very text it is judged on, which favours the recipe.
+    The recipe is chosen on the text that it is judged on, which favours the recipe.
     """
     plans = uniform_plans(layout.units, default_formats(layout.units), nbytes)
     if not plans:

@@ -1,4 +1,4 @@
-"""Keywords of the public verbs that became fields of requests, for one version more."""
+"""Former keywords of the public verbs, now fields of requests; kept for one more version."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from bitknap.deprecation import warn_renamed
 
 P = ParamSpec("P")
 R = TypeVar("R")
-# The class of a request, and the field that each former keyword became.
+# The class of a request, and the field that each former keyword maps to.
 Group = tuple[type[Any], Mapping[str, str]]
 
 
 def group(kind: type[Any], *names: str, **renamed: str) -> Group:
-    """Return a request's class with the former keywords that are fields of it now.
+    """Return a request's class with the former keywords that are now its fields.
 
     Args:
         kind: The class of the request.
         *names: Former keywords whose fields have the same name.
-        **renamed: The fields of the others.
+        **renamed: The field of each other former keyword.
     """
     return kind, {**{name: name for name in names}, **renamed}
 
 
 def former_keywords(**groups: Group) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Return a decorator for a function that still takes former keywords, with one warning a call.
+    """Return a decorator for a function that still takes former keywords; it warns once per call.
 
     Args:
         **groups: For each parameter that takes a request, from `group`.
@@ -66,7 +66,7 @@ def former_keywords(**groups: Group) -> Callable[[Callable[P, R]], Callable[P, R
 
 
 def _request(kind: type[Any], given: Any) -> Any:
-    """Return the request that a call gave, or one that says nothing."""
+    """Return the request passed to a call, or an empty one."""
     if kind is Formats:
         return Formats.of(given)
     return kind() if given is None else given

@@ -1,4 +1,4 @@
-"""A dry run from `config.json` and safetensors headers alone."""
+"""A dry run that reads only `config.json` and safetensors headers."""
 
 from __future__ import annotations
 
@@ -24,29 +24,29 @@ from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.safetensors_header import DTYPES
 from bitknap.quantization.targets.shape_rules import fits
 
-# What the table of uniform sizes shows: every width, in a usual and in the smallest form.
+# Formats in the table of uniform sizes: every width, in a common and in the smallest form.
 _SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")
-# Bytes of bf16 weights a second that rounding to one format and packing take on one CPU core: the
-# middle of what benchmarks/results/quantize.md measured.
+# Bytes of bf16 weights per second rounded to one format and packed on one CPU core: the middle of
+# the range measured in benchmarks/results/quantize.md.
 _RATES = {"rtn": 4e7, "hqq": 2e6, "gptq": 4e6}
-# Bytes a second of reading weights and summing them up, as data-free estimators do.
+# Bytes per second when reading and summing weights, as data-free estimators do.
 _READ_RATE = 2e8
-# Products and sums a second of float32 matrices on two cores.
+# Float32 matrix operations (products and sums) per second on two cores.
 _FLOPS = 1e11
-# What calibration runs over a text, in forward passes: one and its gradients.
+# Cost of calibrating on a text, in forward passes: one pass and its gradients.
 _PASSES = 3
-# The interpreter with torch and transformers.
+# Memory of the interpreter with torch and transformers.
 _LIBRARIES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """What one command needs.
+    """The resources that one command needs.
 
     Attributes:
-        name: the command and how it is called.
+        name: the command with its options.
         memory_bytes: peak resident memory.
-        seconds: on two CPU cores, to a factor of two or so.
+        seconds: time on two CPU cores, accurate to about a factor of two.
     """
 
     name: str
@@ -55,19 +55,19 @@ class Step:
 
 
 def inspect(model: str | Path, include: Collection[str] = ()) -> dict[str, Any]:
-    """Return what a plan for `model` could be, without reading weights.
+    """Return which plans are possible for `model`, without reading weights.
 
-    Of a model on the hub only `config.json` and headers are fetched.
+    For a model on the hub, only `config.json` and headers are fetched.
 
     Args:
         model: a folder, a hub id, or "reference:NAME".
-        include: roles beside routed experts.
+        include: roles to quantize besides routed experts.
 
     Returns:
-        What `report` gives.
+        The result of `report`.
 
     Raises:
-        ModelError: it is packed already, has no units, or transformers could not load it.
+        ModelError: the model is already packed, has no units, or transformers could not load it.
     """
     source = Checkpoint.look(model)
     check_source(source, include)
@@ -75,12 +75,12 @@ def inspect(model: str | Path, include: Collection[str] = ()) -> dict[str, Any]:
 
 
 def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
-    """Return what a plan for an opened checkpoint could be.
+    """Return which plans are possible for an opened checkpoint.
 
     Returns:
         Counts, the feasible range in bits per weight and in bytes of the whole checkpoint, the
-        weights by which last groups of rows are short, "uniform_bytes" of all units in some
-        formats, the "steps" with their memory and time, and which "exports" shapes allow.
+        weights missing from the last groups of rows, "uniform_bytes" of all units in some
+        formats, the "steps" with their memory and time, and which "exports" the shapes allow.
     """
     layout = walk_headers(source.config, source.shapes, include)
     units = layout.units
@@ -125,10 +125,10 @@ def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
 
 
 def steps(source: Checkpoint, layout: Layout) -> list[Step]:
-    """Return what estimating and quantizing need, by the way it is done.
+    """Return the resources that estimating and quantizing need, for each method.
 
-    The writer holds one tensor and half of it again beside what it rounds (measured); rounding to
-    all default formats is most of an estimate's time.
+    Besides the weights being rounded, the writer holds 1.5 times the largest tensor (measured).
+    Rounding to all default formats takes most of the time of an estimate.
     """
     units = layout.units
     weights = int(units.numel.sum())
@@ -141,7 +141,7 @@ def steps(source: Checkpoint, layout: Layout) -> list[Step]:
         return peak_bytes(source, layout, tokens, needs, by_layer=True) + _LIBRARIES
 
     text = Calibrated().needs
-    found = [
+    needed = [
         Step(
             name="estimate --estimator data-free",
             memory_bytes=streaming,
@@ -155,22 +155,22 @@ def steps(source: Checkpoint, layout: Layout) -> list[Step]:
     ]
     for method, rate in _RATES.items():
         asks = method == "gptq"
-        found.append(
+        needed.append(
             Step(
                 name=f"quantize --method {method}",
                 memory_bytes=max(streaming, calibrating({"full"}) if asks else 0),
                 seconds=_seconds(2 * weights / rate + (passes if asks else 0)),
             )
         )
-    return found
+    return needed
 
 
 def _seconds(work: float) -> int:
-    return round(work) + 5  # loading libraries
+    return round(work) + 5  # time to load libraries
 
 
 def _active(source: Checkpoint, layout: Layout) -> int:
-    """Return the weights that one token meets."""
+    """Return the number of weights that process one token."""
     config = text_config(source.config)
     top_k = experts_per_token(config) or [0]
     every = sum(math.prod(info.shape) for info in source.headers.values())
@@ -181,7 +181,7 @@ def _active(source: Checkpoint, layout: Layout) -> int:
 
 
 def _largest(source: Checkpoint) -> int:
-    """Return the bytes of the largest tensor once it is read."""
+    """Return the bytes of the largest tensor in memory."""
     return max(
         math.prod(info.shape) * (DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 1)
         for info in source.headers.values()
@@ -189,5 +189,5 @@ def _largest(source: Checkpoint) -> int:
 
 
 def _short(rows: np.ndarray, cols: np.ndarray, group: int) -> int:
-    """Return by how many weights the last groups of all rows fall short of `group`."""
+    """Return how many weights the last groups of all rows lack to fill `group`."""
     return int((rows * (-cols % group)).sum())

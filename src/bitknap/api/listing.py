@@ -1,7 +1,7 @@
-"""What can be named: the rows of every table that commands look names up in.
+"""The names that users can choose from: the rows of every table in which commands look up names.
 
-No row is kept here: each kind reads the table that the commands read. Nothing heavy is imported
-unless another package's estimator has to be, to say what it is.
+No rows are stored here: each kind reads the table that the commands read. Heavy imports happen
+only if the estimator of another package must be imported to describe it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 from bitknap.errors import InputError
 from bitknap.names import OWN, Catalog, unknown
 
-# Bytes a weight are said of a matrix of so many rows and columns: scales of rows weigh little.
+# Rows and columns of the matrix for which bytes per weight are stated: row scales weigh little.
 SIDE = 4096
 
 Row = dict[str, Any]
@@ -26,9 +26,9 @@ class Kind:
     """A table of names.
 
     Attributes:
-        about: what its names are given to.
+        about: where its names are used.
         rows: yields its rows, each with "name", "about" and "from".
-        catalog: where its `Catalog` is, "module:attribute"; "" if it has none.
+        catalog: location of its `Catalog`, "module:attribute"; "" if it has none.
     """
 
     about: str
@@ -41,15 +41,15 @@ class Kind:
 
 
 def rows_of(kind: str) -> list[Row]:
-    """Return the rows of a table, JSON values.
+    """Return the rows of a table as JSON values.
 
     Args:
         kind: a name in `KINDS`.
 
     Returns:
-        Of each row the "name"; "about", one sentence; "from", the package that offers it; and what
-        the kind has besides. A row of a package that cannot be imported has "error" in place of
-        "about".
+        For each row the "name"; "about", one sentence; "from", the package that offers it; and
+        fields specific to the kind. A row of a package that cannot be imported has "error" in
+        place of "about".
 
     Raises:
         InputError: there is no such kind.
@@ -61,7 +61,7 @@ def kind_of(name: str) -> Kind:
     """Return a table by its name.
 
     Raises:
-        InputError: there is none.
+        InputError: there is no such table.
     """
     if name not in KINDS:
         raise unknown("kind", name, KINDS)
@@ -74,8 +74,8 @@ def _row(name: str, about: str, package: str = OWN, **more: Any) -> Row:
 
 def _catalog(place: str) -> Catalog:
     module, _, attribute = place.partition(":")
-    found: Catalog = getattr(import_module(module), attribute)
-    return found
+    catalog: Catalog = getattr(import_module(module), attribute)
+    return catalog
 
 
 def _entries(place: str) -> Iterator[Row]:

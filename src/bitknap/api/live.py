@@ -1,4 +1,4 @@
-"""Live transformers models in the place of a folder."""
+"""Live transformers models, accepted in place of a folder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class LiveModel:
     """A transformers model in memory, with its tokenizer.
 
     `estimate`, `refine` and `quantize` read weights from files: they save the model to a temporary
-    folder first, which takes as many bytes on disk as the model. `evaluate` runs it as it is.
+    folder first, which takes as many bytes on disk as the model. `evaluate` runs the model itself.
 
     Attributes:
         model: A transformers language model.
@@ -33,7 +33,7 @@ class LiveModel:
 
     @contextlib.contextmanager
     def evaluating(self) -> Iterator[Any]:
-        """Yield the model in evaluation mode, and put it back into its mode.
+        """Yield the model in evaluation mode, and restore its mode afterwards.
 
         Raises:
             ModelError: A weight is NaN or infinite.
@@ -49,7 +49,7 @@ class LiveModel:
             self.model.train(training)
 
     def save(self, folder: Path) -> None:
-        """Write model and tokenizer into a folder.
+        """Write the model and its tokenizer into a folder.
 
         Raises:
             ModelError: transformers cannot save one of them.
@@ -64,10 +64,10 @@ Model = str | Path | LiveModel
 
 @contextlib.contextmanager
 def on_disk(model: Model) -> Iterator[str | Path]:
-    """Yield a model's name or folder; a live model is saved to a temporary one, which goes again.
+    """Yield a model's name or folder; a live model is saved to a temporary folder.
 
     Raises:
-        InputError: It is a live model without a tokenizer.
+        InputError: The live model has no tokenizer.
         ModelError: The live model cannot be saved.
     """
     if not isinstance(model, LiveModel):
@@ -93,7 +93,7 @@ def opened(model: Model) -> Path | LiveModel:
 
 
 def check_named(model: object) -> None:
-    """Raise InputError for what is neither a name nor a folder."""
+    """Raise InputError for a value that is neither a name nor a folder."""
     if not isinstance(model, str | Path):
         kind = type(model).__name__
         raise InputError(

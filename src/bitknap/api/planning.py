@@ -1,4 +1,4 @@
-"""From a table and a budget to a plan, with the default profile; needs no torch."""
+"""Solve a table for a budget, with the default profile; does not need torch."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def plan_for(
 
     Args:
         table: Costs and bytes of every format of every unit.
-        budget: Bytes that the plan keeps to.
+        budget: Maximum size of the plan.
         ties: Which units share a format; `DEFAULT_PROFILE` when not given.
         solver: The knapsack when not given.
-        limits: What else the plan keeps to.
+        limits: Further limits on the plan.
 
     Raises:
-        InputError: The table lacks what the budget refers to.
-        InfeasibleError: No plan fits; says the least reachable.
+        InputError: The table lacks a quantity that the budget refers to.
+        InfeasibleError: No plan fits; the message gives the smallest reachable value.
     """
     tied = under(table, ties or profile(DEFAULT_PROFILE))
     return solve(Problem(tied, [budget, *limits]), solver)

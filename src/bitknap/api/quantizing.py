@@ -70,45 +70,45 @@ def quantize(
     resume: Resume | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the model quantized as the plan says, piece by piece, little of it in memory.
+    """Write the model quantized as the plan says, piece by piece, with little of it in memory.
 
-    What is done grows in a hidden folder beside `out`: after a kill or an error the same call
-    goes on from there, and ends with the same bytes. A plan of a permuted or rotated model says
-    how that is made: its weights are written to a second hidden folder first, which goes again.
+    Finished pieces are kept in a hidden folder next to `out`: after a kill or an error the same
+    call continues from there and writes the same bytes. If the plan is for a permuted or rotated
+    model, the transformed weights are first written to a second, temporary hidden folder.
 
     Args:
         model: A folder, a hub id, "reference:NAME", or a `LiveModel`, which is saved to a temporary
             folder first.
-        plan: Made from a table of this model.
-        out: Folder to write; appears when all of it is there.
-        packing: How to round, and the size of files; rounding as the plan says when not given.
-        calibration: What methods that calibrate are run on: text, tokens, seed and memory. Roles
-            are the plan's, rounding is that of `packing`.
-        resume: `journal` keeps each layer that a calibration layer by layer has finished, such as
-            the one that `estimate` was given; `overwrite` replaces `out` if it exists, and what a
-            run with other inputs left.
+        plan: A plan made from a table of this model.
+        out: Folder to write; it appears once it is complete.
+        packing: How to round, and the size of files; rounds as the plan says when not given.
+        calibration: Text, tokens, seed and memory of rounding methods that calibrate. The roles
+            come from the plan, the rounding from `packing`.
+        resume: `journal` keeps each layer finished by a layer-by-layer calibration, and may be the
+            one that `estimate` used; `overwrite` replaces an existing `out`, and the remains of
+            a run with other inputs.
         progress: Called with ("quantize", done, of).
 
     Returns:
-        "predicted" and "written" bytes of the units, which are equal; those of the "checkpoint",
-        every file counted; how many tensors beside the units were "decoded" from fewer bits than
-        16, and their "decoded_bytes" and "stored_bytes"; the "method"; of methods that calibrate,
-        "few_tokens": layer, expert, projection and tokens of matrices that saw too few to be
-        rounded by them; and "left_out": why files of the model's folder were not copied, to their
-        names.
+        "predicted" and "written" bytes of the units, which are equal; the bytes of the
+        "checkpoint", all files counted; how many tensors besides the units were "decoded" from
+        fewer than 16 bits, and their "decoded_bytes" and "stored_bytes"; the "method"; for methods
+        that calibrate, "few_tokens": layer, expert, projection and tokens of matrices that saw too
+        few tokens for the method; and "left_out", which maps each reason for not copying files of
+        the model's folder to their names.
 
     Raises:
         MismatchError: The plan is for another model or method, or an unfinished run had other
             inputs.
-        ModelError: A weight is NaN or infinite, or transformers could not load what is written.
-        InputError: `out` exists, the disk has no room for it, or `max_memory` does not suffice.
+        ModelError: A weight is NaN or infinite, or transformers could not load the output.
+        InputError: `out` exists, the disk has no room for it, or `max_memory` is too low.
         BitknapError: The disk is full.
     """
     how, kept = packing or Packing(), resume or Resume()
     rounding = planned(plan, how.rounding, force=how.force)
     if not isinstance(model, LiveModel):
         check_named(model)
-        check_apart(Path(out), places(model))  # before anything is fetched
+        check_apart(Path(out), places(model))  # check before fetching anything
     asked = replace(calibration or Calibration(), include=roles_of(plan.units), rounding=rounding)
     with on_disk(model) as place:
         origin = Checkpoint.open(resolve(place))
@@ -124,7 +124,7 @@ def _written(
     resume: Resume,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    """Write a checkpoint quantized as the plan says; return what `quantize` returns."""
+    """Write a checkpoint quantized as the plan says; return the result of `quantize`."""
     check_output(
         out,
         "folder",
@@ -156,11 +156,11 @@ def _rounded(
     resume: Resume,
     progress: Progress | None,
 ) -> tuple[writer.Rounded, list[tuple[int, int, str, int]]]:
-    """Return how a plan is rounded, if it asks by which inputs, and which units saw too few."""
+    """Return the rounding, the inputs if it needs them, and the units that saw too few tokens."""
     if not asked.method.needs_inputs:
         return writer.Rounded(rounding=asked.method), []
     writer.check_plan(source, plan)
-    # In one piece the pass is quick, and nothing of it is kept.
+    # A pass in one piece is quick, and none of it is kept.
     journal = resume.journal if asked.max_memory is not None else None
     about = {} if journal is None else _depends_on(origin, asked, plan)
     with beside(journal, about, overwrite=resume.overwrite) as readings:
@@ -176,7 +176,7 @@ def _rounded(
 
 
 def _depends_on(origin: Checkpoint, asked: Calibration, plan: BitPlan) -> dict[str, Any]:
-    """Return what calibrating for a plan depends on, as `estimate` says it."""
+    """Return the inputs that calibration for a plan depends on, as `estimate` records them."""
     recipe = transformed_model.recipe_of(plan.header)
     blocks = None if recipe.order is None else recipe.order.blocks
     return readings_about(origin, [asked], rotation=recipe.rotation, blocks=blocks)
@@ -184,9 +184,9 @@ def _depends_on(origin: Checkpoint, asked: Calibration, plan: BitPlan) -> dict[s
 
 @contextlib.contextmanager
 def _planned(origin: Checkpoint, plan: BitPlan, out: Path) -> Iterator[Checkpoint]:
-    """Yield what a plan is for: the model, or the transformed copy that it describes, beside `out`.
+    """Yield the model that a plan is for, or the transformed copy that it describes, beside `out`.
 
-    The copy goes again, unless pieces that were read from it are kept.
+    The copy is deleted afterwards, unless pieces read from it are kept.
     """
     folder = transformed_model.beside(out)
     try:
@@ -208,12 +208,12 @@ def load(
 
     Args:
         model: a folder, a hub id, or "reference:NAME".
-        dtype: "auto" is the checkpoint's own.
-        device: where it goes.
-        packed: keep weights packed in memory: on a CUDA device kernels run the experts, elsewhere
-            those of an expert are dequantized when it is used; otherwise all are dequantized at
-            once. When not given, packed on a CUDA device and not elsewhere.
-        cache_bytes: how much may be held dequantized as well, when packed.
+        dtype: dtype of the model; "auto" is the checkpoint's own.
+        device: device that the model is loaded on.
+        packed: True keeps weights packed in memory: on a CUDA device, kernels run the experts;
+            elsewhere, an expert is dequantized when it is used. False dequantizes all weights at
+            once. When not given, weights stay packed on a CUDA device only.
+        cache_bytes: bytes of dequantized weights to cache when packed.
     """
     return loading.load(
         resolve(model), dtype, device=device, packed=packed, cache_bytes=cache_bytes
@@ -230,11 +230,11 @@ def evaluate(
     """Measure a model on a text that calibration did not see, against a reference model.
 
     Args:
-        model: What to measure: a folder, a hub id, "reference:NAME", or a `LiveModel`, which is run
+        model: The model to measure: a folder, a hub id, "reference:NAME", or a `LiveModel`, run
             as it is.
-        reference: What KL and top-1 agreement refer to; the model itself when not given.
+        reference: The model that KL and top-1 agreement refer to; `model` itself when not given.
         text: Evaluation text: a path, "builtin", a list of strings, or token windows.
-        tokens: How much of it to use.
+        tokens: Number of tokens of it to use.
 
     Raises:
         MismatchError: The two have different tokenizers.
@@ -242,7 +242,7 @@ def evaluate(
     """
     asked, given = opened(model), text_of(text)
     other = asked if reference is None else opened(reference)
-    # What cannot be read is refused before the work.
+    # Refuse unreadable inputs before the work starts.
     folders = [one for one in dict.fromkeys((asked, other)) if isinstance(one, Path)]
     sources = {folder: Checkpoint.open(folder) for folder in folders}
     for folder in folders:
@@ -263,7 +263,7 @@ def evaluate(
 
 
 def _running(model: Path | LiveModel) -> contextlib.AbstractContextManager[Any]:
-    """Return the context in which a model runs: loaded in float32, or as it is."""
+    """Return a context that yields the model to run: loaded in float32, or live."""
     if isinstance(model, LiveModel):
         return model.evaluating()
     return contextlib.nullcontext(loading.load(model, torch.float32))

@@ -1,8 +1,8 @@
-"""The closed loop on a live model, and the gate that keeps its plan from being worse than none.
+"""The closed loop on a live model, and the gate that keeps its plan no worse than a uniform recipe.
 
-Plans are measured on calibration text; at the end, the best of them and the best uniform recipe of
-its bytes are measured on calibration text that neither calibration nor the loop has read, and if
-the recipe loses no more there, it is what is written.
+Plans are measured on calibration text. At the end, the best plan and the best uniform recipe of at
+most its bytes are measured on calibration text that neither calibration nor the loop has read. If
+the recipe loses no more than the plan there, the recipe is written.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from bitknap.quantization.stacks.row_blocks import inputs_of_blocks, layout_for
 
 # Tokens of the calibration text that the gate judges on.
 GATE_TOKENS = 8_192
-# A plan is measured on one part of the text after the other, as long as it may still be better.
+# A plan is measured on one part of the text after another, while it can still be the best.
 PARTS = 4
 
 
@@ -55,7 +55,7 @@ class Loop:
 
     Attributes:
         evidence: how plans are rounded.
-        parts: of the text that plans are measured on.
+        parts: the parts of the text that plans are measured on.
         gate: text that nothing else has read.
     """
 
@@ -66,14 +66,14 @@ class Loop:
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Outcome:
-    """What is to be written, and why.
+    """The plan to write, and why.
 
     Attributes:
         plan: the plan that the gate lets through.
-        refined: what the loop came to.
+        refined: the result of the loop.
         recipe: the best uniform recipe's formats; "" if none is within the limits.
-        ours: what the loop's plan loses on the gate's text.
-        uniform: what the recipe loses there; None without one.
+        ours: losses of the loop's plan on the gate's text.
+        uniform: losses of the recipe on the same text; None without a recipe.
         passed: whether the loop's plan is the better one.
     """
 
@@ -85,7 +85,7 @@ class Outcome:
     passed: bool
 
     def facts(self) -> dict[str, Any]:
-        """Return all that is worth telling, as JSON values."""
+        """Return the outcome as JSON values."""
         first, best = self.refined.steps[0], self.refined.best
         row: dict[str, Any] = {
             "evaluations": len(self.refined.steps),
@@ -109,14 +109,14 @@ class Outcome:
 def loop_windows(
     document: Encoded | TokenWindows, taken: Tensor, tokens: int
 ) -> tuple[Windows, Windows]:
-    """Return the windows of a text that plans are measured on, and those of the gate.
+    """Return the windows of a text that plans are measured on, and the windows of the gate.
 
-    All lie on the grid of `taken`; the gate's are neither in it nor among the loop's.
+    All lie on the grid of `taken`; the gate's windows are in neither `taken` nor the loop's.
 
     Args:
         document: the calibration text.
-        taken: what calibration read, int64 [windows, length].
-        tokens: to measure plans on.
+        taken: windows that calibration read, int64 [windows, length].
+        tokens: number of tokens to measure plans on.
 
     Raises:
         InputError: the text is too short for both.
@@ -150,15 +150,15 @@ def open_loop(
         model: the model.
         evidence: its calibration pass.
         text: the calibration text.
-        taken: what calibration read of it.
-        tokens: to measure plans on.
+        taken: windows of it that calibration read.
+        tokens: number of tokens to measure plans on.
         folder: folder of the model, for its tokenizer.
 
     Raises:
         InputError: the text is too short.
     """
     windows, gate = loop_windows(encoded(folder, text, model.config), taken, tokens)
-    # Every part has windows from all over the text.
+    # Every part has windows from the whole text.
     count = min(PARTS, len(windows))
     parts = [windows[part::count] for part in range(count)]
     layout = evidence.layout
@@ -184,10 +184,10 @@ def run_loop(
     Args:
         loop: the model and the texts.
         table: the costs, tied as plans must be.
-        limits: what plans keep to.
-        refinement: how many plans are measured, and what proposes them.
+        limits: limits on the plans.
+        refinement: how many plans are measured, and how they are proposed.
         others: tables whose plans are measured as well.
-        readings: what was measured before, and where to keep what is measured.
+        readings: earlier measurements, and where to keep new ones.
         progress: called with (what, done, of).
 
     Raises:
@@ -218,10 +218,10 @@ def run_loop(
 
 
 def measures(loop: Loop, table: CostTable, readings: Readings) -> tuple[Measure, ...]:
-    """Return what measures plans on each part of the text: KL of its windows, nats a token.
+    """Return functions that measure plans on each part of the text: KL per window, nats per token.
 
-    Layers before the first one in which a plan differs from the first plan of all answer from
-    memory.
+    Layers before the first layer in which a plan differs from the first plan measured are read
+    from memory.
     """
     return tuple(
         _Part(loop=loop, table=table, readings=readings, replay=replay, number=part)
@@ -235,12 +235,12 @@ class _Part:
 
     Attributes:
         loop: the model and the texts.
-        table: whose units and formats choices are of.
-        readings: what was measured before, and where to keep what is measured.
+        table: the table whose units and formats choices refer to.
+        readings: earlier measurements, and where to keep new ones.
         replay: replay of the part.
         number: number of the part.
-        base: the plan that layers in memory are of.
-        name: what the replay calls it.
+        base: the plan that produced the layers in memory.
+        name: name of the base in the replay.
     """
 
     loop: Loop
@@ -258,7 +258,7 @@ class _Part:
             plan = BitPlan.from_choice(self.table.units, self.table.formats, choice)
             with stored(self.replay, self.loop.evidence, plan):
                 if self.replay.base != self.name:
-                    # The first plan, or others have used the replay since.
+                    # This is the first plan, or another caller has used the replay since.
                     self.base, self.name = choice, f"{id(self)} {key}"
                     self.replay.rebase(self.name)
                 known = self.replay.measure(self._first(choice)).kl
@@ -276,7 +276,7 @@ class _Part:
 
 
 def losses_of(loop: Loop, replay: Replay, plan: BitPlan) -> Losses:
-    """Return what the model loses on a replayed text when it is stored as a plan says."""
+    """Return the losses of the model on a replayed text when it is stored as a plan says."""
     with stored(replay, loop.evidence, plan):
         return replay.measure()
 
@@ -287,7 +287,7 @@ def stored(
     """Return the context in which a replayed model is stored as a plan says.
 
     Args:
-        replay: replay of the model that the evidence is of.
+        replay: replay of the model that the evidence describes.
         evidence: how it is rounded.
         plan: plan of its units, or of blocks of their rows.
     """
@@ -301,7 +301,7 @@ def stored(
 def _best_uniform(
     loop: Loop, problem: Problem, plan: BitPlan, progress: Progress | None
 ) -> tuple[str, BitPlan | None, Losses | None]:
-    """Return the recipe of the least KL on the gate's text, at the plan's bytes or less."""
+    """Return the recipe with the least KL on the gate's text, within the plan's bytes."""
     units = plan.units
     offered = uniform_plans_within(units, problem.table.formats, plan.total_bytes, plan.model)
     allowed = [one for one in offered if within(problem, one)]
@@ -330,22 +330,22 @@ def refine(
     resume: Resume | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Measure plans of a model, and return the best one, or the best uniform recipe.
+    """Measure plans for a model, and return the best one or the best uniform recipe.
 
     Args:
         model: A folder, a hub id, "reference:NAME", or a `LiveModel`.
-        table: Its costs, tied as plans must be.
-        limits: What plans keep to.
-        refinement: How many plans are measured, on how many tokens, and what proposes them.
-        calibration: Text, tokens and seed, as the table was calibrated on; roles and rounding are
-            the table's.
-        resume: `journal` keeps measurements, so that a killed run goes on; `overwrite` starts a
-            journal of other inputs anew.
+        table: Costs of the model, tied as plans must be.
+        limits: Limits on the plans.
+        refinement: How many plans are measured, on how many tokens, and how they are proposed.
+        calibration: Text, tokens and seed that the table was calibrated with; roles and rounding
+            come from the table.
+        resume: `journal` keeps measurements, so that a killed run can continue; `overwrite`
+            replaces a journal that belongs to other inputs.
         progress: Called with (what, done, of).
 
     Raises:
         InfeasibleError: No plan is within the limits.
-        MismatchError: The table is of another model, or the journal of other inputs.
+        MismatchError: The table belongs to another model, or the journal to other inputs.
         InputError: The text is too short.
     """
     how, kept = refinement or Refinement(), resume or Resume()
@@ -369,7 +369,7 @@ def _opened(
     how: Refinement,
     progress: Progress | None,
 ) -> Loop:
-    """Return the loop on a model, calibrated as its table was."""
+    """Return the loop for a model, calibrated as its table was."""
     source = Checkpoint.open(resolve(model))
     known = table.provenance.get("model", source.fingerprint)
     if known != source.fingerprint:

@@ -32,15 +32,15 @@ from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import Checkpoint
 
 CALIBRATION_TOKENS = 8_192
-# Tokens of the calibration text that plans are measured on.
+# Number of calibration tokens that plans are measured on.
 REFINE_TOKENS = 16_384
 
 
 def default_formats(units: Units | None = None) -> tuple[Format, ...]:
-    """Return the options of the main job: widths × group sizes × zero point × metadata.
+    """Return the default formats: widths × group sizes × zero point × metadata.
 
     Args:
-        units: leave out formats that another one equals on every row of these units.
+        units: omit formats that equal another one on every row of these units.
     """
     every = make_formats(range(1, 9), GROUP_SIZES, (False, True), ("fp16", "compact"))
     widths = () if units is None else np.unique(units.cols).tolist()
@@ -49,10 +49,10 @@ def default_formats(units: Units | None = None) -> tuple[Format, ...]:
 
 @dataclass(frozen=True, slots=True)
 class TextSets:
-    """Several calibration texts, each of which gives a cost table of its own.
+    """Several calibration texts, each with its own cost table.
 
     Attributes:
-        sets: The texts, each as `Calibration.text` takes one.
+        sets: The texts, each in a form that `Calibration.text` accepts.
     """
 
     sets: Sequence[TextLike]
@@ -65,19 +65,19 @@ class TextSets:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Calibration:
-    """What a model is run on to see which weights matter.
+    """How a model is calibrated, to see which weights matter.
 
     Attributes:
         text: A path, "builtin", a list of strings (each a document), token windows (integers
             [windows, length], or an iterable of rows), or `TextSets` of several of these.
-        tokens: Tokens to use of each text.
-        include: Roles beside routed experts: "attention", "shared", "dense".
-        seed: Random seed of the noise, the labels and the rotation that are drawn.
-        rounding: How weights will be rounded, which costs are measured for.
-        max_memory: Bytes; where more would be needed, gradients or the whole pass go layer by
-            layer. None sets no bound.
-        robust: What a cost becomes over several texts: "mean" when not given, "worst" or "mean+sd".
-        risk: Standard deviations that "mean+sd" adds.
+        tokens: Number of tokens to use from each text.
+        include: Roles besides routed experts: "attention", "shared", "dense".
+        seed: Random seed for noise, labels and rotation.
+        rounding: How weights will be rounded; costs are measured for this method.
+        max_memory: Maximum bytes; if more would be needed, gradients or the whole pass are computed
+            layer by layer. None sets no bound.
+        robust: How costs of several texts are combined: "mean" (default), "worst" or "mean+sd".
+        risk: Number of standard deviations that "mean+sd" adds.
     """
 
     text: TextLike | TextSets = BUILTIN
@@ -111,10 +111,10 @@ class Calibration:
 
     @property
     def only_text(self) -> TextLike:
-        """The text, where there is one.
+        """The only text.
 
         Raises:
-            InputError: There are several.
+            InputError: There are several texts.
         """
         if isinstance(self.text, TextSets):
             if len(self.text.sets) > 1:
@@ -126,7 +126,7 @@ class Calibration:
         """Return the calibration on another text, or this one if none is given.
 
         Raises:
-            InputError: This one says which text already.
+            InputError: This calibration already has a text.
         """
         if text is None:
             return self
@@ -139,17 +139,16 @@ class Calibration:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Formats:
-    """What the units of a model may become.
+    """Which formats the units of a model may have.
 
     Attributes:
         options: Formats to choose from; `default_formats()` when not given.
-        keep: Also allow leaving a matrix in the precision that it is stored in.
-        protect: Bits below which an expert whose output is far above its layer's may have no
-            format; 0 protects none.
-        row_blocks: Runs of rows of each matrix that may have formats of their own.
-        permute: Sort the experts' neurons by sensitivity first, so that the row blocks differ; one
-            more pass over the (first) text.
-        rotate: Turn the residual stream by random Hadamard transforms first.
+        keep: Also allow leaving a matrix unquantized, in its stored precision.
+        protect: Minimum bits for an expert whose output is far above its layer's; 0 protects none.
+        row_blocks: Number of row blocks of each matrix, each with its own format.
+        permute: First sort the experts' neurons by sensitivity, so that row blocks differ; takes
+            one more pass over the (first) text.
+        rotate: First rotate the residual stream by random Hadamard transforms.
     """
 
     options: Sequence[Format] | None = None
@@ -167,14 +166,14 @@ class Formats:
 
     @classmethod
     def of(cls, given: Sequence[Format] | Formats | None) -> Formats:
-        """Return the request that a caller made, if by a list of formats alone."""
+        """Return the request of a caller, who may pass only a list of formats."""
         return given if isinstance(given, Formats) else cls(options=given)
 
     def listed(self, source: Checkpoint) -> tuple[Format, ...] | None:
-        """Return the formats for a model; None leaves them to `default_formats` of its units.
+        """Return the formats for a model; None means `default_formats` of its units.
 
         Raises:
-            InputError: `keep` is asked for, and experts have no one precision that can be kept.
+            InputError: `keep` is set, but the experts do not share one precision that can be kept.
         """
         if not self.keep:
             return None if self.options is None else tuple(self.options)
@@ -183,7 +182,7 @@ class Formats:
 
 
 def _precision(source: Checkpoint) -> str:
-    """Return the precision that a model's experts are stored in, all of them in one."""
+    """Return the one precision in which all experts of a model are stored."""
     views = walk_headers(source.config, source.shapes, ()).views
     stored = {source.precision(view.tensor) for view in views}
     if len(stored) > 1:
@@ -196,14 +195,14 @@ def _precision(source: Checkpoint) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Resume:
-    """What is kept on disk, so that a killed run goes on.
+    """Files kept on disk so that a killed run can continue.
 
     Attributes:
-        journal: File that keeps what is measured; the same call goes on from it after a kill.
+        journal: File that keeps measurements; after a kill, the same call continues from it.
             Delete it with `bitknap.estimators.measuring.readings.forget` once the result is saved.
-        scratch: Folder for a permuted or rotated copy of the model, which `quantize` uses again;
-            a temporary one, deleted, when not given.
-        overwrite: Replace an output that exists, and what a run with other inputs left.
+        scratch: Folder for a permuted or rotated copy of the model, which `quantize` reuses; a
+            temporary folder when not given.
+        overwrite: Replace an existing output, and the remains of a run with other inputs.
     """
 
     journal: Path | None = None
@@ -216,9 +215,9 @@ class Packing:
     """How a plan's weights are rounded and written.
 
     Attributes:
-        rounding: How to round; what the plan was made for when not given.
-        force: Round in another way than the plan's costs are measured for.
-        max_shard_size: Most bytes of a file, such as "5GB"; a larger tensor has its own file.
+        rounding: Rounding method; the one that the plan was made for when not given.
+        force: Allow another method than the one that the plan's costs are measured for.
+        max_shard_size: Maximum size of a file, such as "5GB"; a larger tensor has its own file.
     """
 
     rounding: Rounding | str | None = None
@@ -232,12 +231,13 @@ class Packing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Refinement:
-    """How plans are searched by measuring them.
+    """How plans are refined by measuring them.
 
     Attributes:
-        evaluations: Plans to measure.
-        driver: What proposes plans: "belief", or Optuna's "tpe" or "cmaes".
-        tokens: Tokens of the calibration text to measure plans on.
+        evaluations: Number of plans to measure.
+        driver: How plans are proposed: "belief" (a Bayesian cost model), or by Optuna's "tpe" or
+            "cmaes" sampler.
+        tokens: Number of calibration tokens to measure plans on.
         seed: Random seed of the proposals.
     """
 

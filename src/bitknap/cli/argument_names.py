@@ -1,4 +1,4 @@
-"""What the library says of arguments, in the words of the command line.
+"""Translates arguments in messages of the library into options of the command line.
 
 Messages of the library write arguments in backquotes, as Python callers spell them: `max_memory`,
 `overwrite=True`, `estimator=DataFree()`. `in_options` writes them as options.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 
-# Arguments whose option has another name; of all others "_" becomes "-".
+# Arguments whose option has another name; for all others "_" becomes "-".
 _OPTIONS = {
     "calibration.tokens": "tokens",
     "options": "formats",
@@ -16,21 +16,21 @@ _OPTIONS = {
     "refinement.tokens": "refine-tokens",
     "rounding": "method",
 }
-# Arguments that have an option of their own name.
+# Arguments that have an option with the same name.
 _SAME = (
     *("calibrate", "check", "estimator", "include", "journal", "keep", "max_memory"),
     *("max_shard_size", "measurements", "overwrite", "permute", "refine", "robust", "risk"),
     *("rotate", "row_blocks", "samples", "seed", "text", "tokens", "uniform"),
 )
 _NAMES = {**_OPTIONS, **{name: name.replace("_", "-") for name in _SAME}}
-# Values that the command line writes in another way.
+# Values that are written differently at the command line.
 _VALUES = {
     "DataFree()": " data-free",
     "Hqq()": " hqq",
     "True": "",
     "('attention', 'dense')": " attention,dense",
 }
-# What is no option and a value.
+# Expressions that are not one option with a value.
 _WHOLE = {"text=TextSets([A, B])": "--text A --text B"}
 _QUOTED = re.compile(r"`([^`]+)`")
 
@@ -39,13 +39,13 @@ def in_options(message: str) -> str:
     """Return a message of the library with arguments written as options.
 
     Args:
-        message: Arguments are in backquotes; whatever else is in backquotes stays.
+        message: Its arguments are in backquotes; other text in backquotes is kept.
     """
-    return _QUOTED.sub(lambda found: _option(found[1]) or found[0], message)
+    return _QUOTED.sub(lambda match: _option(match[1]) or match[0], message)
 
 
 def _option(code: str) -> str | None:
-    """Return the option of an argument, and its value if it has one; None if it is none."""
+    """Return the option for an argument, with its value if any; None if it is not an argument."""
     if code in _WHOLE:
         return _WHOLE[code]
     name, equals, value = code.partition("=")

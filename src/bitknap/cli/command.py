@@ -17,7 +17,7 @@ from bitknap.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the command line; every error on purpose is one line on stderr and exit status 2."""
+    """Run the command line; a `BitknapError` becomes one line on stderr and exit status 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     print_any_name()
     try:
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(f"{error.filename or 'output'}: {no_room(error) or error.strerror or error}")
 
 
-# Where each command is, and what it does, in the order of the help.
+# Location and description of each command, in the order of the help.
 _COMMANDS = {
     "inspect": ("bitknap.cli.inspect_command:inspect", "Show the size and the budgets of a model."),
     "estimate": (

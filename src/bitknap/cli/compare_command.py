@@ -1,4 +1,4 @@
-"""`bitknap compare`: strategies at equal bytes, in one command."""
+"""`bitknap compare`: compares strategies at equal bytes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from bitknap.benchmarks.compare.models import Options
     from bitknap.benchmarks.compare.tasks import Tasks
 
-# Exit status when a strategy failed and the others are there.
+# Exit status when a strategy failed and the others succeeded.
 _PARTLY = 1
 
 
@@ -168,7 +168,7 @@ def compare(
 
 
 def _budgets(texts: Sequence[str]) -> tuple[float, ...]:
-    """Return bits per weight, in rising order."""
+    """Return bits per weight in ascending order."""
     sizes = []
     for word in [word for text in texts for word in listed(text)]:
         try:
@@ -215,9 +215,9 @@ def _tasks(options: dict[str, Any]) -> Tasks | None:
     names, folder, limit = listed(options["tasks"]), options["task_path"], options["task_limit"]
     if not names:
         return None
-    found = Tasks(names=tuple(names), folder=folder, limit=limit)
-    found.check()
-    return found
+    tasks = Tasks(names=tuple(names), folder=folder, limit=limit)
+    tasks.check()
+    return tasks
 
 
 def _formats(options: dict[str, Any]) -> tuple[Format, ...]:
@@ -235,7 +235,7 @@ def _formats(options: dict[str, Any]) -> tuple[Format, ...]:
 
 
 def _free(out: Path, model: str, overwrite: bool, options: dict[str, Any]) -> Path:
-    """Return the folder if it may be written, or holds what a stopped run left."""
+    """Return the folder if it may be written, or if it holds a stopped run."""
     from bitknap.benchmarks.compare.run import WORK
 
     texts, tasks = (options["text"], *options["evaluation_text"]), options["task_path"]
@@ -248,7 +248,7 @@ def _free(out: Path, model: str, overwrite: bool, options: dict[str, Any]) -> Pa
 def _about(
     chosen: Options, wanted: tuple[str, ...], sizes: tuple[float, ...], options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return what makes two runs the same: all that was asked for, and the texts themselves."""
+    """Return what identifies a run: all of its options, and the texts themselves."""
     import hashlib
     from dataclasses import asdict
 

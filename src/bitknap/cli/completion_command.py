@@ -8,7 +8,7 @@ from click.shell_completion import get_completion_class
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import OneOf, argument
 
-# bash splits words at colons, so that it could not complete reference:mixtral.
+# bash splits words at colons, and then cannot complete reference:mixtral.
 _COLONS = "COMP_WORDBREAKS=${COMP_WORDBREAKS//:}\n"
 
 

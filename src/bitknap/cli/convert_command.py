@@ -1,4 +1,4 @@
-"""`bitknap convert`: a packed checkpoint in another byte layout."""
+"""`bitknap convert`: writes a packed checkpoint in another byte layout."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bitknap estimate`: the cost of every format for every unit of a model."""
+"""`bitknap estimate`: measures the cost of every format for every unit of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bitknap evaluate`: perplexity of a model, and KL to a reference."""
+"""`bitknap evaluate`: measures the perplexity of a model, and its KL to a reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`bitknap inspect`: what a plan for a model could be, from headers alone."""
+"""`bitknap inspect`: shows which plans are possible for a model, from headers alone."""
 
 from __future__ import annotations
 

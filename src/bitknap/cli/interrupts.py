@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: long commands end with one line, and say what they keep."""
+"""Ctrl-C and SIGTERM: long commands end with one line that says what they keep."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM came; everything that minds Ctrl-C minds it."""
+    """Raised on SIGTERM; code that handles Ctrl-C handles it too."""
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""`bitknap list`: every name that commands take, from the tables that they look names up in."""
+"""`bitknap list`: lists every name that commands take, from the tables that the commands use."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def _table(title: str, rows: list[dict[str, Any]]) -> Any:
     for head in heads:
         table.add_column(head.replace("_", " "), no_wrap=head == "name")
     for row in rows:
-        # A name or a reason may hold brackets, which are its own.
+        # Brackets in a name or a reason are text, not markup.
         filled = {**row, "about": row.get("about", row.get("error", ""))}
         table.add_row(*(Text(_cell(filled.get(head, ""))) for head in heads))
     return table

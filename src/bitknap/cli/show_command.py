@@ -1,4 +1,4 @@
-"""`bitknap show`: what is in a file, and what differs between two plans."""
+"""`bitknap show`: shows the contents of a file, or the differences between two plans."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def show(
         raise InputError(f"--picture: {path} is no table; frontiers are drawn by solve --frontier")
     file = _file(path)
     if is_frontier(file):
-        found = Frontier.load(file)
-        present(as_json, frontier_summary(found), frontier_table(found))
+        frontier = Frontier.load(file)
+        present(as_json, frontier_summary(frontier), frontier_table(frontier))
         return
     plan = BitPlan.load(file)
     present(as_json, plan_summary(plan), bits_table(plan), widths_table(plan))
@@ -100,8 +100,8 @@ def _show_diff(path: Path, other: Path, as_json: bool) -> None:
         if one.suffix == ".safetensors" or is_frontier(_file(one)):
             raise InputError(f"--diff: {one} is no plan; pass two plans or packed checkpoints")
         plans.append(BitPlan.load(_file(one)))
-    found = plan_diff(*plans)
-    present(as_json, diff_summary(found), *diff_tables(found, str(path), str(other)))
+    difference = plan_diff(*plans)
+    present(as_json, diff_summary(difference), *diff_tables(difference, str(path), str(other)))
 
 
 def _show_table(table: Any, picture: Path | None, as_json: bool) -> None:

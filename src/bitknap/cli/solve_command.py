@@ -1,4 +1,4 @@
-"""`bitknap solve`: a plan for one budget, or the plans of all budgets."""
+"""`bitknap solve`: finds the plan for one budget, or the plans for all budgets."""
 
 from __future__ import annotations
 
@@ -100,9 +100,9 @@ def _solve_frontier(
         raise InputError(f"-o {path}: the picture goes there; name the frontier .json")
     free_path(picture, overwrite, inputs=[file, path, *options["limits"]])
     table = CostTable.load(file)
-    found = frontier(under(pinned(table, options), profile(options["profile"])))
-    figure = frontier_figure(found, uniform_costs(table))
-    found.save(path)
+    plans = frontier(under(pinned(table, options), profile(options["profile"])))
+    figure = frontier_figure(plans, uniform_costs(table))
+    plans.save(path)
     write_picture(figure, picture)
     paths = {"path": str(path), "picture": str(picture)}
-    present(as_json, frontier_summary(found) | paths, frontier_table(found), str(picture))
+    present(as_json, frontier_summary(plans) | paths, frontier_table(plans), str(picture))

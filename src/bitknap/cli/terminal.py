@@ -1,4 +1,4 @@
-"""What people see: one line for an error, bars on stderr, tables or JSON on stdout."""
+"""Terminal output: one line for an error, bars on stderr, tables or JSON on stdout."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from bitknap.progress import Progress
 
 
 def fail(message: str) -> None:
-    """Say why on one line of stderr and exit with status 2."""
+    """Print the message as one line on stderr and exit with status 2."""
     print("bitknap: " + " ".join(message.split()), file=sys.stderr)
     sys.exit(2)
 
 
 def print_any_name() -> None:
-    """Let names that the terminal cannot show be escaped, not end a command whose work is done."""
+    """Escape names that the terminal cannot show, so that they do not end a finished command."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -28,7 +28,7 @@ def print_any_name() -> None:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep libraries from talking on stderr: what matters there is ours."""
+    """Keep libraries from writing to stderr: only Bitknap writes there."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)(\..*)?")
         yield
@@ -36,7 +36,7 @@ def quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def progress_bars() -> Iterator[Progress | None]:
-    """Yield a callback that draws a bar on stderr, None where that is no terminal."""
+    """Yield a callback that draws a bar on stderr; None if stderr is not a terminal."""
     if not sys.stderr.isatty():
         yield None
         return
@@ -65,5 +65,5 @@ def present(as_json: bool, document: Any, *tables: Any) -> None:
 
     console = Console(width=None if sys.stdout.isatty() else 120)
     for table in tables:
-        # A line may name files, whose brackets are theirs.
+        # Brackets in file names are text, not markup.
         console.print(table, markup=not isinstance(table, str))

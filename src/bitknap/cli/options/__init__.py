@@ -1,1 +1,1 @@
-"""Options that commands share, what their words mean, and which go together."""
+"""Options that commands share, what their values mean, and which can be combined."""

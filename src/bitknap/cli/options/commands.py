@@ -1,7 +1,7 @@
-"""Commands with grouped help: a short one for most people, and one with every option.
+"""Commands with grouped help: a short version for most people, and one with every option.
 
-An option names the group whose heading it stands under. A command names the few options that most
-people need; `--help` shows those, `--help-all` shows every one.
+An option names its group, which is its heading in the help. A command names the few options that
+most people need; `--help` shows those, `--help-all` shows every one.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import click
 
 from bitknap.cli.options.declare import EVERYTHING, GROUPS, Option, did_you_mean, warn_former
 
-# Columns that the names of options may take; longer ones get a line of their own.
+# Maximum width of option names; longer names get their own line.
 _NAMES_WIDTH = 28
 
 
 class Command(click.Command):
-    """A command with a short help, a long help, and an example in both.
+    """A command with a short and a long help text, both with examples.
 
     Attributes:
         examples: Command lines to copy.
-        usual: Parameters that the short help shows; all of them if none is named.
+        usual: Parameters that the short help shows; all parameters if empty.
     """
 
     def __init__(
@@ -45,14 +45,14 @@ class Command(click.Command):
         )
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
-        """Parse the words, other spellings of options replaced, old ones with a warning."""
+        """Parse the words after replacing other spellings of options, old ones with a warning."""
         options = [param for param in self.params if isinstance(param, Option)]
         also = {name: one.opts[-1] for one in options for name in one.also}
         former = {name: one.opts[-1] for one in options for name in one.former}
         return super().parse_args(ctx, _renamed(args, also | former, warn=former))
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write what the command does, and examples as lines to copy."""
+        """Write the description of the command, and examples as lines to copy."""
         whole = self.help
         try:
             if whole and not ctx.meta.get(EVERYTHING, False):
@@ -91,7 +91,7 @@ class Group(click.Group):
     """A group of commands that loads a command when it is run, or when its own help is shown.
 
     Attributes:
-        homes: Of each command, in the order of the help: "module:function" and what it does.
+        homes: For each command, in the order of the help: "module:function" and a description.
         examples: Command lines to copy.
     """
 
@@ -112,7 +112,7 @@ class Group(click.Group):
         return list(self.homes)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Return a command by its name; None if there is none of that name."""
+        """Return a command by its name; None if there is no such command."""
         from importlib import import_module
 
         if cmd_name not in self.homes:
@@ -127,7 +127,7 @@ class Group(click.Group):
         """Return the command that the first word names.
 
         Raises:
-            click.UsageError: It names none; the message says which one is nearest.
+            click.UsageError: There is no such command; the message names the nearest one.
         """
         if args and args[0] not in self.homes and not args[0].startswith("-"):
             near = did_you_mean(args[0], self.homes)
@@ -136,12 +136,12 @@ class Group(click.Group):
         return super().resolve_command(ctx, args)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write what the commands do together, and examples as lines to copy."""
+        """Write the description of the group, and examples as lines to copy."""
         super().format_help_text(ctx, formatter)
         write_examples(self.examples, formatter)
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        """Write the commands, each with what it does, and then the options."""
+        """Write the commands with their descriptions, and then the options."""
         with formatter.section("Commands"):
             formatter.write_dl([(name, about) for name, (_, about) in self.homes.items()])
         super(click.Group, self).format_options(ctx, formatter)
@@ -149,7 +149,7 @@ class Group(click.Group):
 
 @click.pass_context
 def _without_command(ctx: click.Context) -> None:
-    """Say how to name a command, and exit with status 2, if none is named."""
+    """If no command is named, explain how to name one and exit with status 2."""
     if ctx.invoked_subcommand is None and isinstance(ctx.command, Group):
         print(
             f"{ctx.command_path}: name a command, for example:\n"
@@ -161,7 +161,7 @@ def _without_command(ctx: click.Context) -> None:
 
 
 def missing(error: click.MissingParameter) -> str:
-    """Return one line that says what is missing, what to give, and an example."""
+    """Return one line that names the missing parameter, says what to give, and has an example."""
     param, context = error.param, error.ctx
     if param is None or context is None:
         return error.format_message()
@@ -176,7 +176,7 @@ def missing(error: click.MissingParameter) -> str:
 
 
 def write_examples(examples: Sequence[str], formatter: click.HelpFormatter) -> None:
-    """Write examples, which keep their line breaks."""
+    """Write examples with their line breaks."""
     formatter.write_paragraph()
     for example in examples:
         lines = example.split("\n")
@@ -186,7 +186,7 @@ def write_examples(examples: Sequence[str], formatter: click.HelpFormatter) -> N
 def _renamed(
     words: Sequence[str], new_of: Mapping[str, str], *, warn: Collection[str]
 ) -> list[str]:
-    """Return the words of a command line, some spellings of options replaced, up to "--"."""
+    """Return the words of a command line with spellings of options replaced, up to "--"."""
     renamed: list[str] = []
     rest = iter(words)
     for word in rest:

@@ -1,7 +1,7 @@
 """The table of options: each is declared once, here or in `measuring`, for every command.
 
-So a word has one spelling, one default and one help text everywhere. A default that is made later
-is shown with `usual`; tests compare it with the constant of the library.
+So an option has the same spelling, default and help text everywhere. A default that is computed
+later is shown with `usual`; tests compare it with the constant of the library.
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ force = option(
 
 # output
 def output(metavar: str, about: str, *, required: bool = True) -> Declared:
-    """Return the option -o/--output of a command: what it writes, and what that is called."""
+    """Return the option -o/--output of a command, with its metavar and its help text."""
     return option(
         "-o",
         "--output",

@@ -1,6 +1,6 @@
-"""What a shell completes: the names that options and arguments take, without loading torch.
+"""Shell completion of the names that options and arguments take, without loading torch.
 
-Names are read off the tables that commands look them up in, when the shell asks for them.
+Names are read from the tables that commands use, when the shell asks for them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _Complete = Callable[[click.Context, click.Parameter, str], list[CompletionItem]
 
 
 def _in_catalog(place: str) -> _Names:
-    """Return what reads the names of a catalog, those of other packages too."""
+    """Return a function that reads the names of a catalog, including those of other packages."""
 
     def names() -> Sequence[str]:
         module, _, attribute = place.partition(":")
-        found: Sequence[str] = getattr(import_module(module), attribute).names()
-        return found
+        known: Sequence[str] = getattr(import_module(module), attribute).names()
+        return known
 
     return names
 
@@ -48,7 +48,7 @@ def _kinds() -> Sequence[str]:
 
 
 def _listed(names: _Names) -> _Complete:
-    """Return what completes the last name of a list with commas."""
+    """Return a function that completes the last name of a comma-separated list."""
 
     def complete(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
         before, comma, last = typed.rpartition(",")
@@ -60,10 +60,10 @@ def _listed(names: _Names) -> _Complete:
 
 
 def _or_path(names: _Names, kind: str) -> _Complete:
-    """Return what completes one of the names, or a path of a kind: "file" or "dir"."""
+    """Return a function that completes a name, or a path of a kind: "file" or "dir"."""
 
     def complete(ctx: click.Context, param: click.Parameter, typed: str) -> list[CompletionItem]:
-        # bash forgets what stands before a path, so the names come last.
+        # bash drops the completions before a path, so the names come last.
         named = [CompletionItem(name) for name in names() if name.startswith(typed)]
         return [CompletionItem(typed, type=kind), *named]
 

@@ -1,4 +1,4 @@
-"""How an option is declared: its spellings, old ones too, its group, its help and its default."""
+"""Declarations of options: spellings (old ones too), group, help and default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from click.shell_completion import CompletionItem
 from bitknap.deprecation import message
 from bitknap.names import nearest
 
-# The key of a context's `meta` that says whether its help shows all options.
+# The key in a context's `meta` that says whether its help shows all options.
 EVERYTHING = "bitknap.help_all"
 # Headings of help texts, in this order.
 GROUPS = (
@@ -42,12 +42,12 @@ def did_you_mean(word: str, names: Iterable[str]) -> str:
 
 
 class Option(click.Option):
-    """An option that stands in a group, and shows its default even if that is made later.
+    """An option in a group, which shows its default even if the default is computed later.
 
     Attributes:
-        group: The heading of the help text that it stands under, one of `GROUPS`.
-        more: What only the help of all options says.
-        usual: The default as the help shows it, if it is not the value that click knows.
+        group: Its heading in the help text, one of `GROUPS`.
+        more: Text that only the help of all options shows.
+        usual: The default as the help shows it, if it differs from the value that click has.
         also: Other spellings, which the help does not show.
         former: Old spellings that still work; each prints a warning.
         former_values: New words for old values that still work; each prints a warning.
@@ -66,7 +66,7 @@ class Option(click.Option):
     ) -> None:
         settings.setdefault("show_default", True)
         if settings.get("required") and settings.get("default", "") is None:
-            del settings["default"]  # click takes None for a value that is there
+            del settings["default"]  # click treats None as a given value
         super().__init__(*names, **settings)
         self.group = group
         self.more = more
@@ -76,7 +76,7 @@ class Option(click.Option):
         self.former_values = dict(former_values or {})
 
     def get_help_extra(self, ctx: click.Context) -> Any:
-        """Return what stands in brackets behind the help: the default, or "required"."""
+        """Return the text in brackets after the help: the default, or "required"."""
         extra = super().get_help_extra(ctx)
         if self.usual is not None:
             extra["default"] = self.usual
@@ -93,7 +93,7 @@ class Option(click.Option):
             self.help = brief
 
     def type_cast_value(self, ctx: click.Context, value: Any) -> Any:
-        """Return the value in its type; an old word becomes the new one, with a warning."""
+        """Return the converted value; an old value is replaced by the new one, with a warning."""
         if isinstance(value, str) and value in self.former_values:
             new = self.former_values[value]
             warn_former(f"{self.opts[-1]} {value}", f"{self.opts[-1]} {new}")
@@ -105,8 +105,8 @@ class Argument(click.Argument):
     """An argument with a help text, shown under "Model" or another heading.
 
     Attributes:
-        about: What to give, as a phrase.
-        group: The heading of the help text that it stands under, one of `GROUPS`.
+        about: A phrase that says what to give.
+        group: Its heading in the help text, one of `GROUPS`.
     """
 
     def __init__(self, *names: Any, about: str, group: str = "model", **settings: Any) -> None:
@@ -120,10 +120,10 @@ class Argument(click.Argument):
 
 
 class OneOf(click.ParamType):  # type: ignore[type-arg]  # no parameter before click 8.4
-    """One of some names; an unknown one is refused with all of them and the nearest.
+    """A choice of names; an unknown name is refused with the list and the nearest name.
 
     Args:
-        names: The names, or a function that returns them, called when they are needed.
+        names: The names, or a function that returns them, called when needed.
     """
 
     name = "name"
@@ -151,7 +151,7 @@ class OneOf(click.ParamType):  # type: ignore[type-arg]  # no parameter before c
     def shell_complete(
         self, ctx: click.Context, param: click.Parameter, incomplete: str
     ) -> list[CompletionItem]:
-        """Return the names that begin with what is typed."""
+        """Return the names that begin with the typed text."""
         return [CompletionItem(name) for name in self.names if name.startswith(incomplete)]
 
 
@@ -161,8 +161,8 @@ class Declared:
 
     Attributes:
         kind: `Option` or `Argument`.
-        names: Its spellings and the parameter that it fills.
-        settings: What the kind takes.
+        names: Its spellings and the parameter that it sets.
+        settings: Keyword arguments of the kind.
     """
 
     kind: type[click.Parameter]
@@ -181,17 +181,17 @@ class Declared:
 
 
 def option(*names: str, **settings: Any) -> Declared:
-    """Declare an option: its spellings, its `group`, its help, and what click takes."""
+    """Declare an option: its spellings, `group`, help, and keyword arguments of click."""
     return Declared(Option, names, settings)
 
 
 def argument(name: str, about: str, **settings: Any) -> Declared:
-    """Declare an argument: its parameter, what to give for it, and what click takes."""
+    """Declare an argument: its parameter, help text, and keyword arguments of click."""
     return Declared(Argument, (name,), {"about": about, **settings})
 
 
 def options_of(*decorators: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return some options as one decorator, in this order."""
+    """Combine options into one decorator, in this order."""
 
     def add(function: Any) -> Any:
         for decorator in reversed(decorators):

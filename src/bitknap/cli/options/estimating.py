@@ -1,4 +1,4 @@
-"""What `estimate` is asked for at the command line, and what its words mean."""
+"""Options of `estimate` at the command line, and what their values mean."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ estimating = options_of(
 
 
 def files_of(options: dict[str, Any]) -> list[str | Path]:
-    """Return the files and folders that the options name, to be read or written besides OUT."""
+    """Return the files and folders besides OUT that the options name for reading or writing."""
     named = [options[name] for name in ("journal", "samples")]
     initial = options["initial_router"]
     if initial is not None:
@@ -62,12 +62,12 @@ def files_of(options: dict[str, Any]) -> list[str | Path]:
 
 
 def check_kept(options: dict[str, Any]) -> None:
-    """Refuse files of measurements that could not be read or written, before anything is measured.
+    """Refuse measurement files that cannot be read or written, before anything is measured.
 
     Raises:
-        InputError: --journal or --samples names a place that cannot be written, or a file of
-            somebody else's.
-        FileError: the samples that are there cannot be read.
+        InputError: --journal or --samples names a path that cannot be written, or a file that
+            Bitknap did not write.
+        FileError: existing samples cannot be read.
     """
     journal, samples = options["journal"], options["samples"]
     for path in (journal, samples):
@@ -87,13 +87,13 @@ def check_kept(options: dict[str, Any]) -> None:
 
 
 def journal_of(out: Path) -> Path:
-    """Return where measurements are kept while `out` is in the making."""
+    """Return the path where measurements are kept until `out` is finished."""
     return beside(out, "journal", hidden=False)
 
 
 @contextlib.contextmanager
 def resumable(out: Path) -> Iterator[None]:
-    """End a stopped block with one line; without measurements no copy of the model is kept."""
+    """End a stopped block with one line; keep no copy of the model without measurements."""
     from bitknap.estimators.measuring.readings import count
     from bitknap.quantization.transforms import transformed_model
 
@@ -111,9 +111,9 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
 
     Args:
         model: MODEL.
-        options: those of `estimating`.
-        out: what the table, or what is made of it, is written to: measurements are kept beside it.
-        overwrite: whether what a run with other inputs kept may be lost.
+        options: the options of `estimating`.
+        out: path of the table, or of the result made from it; measurements are kept beside it.
+        overwrite: whether to discard measurements of a run with other inputs.
     """
     from bitknap.api import quantizing
     from bitknap.api.requests import Resume
@@ -134,13 +134,13 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
         )
     if "router-norm" not in listed(options["estimator"]):
         return table
-    # Which norms were compared is part of what the costs are.
+    # The compared norms are part of the identity of the costs.
     said = {"initial_router": options["initial_router"] is not None}
     return replace(table, provenance={**table.provenance, **said})
 
 
 def forget(out: Path) -> None:
-    """Delete what was kept beside a finished `out`."""
+    """Delete the files kept beside a finished `out`."""
     from bitknap.estimators.measuring import readings
     from bitknap.quantization.transforms import transformed_model
 
@@ -164,7 +164,7 @@ def _estimator(model: str, options: dict[str, Any], progress: Progress | None) -
 
 
 def _routers(model: str, initial: str | None) -> Any:
-    """Return the router-norm signal of a model, against the routers of another if given."""
+    """Return the router-norm signal of a model, relative to the routers of another if given."""
     from bitknap.estimators.published.chowdhury import RouterNorm, router_norms
     from bitknap.quantization.models.headers_only import walk_headers
     from bitknap.quantization.source.checkpoint import Checkpoint, resolve
@@ -177,11 +177,11 @@ def _routers(model: str, initial: str | None) -> Any:
 
 
 def calibration_of(options: dict[str, Any], *, text: str | None = None) -> Calibration:
-    """Return what the options say of calibrating.
+    """Return the calibration that the options ask for.
 
     Args:
-        options: those of `estimating`.
-        text: one text, where several mean nothing; those of the options when not given.
+        options: the options of `estimating`.
+        text: the only text, for commands that take one; the texts of the options when not given.
     """
     from bitknap.api.requests import CALIBRATION_TOKENS, Calibration, TextSets
 
@@ -199,7 +199,7 @@ def calibration_of(options: dict[str, Any], *, text: str | None = None) -> Calib
 
 
 def _formats(options: dict[str, Any]) -> Formats:
-    """Return what the options say of formats, row blocks and transforms."""
+    """Return the formats, row blocks and transforms that the options ask for."""
     from bitknap.allocation import formats
     from bitknap.allocation.problem.format import GROUP_SIZES
     from bitknap.api.requests import Formats
@@ -226,15 +226,15 @@ def _formats(options: dict[str, Any]) -> Formats:
 
 
 def size_of(text: str | None) -> int | None:
-    """Return the bytes of a size such as 12GiB."""
+    """Return a size such as 12GiB in bytes."""
     from bitknap.allocation import Budget
 
     if text is None:
         return None
     try:
-        found = Budget.parse(text)
+        size = Budget.parse(text)
     except InputError:
-        found = None
-    if found is None or found.kind != "checkpoint":
+        size = None
+    if size is None or size.kind != "checkpoint":
         raise InputError(f"--max-memory {text!r}: write a size, such as 12GiB or 800MB")
-    return int(found.value)
+    return int(size.value)

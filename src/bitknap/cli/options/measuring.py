@@ -1,4 +1,4 @@
-"""The table of options, second part: how costs are measured, and in which formats."""
+"""The table of options, second part: how costs are measured, and for which formats."""
 
 from __future__ import annotations
 

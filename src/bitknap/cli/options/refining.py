@@ -1,4 +1,4 @@
-"""What the closed loop is asked for at the command line."""
+"""Options of the closed loop at the command line."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from bitknap.disk.atomic import beside
 from bitknap.errors import InputError
 
 refining = options_of(common.refine, common.refine_driver, common.refine_tokens)
-# Words of --refine-driver that the library calls by another name.
+# Values of --refine-driver that have another name in the library.
 _DRIVERS = {"posterior": "belief"}
 
 
 def check_refining(options: dict[str, Any]) -> None:
-    """Refuse numbers of plans that mean nothing, before minutes go into estimating."""
+    """Refuse invalid numbers of plans, before spending minutes on estimation."""
     if options["refine"] < 0:
         raise InputError(f"--refine {options['refine']}: a number of plans, 0 for none")
 
 
 def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out: Path) -> Any:
-    """Return what the closed loop and its gate make of a table; kept beside `out` if killed."""
+    """Return the outcome of the closed loop and its gate; measurements are kept beside `out`."""
     from bitknap.allocation import Budget, profile
     from bitknap.allocation.tradeoffs.profile_price import under
     from bitknap.api.refining import refine
@@ -60,5 +60,5 @@ def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out
 
 
 def refine_journal(out: Path) -> Path:
-    """Return where measured plans are kept while `out` is in the making."""
+    """Return the path where measured plans are kept until `out` is finished."""
     return beside(out, "refine.journal", hidden=False)

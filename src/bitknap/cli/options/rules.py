@@ -1,9 +1,9 @@
-"""Options of commands that cannot work together: one table, asked before anything is read.
+"""Options that cannot be combined: one table, checked before anything is read.
 
-A rule names a command, the option that cannot be used, when it cannot, and what to say: the
-options that exclude each other, and those that work. `estimators.named` says which options an
-estimator of a name takes, solvers say which they take, and values are checked where they are
-parsed; all of that happens before anything is read as well.
+A rule names the commands, a condition, and a message that says which options exclude each other
+and which ones work. `estimators.named` knows which options a named estimator takes, solvers know
+which ones they take, and values are checked where they are parsed; all of that happens before
+anything is read as well.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ _ROUTED_ONLY = ("fisher", "fisher-output", "autoround", "measured-layer", "measu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What a command was asked for.
+    """The parameters of a command.
 
     Attributes:
         values: values of all parameters, by name.
-        given: names of the parameters that the command line gives.
+        given: names of the parameters given at the command line.
     """
 
     values: Mapping[str, Any]
     given: frozenset[str]
 
     def __getitem__(self, name: str) -> Any:
-        """Return the value of a parameter; None if the command has none of that name."""
+        """Return the value of a parameter; None if the command has no such parameter."""
         return self.values.get(name)
 
     @property
     def estimator(self) -> tuple[str, ...]:
-        """The words of --estimator."""
+        """The comma-separated words of --estimator."""
         return tuple(listed(self["estimator"] or ""))
 
     @property
     def base(self) -> str:
-        """The estimator that is calibrated or that fuzzy rules stand on."""
+        """The base estimator of calibration or of fuzzy rules."""
         plain = [word for word in self.estimator if word not in _WRAPPERS]
         usual = "fisher-output" if self.estimator == ("fuzzy",) else "moments"
         return plain[0] if plain else usual
@@ -54,12 +54,12 @@ class Asked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rule:
-    """A pair of options that cannot work together.
+    """Options that cannot be combined.
 
     Attributes:
-        commands: that have them, such as "estimate" or "study create".
-        broken: whether they are asked for together.
-        message: what to say; {name} stands for the value of a parameter.
+        commands: commands that have them, such as "estimate" or "study create".
+        broken: whether they are used together.
+        message: the error message; {name} stands for the value of a parameter.
     """
 
     commands: tuple[str, ...]
@@ -67,15 +67,15 @@ class Rule:
     message: str
 
     def says(self, asked: Asked) -> str:
-        """Return the message with the values that were asked for."""
+        """Return the message with the given values filled in."""
         return self.message.format_map(dict(asked.values))
 
 
 def check_options(command: str) -> None:
-    """Refuse options of the running command that cannot work together.
+    """Refuse options of the running command that cannot be combined.
 
     Args:
-        command: its name, with that of its group if it has one: "study create".
+        command: its name, preceded by the name of its group if any: "study create".
 
     Raises:
         InputError: a rule is broken.
@@ -87,7 +87,7 @@ def check_options(command: str) -> None:
 
 
 def check(command: str, asked: Asked) -> None:
-    """Refuse options that cannot work together.
+    """Refuse options that cannot be combined.
 
     Raises:
         InputError: a rule is broken.
@@ -98,7 +98,7 @@ def check(command: str, asked: Asked) -> None:
 
 
 def _rounds_to_nearest(asked: Asked) -> bool:
-    """Return whether the costs are those of rounding to nearest, whatever --method says."""
+    """Return whether costs are measured for rounding to nearest, whatever --method says."""
     from bitknap.estimators.catalog import rounds_to_nearest
 
     return rounds_to_nearest(asked.base)
@@ -113,7 +113,7 @@ def _planned(asked: Asked) -> bool:
 
 
 def _flag(name: str) -> str:
-    """Return the option that fills a parameter, without its dashes."""
+    """Return the option that sets a parameter, without its dashes."""
     return {"bits": "formats", "limits": "limit"}.get(name, name).replace("_", "-")
 
 
@@ -195,7 +195,7 @@ def _only_with_refine(name: str) -> Rule:
 
 _SAID = "the plan says what is done; leave it out, or give --budget in place of --plan"
 _UNUSED = "with --plan nothing is {}; leave it out, or give --budget in place of --plan"
-# Options of `quantize` that a plan leaves nothing to do for, by parameter.
+# Options of `quantize` that have no effect with a plan, by parameter.
 _NOT_WITH_PLAN = {
     **dict.fromkeys(("row_blocks", "permute", "rotate", "keep", "include"), _SAID),
     **dict.fromkeys(("bits", "group_size", "metadata"), _SAID),
@@ -322,5 +322,5 @@ _STUDIES = (
     ),
 )
 
-# Asked in this order, so that of several broken rules the most general one is said.
+# Checked in this order, so that the most general of several broken rules is reported.
 RULES = (*_QUANTIZES, *_ESTIMATES, *_SOLVES, *_JUDGES, *_STUDIES)

@@ -1,4 +1,4 @@
-"""Options of commands that solve, and what their words mean."""
+"""Options of commands that solve, and what their values mean."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ solving = options_of(
 
 
 def given(count: int | None, default: int) -> int:
-    """Return what was given, or the default: 0 is given."""
+    """Return the given count, or the default if it is None; 0 counts as given."""
     return default if count is None else count
 
 
@@ -36,7 +36,7 @@ def listed(text: str) -> list[str]:
 
 
 def check_solving(budget: str, options: dict[str, Any]) -> None:
-    """Refuse words that solving could not use, before minutes go into estimating."""
+    """Refuse values that the solver cannot use, before spending minutes on estimation."""
     from bitknap.allocation import Budget, profile
     from bitknap.disk.atomic import read_json
 
@@ -50,7 +50,7 @@ def check_solving(budget: str, options: dict[str, Any]) -> None:
 
 
 def _solver(options: dict[str, Any]) -> Any:
-    """Return an instance of the solver that was named, with what it was given."""
+    """Return the named solver with the given options."""
     from bitknap.allocation.catalog import DEFAULT, solver_of
 
     settings = {key: options[key] for key in ("gap", "time_limit", "seed")}
@@ -58,7 +58,7 @@ def _solver(options: dict[str, Any]) -> Any:
 
 
 def _pin(text: str) -> tuple[str, dict[str, Any]]:
-    """Return the pattern, and the bits or the format it is pinned to."""
+    """Return the pattern, and the bits or format that it is pinned to."""
     from bitknap.allocation import Format
 
     pattern, _, value = text.rpartition("=")
@@ -88,7 +88,7 @@ def run_solve(table: Any, budget: str, options: dict[str, Any]) -> tuple[Any, tu
     """Return the solution that the options ask for, and the prices of all profiles if asked.
 
     Raises:
-        InfeasibleError: no plan is within the limits; says so if protection is what forbids it.
+        InfeasibleError: no plan is within the limits; the message says if protection is the cause.
     """
     from bitknap.estimators.tables.super_expert_floor import unprotected
 
@@ -148,7 +148,7 @@ def solved(solution: Any) -> dict[str, Any]:
 
 
 def uses(solution: Any) -> dict[str, Any]:
-    """Return what a plan takes of each limit, as JSON values under "limits"."""
+    """Return how much of each limit a plan uses, as JSON values under "limits"."""
     header = solution.plan.header
     bounds, floors = header["limits"], header.get("floors", ())
     return {
@@ -171,14 +171,14 @@ def free_path(
     model: str | None = None,
     inputs: Iterable[Path | str | None] = (),
 ) -> Path:
-    """Return the path if it may be written, and keep other commands from it until this one ends.
+    """Return the path if it may be written, and lock it against other commands until this one ends.
 
     Args:
         path: the output.
-        overwrite: whether what is there may be replaced, if this tool wrote it.
-        kind: what it will be.
+        overwrite: whether an existing output may be replaced, if Bitknap wrote it.
+        kind: the kind of output.
         model: MODEL that is read.
-        inputs: other files that the command reads or writes; "builtin" and None are none.
+        inputs: other files that the command reads or writes; "builtin" and None are ignored.
 
     Raises:
         InputError: it may not be written, or another command is writing it.
@@ -188,7 +188,7 @@ def free_path(
     if model is not None:
         from bitknap.quantization.source.checkpoint import places
 
-        with contextlib.suppress(InputError):  # said where the model is opened
+        with contextlib.suppress(InputError):  # reported when the model is opened
             read += places(model)
             copied_from = read[-1]
     check_output(out, kind, overwrite=overwrite, inputs=read, copied_from=copied_from)

@@ -1,1 +1,1 @@
-"""What commands print for people: tables of rich, and the same as JSON values."""
+"""Output of commands: rich tables, and the same content as JSON values."""

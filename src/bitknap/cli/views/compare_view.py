@@ -1,4 +1,4 @@
-"""A comparison on the terminal: one table a budget, with what each strategy took."""
+"""A comparison on the terminal: one table per budget, with the time of each strategy."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def strategies_tables(document: Mapping[str, Any], run: Comparison) -> Iterator[
     """Yield the strategies of each budget, ours first, then by loss, and why some are missing.
 
     Args:
-        document: the comparison.
-        run: the same, for the seconds that each strategy took.
+        document: the comparison as JSON values.
+        run: the comparison itself, for the seconds that each strategy took.
     """
     for entry in document["budgets"]:
         budget = entry["budget"]

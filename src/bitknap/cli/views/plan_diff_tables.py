@@ -1,4 +1,4 @@
-"""What differs between two plans: as tables for people, and as JSON values."""
+"""Differences between two plans, as tables and as JSON values."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from rich.table import Table
 from bitknap.allocation import BitPlan
 from bitknap.allocation.plans.plan_diff import Moved, PlanDiff
 
-# Changes of single units that are named.
+# Number of changed units that are listed.
 _SHOWN = 20
-# Formats that a matrix has columns for; more are a list, or a terminal is too narrow.
+# Maximum number of formats shown as a matrix; more are listed, since terminals are too narrow.
 _WIDE = 8
 
 
 def diff_tables(diff: PlanDiff, before: str, after: str) -> list[Table]:
-    """Return totals, changes by layer and projection, by format, and the largest ones.
+    """Return totals, changes by layer and projection, by format, and the largest changes.
 
     Args:
-        diff: of two plans.
-        before: what the first one is called.
-        after: what the second one is called.
+        diff: the differences between two plans.
+        before: name of the first plan.
+        after: name of the second plan.
     """
     tables = [_totals(diff, before, after)]
     if diff.changed.any():
@@ -33,7 +33,7 @@ def diff_tables(diff: PlanDiff, before: str, after: str) -> list[Table]:
 
 
 def diff_summary(diff: PlanDiff) -> dict[str, Any]:
-    """Return what differs as JSON values; of formats and groups all, of units the largest."""
+    """Return the differences as JSON values: all formats and groups, and the largest units."""
     rows, columns, counts = diff.transitions()
     everything = np.ones(len(diff.units), dtype=bool)
     whole = asdict(diff.moved(everything))
@@ -76,7 +76,7 @@ def _totals(diff: PlanDiff, before: str, after: str) -> Table:
     table.add_column("")
     for head in (escape(before), escape(after), "change"):
         table.add_column(head, justify="right", overflow="fold")
-    # Costs of unlike estimators are on unlike scales.
+    # Costs of different estimators have different scales.
     alike = first["estimator"] == second["estimator"]
     for name, key, form in (
         ("bytes", "bytes", ",d"),
@@ -117,8 +117,8 @@ def _transitions(diff: PlanDiff) -> Table:
         table = Table(title="changes of format")
         for head in ("before", "after", "units"):
             table.add_column(head, justify="right" if head == "units" else "left")
-        found = [(-n, r, c) for (r, c), n in np.ndenumerate(counts) if n and rows[r] != columns[c]]
-        for number, row, column in sorted(found)[:_SHOWN]:
+        moved = [(-n, r, c) for (r, c), n in np.ndenumerate(counts) if n and rows[r] != columns[c]]
+        for number, row, column in sorted(moved)[:_SHOWN]:
             table.add_row(rows[row], columns[column], f"{-number:,}")
         return table
     table = Table(title="units by format: before down, after across")

@@ -21,7 +21,7 @@ from bitknap.cli.views.tables import facts_table
 
 @contextlib.contextmanager
 def watching(trials: int, as_json: bool) -> Iterator[Callable[[Record], None]]:
-    """Yield what is told each finished trial: a live table, plain lines, or a bar beside JSON."""
+    """Yield a callback for finished trials: a live table, plain lines, or a bar beside JSON."""
     done: list[Record] = []
     if as_json:
         with progress_bars() as bar:
@@ -49,7 +49,7 @@ def _line(record: Record) -> str:
 
 
 def trials_table(title: str, rows: list[Record], every: list[Record] | None = None) -> Table:
-    """Return trials as a table, the best of them all marked."""
+    """Return trials as a table, with the best of all trials marked."""
     losses = [record.loss for record in every or rows if record.loss is not None]
     caption = f"best so far: {min(losses):.6g}" if every and losses else None
     table = Table(title=title, caption=caption)
@@ -76,32 +76,32 @@ def row_of(record: Record) -> dict[str, Any]:
     return row | {"params": dict(record.params)}
 
 
-def summary(found: Study) -> dict[str, Any]:
-    """Return how a study stands, as JSON values; passwords left out."""
-    every = records(found)
+def summary(study: Study) -> dict[str, Any]:
+    """Return the state of a study as JSON values, without passwords."""
+    every = records(study)
     states = [record.state for record in every]
-    shortest = front(found)
+    shortest = front(study)
     document: dict[str, Any] = {
-        "study": found.name,
-        "storage": shown(found.storage),
-        "about": dict(found.about),
-        "measured": dict(found.measured),
+        "study": study.name,
+        "storage": shown(study.storage),
+        "about": dict(study.about),
+        "measured": dict(study.measured),
         "trials": {state: states.count(state) for state in sorted(set(states))},
         "first": row_of(every[0]) if every else None,
     }
-    if found.knobs.budget:
+    if study.knobs.budget:
         return document | {"front": [row_of(record) for record in shortest]}
     losses = [r for r in every if r.loss is not None]
     least = min(losses, key=lambda r: (r.loss, r.number), default=None)
     return document | {"best": None if least is None else row_of(least)}
 
 
-def present_study(found: Study, as_json: bool, more: dict[str, Any] | None = None) -> None:
-    """Print how the study stands: facts, and the best trials or the front; or all as JSON."""
-    document = summary(found) | (more or {})
-    about = found.about
+def present_study(study: Study, as_json: bool, more: dict[str, Any] | None = None) -> None:
+    """Print the state of the study: facts, and the best trials or the front; or all as JSON."""
+    document = summary(study) | (more or {})
+    about = study.about
     spoken = ", ".join(f"{count} {state}" for state, count in document["trials"].items())
-    low, high = found.knobs.budget or (0, 0)
+    low, high = study.knobs.budget or (0, 0)
     facts = {
         "storage": document["storage"],
         "table": about["table"]["name"],
@@ -110,13 +110,13 @@ def present_study(found: Study, as_json: bool, more: dict[str, Any] | None = Non
         "sampler": about["sampler"],
         "trials": spoken,
     }
-    facts |= {"tokens": found.measured["tokens"]} if "tokens" in found.measured else {}
-    complete = [record for record in records(found) if record.loss is not None]
-    if complete and not found.knobs.budget:
+    facts |= {"tokens": study.measured["tokens"]} if "tokens" in study.measured else {}
+    complete = [record for record in records(study) if record.loss is not None]
+    if complete and not study.knobs.budget:
         facts["loss of trial 0"] = _number(document["first"]["loss"])
         facts["smallest loss"] = _number(document["best"]["loss"])
     title, rows = "smallest losses", sorted(complete, key=lambda r: (r.loss, r.number))[:5]
-    if found.knobs.budget:
-        title, rows = "front of size and loss", front(found)
-    tables = [facts_table(f"study {found.name}", facts | (more or {}))]
+    if study.knobs.budget:
+        title, rows = "front of size and loss", front(study)
+    tables = [facts_table(f"study {study.name}", facts | (more or {}))]
     present(as_json, document, *tables, *([trials_table(title, rows)] if rows else []))

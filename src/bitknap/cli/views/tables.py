@@ -1,4 +1,4 @@
-"""Plans, tables and losses as tables for people; the CLI prints them."""
+"""Plans, cost tables and losses as tables that the CLI prints."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from bitknap.allocation.tradeoffs.frontier_path import Frontier
 from bitknap.allocation.tradeoffs.profile_price import Price
 from bitknap.report.table_facts import displayed
 
-# Plans of a frontier that a table shows.
+# Number of plans of a frontier that a table shows.
 _SHOWN = 16
 
 
 def bits_table(plan: BitPlan) -> Table:
-    """Return average bits per weight by layer and projection, metadata counted."""
+    """Return average bits per weight by layer and projection, including metadata."""
     units = plan.units
     of_kinds = kinds(units)
     table = Table(title=f"bits per weight, {plan.bpw:.4g} on average")
@@ -40,8 +40,8 @@ def bits_table(plan: BitPlan) -> Table:
 def widths_table(plan: BitPlan) -> Table:
     """Return how many units and weights each format has, and where groups do not divide rows.
 
-    "short" counts the weights by which last groups of rows are shorter than the group size: their
-    scales are stored all the same, codes are never padded.
+    "short" counts the weights that last groups of rows lack to fill the group size: their scales
+    are stored in full, but codes are never padded.
     """
     table = Table(title="formats")
     for head in ("format", "units", "weights", "bytes", "short"):
@@ -58,7 +58,7 @@ def widths_table(plan: BitPlan) -> Table:
 
 
 def cost_table(table: CostTable) -> Table:
-    """Return what each format would cost if every unit had it that may."""
+    """Return the cost of each format if every unit that allows it had it."""
     unit = table.provenance.get("unit", "nats/token")
     forbidden = (~np.isfinite(table.cost)).sum(0)
     which = "all that may" if forbidden.any() else "all"
@@ -76,11 +76,11 @@ def cost_table(table: CostTable) -> Table:
 
 
 def limits_table(limits: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return what a plan takes of each limit.
+    """Return how much of each limit a plan uses.
 
     Args:
-        limits: by name, "used", "bound", which is None where there is none, and "rule", "at least"
-            or "at most".
+        limits: by name, "used", "bound" (None for no bound), and "rule", which is "at least" or
+            "at most".
     """
     view = Table(title="limits")
     for head in ("limit", "used", "bound", "share"):
@@ -94,7 +94,7 @@ def limits_table(limits: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def losses_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return perplexity, KL and agreement of named models, one a row."""
+    """Return perplexity, KL and agreement of named models, one per row."""
     table = Table(title="on held-out text")
     for head in ("", "bytes of units", "perplexity", "KL, nats/token", "same top token"):
         table.add_column(head, justify="left" if not head else "right")
@@ -111,14 +111,14 @@ def losses_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def price_table(prices: Sequence[Price], chosen: str) -> Table:
-    """Return what each profile costs within the same limits, the chosen one marked."""
+    """Return the cost of each profile within the same limits, with the chosen one marked."""
     table = Table(title="price of a runtime's grouping rule, same limits")
     for head in ("profile", "cost", "over free", "gap", "bpw"):
         table.add_column(head, justify="left" if head == "profile" else "right")
     for one in prices:
         name = one.profile.name + (" *" if one.profile.name == chosen else "")
         if one.solution is None:
-            # The least reachable stands in the reason, up to what it is compared with.
+            # The reason names the smallest reachable value before the limit.
             why = one.reason.partition(", limit is")[0]
             table.add_row(name, f"infeasible: {why}", "–", "–", "–")
             continue
@@ -130,7 +130,7 @@ def price_table(prices: Sequence[Price], chosen: str) -> Table:
 
 
 def frontier_table(frontier: Frontier) -> Table:
-    """Return some plans of a frontier, evenly spread in bytes."""
+    """Return some plans of a frontier, evenly spaced in bytes."""
     unit = frontier.header.get("unit", "nats/token")
     table = Table(title=f"{len(frontier.cost):,} plans, each optimal at its bytes")
     for head in ("bpw", "bytes", f"cost, {unit}"):
@@ -142,7 +142,7 @@ def frontier_table(frontier: Frontier) -> Table:
 
 
 def frontier_summary(frontier: Frontier) -> dict[str, Any]:
-    """Return what a frontier is, as JSON values."""
+    """Return a summary of a frontier as JSON values."""
     return {
         "kind": "frontier",
         "units": len(frontier.units),
@@ -168,7 +168,7 @@ def uniform_costs(table: CostTable) -> dict[str, tuple[int, float]]:
 
 
 def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
-    """Return names and values, one a row."""
+    """Return names and values, one per row."""
     table = Table(title=title, show_header=False)
     table.add_column()
     table.add_column(justify="right")
@@ -178,7 +178,7 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
 
 
 def steps_table(steps: Sequence[Mapping[str, Any]]) -> Table:
-    """Return what each step of the work needs, one a row."""
+    """Return the resources of each step of the work, one per row."""
     table = Table(title="about what it takes, on two cores")
     for head in ("step", "memory", "time"):
         table.add_column(head, justify="left" if head == "step" else "right")
@@ -188,7 +188,7 @@ def steps_table(steps: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def exports_table(exports: Mapping[str, Mapping[str, Any]]) -> Table:
-    """Return which runtimes could hold the model, one a row, and what is in the way."""
+    """Return which runtimes could hold the model, one per row, and what prevents the others."""
     table = Table(title="what other runtimes' shapes allow")
     for head in ("export to", "", "bits", "group sizes", "profile", "why"):
         table.add_column(head)
@@ -207,7 +207,7 @@ def _time(seconds: int) -> str:
 
 
 def plan_summary(plan: BitPlan) -> dict[str, Any]:
-    """Return what a plan is, as JSON values: totals, header, bits by layer and projection."""
+    """Return a summary of a plan as JSON values: totals, header, bits by layer and projection."""
     units = plan.units
     by_layer = {
         str(layer): {
