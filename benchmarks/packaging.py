@@ -1,8 +1,8 @@
-"""What is shipped, and what an import takes: the wheel's size, and seconds of `import bitknap`.
+"""Size of the wheel and its contents, and the time of `import bitknap`.
 
     python -m bitknap.benchmarks.packaging -o benchmarks/results
 
-Builds from the checkout that this module is in, by setuptools and without a network. Writes
+Builds from the checkout that contains this module, with setuptools and without a network. Writes
 `packaging.json` and `packaging.md`.
 """
 
@@ -27,17 +27,17 @@ from bitknap.disk.atomic import write_whole
 from bitknap.errors import InputError
 
 _HERE = Path(__file__).resolve()
-# What the package is made of; all else of a checkout does not matter to a build.
+# Sources of the package; nothing else in a checkout affects a build.
 _SOURCES = ("pyproject.toml", "README.md", "LICENSE", "src")
 _FOLDERS = ("allocation", "benchmarks", "estimators", "kernels", "quantize")
 _IMPORTS = 10
 
 
 def checkout() -> Path:
-    """Return the root of the checkout that this module is in.
+    """Return the root of the checkout that contains this module.
 
     Raises:
-        InputError: the module is installed, and there is nothing to build from.
+        InputError: the module is installed, so there is no checkout to build from.
     """
     root = _HERE.parent.parent
     if not (root / "pyproject.toml").is_file():
@@ -46,7 +46,7 @@ def checkout() -> Path:
 
 
 def build(root: Path, out: Path, kind: str) -> Path:
-    """Build a distribution from a copy of the sources, with the setuptools at hand.
+    """Build a distribution from a copy of the sources, with the installed setuptools.
 
     Args:
         root: a checkout, or an unpacked source distribution.
@@ -77,7 +77,7 @@ def build(root: Path, out: Path, kind: str) -> Path:
 
 
 def contents(wheel: Path) -> dict[str, bytes]:
-    """Return what is in a wheel, by name."""
+    """Return the files in a wheel, by name."""
     with ZipFile(wheel) as archive:
         return {name: archive.read(name) for name in archive.namelist()}
 
@@ -90,7 +90,7 @@ def unpacked(sdist: Path, folder: Path) -> Path:
 
 
 def import_seconds(times: int = _IMPORTS) -> list[float]:
-    """Return what `import bitknap` takes in fresh interpreters, by `-X importtime`."""
+    """Return the seconds of `import bitknap` in fresh interpreters, from `-X importtime`."""
     seconds = []
     for _ in range(times):
         words = [sys.executable, "-X", "importtime", "-c", "import bitknap"]
@@ -101,7 +101,7 @@ def import_seconds(times: int = _IMPORTS) -> list[float]:
 
 
 def measured(root: Path) -> dict[str, Any]:
-    """Return sizes and times, and what they depend on."""
+    """Return sizes and times, and the facts that they depend on."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         wheel, sdist = build(root, out, "wheel"), build(root, out, "sdist")

@@ -1,4 +1,4 @@
-"""What people do by hand: more bits for the first layers, or for down projections."""
+"""Common manual recipes: more bits for the first layers, or for down projections."""
 
 from __future__ import annotations
 
@@ -28,14 +28,15 @@ def down_first(units: Units) -> Longs:
 def offers(
     units: Units, formats: Sequence[Format], order: Longs, nbytes: int, model: str
 ) -> list[Offer]:
-    """Return, of every family of formats, two neighbouring widths with as much of the wider one,
-    in the given order, as fits.
+    """Return plans that mix two neighbouring widths of a format family, for every family.
+
+    Each gives the wider format to as many units as fit, in the given order.
 
     Args:
         units: the units.
         formats: the options.
-        order: which unit gets the wider format first, int64[U].
-        nbytes: largest size.
+        order: units in the order in which they get the wider format, int64[U].
+        nbytes: maximum size.
         model: fingerprint, for the plans.
     """
     families: dict[tuple[int, bool, str], list[Format]] = {}

@@ -1,4 +1,4 @@
-"""What plans lose on text that no strategy saw: by domain, paired, with a block bootstrap."""
+"""Losses of plans on text that no strategy saw: by domain, paired, with a block bootstrap."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import Losses, Replay
 
-# Resamples of the bootstrap: its error of a standard error is then about 2 %.
+# Bootstrap resamples: the relative error of a standard error is then about 2 %.
 _RESAMPLES = 1000
-# Tokens in a row that a text of evaluation may share with one of calibration by chance.
+# Consecutive tokens that an evaluation text may share with a calibration text by chance.
 _RUN = 32
 
 
@@ -30,8 +30,8 @@ class Judge:
         replay: replay of the whole text.
         evidence: how plans are rounded.
         domain: domain of each window, int64[W].
-        names: of the domains.
-        known: what plans were measured to lose.
+        names: names of the domains.
+        known: losses of the plans measured so far.
     """
 
     replay: Replay
@@ -41,7 +41,7 @@ class Judge:
     known: dict[bytes, Losses] = field(default_factory=dict)
 
     def of(self, plan: BitPlan) -> Losses:
-        """Return what a plan loses, one over blocks of matrices too."""
+        """Return the losses of a plan, which may cover blocks of matrices."""
         names = " ".join(format.name for format in plan.formats)
         key = names.encode() + plan.choice.tobytes()
         if key not in self.known:
@@ -50,7 +50,7 @@ class Judge:
         return self.known[key]
 
     def by_domain(self, values: Floats) -> dict[str, float]:
-        """Return the mean over each domain's windows."""
+        """Return the mean over the windows of each domain."""
         return {name: float(values[self.domain == at].mean()) for at, name in enumerate(self.names)}
 
 
@@ -71,7 +71,7 @@ def bootstrap_error(values: Floats, seed: int = 0) -> float:
 
 
 def mean_ranks(domains: Sequence[Mapping[str, float]]) -> list[float]:
-    """Return each strategy's rank by loss, 1 the best, mean over domains; ties share theirs."""
+    """Return each strategy's rank by loss (1 is best), averaged over domains; ties share a rank."""
     if not domains:
         return []
     values = np.array([[one[name] for name in domains[0]] for one in domains])
@@ -82,14 +82,14 @@ def mean_ranks(domains: Sequence[Mapping[str, float]]) -> list[float]:
 
 
 def check_apart(evaluation: Tensor, calibration: Tensor) -> None:
-    """Refuse windows that share runs of tokens with those that calibration may see.
+    """Refuse windows that share runs of tokens with windows that calibration may see.
 
     Args:
         evaluation: token ids, int64 [windows, length].
-        calibration: likewise.
+        calibration: token ids, int64 [windows, length].
 
     Raises:
-        InputError: more than one window in a hundred does.
+        InputError: more than one window in a hundred shares a run.
     """
     length = min(_RUN, evaluation.shape[1], calibration.shape[1])
     known = {bytes(run) for run in _runs(calibration, length, 1)}

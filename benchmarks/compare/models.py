@@ -1,4 +1,4 @@
-"""A model, what calibration saw of it, and the texts: what strategies plan from."""
+"""The inputs of strategies: a model, its calibration evidence, and the texts."""
 
 from __future__ import annotations
 
@@ -37,29 +37,29 @@ from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 
-# Of the bundled texts, in their order, a quarter each.
+# Domains of the bundled texts in order, a quarter of the text each.
 DOMAINS = ("books", "code", "speeches", "wiki")
 WIDTHS, SIZES = (1, 2, 3, 4, 5, 6, 8), (32, 64, "row")
-# Where a bundled model keeps its routers before training.
+# File of a bundled model with its routers before training.
 _ROUTERS = "initial_routers.safetensors"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Options:
-    """What a comparison is asked for.
+    """The options of a comparison.
 
     Attributes:
         model: a folder, a hub id, or "reference:NAME".
         method: how weights are rounded.
         profile: which units share a format; published rules keep their own ties.
         text: calibration text, a file or "builtin".
-        tokens: number of tokens of it, for calibration.
-        evaluations: plans that the closed loop measures at each budget.
-        refine_tokens: of the calibration text, for measuring plans.
+        tokens: number of its tokens used for calibration.
+        evaluations: number of plans that the closed loop measures at each budget.
+        refine_tokens: number of its tokens used to measure plans.
         evaluation: evaluation texts, each a domain; "builtin" has four.
-        judged: tokens of all of them together.
+        judged: number of evaluation tokens, all texts together.
         seed: the random seed.
-        formats: that our own strategies choose from.
+        formats: formats that Bitknap's own strategies choose from.
     """
 
     model: str
@@ -79,17 +79,17 @@ class Options:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """What strategies plan from.
+    """The inputs that strategies plan from.
 
     Attributes:
-        options: what was asked for.
+        options: the options of the comparison.
         source: the checkpoint.
         evidence: the calibration pass: moments, curvature, traces and gradients.
         judge: measures plans on the evaluation text.
         loop: measures plans on calibration text.
         sets: makes passes over quarters of the calibration text, for MoQa.
         final: router norms, by layer.
-        initial: those before training, where they are known.
+        initial: router norms before training, if known.
         progress: called with (what, done, of).
     """
 
@@ -108,7 +108,7 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
     """Load and calibrate a model, and cut the texts.
 
     Raises:
-        InputError: a text cannot be used, is too short, or is judged on as well.
+        InputError: a text cannot be used, is too short, or is also used for judging.
         ModelError: the model cannot be walked or calibrated.
     """
     source = Checkpoint.open(resolve(options.model))
@@ -132,7 +132,7 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
     provenance = {**calibrated.provenance, "model": source.fingerprint}
     evidence = replace(calibrated, provenance=provenance, rounding=Remembered(rounding=rounding))
     loop = open_loop(model, evidence, words, windows.ids, options.refine_tokens, source.folder)
-    # What the tokenizer begins every window with is no text that they share.
+    # The prefix that the tokenizer adds to every window does not count as shared text.
     read = (windows.ids, *(part.windows for part in loop.parts), loop.gate.windows)
     check_apart(held_out.ids[:, held_out.prefix :], torch.cat(read)[:, held_out.prefix :])
     return Setting(
@@ -163,7 +163,7 @@ def _sets(model: Any, layout: Layout, windows: Windows, seed: int) -> list[Evide
 def _held_out(
     options: Options, folder: Path, config: Any
 ) -> tuple[Windows, np.ndarray, tuple[str, ...]]:
-    """Return the windows that plans are judged on, the domain of each, and their names."""
+    """Return the windows that plans are judged on, their domains, and the domain names."""
     texts = {
         BUILTIN if name == BUILTIN else Path(name).stem: read_text(name, "evaluation")
         for name in options.evaluation
@@ -186,6 +186,6 @@ def _held_out(
 
 
 def _initial(folder: Path, layout: Layout) -> Mapping[int, Floats] | None:
-    """Return the router norms before training, of a bundled model."""
+    """Return the router norms of a bundled model before training."""
     file = folder / _ROUTERS
     return router_norms(load_file(file), layout) if file.is_file() else None

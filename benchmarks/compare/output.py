@@ -1,4 +1,4 @@
-"""What a comparison leaves: JSON, CSV, plans, a picture, one page; all but times repeat exactly."""
+"""Output of a comparison: JSON, CSV, plans, a picture, one page; all but times are reproducible."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bitknap.disk.outputs import check_only, drop, place, writing
 from bitknap.errors import FileError, MismatchError
 from bitknap.report.quantize_document import coverage_of, frontier_points
 
-# All that a comparison writes into its folder.
+# All files that a comparison writes into its folder.
 _NAMES = r"compare\.json|times\.json|report\.html|rows\.csv|pareto\.png|plans|\.work|" + re.escape(
     MANIFEST
 )
@@ -34,7 +34,7 @@ _PACKAGES = ("numpy", "torch", "transformers", "optuna", "highspy", "scikit-fuzz
 
 
 def about(run: Comparison, command: str) -> dict[str, Any]:
-    """Return what was compared, JSON values."""
+    """Return a description of the comparison as JSON values."""
     setting = run.setting
     options, units = setting.options, setting.evidence.units
     loop = setting.loop
@@ -59,7 +59,7 @@ def about(run: Comparison, command: str) -> dict[str, Any]:
 
 
 def document(run: Comparison, command: str) -> dict[str, Any]:
-    """Return all of a comparison as JSON values; nothing in it depends on the clock."""
+    """Return the whole comparison as JSON values, none of which depends on the clock."""
     table = run.tables.of(CALIBRATED)
     name = run.setting.options.profile
     tied = under(table, profile(name))
@@ -92,7 +92,7 @@ def document(run: Comparison, command: str) -> dict[str, Any]:
 
 
 def original(run: Comparison) -> dict[str, Any]:
-    """Return what the model as it is loses, and its scores where tasks were asked for."""
+    """Return the losses of the original model, and its scores if tasks were requested."""
     row: dict[str, Any] = {"perplexity": run.setting.judge.replay.measure().perplexity}
     if run.tasks is not None:
         row["tasks"] = run.tasks.scores(run.setting, None)
@@ -100,7 +100,7 @@ def original(run: Comparison) -> dict[str, Any]:
 
 
 def times(run: Comparison) -> dict[str, Any]:
-    """Return seconds: of each table, and of each strategy's plans by budget."""
+    """Return the seconds for each table, and for each strategy's plans by budget."""
     plans: dict[str, dict[str, float]] = {}
     for (name, budget), cell in sorted(run.done.items()):
         plans.setdefault(name, {})[f"{budget:g}bpw"] = round(cell.seconds, 3)
@@ -109,15 +109,15 @@ def times(run: Comparison) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
-    """Yield the folder to work in, which is `out` itself or takes its place at the end.
+    """Yield the folder to work in, which is `out` itself or replaces it at the end.
 
-    A stopped run goes on in the same folder. What is to be overwritten stays until the new folder
-    is whole, which then grows in a hidden one beside it.
+    A stopped run continues in the same folder. When overwriting, the new folder is written to a
+    hidden one beside `out`, which stays until the new one is complete.
 
     Args:
         out: the folder to write.
-        about: what the work is about.
-        overwrite: whether what is there may be replaced, if this tool wrote it.
+        about: the inputs of the run.
+        overwrite: whether an existing output may be replaced, if Bitknap wrote it.
 
     Raises:
         InputError: another process is writing it.
@@ -129,7 +129,7 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
             check_only(part, _NAMES)
             if not _goes_on(part, about):
                 drop(part, _NAMES)
-        if not part.exists():  # never there without the folder that says a run goes on in it
+        if not part.exists():  # never there without the folder that marks an unfinished run
             new = beside(part, "new")
             check_only(new, _NAMES)
             (new / WORK).mkdir(parents=True, exist_ok=True)
@@ -143,7 +143,7 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
 
 
 def _goes_on(folder: Path, about: Mapping[str, Any]) -> bool:
-    """Return whether a stopped run of the same inputs left the folder."""
+    """Return whether the folder belongs to a stopped run with the same inputs."""
     journal = folder / WORK / "journal"
     if not journal.is_file():
         return False
@@ -159,7 +159,7 @@ def _written(folder: Path) -> list[str]:
 
 
 def write(run: Comparison, folder: Path, command: str) -> dict[str, Any]:
-    """Write everything, forget what was kept for a killed run, and return the document."""
+    """Write all files, delete those kept to resume a killed run, and return the document."""
     from bitknap.report.run_files import write_report
 
     results = document(run, command)

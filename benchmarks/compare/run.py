@@ -1,4 +1,4 @@
-"""Strategies × budgets: every plan judged, what fails kept apart, and a killed run goes on."""
+"""Strategies × budgets: judges every plan, isolates failures, and resumes a killed run."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ from bitknap.estimators.measuring.kl_replay import Losses
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.report.quantize_document import steps_of
 
-# What is read again when a killed run goes on, and of no use afterwards.
+# Files read again when a killed run is resumed, and useless afterwards.
 WORK = ".work"
 OK, UNREACHABLE, FAILED = "ok", "unreachable", "failed"
-# Plans within this of ours in bytes are compared with it as it is.
+# Plans whose relative size difference to ours is below this are compared with ours unchanged.
 _SAME_BYTES = 0.002
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cell:
-    """What one strategy came to at one budget.
+    """The result of one strategy at one budget.
 
     Attributes:
         strategy: its name.
         budget: bits per weight.
         status: "ok", "unreachable" or "failed".
-        values: what the report says of it, JSON values.
-        kl: by window, [W]; empty without a plan.
-        ours: of ours at its bytes, likewise.
-        seconds: that it took.
+        values: its values in the report, JSON values.
+        kl: KL by window, [W]; empty without a plan.
+        ours: KL of our plan at the same bytes, [W].
+        seconds: time that it took.
     """
 
     strategy: str
@@ -72,10 +72,10 @@ class Cell:
 
     @classmethod
     def of_line(cls, line: bytes) -> Cell:
-        """Undo `line`.
+        """Return the cell of a line, the inverse of `line`.
 
         Raises:
-            ValueError: the line is not as it was written.
+            ValueError: the line is damaged.
         """
         fields: dict[str, Any] = json.loads(line)
         if not isinstance(fields, dict) or fields.pop("sum", None) != _sum(fields):
@@ -91,7 +91,7 @@ def _sum(values: Mapping[str, Any]) -> int:
 
 
 def _cells(journal: Path, lines: Sequence[bytes]) -> Iterator[Cell]:
-    """Yield the cells of a journal's lines after its head."""
+    """Yield the cells of a journal from the lines after its header."""
     for number, line in enumerate(lines, start=2):
         try:
             yield Cell.of_line(line)
@@ -109,10 +109,10 @@ class Comparison:
         setting: what strategies plan from.
         tables: cost tables by name.
         budgets: bits per weight.
-        journal: where finished cells are kept; nowhere when not given.
+        journal: file that keeps finished cells; they are not kept when not given.
         done: finished cells.
-        plans: ours, by budget.
-        tasks: what plans are tried on besides.
+        plans: our plans, by budget.
+        tasks: tasks that plans are also evaluated on.
     """
 
     setting: Setting
@@ -128,7 +128,7 @@ class Comparison:
         return int(Budget.bits(budget).limit(self.tables.of(CALIBRATED)).bound)
 
     def keep(self, cell: Cell) -> None:
-        """Add a finished cell, on disk as well."""
+        """Add a finished cell, and write it to disk."""
         self.done[cell.strategy, cell.budget] = cell
         if self.journal is not None:
             append_lines(self.journal, [cell.line()])
@@ -147,16 +147,16 @@ def compare(
 
     Args:
         setting: the model and the texts.
-        wanted: names of strategies, ours among them.
+        wanted: names of strategies, including ours.
         budgets: bits per weight.
-        folder: in which tables and journals are kept, so that a killed run goes on.
-        about: what the journal is about.
-        tasks: what plans are tried on besides; not a strategy that is a mean of several.
-        tables: cost tables that are there already, by name.
+        folder: folder that keeps tables and journals, so that a killed run can continue.
+        about: the inputs that the journal belongs to.
+        tasks: tasks that plans are also evaluated on, except averages over several plans.
+        tables: existing cost tables, by name.
 
     Raises:
-        MismatchError: the journal in `folder` is of other inputs.
-        FileError: it is damaged.
+        MismatchError: the journal in `folder` belongs to other inputs.
+        FileError: the journal is damaged.
     """
     work = None if folder is None else folder / WORK
     journal = None if work is None else work / "journal"
@@ -188,7 +188,7 @@ def compare(
 
 
 def _drawn(run: Comparison, wanted: Sequence[str]) -> Iterator[Strategy]:
-    """Yield strategies that have something left to do; one that cannot be made has failed."""
+    """Yield strategies with work left; a strategy that cannot be created counts as failed."""
     left = [
         name for name in wanted if any((name, budget) not in run.done for budget in run.budgets)
     ]
@@ -202,7 +202,7 @@ def _made(
 ) -> Iterator[Strategy]:
     try:
         yield from make()
-    except Exception as error:  # one strategy that fails must not take the others with it
+    except Exception as error:  # one failing strategy must not stop the others
         for name in names:
             for budget in run.budgets:
                 if (name, budget) not in run.done and name != OURS:
@@ -212,7 +212,7 @@ def _made(
 def _isolated(name: str, budget: float, judge: Callable[[float], Cell]) -> Cell:
     try:
         return judge(budget)
-    except Exception as error:  # one strategy that fails must not take the others with it
+    except Exception as error:  # one failing strategy must not stop the others
         return _failure(name, budget, error)
 
 
@@ -223,7 +223,7 @@ def _failure(name: str, budget: float, error: Exception) -> Cell:
 
 
 def _judged(run: Comparison, strategy: Strategy, budget: float) -> Cell:
-    """Return what a strategy's plan loses, beside ours at its bytes."""
+    """Return the losses of a strategy's plan, and of our plan at the same bytes."""
     setting, start = run.setting, time.perf_counter()
     about: dict[str, Any] = {
         "group": strategy.group,
@@ -260,7 +260,7 @@ def _mean(losses: Sequence[Losses]) -> Losses:
 
 
 def _facts(run: Comparison, plan: BitPlan, losses: Losses, tasks: Tasks | None) -> dict[str, Any]:
-    """Return what a plan takes, was thought to lose and does lose, JSON values."""
+    """Return the size of a plan with its predicted and measured losses, as JSON values."""
     facts = {
         "bytes": plan.total_bytes,
         "bpw": plan.bpw,
@@ -272,7 +272,7 @@ def _facts(run: Comparison, plan: BitPlan, losses: Losses, tasks: Tasks | None) 
 
 
 def _predicted(run: Comparison, plan: BitPlan) -> float | None:
-    """Return what the calibrated table says of a plan; None where it lacks a format or unit."""
+    """Return the loss that the calibrated table predicts; None if it lacks a format or unit."""
     table = run.tables.of(CALIBRATED)
     if not plan.units.same_as(table.units) or not set(plan.formats) <= set(table.formats):
         return None
@@ -281,7 +281,7 @@ def _predicted(run: Comparison, plan: BitPlan) -> float | None:
 
 
 def _ours_at(run: Comparison, budget: float, nbytes: int) -> Floats:
-    """Return ours by window at a plan's bytes: refined where it has them, else solved for them."""
+    """Return our KL by window at a plan's bytes, from the refined plan or from a newly solved one."""
     plan = run.plans[budget]
     if abs(plan.total_bytes - nbytes) > _SAME_BYTES * nbytes:
         plan = plan_of(run.setting, run.tables.of(CALIBRATED), nbytes)
@@ -337,7 +337,7 @@ def _ours(run: Comparison, budget: float, work: Path | None) -> None:
 
 
 def rows(run: Comparison) -> list[dict[str, Any]]:
-    """Return all cells as the report's rows: ours first, then by budget and loss."""
+    """Return all cells as rows of the report: ours first, then by budget and loss."""
     report_rows = []
     for budget in run.budgets:
         here = [cell for (_, at), cell in run.done.items() if at == budget]

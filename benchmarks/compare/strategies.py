@@ -1,4 +1,4 @@
-"""Every strategy by name: how it makes a plan of at most so many bytes."""
+"""Every strategy by name: how it makes a plan within a number of bytes."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ EVOLUTION = "evolution"
 RECIPES = ("uniform", "first-layers-high", "down-high")
 SEEDS = 10
 SOLVERS = tuple(row.name for row in catalog.SOLVERS.rows)
-# Names here, and what reports call the rules.
+# Names of published rules here, and their names in reports.
 PUBLISHED: Mapping[str, str] = MappingProxyType(
     {name: entry.title for name, entry in RULES.items() if entry.plans}
 )
-# Plans that a search of the solver `search` measures, each on the first part of the text.
+# Number of plans that the solver `search` measures, each on the first part of the text.
 _TRIALS = 8
 
 
@@ -54,12 +54,12 @@ class Strategy:
     """One way to choose bits.
 
     Attributes:
-        name: what it is called at the command line.
-        group: what kind of strategy it is.
-        source: where it is from.
-        offers: plans of at most so many bytes; of several the best on the judge's text counts.
-        average: what counts is the mean over all offers instead.
-        measurements: KL readings on calibration text that its plan took.
+        name: its name at the command line.
+        group: the kind of strategy.
+        source: its origin.
+        offers: plans of at most the given bytes; of several, the best on the judge's text counts.
+        average: whether the mean over all offers counts instead.
+        measurements: number of KL readings on calibration text that its plan took.
     """
 
     name: str
@@ -71,10 +71,10 @@ class Strategy:
 
 
 def names(words: Sequence[str]) -> tuple[str, ...]:
-    """Return the strategies that words ask for, ours first, each once.
+    """Return the strategies that words name, ours first, each once.
 
     Args:
-        words: "all", "quick", "published", or names; ESTIMATOR:SOLVER is one as well.
+        words: "all", "quick", "published", or names; ESTIMATOR:SOLVER is a name too.
 
     Raises:
         InputError: a word is none of these.
@@ -97,7 +97,7 @@ def names(words: Sequence[str]) -> tuple[str, ...]:
 
 
 def _made_of_two(estimator: str, solver: str) -> bool:
-    """Return whether both are names, of Bitknap's or another package's."""
+    """Return whether both are known names, from Bitknap or another package."""
     others = ESTIMATOR_NAMES.names()
     return (estimator in ESTIMATORS or estimator in others) and solver in catalog.SOLVERS.names()
 
@@ -125,7 +125,7 @@ _SETS: Mapping[str, tuple[str, ...]] = MappingProxyType(
 
 
 def strategies(setting: Setting, tables: Tables, wanted: Sequence[str]) -> Iterator[Strategy]:
-    """Yield the wanted strategies but `OURS`; tables are made on the way."""
+    """Yield the wanted strategies except `OURS`; tables are made as needed."""
     units, fingerprint = setting.evidence.units, setting.source.fingerprint
     formats = setting.options.formats
     for name in wanted:
@@ -166,7 +166,7 @@ def strategies(setting: Setting, tables: Tables, wanted: Sequence[str]) -> Itera
 
 
 def _published(setting: Setting, name: str) -> Strategy:
-    """A paper's rule with its own costs, ties and allocator."""
+    """Return a paper's rule with its own costs, ties and allocator."""
     material = Material(
         evidence=setting.evidence,
         final=setting.final,
@@ -180,7 +180,7 @@ def _published(setting: Setting, name: str) -> Strategy:
 def plan_of(
     setting: Setting, table: CostTable, nbytes: int, solver: Solver | None = None
 ) -> BitPlan:
-    """Return a table's plan of at most so many bytes, tied as the comparison is."""
+    """Return a table's plan of at most `nbytes`, with the ties of the comparison."""
     tied = under(table, profile(setting.options.profile))
     return solve(Problem(tied, Budget.bytes(nbytes)), solver).plan
 
@@ -215,7 +215,7 @@ def _solver(setting: Setting, table: CostTable, name: str) -> Solver:
 
 
 def _rows(setting: Setting, tables: Tables) -> Strategy:
-    """Ours without a choice of group size and zero point, which published rules do not have."""
+    """Return ours without the choice of group size and zero point, as in published rules."""
     table = in_rows(tables.of(CALIBRATED))
 
     def offers(nbytes: int) -> list[Offer]:
@@ -231,13 +231,13 @@ def _rows(setting: Setting, tables: Tables) -> Strategy:
 
 
 def in_rows(table: CostTable) -> CostTable:
-    """Return the table with whole rows without zeros alone, which is what published rules know."""
+    """Return the table with only whole-row formats without zeros, as published rules use them."""
     plain = np.array([item.group_size == 0 and item.symmetric for item in table.formats])
     return replace(table, cost=np.where(plain, table.cost, np.inf)) if plain.any() else table
 
 
 def _random(setting: Setting) -> Strategy:
-    """Log-normal scores, and the exact plan for them."""
+    """Return the strategy of log-normal random scores with the exact plan for them."""
     seeds = range(setting.options.seed, setting.options.seed + SEEDS)
 
     def offers(nbytes: int) -> list[Offer]:
@@ -253,7 +253,7 @@ def _random(setting: Setting) -> Strategy:
 
 
 def _evolution(setting: Setting, tables: Tables) -> Strategy:
-    """Evolution over widths of whole rows, with as many measured plans as ours takes in all."""
+    """Return evolution over widths of whole rows, with as many measured plans as ours in all."""
     table = in_rows(tables.of(CALIBRATED))
     count = tables.measurements(CALIBRATED) + setting.options.evaluations
     parts = measures(setting.loop, table, Readings())

@@ -20,7 +20,7 @@ from bitknap.estimators.signals.scored import Scored
 from bitknap.estimators.sparse.on_demand import Sampled
 from bitknap.estimators.tables.monotone import isotonic
 
-# Ours; the base is the best that needs no measurements (benchmarks/results/profiling.md).
+# Our estimator; its base is the best one without measurements (benchmarks/results/profiling.md).
 CALIBRATED = "calibrated"
 _BASES = {
     CALIBRATED: "fisher-output",
@@ -28,11 +28,11 @@ _BASES = {
     "calibrated-moments": "moments",
 }
 FUZZY = "fuzzy"
-# Cells that fuzzy rules measure, about as many as the groups.
+# Number of cells that fuzzy rules measure, about the number of groups.
 _CELLS = 48
-# Measured unit by unit: among whole rows alone, or hours would go into it.
+# Estimators that measure each unit: only with whole-row formats, or it would take hours.
 DENSE = ("measured-block", "measured-kl", "measured-layer")
-# Costs of formats, and signals of units alone; dense profiling only where it is asked for.
+# Costs of formats, and signals that score units only; dense profiling only on request.
 UNMEASURED = tuple(name for name in sorted(COSTS) if name not in DENSE)
 LADDER = (*_BASES, *UNMEASURED, FUZZY)
 SCORES = (*sorted(SIGNALS), ROUTER)
@@ -44,10 +44,10 @@ class Tables:
     """Tables by name.
 
     Attributes:
-        setting: what estimators read.
-        folder: where tables are kept; nowhere when not given.
-        known: those that are there already.
-        seconds: what each took to make.
+        setting: the inputs of the estimators.
+        folder: folder that keeps tables; they are not kept when not given.
+        known: tables that exist already.
+        seconds: time that each table took.
     """
 
     setting: Setting
@@ -56,7 +56,7 @@ class Tables:
     seconds: dict[str, float] = field(default_factory=dict)
 
     def of(self, name: str) -> CostTable:
-        """Return the table of an estimator, costs that rise with the width pooled."""
+        """Return the table of an estimator, with costs that rise with the width pooled."""
         if name not in self.known:
             kept = self._kept(name)
             start = time.perf_counter()
@@ -68,7 +68,7 @@ class Tables:
         return self.known[name]
 
     def measurements(self, name: str) -> int:
-        """Return how many KL readings an estimator's table took."""
+        """Return the number of KL readings that an estimator's table took."""
         return int(self.of(name).provenance.get("measurements", 0))
 
     def _kept(self, name: str) -> CostTable | None:
@@ -96,7 +96,7 @@ class Tables:
 
 @dataclass(frozen=True, slots=True)
 class _Known:
-    """An estimator whose table is there already."""
+    """An estimator whose table exists already."""
 
     name: str
     table: CostTable
@@ -114,5 +114,5 @@ def _formats_of(name: str, formats: Sequence[Format]) -> tuple[Format, ...]:
 
 
 def facts(tables: Tables) -> dict[str, Any]:
-    """Return what each table took, JSON values."""
+    """Return the time and measurements of each table as JSON values."""
     return {name: round(seconds, 3) for name, seconds in sorted(tables.seconds.items())}

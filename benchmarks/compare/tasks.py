@@ -1,7 +1,7 @@
-"""Tasks of the lm-evaluation-harness on each strategy's plan: an extra, and never what decides.
+"""Tasks of the lm-evaluation-harness on each strategy's plan: extra figures that decide nothing.
 
 Short answers hide damage that KL shows (methods.md#pitfalls, pitfall 15), and their errors are
-large; they are here since people ask for them.
+large; they are included because people ask for them.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from bitknap.api.refining import stored
 from bitknap.benchmarks.compare.models import Setting
 from bitknap.errors import InputError
 
-# Questions that are asked at a time.
+# Batch size of questions.
 _BATCH = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tasks:
-    """Tasks that plans are tried on.
+    """Tasks that plans are evaluated on.
 
     Attributes:
-        names: of lm-eval.
-        folder: folder of tasks of one's own.
-        limit: documents of each; all when not given.
+        names: names of tasks in lm-eval.
+        folder: folder of custom tasks.
+        limit: number of documents of each task; all when not given.
     """
 
     names: tuple[str, ...]
@@ -41,7 +41,7 @@ class Tasks:
     limit: int | None = None
 
     def check(self) -> None:
-        """Refuse tasks that there are not, before hours go into a comparison.
+        """Refuse unknown tasks, before spending hours on a comparison.
 
         Raises:
             InputError: lm-eval is not installed, or knows no such task.
@@ -59,7 +59,7 @@ class Tasks:
             )
 
     def scores(self, setting: Setting, plan: BitPlan | None) -> dict[str, dict[str, float]]:
-        """Return each task's metrics of the model stored as a plan says, or as it is without."""
+        """Return each task's metrics for the model stored as a plan says, or as it is."""
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
@@ -67,7 +67,7 @@ class Tasks:
         where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if plan is not None:
             where = stored(replay, setting.evidence, plan)
-        # It draws bars and gives advice on stderr, whoever asks.
+        # lm-eval always draws bars and prints advice on stderr.
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         with where, contextlib.redirect_stderr(io.StringIO()):
             language = HFLM(

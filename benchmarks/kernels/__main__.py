@@ -1,12 +1,12 @@
-"""How fast kernels run mixed-bit experts, beside the device's ceilings and beside others.
+"""Speed of kernels on mixed-bit experts, compared with the device's ceilings and with others.
 
     python -m bitknap.benchmarks.kernels -o benchmarks/results [--quick] [--cases TEXT]
 
-On a GPU: measures what it reads, copies and multiplies at best, then layers of Mixtral,
+On a GPU: measures peak read, copy and matmul rates, then layers of Mixtral,
 Qwen3-30B-A3B and DeepSeek-V2-Lite in uniform and mixed widths, at batches of 1 to 4096. `--cpu`
 measures the path of a machine without a GPU. `--toy` runs a small layer through everything, with
-TRITON_INTERPRET=1 through Triton's interpreter too, and says nothing of speed. Writes
-`kernels.json`, `kernels.md` and `kernels.svg`; what is not asked for is kept from the run before.
+TRITON_INTERPRET=1 also through Triton's interpreter, and says nothing about speed. Writes
+`kernels.json`, `kernels.md` and `kernels.svg`; parts not requested are kept from the last run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PACKAGES = ("torch", "triton", "transformers", "numpy", "vllm")
 
 
 def about(device: str) -> dict[str, Any]:
-    """Return what the numbers depend on."""
+    """Return the facts that the numbers depend on."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:
@@ -59,15 +59,15 @@ def about(device: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Asked:
-    """What is asked of a GPU.
+    """What to measure on a GPU.
 
     Attributes:
-        quick: the cases of the targets alone.
-        only: what must be in the name of a case.
-        batches: which ones; all when empty.
+        quick: only the cases of the targets.
+        only: text that the name of a case must contain.
+        batches: batch sizes; all when empty.
         toy: a small case on any machine.
-        runs: measurements of each.
-        processes: in which kernels are compiled first; none compiles them as they come.
+        runs: number of measurements per case.
+        processes: number of processes that compile kernels in advance; 0 compiles on demand.
     """
 
     quick: bool = False
@@ -79,7 +79,7 @@ class Asked:
 
 
 def measure(out: Path, asked: Asked, say: Callable[[str], None]) -> None:
-    """Measure the kernels, and write the report, anew after each case.
+    """Measure the kernels, and rewrite the report after each case.
 
     Raises:
         InputError: there is no GPU, or no such case.
@@ -133,7 +133,7 @@ def measure_cpu(out: Path, *, toy: bool, rounds: int, say: Callable[[str], None]
 
 
 def write(out: Path, parts: dict[str, Any]) -> None:
-    """Write results over those of the same parts, and the report on all of them."""
+    """Replace the results of these parts, and write the report on all parts."""
     from bitknap.benchmarks.kernels.report import markdown, picture
 
     path = out / "kernels.json"

@@ -1,14 +1,14 @@
-"""Compile the kernels that a layer launches for GPUs that are not here, and count what comes out.
+"""Compile the kernels that a layer launches for absent GPUs, and count registers and instructions.
 
-The gate of kernels on machines without a GPU: registers that spill, shared memory past a
-multiprocessor's, and instructions a weight past the budget fail. It runs in a process of its own,
-without TRITON_INTERPRET, and needs no driver.
+This checks kernels on machines without a GPU: it fails on spilled registers, on more shared memory
+than a multiprocessor has, and on more instructions per weight than the budget. It runs in its own
+process, without TRITON_INTERPRET, and needs no driver.
 
 Budget: a program that unpacks weights keeps up with memory as long as its instructions take no
 longer than its bytes. An H200's multiprocessor issues 128 lane-instructions a clock; at 4.3 TB/s
 (measured copy), 132 multiprocessors and 1.98 GHz it gets 16.5 bytes a clock, so a weight of w bits
-may take 0.97 w lane-instructions. 64 and more tokens a program are bound by matrix units instead:
-64 multiply-adds at 2,048 a clock take as long as 4 lane-instructions. Budgets are held on sm_90.
+may take 0.97 w lane-instructions. Programs of 64 or more tokens are bound by matrix units instead:
+64 multiply-adds at 2,048 a clock take as long as 4 lane-instructions. Budgets are checked on sm_90.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ _TYPES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layer:
-    """A layer to launch: shapes of a model, and how experts' blocks of rows are stored in turn."""
+    """A layer to launch: shapes of a model, and storage of the experts' row blocks, in turn."""
 
     name: str
     hidden: int
@@ -75,7 +75,7 @@ class Layer:
     blocks: int = 1
 
     def meta(self) -> Experts:
-        """Return the experts without any memory."""
+        """Return the experts without allocating memory."""
 
         def entries(recipes: Sequence[Recipe]) -> list[Recipe]:
             return [recipes[i % len(recipes)] for i in range(self.experts * self.blocks)]
@@ -112,11 +112,11 @@ class Variant:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Built:
-    """What a compiler made of a variant.
+    """The compilation result of a variant.
 
     Attributes:
-        target: such as "sm_90".
-        registers: number of registers of a thread.
+        target: the target, such as "sm_90".
+        registers: number of registers per thread.
         spills: instructions that save or restore registers.
         shared: bytes of shared memory of a program.
         per_weight: lane-instructions a weight of every innermost loop with matrix instructions.
@@ -134,7 +134,7 @@ class Built:
 def variants(
     layer: Layer, tokens: int, dtype: torch.dtype, target: str, launch: Launch | None = None
 ) -> Iterator[Variant]:
-    """Yield what one call of the operator compiles, on a target, at so many tokens."""
+    """Yield the variants that one call of the operator compiles, for a target and token count."""
     case = Case(
         tokens=tokens,
         topk=layer.topk,
@@ -264,10 +264,10 @@ def _per_weight(
     variant: Variant,
     lanes: int,
 ) -> tuple[float, ...]:
-    """Return lane-instructions a weight of innermost loops that multiply; 256 columns a round."""
+    """Return lane-instructions per weight of innermost matmul loops; 256 columns per iteration."""
     if not variant.rows:
         return ()
-    # Instructions by address, and of the loops with one beginning only the longest.
+    # Instructions by address; of loops with the same start, only the longest.
     busy: dict[int, tuple[int, int]] = {}
     for begin, end in loops:
         body = [text for at, text in lines if begin <= at <= end]
@@ -288,12 +288,12 @@ def budget(variant: Variant) -> float | None:
         return None
     if not variant.constants.get("POST", True):
         return 4.0 * variant.tokens / 64
-    # A layer of several kinds is launched as one: its widest may take the most.
+    # A layer of several kinds is launched as one, and its widest kind has the largest budget.
     return round(PER_BIT * max(kind.weight for kind in variant.kinds), 2)
 
 
 def problems(variant: Variant, built: Built) -> list[str]:
-    """Return what must not be: one line each, none if all is well."""
+    """Return one line for each violated limit; empty if there is none."""
     messages = []
     if built.spills:
         messages.append(f"{built.spills} instructions spill registers")

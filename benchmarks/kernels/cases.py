@@ -1,8 +1,8 @@
-"""What the benchmark of kernels runs: layers of published models, mixes of widths, routings.
+"""Cases of the kernel benchmark: layers of published models, mixes of widths, routings.
 
-A case is one layer at one batch. Its ideal time is the greater of the bytes that it must read over
-the device's bandwidth, and of its products over the device's matmul peak, both measured in the same
-run. Bytes are those of the experts that its routing hits, with scales and zeros, and of its inputs
+A case is one layer at one batch. Its ideal time is the greater of two: the bytes that it must read
+over the device's bandwidth, and its FLOP over the device's matmul peak, both measured in the same
+run. Bytes cover the experts that its routing hits, with scales and zeros, and its inputs
 and outputs.
 """
 
@@ -24,7 +24,7 @@ from bitknap.kernels.random_experts import made_up_table
 BATCHES = (1, 2, 4, 8, 16, 32, 64, 128, 512, 2048, 4096)
 ROUTINGS = ("uniform", "zipf", "one expert")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-# Names of mixes to the widths that experts take in turn; 16 is kept as it is.
+# Maps names of mixes to the widths that experts have in turn; 16 is unquantized.
 MIXES: dict[str, tuple[int, ...]] = {
     "2": (2,),
     "3": (3,),
@@ -47,7 +47,7 @@ class Layer:
     Attributes:
         name: name of the model.
         experts: E.
-        top_k: number of experts of a token.
+        top_k: number of experts per token.
         hidden: H.
         intermediate: I.
     """
@@ -80,11 +80,11 @@ class Case:
     """One layer in one mix, at one batch.
 
     Attributes:
-        layer: its sizes.
-        mix: of `MIXES`.
-        group: weights that share a scale.
-        batch: tokens.
-        routing: routing of `ROUTINGS`.
+        layer: sizes of the layer.
+        mix: name in `MIXES`.
+        group: number of weights that share a scale.
+        batch: number of tokens.
+        routing: name in `ROUTINGS`.
         dtype: dtype of activations.
     """
 
@@ -97,22 +97,22 @@ class Case:
 
     @property
     def name(self) -> str:
-        """Everything in one line, for `--cases`."""
+        """All fields in one line, for `--cases`."""
         size = f"g{self.group}"
         parts = (self.layer.name, self.mix, size, f"b{self.batch}", self.routing, self.dtype)
         return " ".join(parts)
 
     @property
     def weights_name(self) -> tuple[str, str, int]:
-        """What cases of the same weights share."""
+        """The key shared by cases with the same weights."""
         return self.layer.name, self.mix, self.group
 
 
 def cases(*, quick: bool) -> list[Case]:
-    """Return the cases of a run, those of the same weights one after the other.
+    """Return the cases of a run, grouped by their weights.
 
     Args:
-        quick: the few that the targets are about.
+        quick: only the few cases that the targets need.
     """
     chosen = []
     for model in MODELS:
@@ -132,13 +132,13 @@ def cases(*, quick: bool) -> list[Case]:
 
 
 def toy_cases() -> list[Case]:
-    """Return the case of a machine without a GPU, and what it is compared with."""
+    """Return the case for a machine without a GPU, and the cases that it is compared with."""
     base = Case(layer=TOY, mix="2+3+4+8", group=32, batch=3, dtype="fp32")
     return [base, replace(base, mix="4"), replace(base, mix=OTHER), replace(base, mix=KEPT)]
 
 
 def experts_of(case: Case, device: str) -> Experts:
-    """Return a case's experts, random; those of one width have the same weights."""
+    """Return random experts for a case; experts of one width have the same weights."""
     widths = MIXES[case.mix]
     kept = torch.float32 if case.dtype == "fp32" else torch.bfloat16
     layer = case.layer
@@ -169,7 +169,7 @@ def _recipe(bits: int, group: int) -> Recipe:
 
 
 def elsewhere(experts: Experts) -> Experts:
-    """Return the same experts at other addresses: caches go by these."""
+    """Return a copy of the experts at other addresses, so that caches do not hold it."""
 
     def copied(table: ExpertsTable) -> ExpertsTable:
         return replace(table, buffer=table.buffer.clone())
@@ -187,7 +187,7 @@ def routed(case: Case, device: str, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     random = torch.Generator().manual_seed(seed)
     layer, dtype = case.layer, DTYPES[case.dtype]
     x = torch.randn(case.batch, layer.hidden, generator=random).to(dtype)
-    # The largest of logits plus Gumbel noise: draws without replacement in these proportions.
+    # The top k of logits plus Gumbel noise sample without replacement in these proportions.
     noise = torch.rand(case.batch, layer.experts, generator=random).log().neg().log().neg()
     rank = torch.arange(1, layer.experts + 1)
     logits = {
@@ -205,9 +205,9 @@ def bytes_of(experts: Experts, case: Case, index: Tensor, *, down: bool = True) 
 
     Args:
         experts: experts of the layer.
-        case: what is called.
+        case: the case.
         index: experts of each token.
-        down: of the whole layer; else up to the activated intermediate.
+        down: count the whole layer; else only up to the activated intermediate.
     """
     hit, layer = index.unique().tolist(), case.layer
     total = 0
@@ -219,6 +219,6 @@ def bytes_of(experts: Experts, case: Case, index: Tensor, *, down: bool = True) 
 
 
 def flops_of(case: Case, *, down: bool = True) -> int:
-    """Return the multiplications and additions of one call, or without `down` of gate and up."""
+    """Return the multiplications and additions of one call; without `down`, of gate and up only."""
     layer = case.layer
     return (6 if down else 4) * case.batch * layer.top_k * layer.hidden * layer.intermediate

@@ -1,4 +1,4 @@
-"""Kernels of many cases compiled at once, before anything is timed: Triton's cache serves all."""
+"""Compile the kernels of many cases in parallel before timing, into Triton's cache."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from bitknap.kernels.moe import moe
 
 
 def compile_all(cases: Sequence[Case], processes: int, say: Callable[[str], None]) -> None:
-    """Run every case once on the GPU, those of the same weights in one process."""
+    """Run every case once on the GPU; cases with the same weights share a process."""
     alike: dict[tuple[object, ...], list[Case]] = {}
     for case in cases:
         alike.setdefault((*case.weights_name, case.dtype), []).append(case)
-    # Those with most widths take longest, so they come first; and one process each is not enough.
+    # Groups with most widths take longest: they come first, and each is split for two processes.
     groups = [part for group in alike.values() for part in (group[::2], group[1::2]) if part]
     groups.sort(key=lambda group: -len(group[0].mix))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:

@@ -1,8 +1,8 @@
-"""Packed experts on a CPU beside the plain transformers module: seconds of one layer, and tokens.
+"""Packed experts on a CPU against the plain transformers module: layer times and tokens per second.
 
-A layer's experts of one family and size, all of one format, with made-up weights: once as packed
-experts (`quantize/layers`) with the whole layer in the cache, or nothing, and once as the module of
-transformers with the very same weights dequantized. They are run turn about.
+The experts of one layer, all in one format with made-up weights, run as packed experts
+(`quantize/layers`), with the whole layer or nothing in the cache, and as the transformers module
+with the same weights dequantized. The ways alternate.
 """
 
 from __future__ import annotations
@@ -60,15 +60,15 @@ FORMATS = ("int2-g64-asym", "int3-g64-asym", "int4-g64-asym")
 LAYOUTS = ("plain", "tiles")
 MODEL = "reference:mixtral"
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-_LARGE = 1 << 28  # weights of a projection: all in float32, twice, would fill 16 GB and more
-# Tokens of a step.
+_LARGE = 1 << 28  # weights of a projection; all in float32, twice, would exceed 16 GB
+# Number of tokens in a step.
 DECODE, PREFILL = 1, 512
 
 
 def experts_of(layer: Layer, format: Format, layout: str, dtype: torch.dtype, cache: Cache) -> Any:
     """Return a packed experts module of transformers' Mixtral; all experts have the same weights.
 
-    What differs between experts is where they lie, which is what time can depend on.
+    Experts differ in their addresses, which time can depend on.
     """
     from transformers import MixtralConfig
     from transformers.models.mixtral.modeling_mixtral import MixtralExperts
@@ -130,7 +130,7 @@ def routed(layer: Layer, tokens: int, dtype: torch.dtype, seed: int) -> tuple[Te
 
 
 def rates(shapes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]]:
-    """Return how fast matrices are dequantized to bf16, in GB of bf16 a second of one thread."""
+    """Return how fast one thread dequantizes matrices, in GB of bf16 per second."""
     measured_rates = []
     for rows, cols in shapes:
         for name in FORMATS:
@@ -149,19 +149,19 @@ def rates(shapes: Sequence[tuple[int, int]], rounds: int) -> list[dict[str, Any]
 def layers(
     which: Mapping[str, Layer], *, rounds: int, prefill: int, say: Callable[[str], None]
 ) -> list[dict[str, Any]]:
-    """Return one row a layer, format and dtype: medians in seconds, and whether outputs agree.
+    """Return one row per layer, format and dtype: medians in seconds, and whether outputs agree.
 
     Args:
-        which: layers.
-        rounds: measurements of each.
-        prefill: tokens of a prefill step.
-        say: told of every row.
+        which: the layers.
+        rounds: number of measurements of each.
+        prefill: number of tokens in a prefill step.
+        say: called with a message for every row.
     """
     rows = []
     for shape, layer in which.items():
         large = layer.experts * layer.hidden * layer.intermediate > _LARGE
         for dtype in ("bf16",) if large else DTYPES:
-            # Once dequantized, all widths are alike.
+            # Dequantized weights take the same time for all widths.
             for name in FORMATS if dtype == "bf16" and not large else FORMATS[-1:]:
                 row = _layer(layer, Format.parse(name), DTYPES[dtype], rounds, prefill)
                 rows.append({"layer": shape, "format": name, "dtype": dtype, **row})
@@ -184,7 +184,7 @@ def _layer(
         for name, limit in (("nothing cached", 0), ("all cached", 1 << 62)):
             cache.clear()
             cache.limit = limit
-            packed(*routed(layer, 8 * layer.experts, dtype, 99))  # hits all of them
+            packed(*routed(layer, 8 * layer.experts, dtype, 99))  # hits all experts
             few = rounds if step == "decode" else max(1, rounds // 4)
             turns = turn_about({name: _next(packed, inputs), "plain": _next(plain, inputs)}, few)
             for key, values in turns.items():
@@ -202,7 +202,7 @@ def _next(module: nn.Module, inputs: Sequence[tuple[Tensor, ...]]) -> Callable[[
 
 
 def turn_about(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Return the processor seconds of every call, the ways following each other in every round."""
+    """Return the processor seconds of every call; each round runs all ways in turn."""
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for run in ways.values():
         run()
@@ -215,12 +215,12 @@ def turn_about(ways: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
 
 
 def models(folder: Path, *, tokens: int, prefill: int) -> list[dict[str, Any]]:
-    """Return tokens a second of a bundled model: packed, and dequantized.
+    """Return tokens per second of a bundled model, packed and dequantized.
 
     Args:
-        folder: for its packed checkpoint.
-        tokens: generated, one at a time.
-        prefill: tokens of a prompt read at once.
+        folder: folder for its packed checkpoint.
+        tokens: number of tokens to generate, one at a time.
+        prefill: number of prompt tokens read at once.
     """
     folder = _packed_reference(folder / "packed")
     options: Mapping[str, Mapping[str, Any]] = {

@@ -1,4 +1,4 @@
-"""The path without a GPU as tables for people."""
+"""Tables of the results without a GPU."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The usual way to multiply with 4-bit experts in Triton, to compare with: not ours.
+"""The usual Triton matmul with 4-bit experts, as a baseline for Bitknap's kernels.
 
-Words of eight codes along the inputs, [E, K / 8, N]; each is loaded eight times and shifted by its
-place, codes become floats, and scales and zeros are applied to every weight. Pairs of a token and
-an expert are sorted by expert, and a program takes one tile of pairs of one expert.
+Words hold eight codes along the inputs, [E, K / 8, N]; each word is loaded eight times and shifted
+by the position, codes become floats, and scales and zeros are applied to every weight. Pairs of a
+token and an expert are sorted by expert, and a program takes one tile of pairs of one expert.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Naive:
     Attributes:
         words: gate and up [E, H / 8, 2I], down [E, I / 8, H], int32.
         scales: scales of groups, in the dtype of activations.
-        zeros: zero points of groups, likewise.
+        zeros: zero points of groups, in the dtype of activations.
     """
 
     def __init__(
@@ -125,7 +125,7 @@ class Naive:
         return out
 
     def weights(self, name: str) -> Tensor:
-        """Return what the codes stand for, float32 [E, K, N]: for tests."""
+        """Return the dequantized weights, float32 [E, K, N], for tests."""
         shifts = torch.arange(8, device=self.words[name].device) * 4
         codes = (self.words[name][:, :, None] >> shifts[:, None]) & 15
         codes = codes.flatten(1, 2).float()

@@ -1,4 +1,4 @@
-"""Ways to run a case: ours, transformers', the usual Triton pattern, and vLLM where installed."""
+"""Ways to run a case: Bitknap, transformers, the usual Triton pattern, and vLLM if installed."""
 
 from __future__ import annotations
 
@@ -34,22 +34,22 @@ OURS, GATE_UP, INTERPRETED, NAIVE = "ours", "ours: gate and up", "ours: interpre
 TRANSFORMERS = ("eager", "batched_mm", "grouped_mm")
 EAGER = "transformers eager"  # reads back which experts are hit
 VLLM = "vLLM fused_experts"
-# Weights in turn, so that none is in a cache when it is read again.
+# Copies of the weights take turns, so that none is in a cache when it is read again.
 _SETS = 8
-_MEMORY = 24 << 30  # bytes of all sets together
-_COPIES = 8 << 30  # most bytes that `batched_mm` may copy in a call
+_MEMORY = 24 << 30  # total bytes of all copies
+_COPIES = 8 << 30  # maximum bytes that `batched_mm` may copy in a call
 _PROCESSORS = 132
 Routing = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Setting:
-    """Where and how long cases are measured.
+    """Where cases are measured, and how often.
 
     Attributes:
         device: "cuda", or "cpu" for a toy run.
-        runs: measurements of each.
-        ceilings: ceilings of the device: bytes a second "read" and in a "copy", "matmul" FLOP/s.
+        runs: number of measurements per case.
+        ceilings: peak rates of the device: "read" and "copy" in bytes/s, "matmul" in FLOP/s.
     """
 
     device: str
@@ -58,7 +58,7 @@ class Setting:
 
 
 def measured(cases: Sequence[Case], setting: Setting) -> Iterator[tuple[str, list[dict[str, Any]]]]:
-    """Yield the name of each case and a row a way; cases of the same weights come in a row."""
+    """Yield each case's name and one row per way; cases with the same weights must be adjacent."""
     for _, group in groupby(cases, key=lambda case: (case.weights_name, case.dtype)):
         some = list(group)
         sets = _sets(some[0], setting.device)
@@ -115,15 +115,15 @@ Make = Callable[[int, Routing], Call]
 def _ours(case: Case, sets: Sequence[Experts], device: str) -> dict[str, Make]:
     ways: dict[str, Make] = {OURS: lambda i, route: partial(moe, *route, sets[i % len(sets)])}
     if device == "cuda" and choose(_shape(case), device_of(0)).path != "dense":
-        # The rest of the layer is down and what joins experts' outputs.
+        # The rest of the layer is the down projection and the sum over experts.
         ways[GATE_UP] = lambda i, route: _by_triton(case, route, sets[i % len(sets)], gate_up=True)
-    elif _interpreting() and len(set(MIXES[case.mix])) > 2:  # every width in one launch; slow
+    elif _interpreting() and len(set(MIXES[case.mix])) > 2:  # slow: every width is in one launch
         ways[INTERPRETED] = lambda i, route: _by_triton(case, route, sets[i % len(sets)])
     return ways
 
 
 def _by_triton(case: Case, route: Routing, experts: Experts, *, gate_up: bool = False) -> Call:
-    """Return a call of the Triton kernels themselves, of all or of those up to gate and up."""
+    """Return a direct call of the Triton kernels: all of them, or only those for gate and up."""
     from bitknap.kernels.run_triton import Execution, run
 
     shape = _shape(case)
@@ -167,7 +167,7 @@ def _interpreting() -> bool:
 
 
 class _Peers:
-    """Others' ways to run a layer: with bf16 weights, or with 4 bits the usual way."""
+    """Other ways to run a layer: with bf16 weights, or with the usual 4-bit kernel."""
 
     def __init__(self, case: Case, device: str) -> None:
         self.device, self.case = device, case
@@ -189,7 +189,7 @@ class _Peers:
             self.naive = [Naive(*sizes, dtype, device, seed) for seed in range(count)]
 
     def ways(self, case: Case) -> dict[str, Make]:
-        """Return what can run a case."""
+        """Return the ways that can run a case."""
         makers: dict[str, Make] = {}
         if self.naive:
             makers[NAIVE] = lambda i, route: partial(self.naive[i % len(self.naive)], *route)

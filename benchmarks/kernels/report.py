@@ -1,4 +1,4 @@
-"""The benchmark of kernels as a page and as a picture of the roof."""
+"""The kernel benchmark as a page and as a roofline picture."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _MARKERS = dict(zip(MODELS, "os^", strict=True))
 
 
 class Target(NamedTuple):
-    """A line of the issue, and what it takes to pass.
+    """A target of the benchmark, and what it takes to pass.
 
     Attributes:
-        text: for people.
-        least: must be reached.
-        aim: should be.
-        values: what was measured, one a case.
-        form: of a value.
+        text: its description.
+        least: value that must be reached.
+        aim: value that should be reached.
+        values: returns the measured values, one per case.
+        form: format string of a value.
     """
 
     text: str
@@ -63,7 +63,7 @@ def _shares(
 
 
 def _bandwidths(mixed: str, uniform: str) -> Callable[[Sequence[Row]], list[float]]:
-    """Return bytes a second in a mix over those at the width that has as many bytes."""
+    """Return bytes per second of a mix over those of the uniform width with as many bytes."""
 
     def values(rows: Sequence[Row]) -> list[float]:
         by_key = {_key(row): row for row in rows if row["batch"] <= 64}
@@ -114,7 +114,7 @@ TARGETS = (
 
 
 def targets(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return each target, what was measured, and "pass", "aim", "miss" or "not measured"."""
+    """Return each target, its measured value, and "pass", "aim", "miss" or "not measured"."""
     every = [] if document.get("toy") else [r for r in document.get("rows", []) if "seconds" in r]
     peak = document.get("ceilings", {}).get("matmul", float("inf"))
     ours = [{**row, "peak": peak} for row in every if row["way"] == OURS]
@@ -224,7 +224,7 @@ def _model(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _price(rows: Sequence[Row]) -> Iterator[str]:
-    """Yield what it costs that gate and up of one expert differ in width."""
+    """Yield the cost of different widths for gate and up of one expert."""
     by_key = {_key(row): row for row in rows if "seconds" in row and row["way"] in (OURS, GATE_UP)}
     ratios = {
         row["batch"]: row["seconds"] / other["seconds"]
@@ -246,7 +246,7 @@ def _cell(row: Row | None) -> str:
 
 
 def picture(document: Mapping[str, Any], path: Path) -> None:
-    """Draw FLOP/s against FLOP a byte, under the measured roof, as SVG."""
+    """Draw FLOP/s against FLOP per byte under the measured roofline, as SVG."""
     import matplotlib
     from matplotlib.figure import Figure
 

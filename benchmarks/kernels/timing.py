@@ -1,4 +1,4 @@
-"""Seconds of a call: in a CUDA graph, on weights that no cache holds; and the device's ceilings."""
+"""Time of a call in a CUDA graph, on weights that no cache holds; and the device's peak rates."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 GRAPH_CALLS = 20
 RUNS = 100
 _WARM = 3
-_LEAST_RUNS, _SECONDS = 10, 2.0  # more runs than the first only while they take less than this
+_LEAST_RUNS, _SECONDS = 10, 2.0  # after the minimum, runs continue only within this time
 _CEILING_BYTES = 1 << 30
 _MATMUL = 8192
 
@@ -20,7 +20,7 @@ Call = Callable[[], object]
 
 
 def memory_roof(ceilings: Mapping[str, float]) -> float:
-    """Return bytes a second at best: reading, or reading and writing."""
+    """Return the peak bytes per second: reading, or reading and writing."""
     return max(ceilings["read"], ceilings["copy"])
 
 
@@ -30,10 +30,10 @@ def seconds_of(
     """Return the median seconds of one call, and how they were measured.
 
     Args:
-        calls: the same on other weights and inputs; they take turns.
+        calls: the same call on different weights and inputs; they take turns.
         device: "cuda" or "cpu".
-        runs: measurements, or as many as there is time for.
-        graph: whether calls may be captured: they read nothing back to the host.
+        runs: number of measurements, or as many as time allows.
+        graph: whether calls may be captured, because they read nothing back to the host.
     """
     if device == "cpu":
         return _on_cpu(calls, runs)
@@ -95,12 +95,12 @@ def _summary(spent: Sequence[float], calls: int) -> dict[str, Any]:
 
 
 def ceilings(device: str, dtype: torch.dtype = torch.bfloat16) -> dict[str, float]:
-    """Return what the device does at best: bytes a second read and copied, and matmul FLOP/s."""
+    """Return the peak rates of the device: bytes per second read and copied, and matmul FLOP/s."""
     small = device == "cpu"
     size, side, runs = (1 << 22, 256, 3) if small else (_CEILING_BYTES, _MATMUL, RUNS)
     source = torch.ones(size // 4, dtype=torch.float32, device=device)
     target = torch.empty_like(source)
-    # int32 sums read all and write nothing; float ones are bound by additions on some devices.
+    # int32 sums read all and write nothing; additions bound float sums on some devices.
     words = source.view(torch.int32)
     a = torch.randn(side, side, device=device).to(dtype)
     read = seconds_of([lambda: words.amax()], device, runs)["seconds"]

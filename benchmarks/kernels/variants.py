@@ -1,10 +1,10 @@
-"""Compile the kernels for every target and write down registers, spills and instructions a weight.
+"""Compile the kernels for every target; record registers, spills and instructions per weight.
 
     python -m bitknap.benchmarks.kernels.variants -o benchmarks/results
 
-Needs no GPU and measures no speed. Every line is one compilation of what the operator launches for
-a layer; a mixed layer has one loop for each of its kinds, widest first. Takes ten minutes on one
-idle core; what Triton has in its cache takes none.
+Needs no GPU and measures no speed. Every line is one compilation of a kernel that the operator
+launches for a layer; a mixed layer has one loop for each of its kinds, widest first. Takes ten
+minutes on one idle core; kernels in Triton's cache take no time.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ makes of some of them is in `kernels.md`."""
 
 
 def layers() -> Iterator[tuple[Layer, tuple[int, ...], tuple[str, ...]]]:
-    """Yield (layer, tokens, targets): what is compiled."""
+    """Yield (layer, tokens, targets) to compile."""
     everywhere = tuple(TARGETS)
 
     def layer(name: str, shape: tuple[int, ...], *recipes: Recipe, **more: Any) -> Layer:
@@ -90,7 +90,7 @@ def jobs(chosen: Sequence[str]) -> Iterator[tuple[Variant, torch.dtype, str]]:
     """Yield every compilation once: a variant, its activations' dtype and its target."""
     seen = set()
     for target, (layer, tokens, targets) in product(chosen, layers()):
-        # fp16 differs from bf16 in how a code becomes a float, not in the kernels' shape.
+        # fp16 differs from bf16 in how a code becomes a float, not in the structure of the kernels.
         both = target == "sm_90" and layer.name.startswith(("4 g128, M", "8 "))
         for dtype in (torch.bfloat16, torch.float16)[: 1 + both]:
             for count in tokens if target in targets else ():
@@ -167,7 +167,7 @@ def main(arguments: list[str] | None = None) -> None:
             "planned": len(planned),
             "rows": rows,
         }
-        # After every one: a run that is cut short has been worth something.
+        # Written after every compilation, so that an interrupted run keeps its results.
         write_results(out / "kernel_variants.json", document)
         write_report(out / "kernel_variants.md", report(document))
 

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights in the shapes of published models, as large as those.
+"""Checkpoints of random weights in the shapes and sizes of published models.
 
 python -m bitknap.benchmarks.models.random_checkpoint OLMoE-1B-7B build/olmoe
 """
@@ -32,11 +32,11 @@ def generate(
     """Write a checkpoint of random bf16 weights in a model's shapes, one tensor in memory at once.
 
     Args:
-        model: its name, or its sizes.
-        folder: to write; it must not exist.
-        layers: only so many decoder layers; all when not given.
+        model: name or sizes of the model.
+        folder: folder to write; it must not exist.
+        layers: number of decoder layers to keep; all when not given.
         seed: random seed of the weights.
-        shard: bytes of tensors a file, at most, but for one larger tensor.
+        shard: maximum bytes of tensors per file, except for a single larger tensor.
 
     Raises:
         InputError: there is no such model, or the folder exists.
@@ -74,7 +74,7 @@ def _header(tensors: Mapping[str, Shape]) -> bytes:
         entries[name] = {"dtype": "BF16", "shape": size, "data_offsets": [at, stop]}
         at = stop
     text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)  # the data begin at a multiple of 8 bytes
+    text += b" " * (-len(text) % 8)  # the data start at a multiple of 8 bytes
     return len(text).to_bytes(8, "little") + text
 
 

@@ -1,9 +1,9 @@
-"""The shapes of published Mixture-of-Experts models, and models made up in them.
+"""The shapes of published Mixture-of-Experts models, and made-up models with these shapes.
 
-`shapes.json` has one model a row, sizes as in its published configuration and the figures that
-they add up to: billions of weights in all and in routed experts, millions an expert, units, GB of
-bf16 a layer of experts. Tensors have the names of the published checkpoints. Where a row says
-nothing of attention, its projections are made up and only the experts are the model's.
+`shapes.json` has one model per row: sizes from its published configuration, and the totals that
+follow: billions of weights in total and in routed experts, millions per expert, units, GB of bf16
+per layer of experts. Tensors have the names of the published checkpoints. If a row has no attention
+sizes, its attention projections are made up and only the experts match the model.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Shape = tuple[int, ...]
 # Tensor name to (safetensors dtype, shape).
 Headers = dict[str, tuple[str, Shape]]
 
-# What configurations of these families call the number and the inner size of experts.
+# Names of the number and the inner size of experts in the configurations of these families.
 _KEYS: Mapping[str, tuple[str, str]] = {
     "mixtral": ("num_local_experts", "intermediate_size"),
     "phimoe": ("num_local_experts", "intermediate_size"),
@@ -58,24 +58,24 @@ class ModelShape:
     """The sizes of one published model.
 
     Attributes:
-        name: what people call it.
-        model_type: as transformers calls its family.
+        name: its common name.
+        model_type: name of its family in transformers.
         style: how the checkpoint names and stacks its experts.
-        layers: decoder layers.
-        dense_layers: how many of them come first and have no experts.
-        every: of the others, each so manieth has experts.
-        experts: routed experts a layer.
-        top_k: experts that read one token.
+        layers: number of decoder layers.
+        dense_layers: number of first layers, which have no experts.
+        every: a later layer has experts if its number, counted from 1, is a multiple of this.
+        experts: number of routed experts per layer.
+        top_k: number of experts per token.
         hidden: width of the residual stream.
         size: inner width of an expert.
         dense_size: inner width of a layer without experts.
-        shared: shared experts a layer.
-        shared_size: inner width of one of them.
-        vocabulary: tokens.
+        shared: number of shared experts per layer.
+        shared_size: inner width of a shared expert.
+        vocabulary: number of tokens in the vocabulary.
         tied: whether embedding and head are one matrix.
         published: the precision of the checkpoint on the hub: "bf16", "fp8" or "mxfp4".
-        attention: its sizes; None where they are not known here.
-        figures: what was found by instantiating the published configuration, to compare with.
+        attention: sizes of attention; None if not known here.
+        figures: totals from instantiating the published configuration, for comparison.
     """
 
     name: str
@@ -122,11 +122,11 @@ def shape_of(name: str) -> ModelShape:
 
 
 def config(shape: ModelShape, layers: int | None = None) -> dict[str, Any]:
-    """Return a `config.json` as the family has it.
+    """Return a `config.json` in the form of the family.
 
     Args:
         shape: the model.
-        layers: only so many decoder layers; all when not given.
+        layers: number of decoder layers to keep; all when not given.
     """
     experts, size = _KEYS.get(shape.model_type, _OTHER_KEYS)
     inner: dict[str, Any] = {
@@ -180,8 +180,8 @@ def headers(shape: ModelShape, layers: int | None = None, *, published: bool = F
 
     Args:
         shape: the model.
-        layers: only so many decoder layers; all when not given.
-        published: in the precision of the checkpoint on the hub, with scales; else all "BF16".
+        layers: number of decoder layers to keep; all when not given.
+        published: use the precision of the checkpoint on the hub, with scales; else "BF16".
     """
     plain = dict(_tensors(shape, shape.layers if layers is None else layers))
     if not published or shape.published == "bf16":

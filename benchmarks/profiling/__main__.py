@@ -1,11 +1,11 @@
-"""Every estimator against dense profiling: how well it ranks, and what its plans really lose.
+"""Every estimator against dense profiling: how well it ranks, and the measured loss of its plans.
 
     python -m bitknap.benchmarks.profiling -o benchmarks/results
 
 For each reference model: the true KL of every unit in every format (dense profiling, resumable),
 the rank correlation of each estimator's costs with it, and the KL of each estimator's plans on
 text that no estimator saw, beside the plan that dense profiling gives at the same bytes. Writes
-`profiling.json` and `profiling.md`; a model that is there already is kept.
+`profiling.json` and `profiling.md`; existing results of a model are kept.
 """
 
 from __future__ import annotations
@@ -62,13 +62,13 @@ from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.predictors import GradientBoosting, LogLinear
 from bitknap.quantization.stacks.apply import stacks
 
-# Sparse estimators are drawn anew so often.
+# Number of random draws of sparse estimators.
 SEEDS = 10
-# Dense measurements for each sparse one: with what the base takes, 1/15 of the time and less.
+# Dense measurements per sparse one: including the base, at most 1/15 of the time.
 SPARSITY = 20
-# Measurements that are timed.
+# Number of timed measurements.
 _TIMED = 32
-# Plans that check predictions, and their sizes.
+# Number of plans that check predictions, and their budgets.
 CHECKS, CHECK_BUDGETS = 12, (2.0, 2.5)
 
 
@@ -98,7 +98,7 @@ def signals(evidence: Evidence, model: Any) -> Iterator[Estimator]:
 
 
 def dense_free(evidence: Evidence, model: Any) -> Iterator[tuple[Estimator, int]]:
-    """Yield every estimator that measures no single unit, and the KL measurements it takes."""
+    """Yield every estimator that measures no single units, and its number of KL measurements."""
     groups = len({*zip(evidence.units.layer, evidence.units.projection, strict=True)})
     ladder: list[Any] = [DataFree(), WeightError(), SecondMoments(), Fisher()]
     ladder.append(Fisher(space="output"))
@@ -115,9 +115,9 @@ def dense_free(evidence: Evidence, model: Any) -> Iterator[tuple[Estimator, int]
 
 
 def drawn(dense: CostTable, seed: int) -> LossSamples:
-    """Return random cells of the dense table, one in `SPARSITY` of those that had to be measured.
+    """Return random cells of the dense table, one in `SPARSITY` of the measured ones.
 
-    An expert without tokens changes nothing, so neither dense nor sparse profiling runs it.
+    An expert without tokens changes nothing, so neither dense nor sparse profiling measures it.
     """
     free = np.zeros(dense.cost.shape, dtype=np.bool_)
     free[np.asarray(dense.frequency) > 0] = True
@@ -134,14 +134,14 @@ def drawn(dense: CostTable, seed: int) -> LossSamples:
 
 @dataclass(frozen=True, kw_only=True)
 class Known:
-    """An estimator whose table is there already, so that every seed shares it.
+    """An estimator whose table exists already, so that all seeds share it.
 
     Attributes:
-        name: the estimator's.
-        needs: the estimator's.
-        table: what it gave.
-        readings: KL measurements that took.
-        seconds: how long it took.
+        name: name of the estimator.
+        needs: evidence that the estimator needs.
+        table: its table.
+        readings: number of KL measurements for the table.
+        seconds: time for the table.
     """
 
     name: str
@@ -152,7 +152,7 @@ class Known:
 
     @classmethod
     def of(cls, estimator: Estimator, evidence: Evidence, before: float = 0.0) -> Known:
-        """Run the estimator; `before` is what its own base took."""
+        """Run the estimator; `before` is the seconds that its own base took."""
         start = time.perf_counter()
         table = estimator.estimate(evidence, FORMATS)
         return cls(
@@ -169,7 +169,7 @@ class Known:
 
 
 def sparse(evidence: Evidence, base: Known | None) -> Mapping[str, Callable[..., CostTable]]:
-    """Return, by name, how a table follows from samples, alone or over a base."""
+    """Return, by name, functions that make a table from samples, alone or over a base."""
     learners: dict[str, Any] = {
         "fuzzy, as published": FuzzyRules(kind="idw"),
         "fuzzy, scale and move": FuzzyRules(),
@@ -186,7 +186,7 @@ def sparse(evidence: Evidence, base: Known | None) -> Mapping[str, Callable[...,
 
 @dataclass(frozen=True, kw_only=True)
 class Setting:
-    """One reference model with what was measured on it; no seconds if a journal was gone on."""
+    """One reference model and its measurements; `seconds` is None if a journal was resumed."""
 
     name: str
     tokens: int
@@ -199,7 +199,7 @@ class Setting:
 
 
 def prepared(name: str, out: Path, tokens: int, judged: int) -> Setting:
-    """Calibrate on a reference model, and measure every unit or read what was measured."""
+    """Calibrate a reference model, and measure every unit or read earlier measurements."""
     calibrated = reference(name, tokens, judged)
     journal = out / f"profiling.{name}.journal"
     begun, start = journal.exists(), time.perf_counter()
@@ -218,7 +218,7 @@ def prepared(name: str, out: Path, tokens: int, judged: int) -> Setting:
 
 
 def ranked(setting: Setting) -> dict[str, Any]:
-    """Return how every estimator ranks and what its plans lose, JSON values."""
+    """Return every estimator's rank correlation and the losses of its plans, as JSON values."""
     evidence, dense, judge = setting.evidence, setting.dense, setting.judge
     best = {bits: judge.losses(dense, bits) for bits in BUDGETS}
     rows = [_row("dense", dense, dense, judge, best, BUDGETS, measurements=dense.cost.size)]
@@ -249,7 +249,7 @@ def _sampled(
     each = _seconds_a_cell(setting)
     whole = each * _cells(dense)
     plain = Known.of(Fisher(space="output"), evidence)
-    # As many readings as the samples, spent on groups; and one a group, as a base for rules.
+    # As many readings as samples, spent on groups; and one per group, as a base for rules.
     few = Calibrated(base=plain, measurements=len(drawn(dense, 0)))
     grouped = Known.of(few, evidence, plain.seconds)
     row = _row(few.name, grouped.table, dense, judge, best, BUDGETS, grouped.readings)
@@ -270,12 +270,12 @@ def _sampled(
 
 
 def _cells(dense: CostTable) -> int:
-    """Return how many cells dense profiling had to measure."""
+    """Return the number of cells that dense profiling had to measure."""
     return int((np.asarray(dense.frequency) > 0).sum() * dense.cost.shape[1])
 
 
 def _seconds_a_cell(setting: Setting) -> float:
-    """Return what one measurement takes in this process, mean of some."""
+    """Return the mean seconds of one measurement in this process."""
     measure = unit_losses(setting.evidence, FORMATS)
     samples = drawn(setting.dense, SEEDS)
     count = min(_TIMED, len(samples))
@@ -286,7 +286,7 @@ def _seconds_a_cell(setting: Setting) -> float:
 
 
 def checked(setting: Setting) -> list[dict[str, Any]]:
-    """Return how well tables predict the KL of plans of equal bytes that fitted none of them."""
+    """Return how well tables predict the KL of plans of equal bytes that none was fitted to."""
     evidence = setting.evidence
     tables = {"dense": setting.dense}
     bases: list[Any] = [SecondMoments(), Fisher(), Fisher(space="output")]
@@ -314,7 +314,7 @@ def _row(
     budgets: tuple[float, ...],
     measurements: int,
 ) -> dict[str, Any]:
-    """Rank a table against the dense one, and its plans against the dense table's plans."""
+    """Compare a table with the dense one, and its plans with the plans of the dense table."""
     seen = np.asarray(dense.frequency) > 0
     rank = [rank_correlation(table.cost[seen, f], dense.cost[seen, f]) for f in range(len(FORMATS))]
     plans = {}

@@ -1,4 +1,4 @@
-"""The profiling benchmark as tables for people."""
+"""The profiling benchmark as Markdown tables."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _OURS = "calibrated(fisher-output)"
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """Return the report of everything measured."""
+    """Return the report on all measurements."""
     models = document["models"]
     first = next(iter(models.values()))
     names = ", ".join(first["rows"][0]["spearman"])
@@ -61,7 +61,7 @@ def _model(model: Mapping[str, Any]) -> list[str]:
 
 
 def _lowest(rows: Sequence[Mapping[str, Any]], budgets: Sequence[str]) -> str:
-    """Say where calibration of the best base loses least of all estimators, and where not."""
+    """Say at which budgets the best calibrated base loses least of all estimators."""
     ours = [row for row in rows if row["estimator"] == _OURS]
     others = [row for row in rows[1:] if "calibrated" not in row["estimator"]]
     if not ours or not others:
@@ -118,7 +118,7 @@ def _cell(plan: Mapping[str, Any], dense: float) -> str:
 
 
 def _sparse(drawn: Sequence[Mapping[str, Any]], dense: Mapping[str, Any]) -> list[str]:
-    """Return the table of estimators from few measurements, means over the seeds."""
+    """Return the table of sparse estimators, with means over the seeds."""
     seeds = len({row["seed"] for row in drawn})
     count = min(row["measurements"] for row in drawn[1:] or drawn)
     lines = [
@@ -152,7 +152,7 @@ def _mean(rows: Sequence[Mapping[str, Any]], key: str) -> float:
 
 
 def _over(plans: Sequence[Mapping[str, Any]], dense: float) -> str:
-    """Return the mean KL of the seeds' plans and how far it lies over the dense plan's."""
+    """Return the mean KL of the seeds' plans, and by how much it exceeds the dense plan's."""
     over = 100 * np.array([plan["over_dense"] for plan in plans]) / dense
     error = 100 * _mean(plans, "over_dense_se") / dense
     seeds = f" / {np.std(over):.1f}" if len(plans) > 1 else ""

@@ -1,1 +1,1 @@
-"""Published rules against ours: `python -m bitknap.benchmarks.published`."""
+"""Published rules against Bitknap's plans: `python -m bitknap.benchmarks.published`."""

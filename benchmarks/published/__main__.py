@@ -1,11 +1,11 @@
-"""Published rules with their own allocators beside ours at the same bytes, and papers' claims.
+"""Published rules with their own allocators against Bitknap at equal bytes, and papers' claims.
 
     python -m bitknap.benchmarks.published -o benchmarks/results
 
 For each reference model, rule and budget: the KL, on text that no rule saw, of the largest plan
 that the rule makes within the budget, and of `Calibrated(base=Fisher(space="output"))` at that
-plan's bytes or less. Then what the papers claim, with our figures. Writes `published.json` and
-`published.md`; a model that is there already is kept.
+plan's bytes or less. Then the claims of the papers, with our figures. Writes `published.json` and
+`published.md`; existing results of a model are kept.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from bitknap.estimators.published.rule import Material, Rule
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.source.checkpoint import resolve
 
-# Calibration sets of MoQa: the bundled text's quarters, which are its domains but for their edges.
+# Calibration sets of MoQa: quarters of the bundled text, which match its domains except at edges.
 SETS = 4
 
 
 def material(calibrated: Reference) -> Material:
-    """Return what rules plan from: the pass, router norms, and a pass a quarter of the text."""
+    """Return the inputs of rules: the pass, router norms, and one pass per quarter of the text."""
     folder = resolve(f"reference:{calibrated.name}")
     layout = calibrated.evidence.layout
     text, tokenizer = read_text(BUILTIN, "calibration"), tokenizer_of(folder)
@@ -75,7 +75,7 @@ def ours_on(evidence: Evidence) -> CostTable:
 def compared(
     judge: Judge, offered: Iterable[Rule], ours: CostTable, budgets: Sequence[float] = BUDGETS
 ) -> list[dict[str, Any]]:
-    """Return one row a rule and budget, JSON values."""
+    """Return one row per rule and budget, as JSON values."""
     rows = []
     for rule in offered:
         start = time.perf_counter()
@@ -87,7 +87,7 @@ def compared(
 
 
 def _row(judge: Judge, ours: CostTable, rule: Rule, bits: float) -> dict[str, Any]:
-    """Return a rule's plan at a budget beside ours at its bytes."""
+    """Compare a rule's plan at a budget with our plan at the same bytes."""
     about = {"rule": rule.name, "source": rule.source, "knob": rule.knob, "ties": rule.ties}
     limit = int(Budget.bits(bits).limit(ours).bound)
     judged = [(offer, judge.of(offer.plan)) for offer in rule.offers(limit)]
@@ -116,7 +116,7 @@ def _row(judge: Judge, ours: CostTable, rule: Rule, bits: float) -> dict[str, An
         "predicted": _predicted(ours, offer.plan) if same else None,
     }
     if row["difference"] < 0:
-        # What of it is gate = up, which ours keeps and most rules do not.
+        # The effect of gate = up, which our plan keeps and most rules do not.
         row["ours_free_kl"] = float(judge.of(_plan(ours, "free", nbytes)).kl.mean())
     return row
 
@@ -126,7 +126,7 @@ def _plan(table: CostTable, ties: str, nbytes: int) -> BitPlan:
 
 
 def _predicted(table: CostTable, plan: BitPlan) -> float | None:
-    """Return what a table says of a plan over its units; None where it lacks a format."""
+    """Return the loss that a table predicts for a plan; None if the table lacks a format."""
     if not set(plan.formats) <= set(table.formats):
         return None
     columns = np.array([table.formats.index(item) for item in plan.formats])
@@ -134,7 +134,7 @@ def _predicted(table: CostTable, plan: BitPlan) -> float | None:
 
 
 def measured(calibrated: Reference) -> Mapping[str, Any]:
-    """Return all that is reported of one reference model, JSON values."""
+    """Return all results for one reference model as JSON values."""
     known = material(calibrated)
     ours = ours_on(calibrated.evidence)
     return {

@@ -1,8 +1,8 @@
-"""What papers claim of sensitivity, checked on a model: confirmed, refuted or not decidable.
+"""Claims of papers about sensitivity, checked on a model: confirmed, refuted or not decidable.
 
 A claim about ranks is decided by the mean of the layers' rank correlations, once that is two
-standard deviations from 0; a layer's has the deviation 1 / sqrt(n − 1) where ranks of n experts
-have nothing to do with each other (exact for Spearman's without ties). A claim about plans is
+standard deviations from 0; for one layer, the deviation is 1 / sqrt(n − 1) if the ranks of its n
+experts are independent (exact for Spearman's without ties). A claim about plans is
 decided by paired differences of KL: more budgets at which they are two standard errors above 0
 than below, or the reverse.
 """
@@ -27,22 +27,22 @@ from bitknap.estimators.published.xie import down_needs_more
 from bitknap.estimators.signals.scored import Scored
 
 CONFIRMED, REFUTED, UNDECIDED = "confirmed", "refuted", "not decidable"
-# Width at which costs of experts are compared, and the bits per weight of the plan for down.
+# Width at which costs of experts are compared, and bits per weight of the plan for down.
 WIDTH, DOWN_BITS = 2, 2.5
-# Standard deviations that decide.
+# Standard deviations that decide a claim.
 _SURE = 2.0
 
 
 def claims(
     judge: Judge, known: Material, ours: CostTable, budgets: Sequence[float] = BUDGETS
 ) -> list[dict[str, Any]]:
-    """Return what became of each claim, JSON values.
+    """Return the verdict on each claim, as JSON values.
 
     Args:
         judge: measures plans.
-        known: what rules plan from.
+        known: the inputs of rules.
         ours: the calibrated costs.
-        budgets: bits per weight, of plans with and without what a claim is about.
+        budgets: bits per weight of the plans with and without the subject of a claim.
     """
     verdicts = [_down(ours)]
     change = norm_changes(known.final, known.initial)
@@ -61,7 +61,7 @@ def decided(value: float, deviation: float) -> str:
 
 
 def by_budgets(better: int, worse: int) -> str:
-    """Return the verdict on a claim that plans get better, from the budgets that decide."""
+    """Return the verdict on a claim that plans get better, from the counts of decisive budgets."""
     if better == worse:
         return UNDECIDED
     return CONFIRMED if better > worse else REFUTED
@@ -88,7 +88,7 @@ def _down(ours: CostTable) -> dict[str, Any]:
 def _norms(
     claim: str, norms: Mapping[int, Any], known: Material, ours: CostTable
 ) -> dict[str, Any]:
-    """Check that costs of experts fall where router norms rise."""
+    """Check that costs of experts fall as router norms rise."""
     cost = expert_costs(ours)
     layers = {
         number: [-np.asarray(norms[number], dtype=np.float64), cost[number]] for number in cost
@@ -118,7 +118,7 @@ def _ranks(pairs: Mapping[int, Sequence[Floats]], known: Material) -> dict[str, 
 
 
 def expert_costs(ours: CostTable) -> dict[int, Floats]:
-    """Return what every expert costs at 2 bits, all its matrices, by layer float64[E]."""
+    """Return the cost of every expert at 2 bits, over all its matrices, by layer float64[E]."""
     units = ours.units
     column = [item.bits for item in ours.formats].index(WIDTH)
     totals: dict[int, Floats] = {}
@@ -177,7 +177,7 @@ def _frequency(
 
 
 def _pair(bits: float, without: Losses, with_: Losses) -> dict[str, float]:
-    """Return the KL of a plan without something and with it."""
+    """Return the KL of plans without and with the subject of a claim."""
     paired = without.kl - with_.kl
     return {
         "budget": bits,
@@ -189,7 +189,7 @@ def _pair(bits: float, without: Losses, with_: Losses) -> dict[str, float]:
 
 
 def _plans(rows: Sequence[Mapping[str, float]]) -> dict[str, Any]:
-    """Return the verdict on plans that should gain."""
+    """Return the verdict on plans that are claimed to gain."""
     sure = [row for row in rows if abs(row["gain"]) > _SURE * row["gain_se"]]
     better = sum(row["gain"] > 0 for row in sure)
     return {

@@ -2,9 +2,9 @@
 
     python -m bitknap.benchmarks.published.founding_claims -o benchmarks/results
 
-To those of `published_claims` come FRI-MxMoE's (which antecedent matters; how few measurements do)
-and MoQa's (several calibration sets). Writes `founding_claims.json` and `founding_claims.md`; a
-model that is there already is kept.
+Adds to the claims of `published_claims` those of FRI-MxMoE (which antecedent matters; how few
+measurements suffice) and MoQa (several calibration sets). Writes `founding_claims.json` and
+`founding_claims.md`; existing results of a model are kept.
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.quiet import silence_transformers
 
-# Measured cells: half of them rules, half held out; drawn anew so often.
+# Number of measured cells, half used as rules and half held out; number of random draws.
 _CELLS, _DRAWS = 192, 20
 _BUDGETS = (2.0, 2.25, 2.5, 3.0)
 # The antecedent that FRI-MxMoE's ablation finds most important.
 _ACTIVATION = "activation"
-# Of `profiling.md`: KL over that of dense profiling within this is parity.
+# Excess of the KL over dense profiling's in `profiling.md` that counts as parity.
 _PARITY = 0.05
 
 
 def antecedents_matter(evidence: Evidence) -> dict[str, Any]:
     """Check that rules without the activation's variance predict worst of all.
 
-    Inverse distances, as published, from half of the cells; rank correlation with the other half,
-    paired over draws.
+    Predicts by inverse distances, as published, from half of the cells; the score is the rank
+    correlation with the other half, paired over draws.
     """
     units = evidence.units
     seen = np.flatnonzero([_seen(evidence, unit) for unit in range(len(units))])
@@ -123,7 +123,7 @@ def _score(samples: LossSamples, known: Antecedents, cells: np.ndarray, loss: Fl
 def fewer_measurements(profiling: Mapping[str, Any], model: str) -> dict[str, Any]:
     """Check that rules from a fifteenth of the measurements are as good as all of them.
 
-    Read from `profiling.json`: KL of plans over dense profiling's, at its budgets.
+    Read from `profiling.json`: ratio of the KL of plans to dense profiling's, at its budgets.
     """
     rows = profiling["models"][model]["rows"]
     dense = next(row for row in rows if row["estimator"] == "dense")
@@ -150,7 +150,7 @@ def fewer_measurements(profiling: Mapping[str, Any], model: str) -> dict[str, An
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """A signal that is there already."""
+    """A signal with precomputed scores."""
 
     values: Floats
     name: str = "given"
@@ -161,9 +161,9 @@ class _Given:
 
 
 def several_sets(judge: Judge, sets: Sequence[Evidence]) -> dict[str, Any]:
-    """Check that shares of tokens over several texts make better plans than over one.
+    """Check that token shares from several texts make better plans than shares from one text.
 
-    The exact plan for data-free cost × share, at equal bytes; one text stands for each in turn.
+    Compares exact plans for data-free cost × share at equal bytes; each text in turn is the one text.
     """
     units, pairs = sets[0].units, []
     tables = [
@@ -197,7 +197,7 @@ def several_sets(judge: Judge, sets: Sequence[Evidence]) -> dict[str, Any]:
 
 
 def _share(sets: Sequence[Evidence]) -> Floats:
-    """Return the mean share of significance of each unit's expert, over sets, float64[U]."""
+    """Return the share of significance of each unit's expert, mean over sets, float64[U]."""
     units, each = sets[0].units, [expert_significance(one) for one in sets]
     return np.array(
         [
@@ -208,7 +208,7 @@ def _share(sets: Sequence[Evidence]) -> Floats:
 
 
 def checked(calibrated: Reference, profiling: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """Yield every claim on one model, JSON values."""
+    """Yield every claim for one model as JSON values."""
     known = material(calibrated)
     yield from claims(calibrated.judge, known, ours_on(calibrated.evidence), _BUDGETS)
     yield antecedents_matter(calibrated.evidence)

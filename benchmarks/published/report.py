@@ -1,4 +1,4 @@
-"""The benchmark of published rules as tables for people."""
+"""The benchmark of published rules as Markdown tables."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ on the judge's own text. What differs from the papers, in the rules' favour or f
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """Return the report of everything measured."""
+    """Return the report on all measurements."""
     models = document["models"].values()
     parts = [_INTRODUCTION.format(differences=_differences())]
     for model in models:
@@ -46,7 +46,7 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 
 def _differences() -> str:
-    """Return what is not reproduced, from the table of published methods."""
+    """Return the parts that are not reproduced, from the table of published methods."""
     lines = [f"- all: {' '.join(COMMON)}"]
     return "\n".join(
         lines + [f"- {entry.title}: {' '.join(entry.missing)}" for entry in RULES.values()]
@@ -54,7 +54,7 @@ def _differences() -> str:
 
 
 def geometric_mean(rows: Sequence[Mapping[str, Any]]) -> float:
-    """Return the geometric mean of the rows' ratios; NaN without any."""
+    """Return the geometric mean of the rows' ratios; NaN if there are none."""
     ratios = [row["ratio"] for row in rows if row["bytes"]]
     return float(np.exp(np.mean(np.log(ratios)))) if ratios else float("nan")
 
@@ -101,7 +101,7 @@ def _sure(row: Mapping[str, Any]) -> bool:
 
 
 def why(row: Mapping[str, Any]) -> str:
-    """Return why ours is not better in a row, from what was measured."""
+    """Return why our plan is not better in a row, from the measurements."""
     if row["difference"] == 0:
         return "the two plans round the model alike."
     if not _sure(row):
@@ -128,7 +128,7 @@ def why(row: Mapping[str, Any]) -> str:
 
 
 def _overall(models: Any) -> list[str]:
-    """Return the geometric mean of the ratio by rule, each model and all together."""
+    """Return the geometric mean of the ratio by rule, for each model and all together."""
     every = [(model["model"], row) for model in models for row in model["rows"]]
     columns = list(dict.fromkeys(name for name, _ in every))
     body = []
@@ -170,7 +170,7 @@ def _claims(models: Any) -> list[str]:
 
 
 def claims_table(models: Iterable[Mapping[str, Any]]) -> list[str]:
-    """Return what became of claims on each model, a line a claim."""
+    """Return the verdicts on claims for each model, one line per claim."""
     body = [
         [
             claim["claim"],

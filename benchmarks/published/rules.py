@@ -1,9 +1,9 @@
-"""Published rules with their own costs, ties and allocators, asked for the largest plan that fits.
+"""Published rules with their own costs, ties and allocators, run for the largest plan that fits.
 
-A rule with a byte limit gets it. One that yields an average of its own has its knob scanned for
-the largest plan within the limit. None sees the text its plans are judged on, but the uniform
-recipe: that is chosen on it. The rules themselves are in `bitknap.estimators.published`, one file
-a paper; this file adds what they have to beat.
+A rule with a byte limit gets it. For a rule that controls the average itself, its parameter is
+scanned for the largest plan within the limit. No rule sees the text that its plans are judged on,
+except the uniform recipe, which is chosen on it. The rules are in `bitknap.estimators.published`,
+one file per paper; this file adds the baselines.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from bitknap.progress import Progress
 
 
 def rules(material: Material, progress: Progress | None = None) -> Iterator[Rule]:
-    """Yield every rule, Chowdhury et al.'s in its variations; each measures when it is drawn."""
+    """Yield every rule, with variants of Chowdhury et al.'s; a rule measures when it is yielded."""
     yield _uniform(material.evidence)
     yield _random(material.evidence)
     for name, entry in RULES.items():
@@ -35,9 +35,10 @@ def rules(material: Material, progress: Progress | None = None) -> Iterator[Rule
 
 
 def _uniform(evidence: Evidence) -> Rule:
-    """Every width × group size × zero point × metadata, pure or two widths round robin.
+    """Return the rule of uniform recipes: one format, or two widths round robin.
 
-    Recipes that leave more than a twentieth of the bytes are not tried where others use them.
+    Covers every width × group size × zero point × metadata. Recipes that leave more than a
+    twentieth of the bytes unused are skipped if others use them.
     """
     units = evidence.units
     options = default_formats(units)
@@ -56,7 +57,7 @@ def _uniform(evidence: Evidence) -> Rule:
 
 
 def _random(evidence: Evidence) -> Rule:
-    """What a rule without information is worth."""
+    """Return the rule of random scores, which uses no information."""
     table = under(Scored(RandomScore()).estimate(evidence, FORMATS), profile("free"))
 
     def offers(nbytes: int) -> list[Offer]:
