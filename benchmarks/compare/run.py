@@ -281,7 +281,7 @@ def _predicted(run: Comparison, plan: BitPlan) -> float | None:
 
 
 def _ours_at(run: Comparison, budget: float, nbytes: int) -> Floats:
-    """Return our KL by window at a plan's bytes, from the refined plan or from a newly solved one."""
+    """Return our KL by window at a plan's bytes, of the refined plan or of a newly solved one."""
     plan = run.plans[budget]
     if abs(plan.total_bytes - nbytes) > _SAME_BYTES * nbytes:
         plan = plan_of(run.setting, run.tables.of(CALIBRATED), nbytes)

@@ -163,7 +163,7 @@ class _Given:
 def several_sets(judge: Judge, sets: Sequence[Evidence]) -> dict[str, Any]:
     """Check that token shares from several texts make better plans than shares from one text.
 
-    Compares exact plans for data-free cost × share at equal bytes; each text in turn is the one text.
+    Compares exact plans for data-free cost × share at equal bytes, with each text as the one.
     """
     units, pairs = sets[0].units, []
     tables = [
