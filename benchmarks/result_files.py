@@ -1,4 +1,4 @@
-"""Files of results: only what a benchmark wrote is replaced, and a file is whole or not there.
+"""Result files: only files that a benchmark wrote are replaced, and files are complete or absent.
 
 A JSON file has "format" "bitknap.results" and a version; a report begins with a comment that names
 its generator; pictures name it in their metadata.
@@ -23,12 +23,12 @@ HEADER: Mapping[str, str] = {"format": KIND, "version": VERSION}
 
 
 def claim(parser: argparse.ArgumentParser, out: Path, *names: str) -> None:
-    """Make the folder of results; end the program in one line if a file in it is somebody else's.
+    """Make the folder of results; end the program with one line if another tool wrote a file.
 
     Args:
         parser: parser of the program, which ends with status 2.
         out: the folder.
-        names: of the files that will be written there.
+        names: names of the files that will be written there.
     """
     try:
         check_results(out, *names)
@@ -40,11 +40,11 @@ def claim(parser: argparse.ArgumentParser, out: Path, *names: str) -> None:
 
 
 def check_results(out: Path, *names: str) -> None:
-    """Raise unless all files that a benchmark will write may be written.
+    """Raise an error unless a benchmark may write all of its files.
 
     Raises:
-        InputError: one cannot be written, or is not a benchmark's.
-        FileError: results that are there cannot be read, or are of another version.
+        InputError: a file cannot be written, or no benchmark wrote it.
+        FileError: existing results cannot be read, or have another version.
     """
     for name in names:
         path = out / name
@@ -57,7 +57,7 @@ def read_results(path: Path) -> dict[str, Any]:
     """Return the results in a file without its format and version; none if there is no file.
 
     Raises:
-        FileError: it cannot be read, or holds something else.
+        FileError: the file cannot be read, or does not hold results.
     """
     if not os.path.lexists(path) or not path.stat().st_size:
         return {}
@@ -69,10 +69,10 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(path: Path, document: Mapping[str, Any]) -> None:
-    """Write JSON values as results, whole or not at all."""
+    """Write JSON values as a results file, completely or not at all."""
     write_whole(path, (json.dumps({**HEADER, **document}, indent=1) + "\n").encode())
 
 
 def write_report(path: Path, markdown: str) -> None:
-    """Write a report in Markdown that names its generator, whole or not at all."""
+    """Write a Markdown report that names its generator, completely or not at all."""
     write_whole(path, f"{REPORT_MARK}\n{markdown}".encode())

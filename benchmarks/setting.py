@@ -1,6 +1,6 @@
-"""A reference model with what was recorded on it, and a judge of plans on text unseen so far.
+"""A reference model with its calibration evidence, and a judge of plans on unseen text.
 
-What the benchmarks of estimators and of published rules share.
+Shared by the benchmarks of estimators and of published rules.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bitknap.quantization.source.checkpoint import resolve
 from bitknap.quantization.stacks.apply import applied
 from bitknap.quantization.stacks.row_blocks import layout_for
 
-# What published rules choose from.
+# Formats that published rules choose from.
 FORMATS = rule.FORMATS
 BUDGETS = (2.0, 2.25, 2.5, 3.0)
 MODELS = ("mixtral", "qwen3moe")
@@ -42,13 +42,13 @@ class Judge:
     known: dict[bytes, Losses] = field(default_factory=dict)
 
     def losses(self, table: CostTable, bits: float) -> tuple[BitPlan, Losses]:
-        """Return the table's plan at a budget, and what it loses."""
+        """Return the table's plan at a budget, and its losses."""
         tied = under(table, profile(DEFAULT_PROFILE))
         plan = solve(Problem(tied, Budget.bits(bits))).plan
         return plan, self.of(plan)
 
     def of(self, plan: BitPlan) -> Losses:
-        """Return what a plan loses, one over blocks of matrices too."""
+        """Return the losses of a plan, which may cover blocks of matrices."""
         names = " ".join(format.name for format in plan.formats)
         key = names.encode() + plan.choice.tobytes()
         if key not in self.known:
@@ -71,12 +71,12 @@ class Reference:
 
 
 def reference(name: str, tokens: int, judged: int) -> Reference:
-    """Calibrate on a reference model: moments, curvature, traces and gradients.
+    """Calibrate a reference model: moments, curvature, traces and gradients.
 
     Args:
         name: name of a bundled model.
         tokens: number of tokens of the bundled calibration text.
-        judged: tokens of the bundled evaluation text.
+        judged: number of tokens of the bundled evaluation text.
     """
     folder = resolve(f"reference:{name}")
     model = load(folder, torch.float32)

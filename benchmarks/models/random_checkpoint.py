@@ -18,7 +18,7 @@ from bitknap.benchmarks.models.shapes import ModelShape, Shape, config, headers,
 from bitknap.errors import InputError
 
 _SHARD = 4 << 30
-# Like trained weights of this size; norms are ones.
+# Typical of trained weights of this size; norms are ones.
 _SPREAD = 0.02
 
 

@@ -244,7 +244,7 @@ def ranked(setting: Setting) -> dict[str, Any]:
 def _sampled(
     setting: Setting, best: Mapping[float, tuple[BitPlan, Losses]]
 ) -> Iterator[dict[str, Any]]:
-    """Yield how tables from samples rank and lose, seed by seed; seconds as all would take."""
+    """Yield ranks and losses of tables by seed; seconds include base and samples."""
     evidence, dense, judge = setting.evidence, setting.dense, setting.judge
     each = _seconds_a_cell(setting)
     whole = each * _cells(dense)

@@ -1,10 +1,10 @@
-"""Quantizers side by side in one run: throughput, what is lost, and a model larger than memory.
+"""Quantizers side by side in one run: throughput, losses, and a model larger than memory.
 
     python -m bitknap.benchmarks.quantize -o benchmarks/results
 
-Ours against HQQ's package, llm-compressor's GPTQ and compressed-tensors' rounding, where they are
-installed. Threads are those of OMP_NUM_THREADS, for all alike. Writes `quantize.json` and
-`quantize.md`; parts that are not asked for are kept from the run before.
+Bitknap against HQQ's package, llm-compressor's GPTQ and compressed-tensors' rounding, if
+installed. All use OMP_NUM_THREADS threads. Writes `quantize.json` and `quantize.md`; parts that are
+not requested are kept from the last run.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ class Sizes:
     """How much is measured.
 
     Attributes:
-        shapes: shapes of matrices, for throughput.
-        seconds: duration in seconds of one measurement of throughput, about.
-        rounds: measurements of each way.
+        shapes: shapes of matrices for throughput.
+        seconds: approximate duration of one throughput measurement, seconds.
+        rounds: number of measurements of each way.
         gptq_formats: formats in which GPTQ is timed.
         models: reference models.
-        formats: in which losses are compared.
-        tokens: number of tokens of calibration.
-        judged: held-out tokens.
-        large: whose shapes the large checkpoint has.
-        layers: layers of it; all when None.
-        estimator: that plans it.
+        formats: formats in which losses are compared.
+        tokens: number of calibration tokens.
+        judged: number of held-out tokens.
+        large: model whose shapes the large checkpoint has.
+        layers: number of its layers; all when None.
+        estimator: estimator that plans it.
         room: bytes that the disk must have free for it.
     """
 
@@ -68,7 +68,7 @@ class Sizes:
 
 
 def toy() -> Sizes:
-    """Return sizes that are done in seconds and say nothing of speed."""
+    """Return sizes that take seconds and say nothing about speed."""
     return Sizes(
         shapes=speed.TOY,
         seconds=0.0,
@@ -88,14 +88,14 @@ def toy() -> Sizes:
 def run(
     out: Path, parts: Sequence[str], sizes: Sizes, folder: Path, say: Callable[[str], None]
 ) -> None:
-    """Measure some parts, and write the report on everything there after each.
+    """Measure some parts, and write the report on all results after each.
 
     Args:
-        out: folder of the results, made when missing.
-        parts: of `PARTS`.
+        out: folder of the results, created if missing.
+        parts: names in `PARTS`.
         sizes: how much is measured.
-        folder: for files that are large and removed again.
-        say: told of progress.
+        folder: folder for large temporary files.
+        say: called with progress messages.
     """
     path = out / "quantize.json"
     document = read_results(path)
@@ -144,7 +144,7 @@ _PARTS = {"speed": _speed, "quality": _quality, "large": _large}
 
 
 def about() -> dict[str, Any]:
-    """Return what the numbers depend on: versions, processor, threads."""
+    """Return the facts that the numbers depend on: versions, processor, threads."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         try:

@@ -1,6 +1,6 @@
-"""A made-up checkpoint of a published model's shapes, planned and quantized: time and memory.
+"""Time and memory to plan and quantize a made-up checkpoint in a published model's shapes.
 
-Each command runs in a process of its own, and its peak of resident memory is read while it runs.
+Each command runs in its own process, whose peak resident memory is read while it runs.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ MODEL = "OLMoE-1B-7B"
 BUDGET = "3bpw"
 _FORMATS = ("--formats", "2,3,4", "--group-size", "64", "--metadata", "fp16")
 _POLL = 0.05  # seconds
-# The bar, bytes.
+# Target for peak memory, bytes.
 MOST_MEMORY = 3 << 30
 
 
 def measured(
     folder: Path, *, model: str | ModelShape, layers: int | None, estimator: str, room: int
 ) -> dict[str, Any]:
-    """Return seconds and peak bytes of planning and of quantizing, JSON values.
+    """Return seconds and peak bytes of planning and of quantizing, as JSON values.
 
     Args:
-        folder: to work in; what is made there is removed.
-        model: whose shapes; its name, or its sizes.
-        layers: only so many; all when not given.
-        estimator: one that reads no text.
+        folder: working folder; the files made there are removed.
+        model: name or sizes of the model whose shapes are used.
+        layers: number of layers; all when not given.
+        estimator: an estimator that reads no text.
         room: bytes that the disk must have free.
 
     Raises:
@@ -90,14 +90,14 @@ def _watched(arguments: Sequence[str]) -> dict[str, float]:
     if child.returncode:
         last = (errors.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
         raise BitknapError(f"bitknap {arguments[0]}: {last}")
-    if not peak:  # no /proc; the largest child so far
+    if not peak:  # no /proc: use the largest child so far
         usage = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
         peak = usage * (1 if sys.platform == "darwin" else 1024)
     return {"seconds": time.perf_counter() - start, "peak_bytes": peak}
 
 
 def _peak(process: int) -> int:
-    """Return the most memory that a process has had resident, bytes; 0 where it is not told."""
+    """Return the peak resident memory of a process in bytes; 0 if it is not reported."""
     try:
         status = Path(f"/proc/{process}/status").read_text()
     except OSError:
@@ -107,7 +107,7 @@ def _peak(process: int) -> int:
 
 
 def small(shape: ModelShape) -> ModelShape:
-    """Return a shape of the same family with next to nothing in it, for a trial."""
+    """Return a tiny shape of the same family, for a trial."""
     few = {"kind": "gqa", "heads": 4, "kv_heads": 4, "head_size": 16, "norm": "whole"}
     return replace(
         shape,
@@ -123,5 +123,5 @@ def small(shape: ModelShape) -> ModelShape:
 
 
 def room(shape: ModelShape, layers: int | None) -> int:
-    """Return the bytes that the checkpoint and what is made of it take on disk, at most."""
+    """Return the maximum bytes on disk of the checkpoint and the files made from it."""
     return 2 * sum(2 * math.prod(size) for _, size in headers(shape, layers).values())

@@ -1,8 +1,8 @@
-"""Other people's quantizers behind one signature, each with its own defaults but for the format.
+"""Other quantizers behind one signature, each with its own defaults except for the format.
 
 HQQ's package (`hqq.core.quantize.Quantizer`), the GPTQ of llm-compressor
 (`modifiers.gptq.gptq_quantize`, scales by its observers) and rounding to nearest of
-compressed-tensors, which llm-compressor stores with. All are optional.
+compressed-tensors, the storage library of llm-compressor. All are optional.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Scales = Literal["min-max", "mse"]
 
 
 def installed(package: str) -> bool:
-    """Return whether a peer can be imported; "" always can."""
+    """Return whether a package is installed; True for ""."""
     return not package or find_spec(package) is not None
 
 
@@ -31,13 +31,13 @@ def hqq_fits(format: Format) -> bool:
 
 
 def hqq_packed(weight: Tensor, format: Format, *, optimize: bool) -> Tensor:
-    """Return codes [rows, cols] packed by HQQ's package; without `optimize`, of a min-max grid."""
+    """Return codes [rows, cols] packed by HQQ's package; without `optimize`, on a min-max grid."""
     codes, _ = _hqq(weight, format, optimize=optimize, bitpack=True)
     return codes
 
 
 def hqq_values(weights: Tensor, format: Format, *, optimize: bool) -> Tensor:
-    """Return what HQQ's package makes of weights [n, rows, cols], float32; metadata as float32."""
+    """Return weights [n, rows, cols] rounded by HQQ's package, float32; metadata stay float32."""
     values = []
     for weight in weights.float():
         codes, meta = _hqq(weight, format, optimize=optimize, bitpack=False)
@@ -59,12 +59,12 @@ def _hqq(weight: Tensor, format: Format, *, optimize: bool, bitpack: bool) -> tu
 
 
 def tensors_fit(format: Format) -> bool:
-    """Return whether compressed-tensors has such a grid; its zeros are integers among the codes."""
+    """Return whether compressed-tensors has this grid; its zeros are integers among the codes."""
     return not format.compact and format.bits > 1
 
 
 def tensors_packed(weight: Tensor, format: Format) -> Tensor:
-    """Return codes [rows, cols] of compressed-tensors' min-max grid, packed by it."""
+    """Return codes [rows, cols] on compressed-tensors' min-max grid, packed by that library."""
     args = _arguments(format, act_order=False)
     weight = weight.float()
     scale, zero = _scales(weight, args, "min-max")
@@ -74,21 +74,21 @@ def tensors_packed(weight: Tensor, format: Format) -> Tensor:
 def llm_gptq(
     weights: Tensor, format: Format, moments: Tensor, *, act_order: bool, scales: Scales
 ) -> Tensor:
-    """Return what llm-compressor's GPTQ makes of weights [n, rows, cols], float32.
+    """Return weights [n, rows, cols] rounded by llm-compressor's GPTQ, float32.
 
     Args:
-        weights: what to round.
-        format: symmetric or with integer zeros.
-        moments: E x xᵀ of each, [n, cols, cols]; left alone.
-        act_order: take columns by falling diagonal, scales fixed before ("weight").
-        scales: scales of min-max ranges, its default, or of its search for the least error.
+        weights: weights to round.
+        format: format, symmetric or with integer zeros.
+        moments: E x xᵀ of each matrix, [n, cols, cols]; not modified.
+        act_order: take columns by descending diagonal, with scales fixed before ("weight").
+        scales: from min-max ranges, its default, or from its search for the least error.
     """
     rounded, _, _, _ = _gptq(weights, format, moments, act_order=act_order, scales=scales)
     return rounded
 
 
 def llm_gptq_packed(weight: Tensor, format: Format, moments: Tensor) -> Tensor:
-    """Return codes of llm-compressor's GPTQ [rows, cols], packed as its checkpoints are."""
+    """Return the codes [rows, cols] of llm-compressor's GPTQ, packed as in its checkpoints."""
     weights = weight.float().unsqueeze(0)
     rounded, scale, zero, args = _gptq(
         weights, format, moments.unsqueeze(0), act_order=True, scales="min-max"
@@ -103,7 +103,7 @@ def _gptq(
     args = _arguments(format, act_order=act_order)
     pairs = [_scales(weight, args, scales) for weight in weights]
     scale, zero = (torch.stack(part) for part in zip(*pairs, strict=True))
-    # It works in the arrays that it is given.
+    # It modifies its arguments.
     rounded, _, _ = gptq.quantize_weight(
         weights.clone(), moments.clone(), scale, zero, None, args, percdamp=0.01
     )

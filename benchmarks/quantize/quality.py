@@ -1,8 +1,8 @@
-"""What rounding costs in nats: our GPTQ and HQQ against others', in the same live model.
+"""Loss of rounding in nats: our GPTQ and HQQ against others, in the same live model.
 
-Every way gets the same weights and, where it asks, the same second moments of each expert's inputs
-(one calibration pass), and is judged on the same held-out text. Ours are charged for stored fp16
-scales and zeros; those of others stay in float32.
+Every way gets the same weights and, if needed, the same second moments of each expert's inputs (one
+calibration pass), and is judged on the same held-out text. Ours use stored fp16 scales and zeros;
+those of others stay in float32.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from bitknap.quantization.source.checkpoint import resolve
 from bitknap.quantization.stacks.apply import replaced, stacks
 
 FORMATS = tuple(f"int{bits}-g64-{kind}" for bits in (4, 3, 2) for kind in ("asym", "sym"))
-# The bar: our KL over the better of the others', at most.
+# Target: maximum ratio of our KL to the best of the others.
 WITHIN = 1.03
 _DAMPING = 0.01
 
@@ -44,11 +44,11 @@ class Kind:
     """One way to round in the comparison.
 
     Attributes:
-        name: in the report.
-        family: ways of one family are compared: "rtn", "hqq" or "gptq".
-        change: from weights [n, rows, cols] to what they become.
-        needs: a package; "" for ours.
-        fits: whether it knows a format.
+        name: its name in the report.
+        family: "rtn", "hqq" or "gptq"; ways of one family are compared.
+        change: maps weights [n, rows, cols] to rounded weights.
+        needs: package that it needs; "" for ours.
+        fits: whether it supports a format.
     """
 
     name: str
@@ -103,7 +103,7 @@ def _llm(name: str, act_order: bool, scales: peers.Scales) -> Kind:
 
 
 KINDS = tuple(_kinds())
-# In each family what others' ways are compared with.
+# The way of each family that others are compared with.
 BASE = {"rtn": "ours: rtn", "hqq": "ours: hqq", "gptq": "ours: gptq"}
 
 
@@ -115,14 +115,14 @@ def measured(
     formats: Sequence[str] = FORMATS,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Return what every way loses in every format, JSON values.
+    """Return the losses of every way in every format, as JSON values.
 
     Args:
         model: a bundled reference model.
         tokens: number of tokens of the calibration text.
-        judged: held-out tokens.
-        formats: by name.
-        say: told of every row.
+        judged: number of held-out tokens.
+        formats: names of formats.
+        say: called with a message for every row.
     """
     folder = resolve(f"reference:{model}")
     live = load(folder, torch.float32)

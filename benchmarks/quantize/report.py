@@ -1,4 +1,4 @@
-"""The benchmark of quantizers as tables for people."""
+"""The benchmark of quantizers as Markdown tables."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _HALF = 0.5
 
 
 def markdown(document: Mapping[str, Any]) -> str:
-    """Return the report of everything measured."""
+    """Return the report on all measurements."""
     about = document["about"]
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
     lines = [
@@ -39,7 +39,7 @@ def markdown(document: Mapping[str, Any]) -> str:
 
 
 def targets(document: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return each target, what was measured, and "pass", "miss" or "not measured"."""
+    """Return each target, its measured value, and "pass", "miss" or "not measured"."""
     quality = [row for model in document.get("quality", []) for row in _rows_of(model)]
     return [
         _speed_target(document.get("speed", [])),
@@ -70,7 +70,7 @@ def _speed_target(rows: Sequence[Row]) -> tuple[str, str, str]:
 
 
 def _rate_of(rows: Sequence[Row], like: Row, ways: Sequence[str]) -> float:
-    """Return the best rate of some ways at the shape and format of a row; 0 without any."""
+    """Return the best rate of some ways at the shape and format of a row; 0 if there is none."""
     same = [row for row in rows if all(row[key] == like[key] for key in ("shape", "format"))]
     return max((row.get("gb_per_second", 0.0) for row in same if row["way"] in ways), default=0.0)
 

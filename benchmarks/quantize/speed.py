@@ -1,8 +1,8 @@
-"""How many GB of bf16 weights a second become codes: ours and others', turn about.
+"""GB of bf16 weights per second that become codes: Bitknap and others, alternating.
 
-A measurement takes as many rows as fill some seconds, at most one set of matrices, over and over;
-the ways follow each other in every round, so that what else the machine does hits all alike. GPTQ,
-whose work is not by the row, takes whole matrices.
+A measurement quantizes as many rows as take the given seconds, at most one set of matrices, again
+and again. Each round runs all ways in turn, so that other load on the machine affects all alike.
+GPTQ, which does not work row by row, takes whole matrices.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bitknap.quantization.rounding import rtn
 from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
-# Name to matrices, rows, columns.
+# Maps a name to the number of matrices, rows and columns.
 SHAPES: Mapping[str, tuple[int, int, int]] = {
     "Mixtral 8x7B": (1, 14336, 4096),
     "Qwen3-30B-A3B": (32, 768, 2048),
@@ -36,18 +36,18 @@ FORMATS = ("int4-g64-asym", "int3-g64-asym", "int2-g64-asym", "int4-row-sym")
 PLAIN = ("hqq package, min-max", "compressed-tensors, min-max")
 OURS = "ours: rtn with search, packed"
 _TOKENS = 512
-_FIRST_ROWS = 64  # tell about how fast a way is
+_FIRST_ROWS = 64  # enough to estimate the speed of a way
 _DAMPING = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Matrices:
-    """What is quantized.
+    """The inputs of quantization.
 
     Attributes:
         weights: bfloat16 [n, rows, cols].
         moments: E x xᵀ of correlated inputs, float32 [cols, cols].
-        folder: for files.
+        folder: folder for files.
     """
 
     weights: Tensor
@@ -60,11 +60,11 @@ class Way:
     """One way to quantize rows [r, cols] of `Matrices`.
 
     Attributes:
-        name: in the report.
-        run: what is timed.
-        needs: a package; "" for ours.
-        whole: rows are those of one matrix.
-        fits: whether it knows a format.
+        name: its name in the report.
+        run: the timed function.
+        needs: package that it needs; "" for ours.
+        whole: whether its rows are one whole matrix.
+        fits: whether it supports a format.
     """
 
     name: str
@@ -85,7 +85,7 @@ def _ours(rounding: Rounding) -> Callable[[Tensor, Format, Matrices], object]:
 
 
 def _copy(rows: Tensor, format: Format, given: Matrices) -> None:
-    """Copy the file that holds rows, to the disk."""
+    """Copy the file that holds the rows to disk."""
     source, target = given.folder / f"{len(rows)}.bin", given.folder / "copy.bin"
     if not source.exists():
         source.write_bytes(rows.view(torch.uint8).numpy().data)
@@ -138,15 +138,15 @@ def measured(
     gptq_formats: int,
     say: Callable[[str], None],
 ) -> list[dict[str, Any]]:
-    """Return one row a shape, format and way, JSON values.
+    """Return one row per shape, format and way, as JSON values.
 
     Args:
         shapes: shapes of the matrices.
-        folder: for the file that is copied.
-        seconds: duration in seconds of one measurement, about.
-        rounds: measurements of each.
+        folder: folder for the file that is copied.
+        seconds: approximate duration of one measurement, seconds.
+        rounds: number of measurements of each.
         gptq_formats: how many formats GPTQ rounds to; its time hardly depends on the width.
-        say: told of every shape and format.
+        say: called with a message for every shape and format.
     """
     results = []
     for shape, (count, rows, cols) in shapes.items():
@@ -198,16 +198,16 @@ def _turn_about(
 
 
 def _rows_for(way: Way, given: Matrices, format: Format, seconds: float) -> Tensor:
-    """Return the rows of one run: they fill the time, but for those that are done sooner."""
+    """Return as many rows as fill the time of one run, or all rows if they take less."""
     if way.whole:
         return given.weights[0]
     every = given.weights.flatten(0, 1)
     few = every[:_FIRST_ROWS]
-    for _ in range(2):  # libraries are loaded first
+    for _ in range(2):  # the first call loads libraries
         start = time.perf_counter()
         way.run(few, format, given)
         spent = time.perf_counter() - start
-    # Small pieces are slow for what they are, hence a little more than the time asks for.
+    # Small pieces are slower per row, so take a little more than the measured rate suggests.
     return every[: max(len(few), int(1.25 * len(few) * seconds / spent))]
 
 
@@ -222,7 +222,7 @@ def _seconds_a_run(
 
 
 def profiled(shapes: Mapping[str, tuple[int, int, int]], folder: Path) -> dict[str, float]:
-    """Return what share of our time each kind of tensor operation takes, largest first."""
+    """Return the share of our time in each kind of tensor operation, largest first."""
     from torch.profiler import ProfilerActivity, profile
 
     _, rows, cols = next(iter(shapes.values()))

@@ -1,1 +1,1 @@
-"""Single questions, a module each: `python -m bitknap.benchmarks.questions.uniform` and others."""
+"""Single questions, one per module: `python -m bitknap.benchmarks.questions.uniform` and others."""

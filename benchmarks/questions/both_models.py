@@ -2,9 +2,9 @@
 
     python -m bitknap.benchmarks.questions.both_models -o benchmarks/results [--models …]
 
-For each model and method: strategies at every budget with free choice, and those that depend on it
-under three runtimes' profiles. Writes `compare.MODEL.METHOD.json`; one that is there already
-is kept, and a killed run goes on. `compare_report` makes the table and the picture of them.
+For each model and method: strategies at every budget with free choice, and under the profiles of
+three runtimes those that depend on the profile. Writes `compare.MODEL.METHOD.json`; existing files
+are kept, and a killed run continues. `compare_report` makes the table and the picture from them.
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from bitknap.quiet import silence_transformers
 MODELS, METHODS = ("mixtral", "qwen3moe"), ("rtn", "gptq")
 BUDGETS = (2.0, 2.25, 2.5, 3.0, 4.0)
 PROFILES = ("expert", "layer_proj", "layer")
-# Under a profile of its runtime: published rules keep their own ties and are the same as without.
+# Strategies run under profiles too; published rules have their own ties, so they stay the same.
 _TIED = ("weight-error:knapsack", "moments:knapsack", "fisher-output:knapsack")
-# Everything once; elsewhere exact plans of every table, which is what the others come close to.
+# All strategies run once; elsewhere only exact plans of every table, which others approximate.
 _EVERY = {("mixtral", "rtn")}
 _SOME = {
     "rtn": ("published", "random", *(f"{name}:knapsack" for name in (*UNMEASURED, *SCORES))),
     "gptq": ("published", "random", *_TIED, "frequency:knapsack"),
 }
-# Plans that the loop measures where choice is free; under a profile its first alone.
+# Number of plans that the loop measures with free choice; under a profile, only its first plan.
 _EVALUATIONS = 32
 
 
@@ -66,7 +66,7 @@ def main() -> None:
 def measured(
     name: str, method: str, work: Path, evaluations: int, strategies: Sequence[str] | None
 ) -> dict[str, Any]:
-    """Return the comparison of one model and method, by profile, JSON values."""
+    """Return the comparisons of one model and method, by profile, as JSON values."""
     options = Options(model=f"reference:{name}", method=method, evaluations=evaluations)
     setting = prepare(options, _say)
     wanted = strategies or (("all",) if (name, method) in _EVERY else _SOME[method])
@@ -82,7 +82,7 @@ def measured(
 def _run(
     setting: Setting, wanted: Sequence[str], folder: Path, like: Comparison | None = None
 ) -> Comparison:
-    """Return a comparison; tables do not depend on profiles, so those of another one serve."""
+    """Return a comparison; tables do not depend on profiles, so those of another run are reused."""
     options = setting.options
     about = {
         "model": setting.source.fingerprint,

@@ -1,4 +1,4 @@
-"""KL against bits per weight of every strategy, a panel a model and method."""
+"""KL against bits per weight for every strategy, one panel per model and method."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-# Told apart by everyone (Okabe and Ito's palette), and in the order they are drawn.
+# Colours that colour-blind readers can distinguish (Okabe and Ito), in drawing order.
 _COLOURS = {
     "random": "#BBBBBB",
     "signal": "#56B4E9",
@@ -23,7 +23,7 @@ _GRID, _INK = "#DDDDDD", "#222222"
 
 
 def picture(documents: Mapping[str, Mapping[str, Any]]) -> Figure:
-    """Draw documents by model and method, then by profile; that of free choice is drawn."""
+    """Draw documents, given by model and method, then by profile; only free choice is drawn."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.2 * len(documents), 4.6), layout="constrained")

@@ -1,4 +1,4 @@
-"""The comparison of both reference models as one table, one picture, and all rows behind them.
+"""The comparison of both reference models as one table, one picture, and all underlying rows.
 
     python -m bitknap.benchmarks.questions.both_models_report benchmarks/results
 
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def markdown(documents: Mapping[str, Mapping[str, Any]]) -> str:
-    """Return the report of documents by model and method, then by profile."""
+    """Return the report on documents, given by model and method, then by profile."""
     first = next(iter(documents.values()))["free"]
     about = first["about"]
     steps = max(len(steps) for steps in first["refine"].values())
@@ -135,7 +135,7 @@ def _headline(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _unlike(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what was not the same for all: strategies and plans that the loop measured."""
+    """Return the differences between runs: strategies, and plans that the loop measured."""
     lines = ["", "Not the same everywhere:", ""]
     for name, profiles in documents.items():
         document = profiles["free"]
@@ -160,7 +160,7 @@ def _ratio(ours: Row, other: Row | None) -> str:
 
 
 def _overall(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return every strategy over all cells it is in."""
+    """Return the summary of every strategy over all of its cells."""
     every: dict[str, list[Row]] = {}
     for _, _, cell in _cells(documents):
         for name, row in cell.items():
@@ -240,7 +240,7 @@ def _loops(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _alike(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
-    """Return what is not significant."""
+    """Return the differences that are not significant."""
     lines = [
         "",
         "## What is not significant",
@@ -259,7 +259,7 @@ def _alike(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 
 def _by_estimator(names: Sequence[str]) -> str:
-    """Return strategies with the solvers of one estimator together."""
+    """Return strategies, with the solvers of one estimator grouped."""
     solvers_of: dict[str, list[str]] = {}
     for name in names:
         first, _, solver = name.partition(":")

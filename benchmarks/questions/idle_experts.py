@@ -1,8 +1,8 @@
-"""How much of the gain is idle experts? Uniform recipes that know them, beside ours.
+"""How much of the gain comes from idle experts? Uniform recipes that know them, against ours.
 
     python -m bitknap.benchmarks.questions.idle_experts benchmarks/results/uniform.json
 
-Writes `idle_experts.md` beside the input.
+Writes `idle_experts.md` next to the input.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EXPLANATION = (
 
 @torch.no_grad()
 def idle_units(model: Any, layout: Layout, windows: torch.Tensor) -> np.ndarray:
-    """Return which units belong to experts that see no token, bool [U]."""
+    """Return which units belong to experts that see no tokens, bool [U]."""
     with recording(model, layout) as sums:
         for batch in windows.split(8):
             model(input_ids=batch)

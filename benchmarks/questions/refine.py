@@ -1,11 +1,11 @@
-"""The closed loop against evolution with ten times its plans, on the same model and text.
+"""The closed loop against evolution with ten times as many plans, on the same model and text.
 
     python -m bitknap.benchmarks.questions.refine -o benchmarks/results
 
-Ours begins at the calibrated knapsack plan and measures 64 plans. Evolution (EvoPress) measures
+Ours starts at the calibrated knapsack plan and measures 64 plans. Evolution (EvoPress) measures
 640: once as published, over widths of whole rows from a nearly uniform plan, and once over all
-formats from the very plan that ours begins with. Writes `refine.json` and `refine.md`; what is
-there already is kept.
+formats from the same plan as ours. Writes `refine.json` and `refine.md`; existing results are
+kept.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from bitknap.estimators.measuring.readings import Readings
 from bitknap.quiet import silence_transformers
 
 OURS, THEIRS = 64, 640
-# Model and bits per weight, and whether evolution begins at our plan as well.
+# Model, bits per weight, and whether evolution also runs from our plan.
 CASES = (("mixtral", 2.5, True), ("qwen3moe", 2.5, False), ("mixtral", 2.0, False))
-# Of the calibration text: for everybody.
+# Number of calibration tokens, the same for all.
 _TOKENS = 8192
 
 
 def rows(setting: Setting, table: CostTable, bits: float, both: bool) -> Iterator[dict[str, Any]]:
-    """Yield what ours and evolution come to at one budget, JSON values."""
+    """Yield the results of ours and of evolution at one budget, as JSON values."""
     tied = under(table, profile("free"))
     problem = Problem(tied, [Budget.bits(bits)])
     parts = measures(setting.loop, tied, Readings())

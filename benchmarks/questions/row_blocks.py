@@ -2,8 +2,8 @@
 
     python -m bitknap.benchmarks.questions.row_blocks -o benchmarks/results
 
-writes `row_blocks.json` and `row_blocks.md` for both reference models; with `--models`, rows of the
-others stay. Every figure is of a checkpoint as `quantize` writes it and `load` reads it.
+writes `row_blocks.json` and `row_blocks.md` for both reference models; with `--models`, rows of
+other models are kept. Figures are measured on checkpoints that `quantize` wrote and `load` read.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ WAYS = {
 
 
 def rows_for(name: str, tokens: int, calibration: int) -> list[dict[str, Any]]:
-    """Return a row for each way and budget, compared with the plain one."""
+    """Return a row for each way and budget, compared with the plain plan."""
     model = f"reference:{name}"
     folder = resolve(model)
     windows = evaluation_windows(folder, "builtin", tokens)

@@ -33,7 +33,7 @@ BUDGETS = (2.0, 2.1, 2.25, 2.5, 3.0, 4.0)
 
 
 def compare_model(name: str, tokens: int, calibration: int) -> list[dict[str, Any]]:
-    """Return one row a budget: our plan and the best uniform recipe at the same bytes."""
+    """Return one row per budget: our plan and the best uniform recipe at the same bytes."""
     start = time.monotonic()
     table = estimate(f"reference:{name}", calibration=Calibration(tokens=calibration))
     seconds = time.monotonic() - start
@@ -77,7 +77,7 @@ def compare_model(name: str, tokens: int, calibration: int) -> list[dict[str, An
 
 
 def rounding_rate(name: str) -> float:
-    """Return bytes of bf16 weights a second that rounding takes for one format, int3-g64-sym."""
+    """Return the rate of rounding to one format, int3-g64-sym, in bytes of bf16 per second."""
     model = load(resolve(f"reference:{name}"), torch.float32)
     layout = walk(model)
     start = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Turn finished trainings into the bundled package data: weights, texts and the model card.
+"""Turn finished training runs into bundled package data: weights, texts and the model card.
 
     python -m bitknap.benchmarks.reference.bundle --corpus CORPUS --trained DIR/mixtral DIR/qwen3moe
 
@@ -25,7 +25,7 @@ from bitknap.quantization.runtime.loading import load
 
 HERE = Path(__file__).parent
 EXCERPT = 7_000  # bytes
-TEXT = 560_000  # bytes, all domains together
+TEXT = 560_000  # bytes, total of all domains
 FILES = (
     "config.json",
     "generation_config.json",

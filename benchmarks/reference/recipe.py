@@ -1,4 +1,4 @@
-"""What the bundled reference models are: their shapes and the text they see.
+"""The recipes of the bundled reference models: their shapes and their training text.
 
 Both are real trained Mixture-of-Experts language models built from transformers' own classes,
 small enough to ship (about 6 M parameters, 12 MB in bf16) and to train on two CPU cores.
@@ -57,7 +57,7 @@ RECIPES: dict[str, Recipe] = {
         "Qwen3MoeForCausalLM",
         _COMMON
         | {
-            "intermediate_size": 256,  # of dense layers; this model has none
+            "intermediate_size": 256,  # size of dense layers; this model has none
             "moe_intermediate_size": 64,
             "num_experts": 32,
             "num_experts_per_tok": 4,

@@ -4,7 +4,7 @@
 
 CORPUS holds {books,code,speeches,wiki}.{train,valid}.txt. The valid files are read for
 validation only. A run keeps a checkpoint beside its output and continues from it. The schedule is
-warm-up, constant, linear decay over the last fifth, so that `--tokens` may be changed on the way.
+warm-up, constant, linear decay over the last fifth, so that `--tokens` may change during training.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def train_tokenizer(corpus: Path) -> Tokenizer:
 
 
 def tokens_of(tokenizer: Tokenizer, path: Path) -> np.ndarray:
-    """Return the text's token ids, int64 [T]; each line is encoded by itself."""
+    """Return the text's token ids, int64 [T]; each line is encoded separately."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     return np.concatenate([np.array(e.ids, np.int64) for e in tokenizer.encode_batch(lines)])
 
@@ -85,7 +85,7 @@ def validate(model: Any, valid: dict[str, np.ndarray], rows: int = 32) -> dict[s
 
 
 def optimizers_of(model: Any) -> list[torch.optim.Optimizer]:
-    """Muon for hidden matrices, AdamW for embedding, routers and norms."""
+    """Return Muon for hidden matrices, and AdamW for embedding, routers and norms."""
     hidden: list[torch.nn.Parameter] = []
     fused: list[torch.nn.Parameter] = []
     rest: list[torch.nn.Parameter] = []

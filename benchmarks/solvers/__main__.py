@@ -2,9 +2,9 @@
 
     python -m bitknap.benchmarks.solvers -o benchmarks/results
 
-Every solver meets every instance in a fresh process with one thread. Writes `solvers.json`,
-`solvers.md` and `solvers.svg`; what is done already is kept in `solvers.partial.jsonl` and not
-run again. A time limit binds each solver by its own means.
+Every solver runs on every instance in a fresh process with one thread. Writes `solvers.json`,
+`solvers.md` and `solvers.svg`; finished runs are kept in `solvers.partial.jsonl` and not repeated.
+Each solver enforces the time limit by its own means.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from bitknap.benchmarks.solvers.report import markdown, picture
 from bitknap.errors import BitknapError, InputError
 from bitknap.names import unknown
 
-# Name to module, class and settings; `time_limit` is added where the class has one.
+# Maps a name to module, class and settings; `time_limit` is added if the class has one.
 OURS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyType(
     {
         "knapsack": ("bitknap.allocation.solvers.knapsack", "Knapsack", {}),
@@ -50,7 +50,7 @@ OURS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyType(
     }
 )
 _LIMITED = ("ilp-highs", "ilp-cbc")
-# Runs shorter than this are repeated, and the median counts.
+# Shorter runs are repeated, and the median counts.
 _SHORT, _REPEATS = 2.0, 3
 _THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
 _PACKAGES = ("bitknap", "numpy", "scipy", "highspy", "pulp", "ortools")
@@ -60,7 +60,7 @@ _PARTIAL = "solvers.partial.jsonl"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Timed:
-    """A baseline as a solver that notes how long its model took to build."""
+    """A baseline as a solver that records the time to build its model."""
 
     name: str
     baseline: Baseline
@@ -84,7 +84,7 @@ def _solver(name: str, seconds: float) -> Solver:
 
 
 def why_not(name: str, given: Instance) -> str:
-    """Return why a solver does not try an instance, or ""."""
+    """Return why a solver skips an instance, or ""."""
     if name in OURS:
         return "" if find_spec(OURS[name][0]) else "not in this version"
     baseline = BASELINES[name]
@@ -98,7 +98,7 @@ def why_not(name: str, given: Instance) -> str:
 
 
 def measure(name: str, where: str, seconds: float) -> dict[str, Any]:
-    """Solve one instance in this process; the row of the result, JSON values only."""
+    """Solve one instance in this process, and return the row of the result, JSON values only."""
     given = instance(where)
     count, width = given.table.cost.shape
     row: dict[str, Any] = {
@@ -147,14 +147,14 @@ def measure(name: str, where: str, seconds: float) -> dict[str, Any]:
 
 
 def _warm(solver: Solver, *, several: bool) -> None:
-    """Have the solver load its libraries, which no one's time shall include."""
+    """Make the solver load its libraries, which measured times must not include."""
     tiny = instance("tiny+5" if several else "tiny")
     with suppress(BitknapError):
         solve(Problem(tiny.table, tiny.limits), solver)
 
 
 def _forget_peak() -> float:
-    """Start the peak of resident memory anew where the system can; MB now."""
+    """Reset the peak of resident memory where the system allows it; return the current MB."""
     if Path("/proc/self/clear_refs").exists():
         Path("/proc/self/clear_refs").write_text("5")
     return _resident("VmRSS")
@@ -172,17 +172,17 @@ def _resident(key: str) -> float:
 
 
 def _memory(before: float) -> dict[str, float]:
-    """Return the peak in MB, of this process or of its largest child, and what solving added."""
+    """Return the peak MB of this process or its largest child, and the MB that solving added."""
     import resource
 
-    # A child's peak counts the image it was forked from too, so it is no less than ours then.
+    # A child's peak includes the image it was forked from, so it is at least our memory then.
     children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     peak = max(_resident("VmHWM"), children * (1 if sys.platform == "darwin" else 1024) / 1e6)
     return {"peak_mb": round(peak, 1), "over_mb": round(peak - before, 1)}
 
 
 def apart(name: str, where: str, seconds: float) -> dict[str, Any]:
-    """Return `measure` of a fresh process with one thread."""
+    """Return the result of `measure` in a fresh process with one thread."""
     command = [sys.executable, "-m", __spec__.name if __spec__ else __name__, "--one", name, where]
     command += ["--time-limit", str(seconds)]
     most = 3 * seconds + 600
@@ -209,7 +209,7 @@ def apart(name: str, where: str, seconds: float) -> dict[str, Any]:
 
 
 def _one(name: str, where: str, seconds: float) -> None:
-    """Print the row alone: some tools write to standard output from C."""
+    """Print only the row, as some tools write to standard output from C."""
     sys.stdout.flush()
     kept = os.dup(1)
     quiet = os.open(os.devnull, os.O_WRONLY)
@@ -225,7 +225,7 @@ def _done(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            # The last line of a run that was stopped while writing it.
+            # The last line was cut off when the run was stopped.
             continue
         if "solver" in row:
             rows[row["solver"], row["instance"]] = row
@@ -238,13 +238,13 @@ def run(
     seconds: float,
     say: Callable[[str], None],
 ) -> None:
-    """Run what is missing in `out`, then write the report on everything there.
+    """Run the pairs missing in `out`, then write the report on all results.
 
     Args:
-        out: folder, made when missing.
-        pairs: solver and instance, by name.
+        out: folder of results, created if missing.
+        pairs: names of solver and instance.
         seconds: time limit of one solver on one instance.
-        say: told of every new row.
+        say: called with a message for every new row.
     """
     out.mkdir(parents=True, exist_ok=True)
     partial = out / _PARTIAL
@@ -252,7 +252,7 @@ def run(
     for name, where in pairs:
         if (name, where) not in rows:
             rows[name, where] = apart(name, where, seconds)
-            # A torn line before stays on a line of its own.
+            # An incomplete last line stays on its own line.
             torn = partial.exists() and not partial.read_text().endswith("\n")
             begun = partial.exists() and partial.stat().st_size
             with partial.open("a") as file:
@@ -270,7 +270,7 @@ def run(
 
 
 def about() -> dict[str, Any]:
-    """Return what the numbers depend on: versions, processor, threads, tolerances."""
+    """Return the facts that the numbers depend on: versions, processor, threads, tolerances."""
     cpu = platform.processor() or platform.machine()
     listed = Path("/proc/cpuinfo")
     if listed.exists():
@@ -293,7 +293,7 @@ def about() -> dict[str, Any]:
 
 
 def quick() -> list[tuple[str, str]]:
-    """Return every solver with the tiny instance that has as many limits as it takes."""
+    """Return every solver with the tiny instance that has as many limits as it supports."""
     single = [name for name, item in BASELINES.items() if item.limits == 1]
     several = [name for name in (*OURS, *BASELINES) if name not in single]
     return [(name, "tiny") for name in ("knapsack", *single)] + [

@@ -1,8 +1,8 @@
 """Cost tables shaped like real models, to time solvers on: made up, seeded, with exact bytes.
 
-Shapes are those of published configurations. Costs are what theory expects: the distortion of
+Shapes are those of published configurations. Costs follow theory: the distortion of
 each grid on random weights, times a sensitivity that varies over layers, experts and matrices.
-The hard random instances of the knapsack literature are here as well.
+The hard random instances of the knapsack literature are included.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ FORMATS = (
 # The latter at group size 32 is scaled from 128 as the Gaussian one is.
 _GAUSS = np.array([0.360, 0.112, 0.136, 0.0260, 0.0348, 0.00610, 0.0090, 3.5e-5])
 _TAILED = np.array([0.452, 0.152, 0.184, 0.0438, 0.0586, 0.0107, 0.0158, 6.1e-5])
-# The same without clipping: 2 bits then lie above the line from 1 to 3.
+# The same without clipping: 2 bits then lie above the line from 1 to 3 bits.
 _UNCLIPPED = np.array([0.360, 0.166, 0.253, 0.0300, 0.0465, 0.00653, 0.0101, 3.5e-5])
 _BUDGET = 2.5
 
@@ -54,12 +54,12 @@ class Shape:
     """The routed experts of one model.
 
     Attributes:
-        layers: all decoder layers.
-        dense: how many of them come first and have no experts.
-        experts: routed experts of a layer.
-        active: experts that read one token.
+        layers: number of decoder layers.
+        dense: number of first layers, which have no experts.
+        experts: number of routed experts per layer.
+        active: number of experts per token.
         hidden: width of the residual stream.
-        inner: width inside an expert.
+        inner: inner width of an expert.
         cut: output rows of one unit, (gate and up, down); 0 for whole matrices.
     """
 
@@ -77,7 +77,7 @@ QWEN3_30B = Shape(layers=48, dense=0, experts=128, active=8, hidden=2048, inner=
 QWEN3_235B = Shape(layers=94, dense=0, experts=128, active=8, hidden=4096, inner=1536)
 DEEPSEEK_V3 = Shape(layers=61, dense=3, experts=256, active=8, hidden=7168, inner=2048)
 KIMI_K2 = Shape(layers=61, dense=1, experts=384, active=8, hidden=7168, inner=2048)
-# As many experts as Kimi-K3; the widths are those of K2, since its own are not known here.
+# As many experts as Kimi-K3; widths are from K2, since those of K3 are not known here.
 KIMI_K3 = Shape(layers=95, dense=1, experts=896, active=16, hidden=7168, inner=2048)
 CHANNELS = Shape(layers=61, dense=1, experts=384, active=8, hidden=7168, inner=2048, cut=(128, 512))
 TINY = Shape(layers=3, dense=1, experts=8, active=2, hidden=256, inner=128)
@@ -125,7 +125,7 @@ def costs(units: Units, frequency: Floats, generator: np.random.Generator) -> Fl
 
     Sensitivity is frequency x weights x log-normal factors of layer, expert and unit; distortion
     lies between that of Gaussian and that of heavy-tailed weights, every eighth unit unclipped,
-    and each entry is off by some 5 % as a measured one would be.
+    and each entry has an error of about 5 %, like a measured one.
     """
     count = len(units)
     layers, experts = int(units.layer.max()) + 1, int(units.expert.max()) + 1
@@ -192,16 +192,16 @@ def random_instance(
     Args:
         kind: "uncorrelated": profits and weights uniform; "weak": profit within 10 of weight;
             "strong": the options of a row are running sums of items whose profit is weight + 10.
-        rows: rows of the table.
-        width: options of a row.
-        largest: weights are drawn from 1 to this.
+        rows: number of rows of the table.
+        width: number of options per row.
+        largest: largest weight; weights are drawn from 1 to this.
         seed: random seed of the numbers.
 
     The limit lies a quarter of the way from the lightest plan to the heaviest; at his half, the
     cheapest options of uncorrelated rows all fit.
 
     Raises:
-        InputError: no such kind.
+        InputError: there is no such kind.
     """
     generator = np.random.default_rng(seed)
     weight = generator.integers(1, largest + 1, (rows, width))
@@ -280,10 +280,10 @@ QUICK: Sequence[str] = ("tiny", "tiny+5")
 
 
 def instance(name: str) -> Instance:
-    """Return the instance of that name, the same every time.
+    """Return the instance with a name, always the same one.
 
     Raises:
-        InputError: no such instance.
+        InputError: there is no such instance.
     """
     if name not in INSTANCES:
         raise unknown("instance", name, INSTANCES)

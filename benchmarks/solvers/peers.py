@@ -1,8 +1,8 @@
-"""Solvers to be compared with: the same problem, as users of other tools would hand it over.
+"""Baseline solvers: the same problem, formulated as users of other tools would.
 
-Each is `build`, which makes the tool's model from the arrays, and `run`, which solves it. Costs
-and weights are scaled so that the tools' absolute tolerances mean little, all are asked for a
-relative gap of 1e-9 and one thread.
+Each has `build`, which makes the tool's model from the arrays, and `run`, which solves it. Costs
+and weights are scaled so that the tools' absolute tolerances hardly matter; all use a relative gap
+of 1e-9 and one thread.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from bitknap.errors import InputError
 GAP = 1e-9
 # Largest coefficients after scaling, as far as whole numbers allow.
 _COST, _WEIGHT = 1e6, 1e5
-# Cells of the dynamic program's table of choices, a byte each.
+# Maximum cells in the dynamic program's table of choices, one byte each.
 _CELLS = 500_000_000
 
 
@@ -37,13 +37,13 @@ class Baseline:
     """One way to solve the problem with another tool.
 
     Attributes:
-        about: what it is, for the report.
+        about: description for the report.
         build: makes the tool's model.
-        run: solves it within so many seconds.
+        run: solves it within a number of seconds.
         needs: module without which it is skipped.
-        options: largest table it is tried on, units x formats.
-        limits: most limits it takes.
-        exact: claims optimal plans.
+        options: largest table it is run on, units x formats.
+        limits: maximum number of limits it supports.
+        exact: whether it claims optimal plans.
     """
 
     about: str
@@ -61,12 +61,12 @@ class Scaled:
 
     Attributes:
         row: int[N], increasing.
-        option: column of each, int[N].
+        option: column of each option, int[N].
         cost: float64[N], the largest 1e6.
         weights: float64[M,N]; whole numbers where the problem's are, without common divisor.
         bounds: float64[M], in the same units.
-        rows: rows of the problem.
-        unit: cost of the problem for 1 here.
+        rows: number of rows of the problem.
+        unit: cost in the problem of one unit of scaled cost.
     """
 
     row: Longs
@@ -78,7 +78,7 @@ class Scaled:
     unit: float
 
     def answer(self, picked: Any, bound: float, *, done: bool) -> Answer:
-        """Return the answer that the picked options mean, bool[N]; `bound` is in scaled cost."""
+        """Return the answer for picked options, bool[N]; `bound` is in scaled cost."""
         choice = np.zeros(self.rows, dtype=np.int64)
         choice[self.row[picked]] = self.option[picked]
         status = Status.OPTIMAL if done else Status.FEASIBLE
@@ -89,7 +89,7 @@ class Scaled:
         return Answer(choice=None, bound=bound * self.unit, status=Status.FEASIBLE)
 
     def groups(self) -> Iterator[slice]:
-        """Return where each row lies in the flat arrays."""
+        """Yield the slice of each row in the flat arrays."""
         ends = np.cumsum(np.bincount(self.row, minlength=self.rows)).tolist()
         return (slice(a, b) for a, b in zip([0, *ends[:-1]], ends, strict=True))
 
@@ -123,7 +123,7 @@ def _pulp_model(problem: Problem) -> tuple[Scaled, Any, list[Any]]:
 
     flat = scaled(problem)
     model = pulp.LpProblem("bits", pulp.LpMinimize)
-    # PuLP 3.3 warns, each time, of variables made without their model.
+    # PuLP 3.3 warns about every variable made without its model.
     create = getattr(model, "add_variable", pulp.LpVariable)
     picks = [create(f"x{i}", cat=pulp.LpBinary) for i in range(len(flat.row))]
     model += pulp.LpAffineExpression(zip(picks, flat.cost.tolist(), strict=True))
@@ -138,7 +138,7 @@ def _pulp_answer(flat: Scaled, model: Any, picks: list[Any], bound: float) -> An
     values = np.array([pick.varValue or 0.0 for pick in picks])
     if (np.bincount(flat.row[values > 0.5], minlength=flat.rows) != 1).any():
         return flat.nothing(bound)
-    # PuLP says "optimal" for the best found at the time limit as well: sol_status does not.
+    # PuLP reports "optimal" also for the best plan at the time limit; sol_status does not.
     return flat.answer(values > 0.5, bound, done=model.sol_status == 1)
 
 
@@ -147,7 +147,7 @@ def _run_pulp_cbc(built: tuple[Scaled, Any, list[Any]], seconds: float) -> Answe
 
     flat, model, picks = built
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        # PuLP 3.3 announces that its bundled CBC will move to a package of its own.
+        # PuLP 3.3 warns that its bundled CBC will move to a separate package.
         warnings.simplefilter("ignore", DeprecationWarning)
         log = Path(folder) / "log"
         solver = pulp.PULP_CBC_CMD(msg=False, gapRel=GAP, timeLimit=seconds, logPath=str(log))
@@ -156,7 +156,7 @@ def _run_pulp_cbc(built: tuple[Scaled, Any, list[Any]], seconds: float) -> Answe
     if model.sol_status == 1:
         value = float(pulp.value(model.objective))
         return _pulp_answer(flat, model, picks, value - GAP * abs(value))
-    # Stopped early, CBC says its bound in the log alone: if not of the search, of the relaxation.
+    # If stopped early, CBC gives its bound only in the log: from the search, else the relaxation.
     said = re.findall(r"(?:Lower bound:|Continuous objective value is)\s+(\S+)", text)
     return _pulp_answer(flat, model, picks, max(map(float, said), default=-np.inf))
 
@@ -202,7 +202,7 @@ def _run_scipy(built: tuple[Scaled, Any], seconds: float) -> Answer:
 def _build_cp_sat(problem: Problem) -> tuple[Scaled, Any, list[Any], float]:
     cp_model = import_module("ortools.sat.python.cp_model")
     flat = scaled(problem)
-    # Whole numbers only: the sum of the dearest options becomes 2**50, weights are rounded up.
+    # Integers only: the sum of the most expensive options becomes 2**50, weights are rounded up.
     largest = np.zeros(flat.rows)
     np.maximum.at(largest, flat.row, np.abs(flat.cost))
     scale = 2.0**50 / largest.sum()
@@ -268,7 +268,7 @@ def _run_math_opt(built: tuple[Scaled, Any, list[Any]], seconds: float) -> Answe
 
 
 def _run_bytes(problem: Problem, seconds: float) -> Answer:
-    """Solve by dynamic programming over the used weight, one row after the other."""
+    """Solve by dynamic programming over the used weight, row by row."""
     flat = scaled(problem)
     weight = flat.weights[0]
     if (weight != np.floor(weight)).any() or (weight < 0).any():
@@ -302,7 +302,7 @@ def _run_bytes(problem: Problem, seconds: float) -> Answer:
 
 
 def _run_bisection(problem: Problem, seconds: float) -> Answer:
-    """Bisect the price of weight; each row takes what is cheapest at it. No step fills the rest."""
+    """Bisect the price of weight; each row takes its cheapest option. Slack is left unused."""
     weight, bound = problem.weights[0], float(problem.bounds[0])
     rows = np.arange(len(weight))
 

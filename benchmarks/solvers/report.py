@@ -1,4 +1,4 @@
-"""What the solver benchmark found, as a page and as a picture."""
+"""The results of the solver benchmark as a page and as a picture."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-# One limit, growing: what the picture shows.
+# Instances in the picture: one limit, growing size.
 _GROWING = ("mixtral", "qwen3-30b", "36k", "deepseek-v3", "kimi-k2", "250k", "channels")
 _HIGHS = ("pulp-highs", "scipy-highs")
 _COLOURS = {
@@ -33,14 +33,14 @@ def late(row: Row) -> bool:
 
 
 def _solving(row: Row) -> float:
-    """Return seconds without model building; of a solver that was stopped, its limit."""
+    """Return seconds without model building; for a stopped solver, its time limit."""
     if late(row):
         return float(row["time_limit"])
     return float(row["seconds"] - row.get("build_seconds", 0.0))
 
 
 def targets(rows: Sequence[Row]) -> list[tuple[str, str, str]]:
-    """Return each target, what was measured, and "pass", "miss" or "not measured"."""
+    """Return each target, its measured value, and "pass", "miss" or "not measured"."""
     by_pair = {(row["solver"], row["instance"]): row for row in rows if "seconds" in row}
     return [
         _agreement(by_pair),
@@ -171,7 +171,7 @@ def _number(value: Any, form: str) -> str:
 
 
 def picture(rows: Sequence[Row], path: Path) -> None:
-    """Draw units against seconds for the growing instances, as SVG; nothing without any."""
+    """Draw units against seconds for the growing instances as SVG; no picture if there are none."""
     import matplotlib
     from matplotlib.figure import Figure
 
