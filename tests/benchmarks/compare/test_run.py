@@ -159,7 +159,7 @@ def test_a_budget_below_a_strategys_reach_is_said_in_its_cell(words, tmp_path, d
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (["--budgets", "2,x"], "'x' is no number"),
+        (["--budgets", "2,x"], "--budget 'x': compare takes bits per weight"),
         (["--budgets", "0"], "above 0"),
         (["--strategies", "best"], "fisher:greedy"),
         (["--profile", "half"], "profile 'half' is unknown"),

@@ -9,6 +9,7 @@ from bitknap.benchmarks.quantize.__main__ import PARTS, run, toy
 from bitknap.benchmarks.quantize.quality import BASE, KINDS
 from bitknap.benchmarks.quantize.report import markdown, targets
 from bitknap.benchmarks.quantize.speed import OURS, PLAIN, WAYS, matrices
+from bitknap.benchmarks.result_files import HEADER
 
 ABOUT = {"versions": {"python": "3"}, "cpu": "a processor", "cores": 1, "threads": 1, "load": 0.5}
 
@@ -36,10 +37,10 @@ def test_a_toy_run_writes_every_part(tmp_path):
 
 
 def test_parts_not_asked_for_are_kept(tmp_path):
-    (tmp_path / "quantize.json").write_text(json.dumps({"large": None, "quality": []}))
+    (tmp_path / "quantize.json").write_text(json.dumps({**HEADER, "large": None, "quality": []}))
     run(tmp_path, ("speed",), toy(), tmp_path, lambda text: None)
     document = json.loads((tmp_path / "quantize.json").read_text())
-    assert document.keys() == {"large", "quality", "about", "speed", "profile"}
+    assert document.keys() == {*HEADER, "large", "quality", "about", "speed", "profile"}
 
 
 def rate(way, gb_per_second, format="int4-g64-asym"):

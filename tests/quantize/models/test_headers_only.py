@@ -173,7 +173,7 @@ def test_refuses_quantized_checkpoints(name, entry, method):
 
 def test_refuses_a_model_without_experts():
     shapes = {"model.layers.0.mlp.up_proj.weight": (6, 4)}
-    with pytest.raises(ModelError, match=r"no routed experts; pass include="):
+    with pytest.raises(ModelError, match=r"no routed experts; pass `include="):
         walk_headers({"model_type": "llama"}, bf16(shapes))
     assert len(walk_headers({"model_type": "llama"}, bf16(shapes), ("dense",)).units) == 1
 

@@ -204,7 +204,7 @@ def test_refuses_an_incomplete_expert():
 
 def test_refuses_a_model_without_experts():
     model = tiny_model("llama")
-    with pytest.raises(ModelError, match=r"no routed experts; pass include="):
+    with pytest.raises(ModelError, match=r"no routed experts; pass `include="):
         walk(model)
     assert len(walk(model, ("dense",)).units) == 6
 
