@@ -12,6 +12,7 @@ def working_folder(tmp_path):
     with whole_folder(folder / "sorted", overwrite=False) as part:
         for name in ("config.json", "model.safetensors", "a.txt"):
             (part / name).write_text(name)
+    (folder / "sorted.json").write_text("the copy is whole")
     return folder
 
 
@@ -31,21 +32,23 @@ def test_a_working_folder_that_is_being_deleted_is_known_at_every_step(tmp_path,
         with monkeypatch.context() as patched:
             patched.setattr(Path, "unlink", unlink)
             try:
-                outputs.drop(folder, "sorted")
+                outputs.drop(folder, r"sorted(\.json)?")
             except KeyboardInterrupt:
                 check_output(folder / "sorted", "folder", overwrite=True)
-        outputs.drop(folder, "sorted")
+                whole = (folder / "sorted" / "config.json").exists()
+                assert whole or not (folder / "sorted.json").exists()
+        outputs.drop(folder, r"sorted(\.json)?")
         assert not folder.exists()
         if left >= 0:
             break
         count += 1
-    assert count == 4  # three files and their list
+    assert count == 5  # what says that it is whole, three files, and their list
 
 
 def test_a_strange_file_in_a_working_folder_stays(tmp_path):
     folder = working_folder(tmp_path)
     (folder / "sorted" / "thesis.txt").write_text("years of work")
-    outputs.drop(folder, "sorted")
+    outputs.drop(folder, r"sorted(\.json)?")
     assert (folder / "sorted" / "thesis.txt").read_text() == "years of work"
 
 

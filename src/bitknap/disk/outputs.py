@@ -302,14 +302,17 @@ def check_only(folder: Path, names: str) -> None:
 def drop(folder: Path, names: str) -> None:
     """Delete a hidden working folder if it is Bitknap's; see `holds_only`.
 
-    Folders in it lose the list of their files last, so that a kill leaves folders that are still
-    recognised. A folder with a file that this tool did not write is left as it is.
+    Files go before folders, since a file says that the folder beside it is finished; folders lose
+    the list of their files last. So a kill leaves what is still recognised, and nothing that looks
+    finished. A folder with a file that this tool did not write is left as it is.
     """
     if not (holds_only(folder, names) and folder.exists()):
         return
     with contextlib.suppress(InputError):
-        for item in folder.iterdir():
-            if item.is_dir() and manifest.listed(item) is not None:
+        for item in sorted(folder.iterdir(), key=Path.is_dir):
+            if not item.is_dir():
+                item.unlink()
+            elif manifest.listed(item) is not None:
                 manifest.remove(item)
         shutil.rmtree(folder, ignore_errors=True)
 
