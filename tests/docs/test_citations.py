@@ -32,6 +32,12 @@ def test_no_comment_cites_notes_that_nobody_has():
     assert [path for path in CODE if DEAD.search(path.read_text(encoding="utf-8"))] == []
 
 
+def test_every_example_is_linked():
+    page = (ROOT / "docs/reference/examples.md").read_text(encoding="utf-8")
+    linked = set(re.findall(r"\]\(\.\./examples/(\w+\.py)\)", page))
+    assert linked == {path.name for path in (ROOT / "examples").glob("*.py")}
+
+
 @pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/index.md"])
 def test_links_lead_to_files(name):
     page = ROOT / name
