@@ -14,3 +14,14 @@ def plain(tmp_path_factory):
     model = tiny_model("qwen3_moe", num_hidden_layers=1, **sizes)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def contents():
+    """Read the files below a folder, by their paths in it."""
+
+    def read(folder):
+        files = (file for file in sorted(folder.rglob("*")) if file.is_file())
+        return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+    return read

@@ -1,5 +1,7 @@
 """Documents of made-up runs: every number is a formula or drawn with a fixed seed."""
 
+import copy
+
 import numpy as np
 import pytest
 
@@ -25,6 +27,60 @@ STRATEGIES = (
     ("calibrated, knapsack", "estimator", "", 1.001),
     ("evolutionary", "search", "arXiv 2410.14649", 1.2),
 )
+ABOUT = {
+    "model": "reference:mixtral",
+    "fingerprint": "ab12",
+    "method": "rtn",
+    "profile": "free",
+    "seed": 0,
+    "units": 96,
+    "weights": 4718592,
+    "formats": [item.name for item in WIDTHS],
+    "calibration_tokens": 8192,
+    "evaluation_tokens": 8192,
+    "domains": list(DOMAINS),
+    "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
+    "device": "CPU, x86_64, 1 thread",
+    "command": "bitknap compare reference:mixtral --budgets 2,2.5,3 --strategies all -o D",
+}
+PRICE = [
+    {"profile": "free", "cost": 0.02, "ratio": 1.0, "bits_per_weight": 2.5, "reason": ""},
+    {
+        "profile": "gate_eq_up",
+        "cost": 0.0213,
+        "ratio": 1.065,
+        "bits_per_weight": 2.5,
+        "reason": "",
+    },
+    {
+        "profile": "expert",
+        "cost": 0.0248,
+        "ratio": 1.24,
+        "bits_per_weight": 2.49,
+        "reason": "",
+    },
+    {
+        "profile": "model",
+        "cost": None,
+        "ratio": None,
+        "bits_per_weight": None,
+        "reason": "no format fits the budget",
+    },
+]
+CLAIMS = [
+    {
+        "claim": "Down-projections need more bits than up-projections",
+        "source": "Xie et al., arXiv 2504.12345",
+        "verdict": "confirmed",
+        "figures": "down costs 1.42 × up at 2 bits (RTN, geometric mean of 4 layers)",
+    },
+    {
+        "claim": "Fifteen times fewer measurements at parity",
+        "source": "FRI-MxMoE",
+        "verdict": "not decidable",
+        "figures": "KL 0.0231 ± 0.0011 against 0.0224 ± 0.0010",
+    },
+]
 
 
 def plan_of(bits, layers=4, experts=8, others=True, seed=0):
@@ -79,8 +135,8 @@ def row_of(strategy, group, source, factor, bits):
     }
 
 
-def document_of(budgets=(2.0, 2.5, 3.0), layers=4, experts=8):
-    """A whole document: one row failed and one out of reach at the first budget."""
+def rows_of(budgets):
+    """Rows of every strategy; one failed and one is out of reach at the first budget."""
     rows = [row_of(*strategy, bits) for bits in budgets for strategy in STRATEGIES]
     numbers = [key for key, value in rows[0].items() if isinstance(value, int | float)]
     lost = dict.fromkeys([*numbers, "difference", "difference_se", "ratio", "domain_kl"])
@@ -92,9 +148,12 @@ def document_of(budgets=(2.0, 2.5, 3.0), layers=4, experts=8):
         | lost
         | {"status": "failed", "reason": "ValueError: matrix is singular"},
     ]
-    tokens = np.random.default_rng(1).lognormal(5, 1.5, (layers, experts)).astype(int)
-    tokens[-1, -2:] = 0
-    steps = [
+    return rows
+
+
+def refined_steps():
+    """Steps of a refinement of which every third was accepted."""
+    return [
         {
             "origin": "table" if i == 0 else "exchange",
             "predicted": 0.02 * 0.99**i,
@@ -105,74 +164,29 @@ def document_of(budgets=(2.0, 2.5, 3.0), layers=4, experts=8):
         }
         for i in range(24)
     ]
+
+
+def document_of(budgets=(2.0, 2.5, 3.0), layers=4, experts=8):
+    """A whole document: one row failed and one out of reach at the first budget."""
+    tokens = np.random.default_rng(1).lognormal(5, 1.5, (layers, experts)).astype(int)
+    tokens[-1, -2:] = 0
     return {
         "format": "bitknap.compare",
         "version": "1.0",
-        "about": {
-            "model": "reference:mixtral",
-            "fingerprint": "ab12",
-            "method": "rtn",
-            "profile": "free",
-            "seed": 0,
-            "units": 96,
-            "weights": 4718592,
-            "formats": [item.name for item in WIDTHS],
-            "calibration_tokens": 8192,
-            "evaluation_tokens": 8192,
-            "domains": list(DOMAINS),
-            "versions": {"torch": "2.13.0", "numpy": "2.4.6"},
-            "device": "CPU, x86_64, 1 thread",
-            "command": "bitknap compare reference:mixtral --budgets 2,2.5,3 --strategies all -o D",
-        },
+        "about": copy.deepcopy(ABOUT),
         "budgets": [
             {"budget": f"{b:g}bpw", "bytes": int(b * 589824), "plan": f"plans/{b:g}bpw.json"}
             for b in budgets
         ],
-        "rows": rows,
+        "rows": rows_of(budgets),
         "frontier": [
             {"bits_per_weight": b, "bytes": int(b * 589824), "cost": 1.8 * 4.0**-b}
             for b in np.linspace(1.2, 8, 60).tolist()
         ],
-        "price": [
-            {"profile": "free", "cost": 0.02, "ratio": 1.0, "bits_per_weight": 2.5, "reason": ""},
-            {
-                "profile": "gate_eq_up",
-                "cost": 0.0213,
-                "ratio": 1.065,
-                "bits_per_weight": 2.5,
-                "reason": "",
-            },
-            {
-                "profile": "expert",
-                "cost": 0.0248,
-                "ratio": 1.24,
-                "bits_per_weight": 2.49,
-                "reason": "",
-            },
-            {
-                "profile": "model",
-                "cost": None,
-                "ratio": None,
-                "bits_per_weight": None,
-                "reason": "no format fits the budget",
-            },
-        ],
+        "price": copy.deepcopy(PRICE),
         "coverage": {"layers": list(range(layers)), "tokens": tokens.tolist()},
-        "refine": {f"{b:g}bpw": steps for b in budgets[:2]},
-        "claims": [
-            {
-                "claim": "Down-projections need more bits than up-projections",
-                "source": "Xie et al., arXiv 2504.12345",
-                "verdict": "confirmed",
-                "figures": "down costs 1.42 × up at 2 bits (RTN, geometric mean of 4 layers)",
-            },
-            {
-                "claim": "Fifteen times fewer measurements at parity",
-                "source": "FRI-MxMoE",
-                "verdict": "not decidable",
-                "figures": "KL 0.0231 ± 0.0011 against 0.0224 ± 0.0010",
-            },
-        ],
+        "refine": {f"{b:g}bpw": refined_steps() for b in budgets[:2]},
+        "claims": copy.deepcopy(CLAIMS),
     }
 
 

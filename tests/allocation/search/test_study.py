@@ -1,22 +1,19 @@
 """Studies: shared, resumed, repeatable, and refused in one line."""
 
-import contextlib
 import hashlib
 import json
 import os
 import signal
-import sqlite3
 import subprocess
 import sys
-from typing import Any
 
 import numpy as np
 import optuna
 import pytest
 
-from bitknap.allocation import BitPlan, Budget, CostTable, formats
+from bitknap.allocation import BitPlan, Budget
 from bitknap.allocation.search.best_trials import best, front, records
-from bitknap.allocation.search.optuna_trials import attempts, make_sampler, open_storage, shown
+from bitknap.allocation.search.optuna_trials import attempts, make_sampler
 from bitknap.allocation.search.optuna_trials import worker as worker_name
 from bitknap.allocation.search.search_space import Knobs
 from bitknap.allocation.search.study import create, load, plan_of, run
@@ -26,37 +23,11 @@ from bitknap.errors import (
     BitknapError,
     FileError,
     InfeasibleError,
-    InputError,
     MismatchError,
 )
-from bitknap.testing import routed_units
 
 TILTS = Knobs(tilts=("layer", "proj"))
 AT = Budget.bits(4.5)
-WIDTHS = formats((2, 3, 4), (8, "row"))
-
-
-def design(**how):
-    return Design(budget=AT, **how)
-
-
-def save(path, seed=0, model="abc"):
-    draw = np.random.default_rng(seed)
-    units = routed_units(3, 4)
-    decay = np.array([4.0**-item.bits * (2 if item.group_size == 0 else 1) for item in WIDTHS])
-    cost = draw.lognormal(size=(len(units), 1)) * decay
-    table = CostTable.from_arrays(
-        cost, units=units, formats=WIDTHS, spread=0.2 * cost, provenance={"model": model}
-    )
-    table.save(path)
-    return path
-
-
-def loss(plan):
-    """Return a loss that no sum gives: the largest unit cost of a layer, layers weighed apart."""
-    bits = np.array([item.bits for item in plan.formats])[plan.choice]
-    each = 4.0**-bits
-    return float(sum((1 + 4 * i) * each[plan.units.layer == i].max() for i in range(3)))
 
 
 def losses(rows):
@@ -67,25 +38,15 @@ def sizes(rows):
     return np.array([row.nbytes for row in rows])
 
 
-@pytest.fixture
-def table(tmp_path):
-    return save(tmp_path / "table.safetensors")
-
-
 @pytest.fixture(params=["sqlite", "journal"])
 def url(request, tmp_path):
     return f"sqlite:///{tmp_path}/s.db" if request.param == "sqlite" else f"{tmp_path}/s.log"
 
 
-@pytest.fixture
-def journal(tmp_path):
-    return f"journal:{tmp_path}/s.log"
-
-
 # What a study is, and that it comes back the same
 
 
-def test_a_study_is_made_run_and_read(table, journal):
+def test_a_study_is_made_run_and_read(table, journal, design, loss):
     made = create("s", journal, table, design(knobs=TILTS, sampler=Sampler("tpe", seed=1)))
     assert [record.state for record in records(made)] == ["waiting"]
     told: list[Record] = []
@@ -115,7 +76,7 @@ def test_a_study_is_made_run_and_read(table, journal):
     }
 
 
-def test_the_header_can_be_saved(table, journal, tmp_path):
+def test_the_header_can_be_saved(table, journal, tmp_path, design, loss):
     made = create("s", journal, table, design())
     run(made, loss, 1)
     plan_of(made, best(made).params, best(made)).save(tmp_path / "plan.json")
@@ -123,7 +84,7 @@ def test_the_header_can_be_saved(table, journal, tmp_path):
 
 
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
-def test_one_worker_is_repeatable_and_may_stop_in_between(table, tmp_path, sampler):
+def test_one_worker_is_repeatable_and_may_stop_in_between(table, tmp_path, sampler, design, loss):
     params = []
     for name, parts in (("a", (12,)), ("b", (5, 7))):
         url = f"journal:{tmp_path}/{name}.log"
@@ -136,7 +97,7 @@ def test_one_worker_is_repeatable_and_may_stop_in_between(table, tmp_path, sampl
     assert len({json.dumps(p) for p in params[0]}) == 12
 
 
-def test_a_seed_matters(table, tmp_path):
+def test_a_seed_matters(table, tmp_path, design, loss):
     found = []
     for seed in (0, 1):
         made = create(
@@ -150,7 +111,7 @@ def test_a_seed_matters(table, tmp_path):
     assert found[0] != found[1]
 
 
-def test_equal_plans_are_measured_once(table, journal):
+def test_equal_plans_are_measured_once(table, journal, design, loss):
     seen = []
 
     def count(plan):
@@ -163,7 +124,7 @@ def test_equal_plans_are_measured_once(table, journal):
     assert len({record.loss for record in records(made)}) == len(seen)
 
 
-def test_features_turn_costs(table, journal, tmp_path):
+def test_features_turn_costs(table, journal, tmp_path, design, save, loss):
     other = save(tmp_path / "other.safetensors", seed=5)
     knobs = Knobs(exponents=("other",), risk=True, formats=True, floor=True, cap=True)
     made = create("s", journal, table, design(knobs=knobs), features=[other])
@@ -178,7 +139,7 @@ def test_features_turn_costs(table, journal, tmp_path):
             assert plan_of(study, record.params).total_bytes == record.nbytes
 
 
-def test_size_against_loss_gives_a_front(table, journal):
+def test_size_against_loss_gives_a_front(table, journal, loss):
     knobs = Knobs(tilts=("layer",), budget=(4.5, 8.0))
     made = create("s", journal, table, Design(knobs=knobs, sampler=Sampler("nsga2")))
     run(made, loss, 23)
@@ -200,7 +161,7 @@ def test_size_against_loss_gives_a_front(table, journal):
 # Trials that fail
 
 
-def test_failures_are_told_and_the_study_goes_on(table, journal):
+def test_failures_are_told_and_the_study_goes_on(table, journal, design):
     values = iter([float("nan"), 1.0, float("inf"), 2.0])
     made = create("s", journal, table, design(knobs=Knobs(tilts=("layer",), width=9)))
     run(made, lambda plan: next(values), 2)
@@ -212,7 +173,7 @@ def test_failures_are_told_and_the_study_goes_on(table, journal):
     ]
 
 
-def test_parameters_without_a_plan_are_pruned(table, journal):
+def test_parameters_without_a_plan_are_pruned(table, journal, design, loss):
     # 3 bits and a zero point a row of 16 do not fit 4.5 bpw: half of the floors have no plan.
     made = create("s", journal, table, design(knobs=Knobs(floor=True, formats=True)))
     run(made, loss, 12)
@@ -235,7 +196,7 @@ def test_failing_without_end_is_an_error(table):
     assert len(study.trials) == 5
 
 
-def test_an_error_of_the_measurement_comes_through(table, journal):
+def test_an_error_of_the_measurement_comes_through(table, journal, design):
     made = create("s", journal, table, design(knobs=TILTS))
 
     def broken(plan):
@@ -279,7 +240,7 @@ def worker(url, trials, seconds):
 
 
 @pytest.mark.slow
-def test_two_workers_share_a_study(table, url):
+def test_two_workers_share_a_study(table, url, design):
     knobs = Knobs(tilts=("layer",), width=3)
     made = create("s", url, table, design(knobs=knobs))
     processes = [worker(url, 2, 0.1) for _ in range(2)]
@@ -293,7 +254,7 @@ def test_two_workers_share_a_study(table, url):
     assert len({t.user_attrs["worker"] for t in made.trials.trials}) == 2
 
 
-def test_a_trial_that_another_worker_told_first_is_made_up_for(table, journal):
+def test_a_trial_that_another_worker_told_first_is_made_up_for(table, journal, design, loss):
     study = create("s", journal, table, design(knobs=TILTS))
 
     def told(plan):
@@ -306,7 +267,7 @@ def test_a_trial_that_another_worker_told_first_is_made_up_for(table, journal):
     assert records(study)[0].loss == 0.5
 
 
-def test_a_killed_worker_loses_its_running_trial_alone(table, journal):
+def test_a_killed_worker_loses_its_running_trial_alone(table, journal, design, loss):
     create("s", journal, table, design(knobs=TILTS))
     process = worker(journal, 5, 60)
     assert process.stdout.readline() == "measuring\n"
@@ -327,78 +288,11 @@ def test_a_killed_worker_loses_its_running_trial_alone(table, journal):
 @pytest.mark.parametrize(
     "name", [worker_name(), "elsewhere/0:1", ""], ids=["live", "foreign", "unsigned"]
 )
-def test_a_live_or_foreign_workers_trial_is_left_alone(table, journal, name):
+def test_a_live_or_foreign_workers_trial_is_left_alone(table, journal, name, design, loss):
     study = create("s", journal, table, design(knobs=TILTS))
     study.trials.ask().set_user_attr("worker", name)
     run(study, loss, 1)
     assert [record.state for record in records(study)] == ["running", "complete"]
-
-
-def test_a_torn_journal_is_mended(table, tmp_path):
-    path = tmp_path / "s.log"
-    made = create("s", str(path), table, design(knobs=TILTS))
-    run(made, loss, 2)
-    whole = path.read_bytes()
-    path.write_bytes(whole + b'{"op_code":4,"wor')
-    study = load("s", str(path))
-    assert path.read_bytes() == whole
-    run(study, loss, 1)
-    assert [record.state for record in records(load("s", str(path)))] == ["complete"] * 3
-
-
-@pytest.mark.parametrize("content", [b"my thesis", b'{"my": 1}\n{"thesis"', b'{"opinion'])
-def test_a_file_of_somebody_else_is_left_as_it_is(content, table, tmp_path):
-    path = tmp_path / "notes.log"
-    path.write_bytes(content)
-    with pytest.raises(InputError, match="not a journal of Optuna"):
-        load("s", str(path))
-    with pytest.raises(InputError, match="not a journal of Optuna"):
-        create("s", str(path), table, design())
-    assert path.read_bytes() == content
-
-
-def edited(path, where, change):
-    """Apply `change` to a part of the first record of a journal that has it."""
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    change(next(line[where] for line in lines if where in line))
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-@pytest.mark.parametrize(
-    ("where", "change"),
-    [
-        ("user_attr", lambda found: found["about"].update(seed="x")),
-        ("user_attr", lambda found: found["about"]["table"].update(path=7)),
-        ("user_attr", lambda found: found["about"]["knobs"].update(budget=[2, "a"])),
-        ("directions", lambda found: found.append(1)),
-    ],
-)
-def test_a_study_that_says_something_else_is_not_ours(where, change, table, tmp_path):
-    path = tmp_path / "s.log"
-    run(create("s", str(path), table, design(knobs=TILTS)), loss, 1)
-    edited(path, where, change)
-    with pytest.raises(InputError, match="is not of Bitknap; choose another"):
-        load("s", str(path))
-
-
-@pytest.mark.parametrize("attribute", [{"bytes": "many"}, {"predicted": [1]}, {"bpw": None}])
-def test_trials_that_say_something_else_are_not_ours(attribute, table, tmp_path):
-    path = tmp_path / "s.log"
-    made = create("s", str(path), table, design(knobs=TILTS))
-    run(made, loss, 1)
-    made.trials._storage.set_trial_user_attr(made.trials.ask()._trial_id, *attribute.popitem())
-    with pytest.raises(InputError, match="is not of Bitknap; choose another"):
-        load("s", str(path))
-
-
-def test_a_dead_workers_lock_is_broken(table, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    made = create("s", "journal:s.log", table, design(knobs=TILTS))
-    (tmp_path / "s.log.lock").touch()
-    storage: Any = made.trials._storage
-    storage._backend._lock.grace_period = 1
-    run(made, loss, 1)
-    assert not (tmp_path / "s.log.lock").exists()
 
 
 def test_draws_depend_on_the_seed_and_the_number_alone():
@@ -414,7 +308,7 @@ def test_draws_depend_on_the_seed_and_the_number_alone():
 # What is refused
 
 
-def test_another_table_is_refused(table, journal, tmp_path):
+def test_another_table_is_refused(table, journal, tmp_path, design, save):
     create("s", journal, table, design())
     other = save(tmp_path / "other.safetensors", seed=9)
     with pytest.raises(MismatchError, match=r"other\.safetensors: not the table that study 's'"):
@@ -425,7 +319,7 @@ def test_another_table_is_refused(table, journal, tmp_path):
     assert load("s", journal, table=moved).about["table"]["name"] == "table"
 
 
-def test_another_measurement_is_refused(table, journal):
+def test_another_measurement_is_refused(table, journal, design, loss):
     made = create("s", journal, table, design())
     run(made, loss, 1, measured={"model": "a", "tokens": 10})
     with pytest.raises(MismatchError) as error:
@@ -433,62 +327,6 @@ def test_another_measurement_is_refused(table, journal):
     assert str(error.value) == (
         "study 's': tokens was 10, now 20; losses would not compare; create a new study"
     )
-
-
-def test_existing_and_missing_studies(table, journal):
-    create("s", journal, table, design())
-    with pytest.raises(InputError, match=r"study 's' exists in .*; run it, or choose another name"):
-        create("s", journal, table, design())
-    with pytest.raises(InputError, match=r"study 't' is not in .*; there: s"):
-        load("t", journal)
-    with pytest.raises(InputError, match="study 's' has no complete trial; run it first"):
-        best(load("s", journal))
-
-
-def test_a_study_of_somebody_else_is_refused(table, journal):
-    storage = open_storage(journal, create=True)
-    optuna.create_study(study_name="foreign", storage=storage)
-    with pytest.raises(InputError, match=r"study 'foreign' in .* is not of Bitknap"):
-        load("foreign", journal)
-
-
-@pytest.mark.parametrize(
-    ("storage", "message"),
-    [
-        ("sqlite:////nowhere/at/all.db", r"cannot be reached \(unable to open database file\)"),
-        ("study.db", "Could not parse SQLAlchemy URL from given URL string; write one like sqlite"),
-        ("nosuch://host/x", "Can't load plugin: sqlalchemy.dialects:nosuch; write one like sqlite"),
-        ("mysql+nodriver://u:secret@h/x", r"write one like sqlite"),
-        ("postgresql://u:secret@h/x", "driver psycopg2? is not installed; pip install psycopg"),
-        ("journal:/nowhere/at/all.log", r"cannot be used \(No such file or directory\)"),
-    ],
-)
-def test_unreachable_storages_are_one_line(table, storage, message):
-    with pytest.raises(InputError, match=message) as error:
-        create("s", storage, table, design())
-    assert "\n" not in str(error.value)
-    assert "secret" not in str(error.value)
-
-
-def test_missing_and_foreign_files(table, tmp_path):
-    for name in ("sqlite:///x.db", "journal:x.log"):
-        scheme, path = name.split("x.")
-        url = f"{scheme}{tmp_path}/x.{path}"
-        with pytest.raises(InputError, match="no such file; create a study in it first"):
-            load("s", url)
-    assert list(tmp_path.iterdir()) == [table]
-    for suffix in ("log", "db"):
-        (tmp_path / f"f.{suffix}").write_text("no journal and no database at all\n" * 50)
-    with pytest.raises(InputError, match="not a journal of Optuna"):
-        load("s", f"{tmp_path}/f.log")
-    with pytest.raises(InputError, match="file is not a database"):
-        load("s", f"sqlite:///{tmp_path}/f.db")
-
-
-def test_passwords_are_not_shown():
-    assert shown("postgresql://u:secret@h/x") == "postgresql://u:***@h/x"
-    assert shown("journal:x.log") == "journal:x.log"
-    assert shown("a b://secret") == "a b://…"
 
 
 @pytest.mark.parametrize(
@@ -529,59 +367,3 @@ def test_importing_is_light():
         env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert out.stdout.strip() == "[]"
-
-
-@pytest.mark.parametrize("content", [b"my notes\n", b"{}\n", b"[1]\n", b"\xff\xfe", b"[" * 10**5])
-def test_a_file_that_is_no_journal_is_left_as_it_is(tmp_path, content):
-    notes = tmp_path / "notes.txt"
-    notes.write_bytes(content)
-    with pytest.raises(InputError, match="not a journal of Optuna; choose another file"):
-        open_storage(f"journal:{notes}", create=True)
-    assert notes.read_bytes() == content
-    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
-
-
-def notes(database):
-    database.execute("CREATE TABLE thesis (page INTEGER, words TEXT)")
-
-
-def without_a_table(database):
-    database.execute("DROP TABLE trial_heartbeats")
-
-
-def without_a_version(database):
-    database.execute("DELETE FROM version_info")
-
-
-@pytest.mark.parametrize("damage", [notes, without_a_table, without_a_version])
-def test_a_database_that_is_not_optunas_is_left_as_it_is(damage, table, tmp_path):
-    """Optuna would add its tables to it."""
-    path = tmp_path / "s.db"
-    if damage is not notes:
-        create("s", f"sqlite:///{path}", table, design(knobs=TILTS))
-    with contextlib.closing(sqlite3.connect(path)) as database, database:
-        damage(database)
-    content = path.read_bytes()
-    with pytest.raises(InputError, match=r"s\.db: it .* no database of this version of Optuna"):
-        load("s", f"sqlite:///{path}")
-    with pytest.raises(InputError, match=r"s\.db: it .* no database of this version of Optuna"):
-        create("t", f"sqlite:///{path}", table, design(knobs=TILTS))
-    assert path.read_bytes() == content
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        "DELETE FROM trial_values",
-        "UPDATE trial_values SET objective = 7",
-        "UPDATE trial_params SET distribution_json = '{'",
-        "UPDATE trial_user_attributes SET value_json = '['",
-    ],
-)
-def test_a_damaged_study_in_a_database_is_one_line(damage, table, tmp_path):
-    url = f"sqlite:///{tmp_path}/s.db"
-    run(create("s", url, table, design(knobs=TILTS)), loss, 1)
-    with contextlib.closing(sqlite3.connect(tmp_path / "s.db")) as database, database:
-        database.execute(damage)
-    with pytest.raises(InputError, match=r"damaged|not of Bitknap"):
-        load("s", url)

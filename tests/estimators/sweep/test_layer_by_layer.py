@@ -10,22 +10,19 @@ from safetensors import SafetensorError
 from bitknap.allocation import formats
 from bitknap.api.estimation import estimate
 from bitknap.api.requests import Calibration
-from bitknap.errors import BitknapError, FileError, InputError, ModelError
+from bitknap.errors import FileError, InputError, ModelError
 from bitknap.estimators.costs.moments import SecondMoments
-from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.measuring import kl_replay
 from bitknap.estimators.measuring.readings import Readings, folder_of, forget
 from bitknap.estimators.sweep import (
-    disk_tensors,
     finished_layers,
     layer_by_layer,
-    peak_memory,
     text_stream,
 )
 from bitknap.estimators.sweep import in_memory as whole_pass
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
-from bitknap.estimators.sweep.peak_memory import layer_bytes, peak_bytes, way_to_calibrate
+from bitknap.estimators.sweep.peak_memory import layer_bytes
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.quantization.models.headers_only import walk_headers
@@ -325,99 +322,3 @@ def test_a_missing_tensor(tmp_path):
     broken = Checkpoint(folder=source.folder, config=source.config, headers=headers)
     with pytest.raises(FileError, match=r"model\.layers\.1\.input_layernorm\.weight of the model"):
         calibrate_by_layer(broken, windows())
-
-
-def test_files_of_tensors(tmp_path):
-    found = disk_tensors.moved(torch.arange(6).view(2, 3), torch.float32, tmp_path)
-    assert torch.equal(found, torch.arange(6.0).view(2, 3))
-    assert disk_tensors.moved(torch.zeros(0, 3)).shape == (0, 3)
-    assert list(tmp_path.iterdir()) == []  # without a name from the start
-    assert disk_tensors.on_disk((0, 3), torch.float32, tmp_path).shape == (0, 3)
-    path = tmp_path / "named"
-    disk_tensors.on_disk((2, 3), torch.bfloat16, path=path).fill_(1.5)
-    assert torch.equal(
-        disk_tensors.read_back(path, (2, 3), torch.bfloat16), torch.full((2, 3), 1.5)
-    )
-    with pytest.raises(FileError, match=r"named: has 12 bytes, expected 8$"):
-        disk_tensors.read_back(path, (2, 1), torch.float32)
-    path.unlink()
-    with pytest.raises(FileError, match=r"named: cannot be read"):
-        disk_tensors.read_back(path, (2, 1), torch.float32)
-    with pytest.raises(InputError, match=r"none: cannot be written to .*; set TMPDIR$"):
-        disk_tensors.on_disk((1,), torch.float32, tmp_path / "none")
-
-
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
-    def full(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(BitknapError, match=r": no room for 40 bytes of activations; free some, or"):
-        disk_tensors.on_disk((10,), torch.float32, tmp_path)
-
-
-@pytest.fixture(scope="module")
-def deep(tmp_path_factory):
-    source = stored(tmp_path_factory.mktemp("model"), num_hidden_layers=8, hidden_size=64)
-    return source, walk_headers(source.config, source.shapes, ())
-
-
-def way(model, needs, limit):
-    source, layout = model
-    return way_to_calibrate(source, layout, 64, needs, limit)
-
-
-def peak(model, needs, *, by_layer):
-    source, layout = model
-    return peak_bytes(source, layout, 64, needs, by_layer=by_layer)
-
-
-def alone(model, needs, *, tokens=64):
-    source, layout = model
-    return layer_bytes(source, layout, tokens, needs)
-
-
-def test_the_whole_model_where_it_fits(deep):
-    assert way(deep, {"moments"}, None) == "whole"
-    most = peak(deep, {"moments"}, by_layer=False)
-    assert way(deep, {"moments"}, most) == "whole"
-    assert way(deep, {"moments"}, most - 1) == "layers"
-
-
-def test_gradients_one_layer_at_a_time(deep):
-    most = peak(deep, {"curvature"}, by_layer=True)
-    assert way(deep, {"curvature"}, most) == "gradients"
-
-
-def test_what_needs_the_whole_model_is_refused(deep):
-    needs = Calibrated().needs
-    limit = alone(deep, needs)
-    with pytest.raises(InputError) as caught:
-        way(deep, needs, limit)
-    assert str(caught.value).startswith("memory: gradients and measured KL take the whole mode")
-    assert str(caught.value).endswith(
-        "raise the limit, or use an estimator that goes layer by layer, such as moments or "
-        "weight-error, or reads weights alone, such as data-free"
-    )
-
-
-def test_less_than_a_layer_is_refused(deep):
-    least = alone(deep, {"moments"})
-    assert way(deep, {"moments"}, least) == "layers"
-    with pytest.raises(InputError, match=r"take fewer tokens, or use an estimator of weights"):
-        way(deep, {"moments"}, least - 1)
-
-
-def test_more_layers_take_hardly_more(deep, tmp_path):
-    source = stored(tmp_path, num_hidden_layers=16, hidden_size=64)
-    twice = source, walk_headers(source.config, source.shapes, ())
-    more = alone(twice, {"moments"}) - alone(deep, {"moments"})
-    sums = sum(x.experts * (x.hidden + 3 * x.intermediate) for x in deep[1].layers)
-    assert more == 8 * sums
-
-
-@pytest.mark.parametrize("need", ["full", "traces"])
-def test_what_is_recorded_takes_more(need, deep):
-    one = alone(deep, {"moments", need}, tokens=640)
-    assert one > alone(deep, {"moments"}, tokens=640)
-    assert need not in peak_memory.WHOLE

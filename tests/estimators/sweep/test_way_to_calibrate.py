@@ -1,0 +1,85 @@
+"""The whole model, gradients by layer, or layers: which of them fits a limit of memory."""
+
+import pytest
+
+from bitknap.errors import InputError
+from bitknap.estimators.group_kl.calibrated import Calibrated
+from bitknap.estimators.sweep import (
+    peak_memory,
+)
+from bitknap.estimators.sweep.peak_memory import layer_bytes, peak_bytes, way_to_calibrate
+from bitknap.quantization.models.headers_only import walk_headers
+from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.testing import tiny_model
+
+
+def model_of(folder, layers):
+    """Save a Mixtral of so many layers; return its checkpoint and its layout."""
+    tiny_model("mixtral", num_hidden_layers=layers, hidden_size=64).save_pretrained(folder)
+    source = Checkpoint.open(folder)
+    return source, walk_headers(source.config, source.shapes, ())
+
+
+@pytest.fixture(scope="module")
+def deep(tmp_path_factory):
+    return model_of(tmp_path_factory.mktemp("model"), 8)
+
+
+def way(model, needs, limit):
+    source, layout = model
+    return way_to_calibrate(source, layout, 64, needs, limit)
+
+
+def peak(model, needs, *, by_layer):
+    source, layout = model
+    return peak_bytes(source, layout, 64, needs, by_layer=by_layer)
+
+
+def alone(model, needs, *, tokens=64):
+    source, layout = model
+    return layer_bytes(source, layout, tokens, needs)
+
+
+def test_the_whole_model_where_it_fits(deep):
+    assert way(deep, {"moments"}, None) == "whole"
+    most = peak(deep, {"moments"}, by_layer=False)
+    assert way(deep, {"moments"}, most) == "whole"
+    assert way(deep, {"moments"}, most - 1) == "layers"
+
+
+def test_gradients_one_layer_at_a_time(deep):
+    most = peak(deep, {"curvature"}, by_layer=True)
+    assert way(deep, {"curvature"}, most) == "gradients"
+
+
+def test_what_needs_the_whole_model_is_refused(deep):
+    needs = Calibrated().needs
+    limit = alone(deep, needs)
+    with pytest.raises(InputError) as caught:
+        way(deep, needs, limit)
+    assert str(caught.value).startswith("memory: gradients and measured KL take the whole mode")
+    assert str(caught.value).endswith(
+        "raise the limit, or use an estimator that goes layer by layer, such as moments or "
+        "weight-error, or reads weights alone, such as data-free"
+    )
+
+
+def test_less_than_a_layer_is_refused(deep):
+    least = alone(deep, {"moments"})
+    assert way(deep, {"moments"}, least) == "layers"
+    with pytest.raises(InputError, match=r"take fewer tokens, or use an estimator of weights"):
+        way(deep, {"moments"}, least - 1)
+
+
+def test_more_layers_take_hardly_more(deep, tmp_path):
+    twice = model_of(tmp_path, 16)
+    more = alone(twice, {"moments"}) - alone(deep, {"moments"})
+    sums = sum(x.experts * (x.hidden + 3 * x.intermediate) for x in deep[1].layers)
+    assert more == 8 * sums
+
+
+@pytest.mark.parametrize("need", ["full", "traces"])
+def test_what_is_recorded_takes_more(need, deep):
+    one = alone(deep, {"moments", need}, tokens=640)
+    assert one > alone(deep, {"moments"}, tokens=640)
+    assert need not in peak_memory.WHOLE
