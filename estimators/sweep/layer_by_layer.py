@@ -59,8 +59,7 @@ def calibrate_by_layer(
         recorded: what to record; gradients and curvature cannot be.
         include: roles that are units in addition to the routed experts.
         seed: random seed of the noise that measures gains.
-        readings: journal of finished layers, whose files the evidence reads; no journal if not
-            given.
+        readings: journal of finished layers, whose files the evidence reads; none by default.
         progress: called with (what, done, of).
 
     Returns:
