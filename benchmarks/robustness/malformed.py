@@ -19,7 +19,7 @@ MEMORY = 1 << 30
 # Files beside the folder that commands run in, which nothing may touch.
 _BESIDE = ("beside.txt", "beside.safetensors")
 # Where a name out of a damaged file could lead.
-_OUTSIDE = ("/outside", "/work/outside")
+_OUTSIDE = ("/outside", "/srv/outside")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
