@@ -27,6 +27,16 @@ from bitknap.errors import FileError, MismatchError
 from bitknap.report.quantize_document import coverage_of, frontier_points
 
 # All files that a comparison writes into its folder.
+# All that a run will write, listed before it does, so that a kill leaves nothing unknown.
+_TO_COME = (
+    "compare.json",
+    "pareto.png",
+    "plans/",
+    "report.html",
+    "rows.csv",
+    "times.json",
+    f"{WORK}/",
+)
 _NAMES = r"compare\.json|times\.json|report\.html|rows\.csv|pareto\.png|plans|\.work|" + re.escape(
     MANIFEST
 )
@@ -133,9 +143,10 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
             new = beside(part, "new")
             check_only(new, _NAMES)
             (new / WORK).mkdir(parents=True, exist_ok=True)
+            sign(new, _TO_COME)
             new.rename(part)
         (part / WORK).mkdir(exist_ok=True)
-        sign(part, [*_written(part), f"{WORK}/"])
+        sign(part, [*_written(part), *_TO_COME])
         yield part
         sign(part, _written(part))
         if part != out:
