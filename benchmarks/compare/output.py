@@ -26,8 +26,8 @@ from bitknap.disk.outputs import check_only, drop, place, writing
 from bitknap.errors import FileError, MismatchError
 from bitknap.report.quantize_document import coverage_of, frontier_points
 
-# All files that a comparison writes into its folder.
-# All that a run will write, listed before it does, so that a kill leaves nothing unknown.
+# All that a comparison writes into its folder, folders with a slash. It is listed before it is
+# written, so that a kill leaves nothing unknown.
 _TO_COME = (
     "compare.json",
     "pareto.png",
@@ -37,9 +37,7 @@ _TO_COME = (
     "times.json",
     f"{WORK}/",
 )
-_NAMES = r"compare\.json|times\.json|report\.html|rows\.csv|pareto\.png|plans|\.work|" + re.escape(
-    MANIFEST
-)
+_NAMES = "|".join(re.escape(name.rstrip("/")) for name in (*_TO_COME, MANIFEST))
 _PACKAGES = ("numpy", "torch", "transformers", "optuna", "highspy", "scikit-fuzzy")
 
 
