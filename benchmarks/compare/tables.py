@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -10,6 +11,7 @@ from typing import Any
 
 from bitknap.allocation import CostTable, Format
 from bitknap.benchmarks.compare.models import Setting
+from bitknap.disk.atomic import read_json, write_whole
 from bitknap.estimators.catalog import COSTS, ROUTER, SIGNALS
 from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.evidence.evidence import Evidence
@@ -47,7 +49,7 @@ class Tables:
         setting: the inputs of the estimators.
         folder: folder that keeps tables; they are not kept when not given.
         known: tables that exist already.
-        seconds: time that each table took.
+        seconds: time that each table took, in this run or before it was killed.
     """
 
     setting: Setting
@@ -55,21 +57,34 @@ class Tables:
     known: dict[str, CostTable] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        if self._clock is not None and self._clock.is_file():
+            self.seconds.update(read_json(self._clock))
+
     def of(self, name: str) -> CostTable:
         """Return the table of an estimator, with costs that rise with the width pooled."""
         if name not in self.known:
-            kept = self._kept(name)
-            start = time.perf_counter()
-            self.known[name] = kept or self._made(name)
-            self.seconds[name] = time.perf_counter() - start
-            if kept is None and self.folder is not None:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self.known[name].save(self.folder / f"{name}.safetensors")
+            self.known[name] = self._kept(name) or self._timed(name)
         return self.known[name]
 
     def measurements(self, name: str) -> int:
         """Return the number of KL readings that an estimator's table took."""
         return int(self.of(name).provenance.get("measurements", 0))
+
+    @property
+    def _clock(self) -> Path | None:
+        return None if self.folder is None else self.folder / "seconds.json"
+
+    def _timed(self, name: str) -> CostTable:
+        """Return a new table, and keep it with the time that it took."""
+        start = time.perf_counter()
+        table = self._made(name)
+        self.seconds[name] = time.perf_counter() - start
+        if self.folder is not None and self._clock is not None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(self._clock, json.dumps(self.seconds).encode())
+            table.save(self.folder / f"{name}.safetensors")
+        return table
 
     def _kept(self, name: str) -> CostTable | None:
         """Return the table of an earlier run of the same comparison; its journal vouches for it."""

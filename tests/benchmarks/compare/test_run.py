@@ -124,6 +124,8 @@ def test_a_killed_comparison_goes_on(words, tmp_path, background):
     main([*words, *some, "-o", str(two)])
     for name in ("rows.csv", "pareto.png", "plans/3bpw.json"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
+    timed = [json.loads((folder / "times.json").read_text()) for folder in (one, two)]
+    assert timed[0]["tables"].keys() == timed[1]["tables"].keys()
     assert not (two / running.WORK).exists()
 
 
