@@ -7,15 +7,17 @@ cannot be derived from tensors.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import tempfile
-from collections.abc import Collection, Mapping
+import secrets
+import shutil
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bitknap.disk.atomic import write_whole
+from bitknap.disk.atomic import try_lock, write_whole
 from bitknap.disk.manifest import MANIFEST, names_in, sign, written_in
 from bitknap.errors import FileError, InputError
 from bitknap.quantization.packed.config import STUB, packed_config, plain_config, stub
@@ -25,6 +27,7 @@ from bitknap.quantization.source.safetensors_header import PACKED, PLAIN, STEMS
 
 _NEEDED = (PLAN, SOURCE)
 _OPTIONAL = (CARD, SOURCE_CARD)
+_STAGING = ".saving."
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,8 +95,7 @@ def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> No
     _check_weights(out, ours)
     out.mkdir(parents=True, exist_ok=True)
     quantizer = model.hf_quantizer
-    with tempfile.TemporaryDirectory(dir=out, prefix=".saving.") as name:
-        part = Path(name)
+    with _staging(out, ours) as part:
         type(model).save_pretrained(model, part, **kwargs)
         weights = _rename(part)
         quantizer.quantization_config.weights = weights
@@ -104,13 +106,54 @@ def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> No
         for file in made:
             _check_replaceable(out, file, ours)
         names = {file.name for file in made}
-        sign(out, ours | names)
+        sign(out, ours | names | {f"{part.name}/"})
         for file in made:
             file.replace(out / file.name)
         for old in _weights(out):
             if old.name not in names:
                 old.unlink()
     sign(out, (ours | names).intersection(names_in(out)))
+
+
+@contextlib.contextmanager
+def _staging(out: Path, ours: Collection[str]) -> Iterator[Path]:
+    """Yield a temporary folder in `out`, listed there so that a kill leaves nothing unknown.
+
+    Those that killed runs left are deleted. If the block fails, the list is as it was.
+    """
+    for name in ours:
+        if name.startswith(_STAGING):
+            _clean_up(out / name)
+    listed = out / MANIFEST
+    before = listed.read_bytes() if listed.is_file() else None
+    part = out / f"{_STAGING}{secrets.token_hex(4)}"
+    sign(out, {*ours, f"{part.name}/"})
+    part.mkdir()
+    handle = os.open(part, os.O_RDONLY)
+    try:
+        try_lock(handle)
+        yield part
+    except BaseException:
+        if before is None:
+            listed.unlink(missing_ok=True)
+        else:
+            write_whole(listed, before)
+        raise
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+        os.close(handle)
+
+
+def _clean_up(folder: Path) -> None:
+    """Delete the temporary folder of another run unless that run still holds its lock."""
+    if not folder.is_dir() or folder.is_symlink():
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        if try_lock(handle):
+            shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(handle)
 
 
 def _weights(folder: Path) -> list[Path]:

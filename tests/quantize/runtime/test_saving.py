@@ -1,7 +1,10 @@
 """`save_pretrained` of a packed model: the packed checkpoint again, or a plain one."""
 
 import json
+import os
 import shutil
+import signal
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +14,12 @@ from transformers import (
     AutoModelForCausalLM,
 )
 
+from bitknap.disk.manifest import check_ours, listed, names_in
 from bitknap.errors import InputError
 from bitknap.quantization.packed.config import STUB
 from bitknap.quantization.packed.convert_layout import convert
 from bitknap.quantization.packed.folder import PLAN, SOURCE
-from bitknap.quantization.runtime import loading
+from bitknap.quantization.runtime import loading, saving
 from bitknap.quantization.runtime.saving import Companions
 from bitknap.testing import packed_checkpoint
 from bitknap.transformers_hook import install
@@ -192,3 +196,39 @@ def test_files_of_ones_own_stay_beside_what_is_saved_again(kept_packed, tmp_path
     assert [file.name for file in tmp_path.glob("*.safetensors*")] == ["bitknap.safetensors"]
     (tmp_path / "bitknap_files.json").unlink()  # as of an earlier version
     kept_packed.save_pretrained(tmp_path)
+
+
+def test_a_killed_run_leaves_nothing_unknown(kept_packed, tmp_path):
+    out = tmp_path / "out"
+    kept_packed.save_pretrained(out)
+    (out / "notes.txt").write_text("mine")
+    before = contents(out)
+    for moment in ("save_pretrained", "replace"):
+        kill_while_saving(kept_packed, out, moment)
+        left = {name.partition("/")[0] for name in names_in(out)} - before.keys()
+        assert left
+        assert all(f"{name}/" in listed(out) for name in left)
+        with pytest.raises(InputError, match=r"notes\.txt was not written by Bitknap"):
+            check_ours(out)
+        kept_packed.save_pretrained(out)
+        assert contents(out) == before
+
+
+def kill_while_saving(model, out, moment):
+    """Save in a child process that is killed when the first file is to move, or before that."""
+    child = os.fork()
+    if child == 0:
+        owner = type(model) if moment == "save_pretrained" else Path
+        plain = getattr(owner, moment)
+
+        def killed(one, *args, **kwargs):
+            if moment == "save_pretrained":
+                Path(args[0], "model.safetensors").write_bytes(b"half")
+                os.kill(os.getpid(), signal.SIGKILL)
+            if one.parent.name.startswith(".saving.") and args[0].parent == out:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return plain(one, *args, **kwargs)
+
+        setattr(owner, moment, killed)
+        saving.save_pretrained(model, out)
+    assert os.waitpid(child, 0)[1] == signal.SIGKILL
