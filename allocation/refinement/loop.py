@@ -22,6 +22,7 @@ from bitknap.allocation.refinement.history import Measure, Rounds, Step, solved
 from bitknap.allocation.refinement.proposers import Driver, Thompson, Tilting
 from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.allocation.solvers.solving import solve
+from bitknap.deprecation import renamed_value
 from bitknap.errors import InputError, MismatchError
 from bitknap.progress import Progress
 
@@ -30,7 +31,8 @@ __all__ = ["Measure", "Refine", "Refined", "Step"]
 EVALUATIONS = 64
 # One-sided 5 %.
 SURE = 1.645
-_DRIVERS = ("belief", "tpe", "cmaes")
+_DRIVERS = ("posterior", "tpe", "cmaes")
+FORMER_DRIVERS = {"belief": "posterior"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -61,8 +63,8 @@ class Refine:
             run on the rest.
         evaluations: number of plans to measure, at least 1.
         others: other tables of the same units and formats; their plans are measured second.
-        driver: how costs are proposed: "belief" samples the posterior; "tpe" and "cmaes" are
-            Optuna's samplers over one tilt per layer and projection.
+        driver: how costs are proposed: "posterior" samples their posterior; "tpe" and "cmaes"
+            are Optuna's samplers over one tilt per layer and projection.
         sure: gain, in standard errors, that a plan needs to be accepted.
         seed: random seed.
         progress: called with ("refine", done, of).
@@ -71,7 +73,7 @@ class Refine:
     parts: tuple[Measure, ...]
     evaluations: int = EVALUATIONS
     others: tuple[CostTable, ...] = ()
-    driver: Literal["belief", "tpe", "cmaes"] = "belief"
+    driver: Literal["posterior", "tpe", "cmaes"] = "posterior"
     sure: float = SURE
     seed: int = 0
     progress: Progress | None = None
@@ -81,6 +83,9 @@ class Refine:
             raise InputError("parts: none; give a measure of at least one part of a text")
         if whole("evaluations", self.evaluations) < 1:
             raise InputError(f"evaluations: {self.evaluations} is below 1, the table's own plan")
+        # The dataclass's own __init__ stands between here and the caller.
+        driver = renamed_value("driver", self.driver, FORMER_DRIVERS, stacklevel=3)
+        object.__setattr__(self, "driver", driver)
         if self.driver not in _DRIVERS:
             raise InputError(f"driver: {self.driver!r} is not one of {', '.join(_DRIVERS)}")
         if not self.sure >= 0:
@@ -128,7 +133,9 @@ class Refine:
             if choice is not None and rounds.new(choice) and len(rounds.steps) < self.evaluations:
                 rounds.take("other table", choice)
         driver: Driver
-        driver = Thompson(self.seed) if self.driver == "belief" else Tilting(self.driver, self.seed)
+        driver = (
+            Thompson(self.seed) if self.driver == "posterior" else Tilting(self.driver, self.seed)
+        )
         while (left := self.evaluations - len(rounds.steps)) > 0:
             if self.progress:
                 self.progress("refine", len(rounds.steps), self.evaluations)

@@ -4,6 +4,7 @@ A renamed keyword:           `@renamed_keywords(tokens="calibration_tokens")` on
 Keywords that became one:    `@grouped_keywords("calibration", Calibration)` on the function
 A renamed function or class: `__getattr__ = renamed_names(__name__, {"Old": "package.module:New"})`
 A module that moved:         `__getattr__ = moved_module(__name__, "package.new_module")`
+A renamed value:             `driver = renamed_value("driver", driver, {"old": "new"})`
 Anything else:               `warn_renamed("the option --old", "--new")`
 """
 
@@ -40,6 +41,24 @@ def warn_renamed(old: str, new: str, *, stacklevel: int = 2) -> None:
             2 the function that calls that one.
     """
     warnings.warn(message(old, new), DeprecationWarning, stacklevel=stacklevel + 1)
+
+
+def renamed_value(
+    what: str, value: Any, new_of_old: Mapping[str, str], *, stacklevel: int = 2
+) -> Any:
+    """Return the current spelling of a value; warn if the value is an old spelling.
+
+    Args:
+        what: The keyword or field that takes the value.
+        value: The value as given.
+        new_of_old: The new spelling of each old one.
+        stacklevel: Which caller the warning points to; see `warn_renamed`.
+    """
+    if not isinstance(value, str) or value not in new_of_old:
+        return value
+    new = new_of_old[value]
+    warn_renamed(f"{what}={value!r}", f"{what}={new!r}", stacklevel=stacklevel + 1)
+    return new
 
 
 def renamed_keywords(**new_of_old: str) -> Callable[[Callable[P, R]], Callable[P, R]]:

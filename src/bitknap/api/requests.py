@@ -16,7 +16,8 @@ from bitknap.allocation import Format, Units
 from bitknap.allocation import formats as make_formats
 from bitknap.allocation.problem.checks import number, whole
 from bitknap.allocation.problem.format import GROUP_SIZES
-from bitknap.allocation.refinement.loop import EVALUATIONS
+from bitknap.allocation.refinement.loop import EVALUATIONS, FORMER_DRIVERS
+from bitknap.deprecation import renamed_value
 from bitknap.errors import InputError
 from bitknap.estimators.costs.weighed_errors import plainest
 from bitknap.estimators.measuring.documents import TextLike, text_of
@@ -235,13 +236,18 @@ class Refinement:
 
     Attributes:
         evaluations: Number of plans to measure.
-        driver: How plans are proposed: "belief" (a Bayesian cost model), or by Optuna's "tpe" or
-            "cmaes" sampler.
+        driver: How plans are proposed: "posterior" (a Bayesian model of the costs), or by Optuna's
+            "tpe" or "cmaes" sampler.
         tokens: Number of calibration tokens to measure plans on.
         seed: Random seed of the proposals.
     """
 
     evaluations: int = EVALUATIONS
-    driver: Literal["belief", "tpe", "cmaes"] = "belief"
+    driver: Literal["posterior", "tpe", "cmaes"] = "posterior"
     tokens: int = REFINE_TOKENS
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        # The dataclass's own __init__ stands between here and the caller.
+        driver = renamed_value("driver", self.driver, FORMER_DRIVERS, stacklevel=3)
+        object.__setattr__(self, "driver", driver)

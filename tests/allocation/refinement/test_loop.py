@@ -1,11 +1,14 @@
 """The closed loop: never worse by its own measure, within all limits, the same by seed."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from bitknap.allocation import Budget, CostTable, Knapsack, Problem, formats, profile, solve
 from bitknap.allocation.refinement.loop import Refine
 from bitknap.allocation.solvers.solving import within
+from bitknap.api.requests import Refinement
 from bitknap.errors import BitknapError, InfeasibleError, InputError, MismatchError
 from bitknap.testing import random_table, routed_units
 
@@ -71,7 +74,7 @@ def test_a_table_that_is_right_is_left_alone(problem):
     assert [step.accepted for step in found.steps] == [True] + [False] * (len(found.steps) - 1)
 
 
-@pytest.mark.parametrize("driver", ["belief", "tpe", "cmaes"])
+@pytest.mark.parametrize("driver", ["posterior", "tpe", "cmaes"])
 def test_plans_keep_to_ties_and_limits_and_repeat_by_seed(driver):
     tied = table().tie(profile("expert"))
     problem = Problem(tied, [Budget.bits(6.5)])
@@ -81,6 +84,18 @@ def test_plans_keep_to_ties_and_limits_and_repeat_by_seed(driver):
     assert [s.choice.tolist() for s in one.steps] == [s.choice.tolist() for s in two.steps]
     keys = {step.choice.tobytes() for step in one.steps}
     assert 2 < len(keys) == len(one.steps) <= 10
+
+
+def test_the_old_name_of_the_posterior_warns_and_works(problem):
+    with pytest.warns(
+        DeprecationWarning, match="driver='belief' is deprecated.*'posterior'"
+    ) as warned:
+        settings = Refine(parts=hidden(problem), driver="belief")  # type: ignore[arg-type]
+    assert settings == replace(settings, driver="posterior")
+    assert warned[0].filename == __file__
+    with pytest.warns(DeprecationWarning) as warned:
+        assert Refinement(driver="belief") == Refinement()  # type: ignore[arg-type]
+    assert warned[0].filename == __file__
 
 
 def test_as_a_solver_it_gives_the_same_plan(problem):

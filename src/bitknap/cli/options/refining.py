@@ -12,8 +12,6 @@ from bitknap.disk.atomic import beside
 from bitknap.errors import InputError
 
 refining = options_of(common.refine, common.refine_driver, common.refine_tokens)
-# Values of --refine-driver that have another name in the library.
-_DRIVERS = {"posterior": "belief"}
 
 
 def check_refining(options: dict[str, Any]) -> None:
@@ -45,7 +43,7 @@ def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out
             [Budget.parse(budget), *limits],
             refinement=Refinement(
                 evaluations=options["refine"],
-                driver=_DRIVERS.get(options["refine_driver"], options["refine_driver"]),
+                driver=options["refine_driver"],
                 tokens=given(options["refine_tokens"], REFINE_TOKENS),
                 seed=options["seed"],
             ),
