@@ -27,6 +27,11 @@ _DTYPES: dict[str, npt.DTypeLike] = {
 }
 
 
+def least_size(units: int, formats: int) -> int:
+    """Return the bytes of a table's costs and sizes, which is nearly all that its file takes."""
+    return units * formats * sum(np.dtype(_DTYPES[name]).itemsize for name in ("cost", "nbytes"))
+
+
 def write_table(fields: Mapping[str, Any], path: Path) -> None:
     """Write the fields of a `CostTable`; equal tables give equal bytes."""
     units: Units = fields["units"]

@@ -1,6 +1,7 @@
 """`bitknap quantize`: bytes as promised, and plans that do not fit the model."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from bitknap.allocation import BitPlan
+from bitknap.api import estimation
 from bitknap.cli import main
 from bitknap.quantization.packed.work_pieces import Rounded, Work
 from bitknap.report.table_facts import left_out_note
@@ -160,3 +162,14 @@ def test_bad_words_are_refused_before_estimating(arguments, words, refused, tmp_
     # No such model: it is not even looked for.
     line = refused("quantize", "nowhere", "--budget", "4bpw", *arguments, "-o", tmp_path / "out")
     assert words in line
+
+
+@pytest.mark.parametrize("command", ["quantize", "estimate"])
+def test_a_full_disk_is_said_before_anything_is_measured(command, refused, tmp_path, monkeypatch):
+    words = ["reference:mixtral", "--formats", "2,3", "-o", tmp_path / "out"]
+    words += ["--budget", "3bpw"] if command == "quantize" else []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1000))
+    monkeypatch.setattr(estimation, "gather", None)
+    line = refused(command, *words)
+    assert re.search(r"out\S*: needs [\d,]+ bytes, the disk has 1,000 free; free some or", line)
+    assert not list(tmp_path.iterdir())

@@ -16,6 +16,7 @@ from bitknap.api.calibration import gather, readings_about
 from bitknap.api.former_keywords import former_keywords, group
 from bitknap.api.live import Model, on_disk
 from bitknap.api.requests import Calibration, Formats, Resume, TextSets, default_formats
+from bitknap.api.room import check_table_room
 from bitknap.deprecation import warn_renamed
 from bitknap.errors import InputError
 from bitknap.estimators.costs.estimator import Estimator
@@ -31,11 +32,9 @@ from bitknap.estimators.tables.several_texts import check_sets
 from bitknap.estimators.tables.several_texts import robust as as_one
 from bitknap.estimators.tables.super_expert_floor import protected
 from bitknap.progress import Progress
-from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check_source
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
-from bitknap.quantization.stacks.row_blocks import split_rows
 from bitknap.quantization.transforms import transformed_model
 
 T = TypeVar("T", int, float)
@@ -96,6 +95,8 @@ def estimate(
         origin = Checkpoint.open(resolve(place))
         origin.check_companions()
         check_source(origin, asked.include, known=False, reads_text=job.reads)
+        if resume is not None and resume.journal is not None:
+            check_table_room(origin, job.formats, asked.include, resume.journal)
         return job.table(origin, resume or Resume())
 
 
@@ -167,10 +168,9 @@ class _Job:
         self, origin: Checkpoint, source: Checkpoint, recipe: transformed_model.Recipe
     ) -> dict[str, object]:
         """Return the facts that a table records about the model and its bytes besides the units."""
-        include, blocks = self.asked[0].include, self.formats.row_blocks
-        on_disk = walk_headers(source.config, source.shapes, include)
-        layout = on_disk if blocks == 1 else split_rows(on_disk, blocks)
-        fixed_bytes, rewritten = writer.fixed_bytes(source, layout), {}
+        include = self.asked[0].include
+        fixed_bytes = writer.fixed_bytes(source, self.formats.layout(source, include))
+        rewritten = {}
         if source is not origin:
             rewritten = {transformed_model.KEY: recipe.to_dict(origin)}
             # The plan is part of the checkpoint and repeats this.

@@ -26,11 +26,13 @@ from bitknap.estimators.signals import rows_of_matrices as blocks_of_rows
 from bitknap.estimators.tables.several_texts import Rule
 from bitknap.estimators.tables.super_expert_floor import FLOOR
 from bitknap.quantization.models.headers_only import walk_headers
+from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.shards import MAX_SHARD_SIZE
 from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.stacks.row_blocks import split_rows
 
 CALIBRATION_TOKENS = 8_192
 # Number of calibration tokens that plans are measured on.
@@ -180,6 +182,16 @@ class Formats:
             return None if self.options is None else tuple(self.options)
         options = default_formats() if self.options is None else self.options
         return (*options, Format.keep(_precision(source)))
+
+    def layout(self, source: Checkpoint, include: Collection[str]) -> Layout:
+        """Return the units of a model that these formats are for, cut into row blocks.
+
+        Args:
+            source: the model.
+            include: roles besides routed experts.
+        """
+        whole = walk_headers(source.config, source.shapes, include)
+        return whole if self.row_blocks == 1 else split_rows(whole, self.row_blocks)
 
 
 def _precision(source: Checkpoint) -> str:

@@ -21,6 +21,7 @@ from bitknap.cli.options.estimating import (
     estimating,
     files_of,
     forget,
+    formats_of,
     journal_of,
     resumable,
     run_estimate,
@@ -200,6 +201,7 @@ def _choose(
 ) -> _Choice:
     """Return the plan of a file, or what estimating, solving and refining come to."""
     from bitknap.allocation import BitPlan
+    from bitknap.api.room import check_checkpoint_room
     from bitknap.cli.views.tables import facts_table, price_table
     from bitknap.estimators.measuring.readings import telling
     from bitknap.quantization.packed.buildable import check_source
@@ -209,7 +211,9 @@ def _choose(
     if plan is not None:
         return _Choice(plan=BitPlan.load(plan))
     # A table can be estimated from names and shapes alone; what is written has to be loaded.
-    check_source(Checkpoint.open(resolve(model)), listed(options["include"]))
+    source, include = Checkpoint.open(resolve(model)), listed(options["include"])
+    check_source(source, include)
+    check_checkpoint_room(source, formats_of(options), include, path)
     with resumable(path):
         table = run_estimate(model, options, path, overwrite=overwrite)
         with telling(journal_of(path)):

@@ -127,7 +127,7 @@ def run_estimate(model: str, options: dict[str, Any], out: Path, *, overwrite: b
         table = quantizing.estimate(
             model,
             _estimator(model, options, progress),
-            _formats(options),
+            formats_of(options),
             calibration=calibration_of(options),
             resume=resume,
             progress=progress,
@@ -198,7 +198,7 @@ def calibration_of(options: dict[str, Any], *, text: str | None = None) -> Calib
     )
 
 
-def _formats(options: dict[str, Any]) -> Formats:
+def formats_of(options: dict[str, Any]) -> Formats:
     """Return the formats, row blocks and transforms that the options ask for."""
     from bitknap.allocation import formats
     from bitknap.allocation.problem.format import GROUP_SIZES
