@@ -81,7 +81,7 @@ def _methods() -> Iterator[str]:
 
     for name, method in RULES.items():
         yield f"\n### {method.title} {{ #{name} }}\n"
-        yield _escaped(method.citation) + ".\n"
+        yield _escaped(method.cites) + "\n"
         yield "| part | here |"
         yield "|---|---|"
         yield f"| cost | {_escaped(method.cost)} |"

@@ -43,7 +43,7 @@ def _published() -> tuple[Entry, ...]:
             name=name,
             kind=SIGNAL,
             place=f"bitknap.estimators.published.{key.replace('-', '_')}:{attribute}",
-            cites=rule.citation,
+            cites=rule.cites,
         )
         for key, rule in RULES.items()
         for name, attribute in rule.signals.items()

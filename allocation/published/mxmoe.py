@@ -4,8 +4,9 @@ The logarithm of the product is concave and rises with both, so over all plans t
 at a corner of the lower left hull of (loss, time). Minimising weighted sums yields those corners,
 and each weighted sum is a knapsack.
 
-Source: MxMoE, arXiv 2505.05799, and its code. The losses that it adds up are measured in
-`bitknap.estimators.published.mxmoe`, which needs torch; this file does not.
+Source: MxMoE, arXiv 2505.05799, eq. 7 as an account of the paper numbers it, and its code. The
+losses that it adds up are measured in `bitknap.estimators.published.mxmoe`, which needs torch; this
+file does not.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class MxMoe:
             0.75 where activations are quantized too, and 1 for weights only.
         time: name of the limit that holds the time; not needed at 1.
 
-    Source: MxMoE, arXiv 2505.05799, objective L^r * T^(1-r).
+    Source: MxMoE, arXiv 2505.05799, objective L^r * T^(1-r) of eq. 7.
     """
 
     exponent: float = 0.75

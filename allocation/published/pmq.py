@@ -1,9 +1,9 @@
 """MC-MoE's PMQ program (pre-loading mixed-precision quantization): whole bits for experts.
 
-Source: Huang et al., MC-MoE, arXiv 2410.06270, and its code. Quirks are kept, so that plans match
-those of the authors; bits are counted, not bytes. The signals and the measured errors are computed
-in `bitknap.estimators.published.mc_moe`, which needs torch; this file does not. It is named after
-the method, since `mc_moe` is its function.
+Source: Huang et al., MC-MoE, arXiv 2410.06270, eq. 4 as reviews of the paper number it, and its
+code. Quirks are kept, so that plans match those of the authors; bits are counted, not bytes. The
+signals and the measured errors are computed in `bitknap.estimators.published.mc_moe`, which needs
+torch; this file does not. It is named after the method, since `mc_moe` is its function.
 """
 
 from __future__ import annotations

@@ -8,8 +8,9 @@ in files of the same names, so that they can be called without torch; all of Evo
 
 To add a paper, write its file and its entry here.
 
-Formulas are written out instead of cited by number: most of the papers could be read only through
-their code, their abstracts or accounts of them.
+Most of the papers could be read only through their code, their abstracts or accounts of them.
+So formulas are written out, and `numbers` says which numbers of equations are known, and from
+what; the docstring of a paper's file repeats that sentence.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ class Published:
         title: its name in reports.
         source: the paper's number or the program's part, for one column of a report.
         citation: authors, title or venue, and where to find it.
+        numbers: numbers of the equations, sections and algorithms, and where they were read; or
+            why none are given.
         year: year of publication.
         cost: the cost that it minimises, or its signal.
         ties: the profile that says which units share a format; "" if it makes no plans.
@@ -41,6 +44,7 @@ class Published:
     title: str
     source: str
     citation: str
+    numbers: str
     year: int
     cost: str
     ties: str = ""
@@ -49,6 +53,11 @@ class Published:
     signals: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     plans: bool = True
     texts: bool = False
+
+    @property
+    def cites(self) -> str:
+        """The citation with the numbers of equations, for lists and the documentation."""
+        return f"{self.citation}. {self.numbers}"
 
 
 # Differences common to all methods here; `missing` lists each method's own.
@@ -63,6 +72,8 @@ RULES: Mapping[str, Published] = MappingProxyType(
             title="Chowdhury",
             source="arXiv 2604.06515",
             citation="Chowdhury et al., ICLR 2026, arXiv 2604.06515, and its code",
+            numbers="Section 4 has the theorem; equation numbers are not given: the paper was read "
+            "through its code and a note of it.",
             year=2026,
             cost="Λ = ‖w_T‖ − ‖w_0‖ of an expert's router row, small is sensitive; then MaxVar, "
             "the largest variance of a row of its first matrix: an expert moves ahead of those "
@@ -81,6 +92,8 @@ RULES: Mapping[str, Published] = MappingProxyType(
             title="MC-MoE",
             source="arXiv 2410.06270",
             citation="Huang et al., MC-MoE (PMQ), ICLR 2025, arXiv 2410.06270, and its code",
+            numbers="Eq. 4 is what the program minimises, as reviews of the paper number it; the "
+            "paper's text was not at hand.",
             year=2025,
             cost="phi^1 w^1.5 eps^1, with the code's exponents: frequency, routing weight, and "
             "change of the block's output with one expert at one width",
@@ -99,6 +112,8 @@ RULES: Mapping[str, Published] = MappingProxyType(
             title="MxMoE",
             source="arXiv 2505.05799",
             citation="Duanmu et al., MxMoE, ICML 2025, arXiv 2505.05799, and its code",
+            numbers="Eq. 5 is L, eq. 6 the cost and eq. 7 the program, as an account of the paper "
+            "numbers them; its text was not at hand.",
             year=2025,
             cost="‖Ô − O‖ of a decoder layer's output with one matrix rounded, not squared",
             ties="gate_eq_up",
@@ -112,7 +127,9 @@ RULES: Mapping[str, Published] = MappingProxyType(
         "gemq": Published(
             title="GEMQ",
             source="arXiv 2605.23078",
-            citation="GEMQ, ICML 2026, arXiv 2605.23078, and its code",
+            citation="Deng et al., GEMQ, ICML 2026, arXiv 2605.23078, and its code",
+            numbers="Equation numbers are not given: the paper was read through its code and a "
+            "note of it.",
             year=2026,
             cost="Σ g² Δz² over tokens: gradient at the layer's output, change of the block's "
             "output with one expert at one width",
@@ -124,7 +141,9 @@ RULES: Mapping[str, Published] = MappingProxyType(
         "moqa": Published(
             title="MoQa",
             source="arXiv 2503.21135",
-            citation="MoQa, later DynaMo (DATE 2026), arXiv 2503.21135; abstracts and an account",
+            citation="Zheng et al., MoQa, later DynaMo (DATE 2026), arXiv 2503.21135; abstracts "
+            "and an account",
+            numbers="Equation numbers are not given: the paper's text was not at hand.",
             year=2025,
             cost="an expert's share of its layer's significance, over several calibration sets",
             ties="expert",
@@ -141,6 +160,7 @@ RULES: Mapping[str, Published] = MappingProxyType(
             source="2025.findings-acl.1386",
             citation="Xie et al., Automated Fine-Grained MoE Quantization, Findings of ACL 2025, "
             "2025.findings-acl.1386; its abstract, and a note of the formula",
+            numbers="Equation numbers are not given: the paper's text was not at hand.",
             year=2025,
             cost="S_c = alpha K_c V_c + (1 − alpha) O_c of a channel, times its variance and the "
             "format's distortion",
@@ -155,7 +175,8 @@ RULES: Mapping[str, Published] = MappingProxyType(
         "fri-mxmoe": Published(
             title="FRI-MxMoE",
             source="2026.acl-long.982",
-            citation="FRI-MxMoE, ACL 2026, 2026.acl-long.982",
+            citation="Qi et al., FRI-MxMoE, ACL 2026, 2026.acl-long.982",
+            numbers="Equation numbers are not given: none were noted when the paper was read.",
             year=2026,
             cost="frequency × loss of a matrix, interpolated by inverse distances from rules that "
             "a quarter of the cells are measured for",
@@ -169,7 +190,9 @@ RULES: Mapping[str, Published] = MappingProxyType(
         "alphaq": Published(
             title="AlphaQ",
             source="arXiv 2606.04980",
-            citation="AlphaQ, arXiv 2606.04980, and its code",
+            citation="Yang et al., AlphaQ, arXiv 2606.04980, and its code",
+            numbers="A note of the paper takes the cost from sections 3.2 and 3.3; equation "
+            "numbers are not given: the paper's text was not at hand.",
             year=2026,
             cost="(median alpha / alpha)^gamma Var(W) 2^(−2b), with Hill's estimate alpha of the "
             "tail of the spectrum",
@@ -178,6 +201,7 @@ RULES: Mapping[str, Published] = MappingProxyType(
             missing=(
                 "Sub-matrices are evenly spaced; theirs are drawn.",
                 "The average is over weights; theirs is over matrices.",
+                "gamma is 1, as in the function of their code; their script passes 10.",
             ),
             signals=MappingProxyType({"alphaq": "AlphaQ"}),
         ),
@@ -185,6 +209,8 @@ RULES: Mapping[str, Published] = MappingProxyType(
             title="HAWQ",
             source="arXiv 1911.03852",
             citation="Dong et al., HAWQ-V2, NeurIPS 2020, arXiv 1911.03852",
+            numbers="Eq. 2.11 is Ω, whose sum the front compares, as the caption of figure 4 says; "
+            "the rest of the paper's text was not at hand.",
             year=2020,
             cost="mean trace of the Hessian × ‖ΔW‖²",
             ties="free",
@@ -196,12 +222,14 @@ RULES: Mapping[str, Published] = MappingProxyType(
             title="ExLlamaV2",
             source="its annealing",
             citation="ExLlamaV2, `measure_quant`, `optimize` and `sim_anneal` of its code",
+            numbers="There is no paper: `test_error` of the code is the cost.",
             year=2023,
             cost="‖ΔW x‖ / ‖W x‖ over the calibration inputs",
             ties="layer",
             allocator="simulated annealing of Σ cost^n, with n of the smallest largest cost",
             missing=(
-                "Theirs measures whole modules; ours adds up matrices.",
+                "Theirs measures whole modules and averages the ratios of sequences; ours adds up "
+                "matrices, each with one ratio over all tokens.",
                 "8 chains a stage, seeded; theirs are 80 without a seed.",
             ),
             signals=MappingProxyType({"exl2": "Exl2Score"}),
@@ -209,13 +237,18 @@ RULES: Mapping[str, Published] = MappingProxyType(
         "autoround": Published(
             title="AutoRound",
             source="AutoScheme",
-            citation="Intel AutoRound, AutoScheme (delta loss) of its code",
+            citation="Intel AutoRound, AutoScheme (delta loss) of its code; Cheng et al., "
+            "SignRoundV2, arXiv 2512.04746",
+            numbers="Eq. 3 of SignRoundV2 is the score, as an account of that paper numbers it; "
+            "its text was not at hand.",
             year=2025,
             cost="Σ |g ΔW|",
             ties="layer",
             allocator="the knapsack",
             missing=(
-                "Root mean square gradients stand in for |g|, which is not recorded with its sign.",
+                "Root mean square gradients stand in for |g|, which is not recorded with its sign; "
+                "theirs are of the model with the format in place.",
+                "The share of quantized activations is left out.",
             ),
             signals=MappingProxyType({"autoround": "AutoRoundScore"}),
         ),
@@ -223,19 +256,25 @@ RULES: Mapping[str, Published] = MappingProxyType(
             title="mlx-lm",
             source="its dynamic_quant",
             citation="mlx-lm, `dynamic_quant`; NVIDIA ModelOpt, `auto_quantize`, is alike",
+            numbers="There is no paper: `estimate_sensitivities` and `estimate_threshold` of "
+            "mlx-lm's code are the rule.",
             year=2025,
             cost="Σ |g ΔW| at the lower width less that at the higher, a weight",
             ties="layer_proj",
             allocator="two widths, and a threshold on the gain",
             missing=(
-                "Root mean square gradients stand in for those of the text with their sign.",
+                "Theirs is Σ g (W_low − W_high) with its sign, where g is the gradient of the KL "
+                "to the original, at the lower width; ours is the difference of two sums.",
+                "Root mean square gradients of the original model stand in for g.",
                 "ModelOpt's sensitivity is a forward KL, which is not measured for this rule.",
             ),
         ),
         "owq": Published(
             title="OWQ",
             source="arXiv 2306.02272",
-            citation="Lee et al., OWQ, AAAI 2024, arXiv 2306.02272",
+            citation="Lee et al., OWQ, AAAI 2024, arXiv 2306.02272, and its code",
+            numbers="Equation numbers are not given: the paper was read through its code and "
+            "accounts of it.",
             year=2024,
             cost="λ_j ‖ΔW_j‖² of input columns, λ_j = 2 E[a² x_j²]; the mean of the worst columns",
             missing=(
@@ -247,7 +286,9 @@ RULES: Mapping[str, Published] = MappingProxyType(
         "quantmoe-bench": Published(
             title="QuantMoE-Bench",
             source="arXiv 2406.08155",
-            citation="Li et al., QuantMoE-Bench, arXiv 2406.08155",
+            citation="Li et al., QuantMoE-Bench, arXiv 2406.08155, and its code",
+            numbers="Equation numbers are not given: the paper was read through its code and its "
+            "abstract.",
             year=2024,
             cost="the largest over input columns of max |w| / mean |w|",
             missing=("Its recipes by hand (first layers, shared experts) are left out.",),
@@ -257,12 +298,19 @@ RULES: Mapping[str, Published] = MappingProxyType(
         "evopress": Published(
             title="EvoPress",
             source="arXiv 2410.14649",
-            citation="Sieberling et al., EvoPress, ICML 2025, arXiv 2410.14649",
+            citation="Sieberling et al., EvoPress, ICML 2025, arXiv 2410.14649, and its code",
+            numbers="Algorithm 1 is the search, as an account of the paper gives it; equation "
+            "numbers are not given: the paper's text was not at hand.",
             year=2025,
             cost="the measured KL of whole plans; no table",
             ties="free",
             allocator="mutation by level switches, selection in stages; `--strategies evolution`",
-            missing=("Stages are the parts of one text; theirs grow in tokens.",),
+            missing=(
+                "Stages are the parts of one text; theirs grow in tokens.",
+                "One start; Algorithm 1 takes the fittest of several.",
+                "Offspring may repeat; their code draws again, also for too many switches or too "
+                "few bits.",
+            ),
             plans=False,
         ),
     }

@@ -6,9 +6,11 @@
 
 Rotating the weights changes this statistic: compute it after a rotation.
 
-Not reproduced: sub-matrices are evenly spaced where theirs are drawn at random.
+Not reproduced: sub-matrices are evenly spaced where theirs are drawn at random; gamma is 1, where
+the authors' script passes 10 to a function whose default is 1.
 
-Source: AlphaQ, arXiv 2606.04980, and its code.
+Source: Yang et al., AlphaQ, arXiv 2606.04980, and its code. A note of the paper takes the cost from
+sections 3.2 and 3.3; equation numbers are not given: the paper's text was not at hand.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class AlphaQ:
     instead of the power of two, which is wrong below 4 bits.
 
     Attributes:
-        gamma: exponent of the ratio; the code's default is 1.
+        gamma: exponent of the ratio; 1 by default in the authors' function, 10 in their script.
         tail: share of the eigenvalues that make up the tail, 0 to 1.
         tile: side of a sub-matrix.
         most: maximum number of sub-matrices of one matrix.

@@ -7,9 +7,12 @@
 The score of a matrix at one format contains its rounding error; `Scored`'s base contains the
 distortion of every format, so that error is counted twice. The ranking is the authors'.
 
-Not reproduced: gradients of the text's own loss with their sign; see `AutoRoundScore`.
+Not reproduced: gradients of the text's own loss at the model in the format; see `AutoRoundScore`.
+The share of quantized activations is left out.
 
-Source: Intel AutoRound, AutoScheme (delta loss).
+Source: Intel AutoRound, AutoScheme (delta loss) of its code; Cheng et al., SignRoundV2, arXiv
+2512.04746. Eq. 3 of SignRoundV2 is the score, as an account of that paper numbers it; its text was
+not at hand.
 """
 
 from __future__ import annotations
@@ -75,8 +78,8 @@ class AutoRoundScore:
 def first_order(evidence: Evidence, formats: Sequence[Format]) -> CostTable:
     """Return Σ |g ΔW| of every unit, root mean square gradients standing in for |g|.
 
-    AutoRound's AutoScheme uses this sum, and mlx-lm's `dynamic_quant` a similar one; theirs keep
-    the sign of the text's own gradients, which are not recorded.
+    AutoRound's AutoScheme uses this sum; mlx-lm's `dynamic_quant` keeps the sign of g ΔW, with
+    gradients of the KL to the original. Neither kind of gradient is recorded.
     """
     table = each_format(evidence, formats, AutoRoundScore, "first-order")
     return replace(table, cost=table.cost * evidence.units.numel[:, None])

@@ -17,7 +17,8 @@ the final norm stands alone, as in the paper for Mixtral. Order and counts are i
 Not reproduced: the paper leaves open which pair of experts is exchanged first; both the code's
 single pass and a fixed point are implemented here.
 
-Source: Chowdhury et al., ICLR 2026, arXiv 2604.06515, and its code where it says so.
+Source: Chowdhury et al., ICLR 2026, arXiv 2604.06515, and its code where it says so. Section 4 has
+the theorem; equation numbers are not given: the paper was read through its code and a note of it.
 """
 
 from __future__ import annotations

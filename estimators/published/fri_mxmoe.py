@@ -11,7 +11,9 @@ interpolate better than the paper's are `bitknap.estimators.sparse`.
 Not reproduced: losses are measured KL where theirs are changes of perplexity or squared errors; the
 latency of a device is left out.
 
-Source: FRI-MxMoE, ACL 2026, 2026.acl-long.982.
+Source: Qi et al., Profiling-Free Mixed-Precision Quantization for MoE LLMs via Fuzzy Rule
+Interpolation (FRI-MxMoE), ACL 2026, 2026.acl-long.982. Equation numbers are not given: none were
+noted when the paper was read.
 """
 
 from __future__ import annotations

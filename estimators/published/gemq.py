@@ -7,7 +7,8 @@
 The program is in `bitknap.allocation.published.gemq`. Not reproduced: training of the router, and
 repeated estimation on the partly quantized model.
 
-Source: GEMQ, ICML 2026, arXiv 2605.23078, and its code.
+Source: Deng et al., GEMQ, ICML 2026, arXiv 2605.23078, and its code. Equation numbers are not
+given: the paper was read through its code and a note of it.
 """
 
 from __future__ import annotations

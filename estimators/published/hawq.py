@@ -6,7 +6,8 @@
 
 Not reproduced: Hutchinson's estimate of the loss Hessian; the Fisher diagonal stands in for it.
 
-Source: Dong et al., HAWQ-V2, NeurIPS 2020, arXiv 1911.03852.
+Source: Dong et al., HAWQ-V2, NeurIPS 2020, arXiv 1911.03852. Eq. 2.11 is Ω, whose sum the front
+compares, as the caption of figure 4 says; the rest of the paper's text was not at hand.
 """
 
 from __future__ import annotations

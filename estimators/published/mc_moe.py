@@ -15,7 +15,8 @@ experts does not see; errors are measured with the quantizer that is deployed, t
 rounding in blocks of 128; pruning of tokens (ODP) is left out.
 
 Source: Huang et al., MC-MoE, ICLR 2025, arXiv 2410.06270, pre-loading mixed-precision quantization,
-and its code.
+and its code. Eq. 4 is what the program minimises, as reviews of the paper number it; the paper's
+text was not at hand.
 """
 
 from __future__ import annotations

@@ -4,10 +4,14 @@
     ties       the matrices of one projection in a layer, which is how mlx stores experts
     allocator  the largest plan of any threshold that fits; NVIDIA ModelOpt's is similar
 
-The allocator is in `bitknap.allocation.published.mlx_lm`. Not reproduced: gradients of the text's
-own loss with their sign; ModelOpt's sensitivity, which is a forward KL.
+The allocator is in `bitknap.allocation.published.mlx_lm`.
 
-Source: mlx-lm, `dynamic_quant`; NVIDIA ModelOpt, `auto_quantize`.
+Not reproduced: mlx-lm sums g (W_low − W_high) with its sign, where g is the gradient of the KL to
+the original, at the model in the lower width; here that is the difference of two sums of |g ΔW|,
+with the gradients that `AutoRoundScore` describes. ModelOpt's sensitivity is a forward KL.
+
+Source: mlx-lm, `dynamic_quant`; NVIDIA ModelOpt, `auto_quantize`. There is no paper:
+`estimate_sensitivities` and `estimate_threshold` of mlx-lm's code are the rule.
 """
 
 from __future__ import annotations

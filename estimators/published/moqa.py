@@ -3,14 +3,19 @@
 MoQa (later DynaMo, arXiv 2503.21135) scores experts on several calibration sets, joins the scores,
 and clusters them into bit widths; it counts no bytes. The accessible sources do not
 define how a channel is scored, the fuzzifier, or what "near a boundary" means; each is defined here
-and marked OURS. Channels that MoQa keeps in 16 bits to switch between data sets are left out: a
-plan here serves all data.
+and marked OURS.
 
     significance  an expert's share of its layer's, on each calibration set
     ties          all matrices of an expert
     allocator     fuzzy c-means, one width a cluster; the clusters decide the size
 
 `bitknap.estimators.tables.several_texts` keeps the useful half: one cost table from several sets.
+
+Not reproduced: what is OURS, and the channels that MoQa keeps in 16 bits to switch between data
+sets; a plan here serves all data.
+
+Source: Zheng et al., MoQa, arXiv 2503.21135; its abstracts, and an account. Equation numbers are
+not given: the paper's text was not at hand.
 """
 
 from __future__ import annotations

@@ -4,10 +4,16 @@
     ties       gate and up of an expert
     allocator  L^r T^(1−r) of each layer at the same average; r = 1 for weights alone
 
-The allocator is in `bitknap.allocation.published.mxmoe`. Not reproduced: the time T of the authors'
-kernels, which r = 1 ignores; quantized activations; errors of rotated weights.
+The paper takes the output of the block of experts, its code that of the decoder layer, which adds
+the same residual to both: the change is the same. The allocator is in
+`bitknap.allocation.published.mxmoe`.
 
-Source: Duanmu et al., MxMoE, ICML 2025, arXiv 2505.05799, and its code (`layer_out_norm`).
+Not reproduced: the time T of the authors' kernels, which r = 1 ignores; quantized activations;
+errors of rotated weights.
+
+Source: Duanmu et al., MxMoE, ICML 2025, arXiv 2505.05799, and its code (`layer_out_norm`). Eq. 5 is
+L, eq. 6 the cost and eq. 7 the program, as an account of the paper numbers them; its text was not
+at hand.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@
 
 Not reproduced: OWQ keeps those columns in fp16, which no format here does.
 
-Source: Lee et al., OWQ, AAAI 2024, arXiv 2306.02272.
+Source: Lee et al., OWQ, AAAI 2024, arXiv 2306.02272, and its code. Equation numbers are not given:
+the paper was read through its code and accounts of it.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ Rotating the weights changes this statistic: compute it after a rotation.
 
 Not reproduced: its hand-made recipes, such as more bits for first layers and shared experts.
 
-Source: Li et al., QuantMoE-Bench, arXiv 2406.08155, linear outlier score.
+Source: Li et al., QuantMoE-Bench, arXiv 2406.08155, linear outlier score, and its code. Equation
+numbers are not given: the paper was read through its code and its abstract.
 """
 
 from __future__ import annotations

@@ -4,8 +4,8 @@ Xie et al. replace Fisher information and condition numbers by cheap statistics 
 
     S_c = alpha K_c V_c + (1 − alpha) O_c,
 
-with a condition number K, a variance ratio V and an outlier ratio O. Their paper is not openly
-readable and its abstract defines none of the three, so what stands here is OUR definition:
+with a condition number K, a variance ratio V and an outlier ratio O. Their abstract defines none of
+the three, and the paper's text was not at hand, so what stands here is OUR definition:
 
     channel   an output row of the matrix: errors add over rows, and rows are stored one by one
     K_c       peak ratio, max |w| over the root mean square of the row
@@ -23,7 +23,8 @@ Not reproduced, for want of a definition: the three statistics, the axis of a ch
 and the allocator; all are ours.
 
 Source: Xie et al., Findings of ACL 2025 (2025.findings-acl.1386), abstract, and a third-party
-note of the formula; definitions ours.
+note of the formula; definitions ours. Equation numbers are not given: the paper's text was not at
+hand.
 """
 
 from __future__ import annotations

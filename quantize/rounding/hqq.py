@@ -22,6 +22,9 @@ The start is `rtn`'s grid. A group stops at the first iteration that does not lo
 ‖x - x̂‖_p^p; a row takes its result if that norm, on the grid as it is stored, is below the
 start's, and the start otherwise. The inputs are not known, so this does not bound the squared
 error, which `rtn` minimises.
+
+Source: Badri and Shaji, Half-Quadratic Quantization of Large Machine Learning Models, 2023, and its
+code. Equation numbers are not given: the article's text was not at hand in full.
 """
 
 from __future__ import annotations

@@ -120,7 +120,7 @@ def _rules() -> Iterator[Row]:
     from bitknap.estimators.published import RULES
 
     for name, rule in RULES.items():
-        yield _row(name, f"{rule.title}: {rule.cost}.", cites=rule.citation)
+        yield _row(name, f"{rule.title}: {rule.cost}.", cites=rule.cites)
 
 
 def _targets() -> Iterator[Row]:

@@ -8,6 +8,7 @@ from importlib import import_module
 import pytest
 
 from bitknap.allocation import profile
+from bitknap.allocation.published import evopress
 from bitknap.errors import InputError
 from bitknap.estimators import catalog
 from bitknap.estimators.named import estimator_of
@@ -23,12 +24,21 @@ def module_of(name):
 def test_an_entry_says_all_of_its_method(name):
     entry = RULES[name]
     assert entry.title and entry.source and entry.citation and entry.cost
+    assert entry.numbers.endswith(".") and entry.cites == f"{entry.citation}. {entry.numbers}"
     assert 2019 < entry.year < 2027
     assert entry.missing
     assert bool(entry.ties) == bool(entry.allocator) == (entry.plans or name == "evopress")
     if entry.ties:
         profile(entry.ties)
     assert all(line.endswith(".") for line in (*entry.missing, *COMMON))
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_file_of_an_entry_repeats_its_numbers_and_says_what_is_not_reproduced(name):
+    module = evopress if name == "evopress" else module_of(name)
+    text = " ".join(module.__doc__.split())
+    assert RULES[name].numbers in text
+    assert "Not reproduced" in text and "Source: " in text
 
 
 @pytest.mark.parametrize("name", [name for name in RULES if name != "evopress"])
