@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bitknap.allocation import PROFILES, BitPlan, Budget, CostTable, Problem, Units, formats, solve
+from bitknap.allocation import PROFILES, BitPlan, Budget, CostTable, Problem, formats, solve
 from bitknap.allocation.tradeoffs.frontier_path import Frontier
 from bitknap.cli import main
+from bitknap.testing import routed_units
 
 TEXT = ("--text", str(Path(__file__).parent.parent.parent / "LICENSE"))  # short: quick to tokenize
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "128", *TEXT)
@@ -17,14 +18,7 @@ FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "128", *TEXT)
 @pytest.fixture(scope="module")
 def table(tmp_path_factory):
     """A table of 36 units that no model is needed for."""
-    units = Units.build(
-        layer=np.repeat([0, 1], 18),
-        role=["routed"] * 36,
-        expert=np.tile(np.repeat(np.arange(6), 3), 2),
-        projection=["gate", "up", "down"] * 12,
-        rows=[32] * 36,
-        cols=[64] * 36,
-    )
+    units = routed_units(2, 6, ("gate", "up", "down"), rows=32, cols=64)
     chosen = formats((1, 2, 3, 4), 32, True)
     scale = np.random.default_rng(0).lognormal(0, 1.5, (36, 1))
     provenance = {"model": "m", "fixed_bytes": 100, "unit": "nats/token"}

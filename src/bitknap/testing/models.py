@@ -1,4 +1,4 @@
-"""Tiny random models and tables, for tests.
+"""Tiny random models and their packed checkpoints, for tests.
 
 The models use the real transformers classes and take milliseconds to build once transformers
 is imported. They hold every layout of experts that transformers has: gated or not, transposed,
@@ -8,23 +8,19 @@ interleaved, biased, one module per expert.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
-from itertools import product
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
-
-from bitknap.allocation import CostTable, Format, Units
+from bitknap.allocation import Format
 from bitknap.errors import InputError
+from bitknap.testing.tables import mixed_plan
 
 __all__ = [
     "FAMILIES",
     "SIZES",
     "filled",
     "packed_checkpoint",
-    "random_table",
-    "routed_units",
     "tiny_model",
     "write_tensors",
 ]
@@ -267,34 +263,6 @@ def filled(model_class: Any, config: Any, seed: int = 0) -> Any:
     return model
 
 
-def routed_units(
-    layers: int,
-    experts: int,
-    projections: Sequence[str] = ("gate", "down"),
-    *,
-    rows: int = 16,
-    cols: int = 16,
-) -> Units:
-    """Return units of equal size, ordered by layer, expert and projection."""
-    places = [*product(range(layers), range(experts), projections)]
-    layer, expert, projection = zip(*places, strict=True)
-    return Units.build(
-        layer=layer,
-        role=["routed"] * len(places),
-        expert=expert,
-        projection=projection,
-        rows=[rows] * len(places),
-        cols=[cols] * len(places),
-    )
-
-
-def random_table(units: Units, formats: Sequence[Format], seed: int = 0) -> CostTable:
-    """Return a table of random costs; each additional bit divides a unit's cost by 4."""
-    scale = np.random.default_rng(seed).lognormal(size=(len(units), 1))
-    cost = scale * np.array([4.0**-item.bits for item in formats])
-    return CostTable.from_arrays(cost, units=units, formats=formats)
-
-
 def packed_checkpoint(
     root: Path,
     family: str = "mixtral",
@@ -316,7 +284,7 @@ def packed_checkpoint(
     """
     import torch
 
-    from bitknap.allocation import BitPlan, formats
+    from bitknap.allocation import formats
     from bitknap.api.quantizing import quantize
     from bitknap.quantization.models.headers_only import walk_headers
     from bitknap.quantization.source.checkpoint import Checkpoint
@@ -331,10 +299,7 @@ def packed_checkpoint(
     )
     grids = formats(range(1, 9), tuple(group_sizes), (False, True), ("fp16", "compact"))
     options = (*grids, Format.keep({torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]))
-    choice = np.random.default_rng(0).permutation(np.arange(len(units)) % len(options))
-    choice[0] = len(options) - 1
-    plan = BitPlan.from_choice(units, options, choice, model=checkpoint.fingerprint)
-    quantize(source, plan, out)
+    quantize(source, mixed_plan(units, options, model=checkpoint.fingerprint), out)
     return out
 
 

@@ -3,25 +3,19 @@
 import numpy as np
 import pytest
 
-from bitknap.allocation import Budget, CostTable, Problem, Units, formats, solve
+from bitknap.allocation import Budget, CostTable, Problem, formats, solve
 from bitknap.allocation.limits import bits_per_layer, count_at_least, custom, share_at_most
 from bitknap.cli.options.solving import uses
 from bitknap.cli.views.tables import limits_table
 from bitknap.errors import InfeasibleError
+from bitknap.testing import routed_units
 
 BITS = np.array([1, 2, 3])
 
 
 @pytest.fixture
 def table():
-    units = Units.build(
-        layer=[0] * 4 + [1] * 4,
-        role=["routed"] * 8,
-        expert=[0, 1, 2, 3] * 2,
-        projection=["down"] * 8,
-        rows=[64] * 8,
-        cols=[64] * 8,
-    )
+    units = routed_units(2, 4, ("down",), rows=64, cols=64)
     cost = np.arange(1, 9)[:, None] * np.array([4.0, 2.0, 1.0])
     return CostTable.from_arrays(cost, units=units, formats=formats(BITS.tolist(), "row", True))
 

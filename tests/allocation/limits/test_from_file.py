@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitknap.allocation import Budget, CostTable, Problem, Units, formats, profile, solve
+from bitknap.allocation import Budget, CostTable, Problem, formats, profile, solve
 from bitknap.allocation.limits import (
     bits_per_layer,
     bytes_per_token,
@@ -19,28 +19,21 @@ from bitknap.allocation.limits import (
 )
 from bitknap.allocation.limits.from_file import read_limits
 from bitknap.errors import FileError, InfeasibleError
+from bitknap.testing import routed_units
 
 EXPERTS = 8
 
 
 @pytest.fixture(scope="module")
 def table() -> CostTable:
-    keys = [(n, e, p) for n in (0, 1) for e in range(EXPERTS) for p in ("gate", "up", "down")]
-    units = Units.build(
-        layer=[n for n, _, _ in keys],
-        role=["routed"] * len(keys),
-        expert=[e for _, e, _ in keys],
-        projection=[p for _, _, p in keys],
-        rows=[64] * len(keys),
-        cols=[64] * len(keys),
-    )
+    units = routed_units(2, EXPERTS, ("gate", "up", "down"), rows=64, cols=64)
     random = np.random.default_rng(0)
-    cost = random.lognormal(size=(len(keys), 1)) * 4.0 ** -np.arange(3)
+    cost = random.lognormal(size=(len(units), 1)) * 4.0 ** -np.arange(3)
     return CostTable.from_arrays(
         cost,
         units=units,
         formats=formats(bits=(2, 3, 4), group_size=64),
-        frequency=np.full(len(keys), 0.25),
+        frequency=np.full(len(units), 0.25),
         provenance={"fixed_bytes": 1000},
     ).tie(profile("expert"))
 

@@ -24,6 +24,7 @@ from bitknap.allocation.limits import (
     share_at_most,
 )
 from bitknap.errors import InfeasibleError
+from bitknap.testing import routed_units
 
 # Bytes per token.
 
@@ -75,14 +76,7 @@ def test_bytes_per_token_say_what_is_wrong(table, message):
 
 def eight_ranks() -> Units:
     """16 experts of one projection: two on each of 8 ranks, and 65,536 plans in 2 formats."""
-    return Units.build(
-        layer=[0] * 16,
-        role=["routed"] * 16,
-        expert=list(range(16)),
-        projection=["down"] * 16,
-        rows=[32] * 16,
-        cols=[64] * 16,
-    )
+    return routed_units(1, 16, ("down",), rows=32, cols=64)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -228,14 +222,7 @@ def test_share_of_a_pattern(table, nbytes_of, check):
 
 
 def test_a_share_is_what_was_written(table_of):
-    units = Units.build(
-        layer=range(100),
-        role=["routed"] * 100,
-        expert=[0] * 100,
-        projection=["up"] * 100,
-        rows=[1] * 100,
-        cols=[1] * 100,
-    )
+    units = routed_units(100, 1, ("up",), rows=1, cols=1)
     table = table_of(units)
     # 0.29 * 100 is 28.999999999999996 in floats.
     assert [share_at_most(table, s, 1).bound for s in (0.29, 1 / 3, 0, 1)] == [29, 33, 0, 100]

@@ -3,22 +3,16 @@
 import numpy as np
 import pytest
 
-from bitknap.allocation import Budget, CostTable, Problem, Status, Units, formats, solve
+from bitknap.allocation import Budget, CostTable, Problem, Status, formats, solve
 from bitknap.allocation.published.evopress import Evolution
 from bitknap.errors import InfeasibleError, InputError
+from bitknap.testing import routed_units
 
 
 @pytest.fixture
 def problem():
     draw = np.random.default_rng(0)
-    units = Units.build(
-        layer=np.arange(16) // 4,
-        role=["routed"] * 16,
-        expert=np.arange(16) % 4,
-        projection=["down"] * 16,
-        rows=[16] * 16,
-        cols=[16] * 16,
-    )
+    units = routed_units(4, 4, ("down",))
     widths = formats((2, 3, 4, 8), 8)
     cost = draw.lognormal(0, 2, size=(16, 1)) * np.array([4.0**-item.bits for item in widths])
     return Problem(CostTable.from_arrays(cost, units=units, formats=widths), [Budget.bits(7)])

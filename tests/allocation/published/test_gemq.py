@@ -3,28 +3,21 @@
 import numpy as np
 import pytest
 
-from bitknap.allocation import CostTable, Units, formats, profile, solve
+from bitknap.allocation import CostTable, formats, profile, solve
 from bitknap.allocation.published import (
     gemq_problem,
     mc_moe,
 )
 from bitknap.errors import InputError
+from bitknap.testing import routed_units
 
 
 def experts_table(layers: int, experts: int, seed: int = 0) -> CostTable:
-    keys = [(la, e, p) for la in range(layers) for e in range(experts) for p in ("gate", "up")]
-    units = Units.build(
-        layer=[x[0] for x in keys],
-        role=["routed"] * len(keys),
-        expert=[x[1] for x in keys],
-        projection=[x[2] for x in keys],
-        rows=[64] * len(keys),
-        cols=[64] * len(keys),
-    )
+    units = routed_units(layers, experts, ("gate", "up"), rows=64, cols=64)
     generator = np.random.default_rng(seed)
-    scale = generator.lognormal(0, 1, (len(keys), 1)) * 10.0 ** (units.layer[:, None] % 3)
+    scale = generator.lognormal(0, 1, (len(units), 1)) * 10.0 ** (units.layer[:, None] % 3)
     # Two bits above the chord of one and three, as min-max grids have it.
-    cost = scale * np.array([1.0, 0.85, 0.34]) * generator.lognormal(0, 0.05, (len(keys), 3))
+    cost = scale * np.array([1.0, 0.85, 0.34]) * generator.lognormal(0, 0.05, (len(units), 3))
     table = CostTable.from_arrays(cost, units=units, formats=formats(bits=(1, 2, 3)))
     return table.tie(profile("expert"))
 

@@ -11,12 +11,12 @@ from bitknap.allocation import (
     Limit,
     Problem,
     Status,
-    Units,
     formats,
     profile,
     solve,
 )
 from bitknap.errors import BitknapError, InfeasibleError, InputError
+from bitknap.testing import routed_units
 
 COST = [[9.0, 4.0, 1.0], [5.0, 3.0, 2.0]]
 NBYTES = [[1, 2, 4], [1, 2, 4]]
@@ -95,14 +95,7 @@ def test_a_forbidden_choice_is_refused():
 
 
 def test_too_small_a_budget_says_what_is_needed():
-    units = Units.build(
-        layer=[0] * 4,
-        role=["routed"] * 4,
-        expert=range(4),
-        projection=["up"] * 4,
-        rows=[1024] * 4,
-        cols=[1024] * 4,
-    )
+    units = routed_units(1, 4, ("up",), rows=1024, cols=1024)
     table = CostTable.from_arrays(
         np.ones((4, 2)), units=units, formats=formats(bits=(2, 4), group_size=128)
     )
@@ -136,14 +129,7 @@ def test_limits_that_clash_are_named():
 
 
 def test_tied_units_share_a_format():
-    units = Units.build(
-        layer=[0] * 3,
-        role=["routed"] * 3,
-        expert=[0] * 3,
-        projection=["gate", "up", "down"],
-        rows=[64] * 3,
-        cols=[64] * 3,
-    )
+    units = routed_units(1, 1, ("gate", "up", "down"), rows=64, cols=64)
     cost = [[8.0, 1.0], [2.0, 1.0], [6.0, 1.0]]
     table = CostTable.from_arrays(cost, units=units, formats=formats(bits=(2, 4), group_size="row"))
     budget = Budget.bytes(int(table.nbytes[:, 0].sum()) + 1024)

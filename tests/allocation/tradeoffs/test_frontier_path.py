@@ -7,10 +7,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bitknap.allocation import Budget, CostTable, Limit, Problem, Units, formats, profile, solve
+from bitknap.allocation import Budget, CostTable, Limit, Problem, formats, profile, solve
 from bitknap.allocation.solvers.greedy import Greedy
 from bitknap.allocation.tradeoffs.frontier_path import Frontier, frontier
 from bitknap.errors import FileError, InfeasibleError, InputError
+from bitknap.testing import routed_units
 
 COST = [[9.0, 4.0, 1.0], [5.0, 3.0, 0.0]]
 NBYTES = [[1, 2, 4], [1, 2, 3]]
@@ -29,17 +30,9 @@ def tables(draw):
 
 def model(layers=2, experts=3):
     """Units with shapes and real formats, the costs of errors that fall with bits."""
-    count = layers * experts * 3
-    units = Units.build(
-        layer=np.repeat(np.arange(layers), experts * 3),
-        role=["routed"] * count,
-        expert=np.tile(np.repeat(np.arange(experts), 3), layers),
-        projection=["gate", "up", "down"] * (layers * experts),
-        rows=[64] * count,
-        cols=[128] * count,
-    )
+    units = routed_units(layers, experts, ("gate", "up", "down"), rows=64, cols=128)
     chosen = formats((1, 2, 3, 4, 8), 64, True)
-    scale = np.random.default_rng(0).lognormal(0, 1, (count, 1))
+    scale = np.random.default_rng(0).lognormal(0, 1, (len(units), 1))
     cost = scale * 4.0 ** -np.array([item.bits for item in chosen])
     given = {"model": "m", "estimator": "made up", "fixed_bytes": 100, "source_bytes": 500_000}
     return CostTable.from_arrays(cost, units=units, formats=chosen, provenance=given)

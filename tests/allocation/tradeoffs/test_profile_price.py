@@ -8,27 +8,19 @@ from bitknap.allocation import (
     Limit,
     Solution,
     Status,
-    Units,
     formats,
     profile,
 )
 from bitknap.allocation.solvers.greedy import Greedy
 from bitknap.allocation.tradeoffs.profile_price import Price, price
 from bitknap.errors import InputError
+from bitknap.testing import routed_units
 
 
 def table(layers=2, experts=4):
-    count = layers * experts * 3
-    units = Units.build(
-        layer=np.repeat(np.arange(layers), experts * 3),
-        role=["routed"] * count,
-        expert=np.tile(np.repeat(np.arange(experts), 3), layers),
-        projection=["gate", "up", "down"] * (layers * experts),
-        rows=[32] * count,
-        cols=[64] * count,
-    )
+    units = routed_units(layers, experts, ("gate", "up", "down"), rows=32, cols=64)
     chosen = formats((1, 2, 3, 4), 32, True)
-    scale = np.random.default_rng(0).lognormal(0, 1.5, (count, 1))
+    scale = np.random.default_rng(0).lognormal(0, 1.5, (len(units), 1))
     return CostTable.from_arrays(scale * [1.0, 0.3, 0.08, 0.02], units=units, formats=chosen)
 
 

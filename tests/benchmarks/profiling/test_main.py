@@ -1,20 +1,14 @@
 import numpy as np
 
-from bitknap.allocation import CostTable, Units
+from bitknap.allocation import CostTable
 from bitknap.benchmarks.profiling.__main__ import SPARSITY, drawn
 from bitknap.benchmarks.profiling.report import markdown
 from bitknap.benchmarks.setting import FORMATS
+from bitknap.testing import routed_units
 
 
 def dense(count: int = 45) -> CostTable:
-    units = Units.build(
-        layer=[0] * count,
-        role=["routed"] * count,
-        expert=range(count),
-        projection=["up"] * count,
-        rows=[64] * count,
-        cols=[64] * count,
-    )
+    units = routed_units(1, count, ("up",), rows=64, cols=64)
     cost = 4.0 ** -np.arange(4) * np.arange(1, count + 1)[:, None]
     provenance = {"method": "rtn", "tokens": 8, "seed": 0}
     seen = (np.arange(count) % 9 > 0).astype(float)

@@ -1,9 +1,10 @@
 import numpy as np
 import pytest
 
-from bitknap.allocation import CostTable, Units, formats
+from bitknap.allocation import CostTable, formats
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.estimators.group_kl.proxies import with_proxies
+from bitknap.testing import routed_units
 
 FORMATS = formats((2, 4), "row", True)
 
@@ -22,19 +23,11 @@ class Told:
 
 def case(groups: int = 6, experts: int = 16) -> tuple[CostTable, Floats, Floats, list[np.ndarray]]:
     """Layers of experts that all cost alike, and the truth: cost × score^1.5."""
-    keys = [(layer, expert) for layer in range(groups) for expert in range(experts)]
-    units = Units.build(
-        layer=[layer for layer, _ in keys],
-        role=["routed"] * len(keys),
-        expert=[expert for _, expert in keys],
-        projection=["up"] * len(keys),
-        rows=[64] * len(keys),
-        cols=[64] * len(keys),
-    )
-    flat = np.tile([0.01, 0.001], (len(keys), 1))
+    units = routed_units(groups, experts, ("up",), rows=64, cols=64)
+    flat = np.tile([0.01, 0.001], (len(units), 1))
     table = CostTable.from_arrays(flat, units=units, formats=FORMATS)
-    score = np.exp(np.random.default_rng(0).normal(size=len(keys)))
-    runs = np.split(np.arange(len(keys)), groups)
+    score = np.exp(np.random.default_rng(0).normal(size=len(units)))
+    runs = np.split(np.arange(len(units)), groups)
     return table, score, score**1.5, runs
 
 

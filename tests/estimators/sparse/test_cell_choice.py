@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bitknap.allocation import Format, Units, formats
+from bitknap.allocation import Format, formats
 from bitknap.errors import InputError
 from bitknap.estimators.sparse.cell_choice import (
     AtRandom,
@@ -15,6 +15,7 @@ from bitknap.estimators.sparse.cell_choice import (
 )
 from bitknap.estimators.sparse.cell_features import Antecedents
 from bitknap.estimators.sparse.predictors import LogLinear
+from bitknap.testing import routed_units
 
 LAYERS, EXPERTS = 12, 12
 FORMATS = formats((2, 3, 4), 64)
@@ -23,15 +24,7 @@ ORIGIN = {"model": "m", "method": "rtn", "text": "t", "tokens": 1, "seed": 0}
 
 @pytest.fixture(scope="module")
 def units():
-    layer, expert, projection = np.indices((LAYERS, EXPERTS, 3)).reshape(3, -1)
-    return Units.build(
-        layer=layer,
-        role=["routed"] * len(layer),
-        expert=expert,
-        projection=[("gate", "up", "down")[p] for p in projection],
-        rows=[8] * len(layer),
-        cols=[64] * len(layer),
-    )
+    return routed_units(LAYERS, EXPERTS, ("gate", "up", "down"), rows=8, cols=64)
 
 
 @pytest.fixture(scope="module")

@@ -6,23 +6,17 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from bitknap.allocation import Format, Units, formats
+from bitknap.allocation import Format, formats
 from bitknap.errors import FileError, InputError, MismatchError
 from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
+from bitknap.testing import routed_units
 
 ORIGIN = {"model": "abc", "method": "rtn", "text": "def", "tokens": 96, "seed": 0}
 FORMATS = formats((2, 3, 4), 64)
 
 
 def units(count=4, cols=64):
-    return Units.build(
-        layer=[0] * count,
-        role=["routed"] * count,
-        expert=range(count),
-        projection=["up"] * count,
-        rows=[8] * count,
-        cols=[cols] * count,
-    )
+    return routed_units(1, count, ("up",), rows=8, cols=cols)
 
 
 def samples(unit=(2, 0), column=(1, 0), loss=(0.5, 0.25), error=None, **changes):

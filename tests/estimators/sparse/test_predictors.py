@@ -5,7 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from bitknap.allocation import Units, formats
+from bitknap.allocation import formats
 from bitknap.errors import InputError
 from bitknap.estimators.group_kl.regression import rank_correlation
 from bitknap.estimators.sparse.cell_choice import AtRandom, ByDepth
@@ -13,6 +13,7 @@ from bitknap.estimators.sparse.cell_features import Antecedents
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.predictors import GradientBoosting, LogLinear, Residual, left_out
+from bitknap.testing import routed_units
 
 LAYERS, EXPERTS = 32, 8
 FORMATS = formats((1, 2, 3, 4), 64)
@@ -29,16 +30,9 @@ class Table:
 
     def __init__(self, *, spread, known, seed=0):
         generator = np.random.default_rng(seed)
-        layer, expert, projection = np.indices((LAYERS, EXPERTS, 3)).reshape(3, -1)
+        layer, projection = np.indices((LAYERS, EXPERTS, 3))[[0, 2]].reshape(2, -1)
         count = len(layer)
-        self.units = Units.build(
-            layer=layer,
-            role=["routed"] * count,
-            expert=expert,
-            projection=[("gate", "up", "down")[p] for p in projection],
-            rows=[64] * count,
-            cols=[64] * count,
-        )
+        self.units = routed_units(LAYERS, EXPERTS, ("gate", "up", "down"), rows=64, cols=64)
         activation, rest = generator.normal(size=(2, count))
         unit = spread * (known * activation + np.sqrt(1 - known**2) * rest)
         place = np.cumsum(generator.normal(0.1, 0.3, LAYERS))[:, None]

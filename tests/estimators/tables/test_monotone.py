@@ -3,20 +3,13 @@
 import numpy as np
 import pytest
 
-from bitknap.allocation import CostTable, Format, Units, formats
+from bitknap.allocation import CostTable, Format, formats
 from bitknap.estimators.tables.monotone import isotonic, non_increasing
+from bitknap.testing import routed_units
 
 
 def made(cost, options):
-    count = len(cost)
-    units = Units.build(
-        layer=[0] * count,
-        role=["routed"] * count,
-        expert=list(range(count)),
-        projection=["up"] * count,
-        rows=[8] * count,
-        cols=[64] * count,
-    )
+    units = routed_units(1, len(cost), ("up",), rows=8, cols=64)
     return CostTable.from_arrays(cost, units=units, formats=options, provenance={"estimator": "x"})
 
 

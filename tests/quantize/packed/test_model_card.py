@@ -2,12 +2,12 @@
 
 import re
 
-import numpy as np
 import pytest
 
-from bitknap.allocation import BitPlan, Format, Units, formats
+from bitknap.allocation import BitPlan, Format, formats
 from bitknap.errors import FileError
 from bitknap.quantization.packed import model_card
+from bitknap.testing import random_plan, routed_units
 
 README = (
     "---\nlicense: other\nlicense_name: mine\nlicense_link: LICENSE\ntags:\n- a\n---\n# Theirs\n"
@@ -16,20 +16,8 @@ SIZES = {"quantized weights": 1234567, "source": 2**30}
 
 
 def make_plan(layers=3, experts=4, header=None, seed=0):
-    keys = [
-        (n, e, p) for n in range(layers) for e in range(experts) for p in ("gate", "up", "down")
-    ]
-    units = Units.build(
-        layer=[n for n, _, _ in keys],
-        role=["routed"] * len(keys),
-        expert=[e for _, e, _ in keys],
-        projection=[p for _, _, p in keys],
-        rows=[16] * len(keys),
-        cols=[64] * len(keys),
-    )
-    options = formats((2, 4), 32)
-    choice = np.random.default_rng(seed).integers(0, len(options), len(units))
-    return BitPlan.from_choice(units, options, choice, model="f" * 32, header=header)
+    units = routed_units(layers, experts, ("gate", "up", "down"), rows=16, cols=64)
+    return random_plan(units, formats((2, 4), 32), seed, model="f" * 32, header=header)
 
 
 def test_what_a_card_says():
@@ -107,8 +95,7 @@ def test_it_stays_small():
         for s in (False, True)
     ]
     plan = make_plan(layers=700, experts=8)
-    choice = np.random.default_rng(0).integers(0, len(many), len(plan.units))
-    plan = BitPlan.from_choice(plan.units, many, choice, header=header)
+    plan = random_plan(plan.units, many, header=header)
     license = dict.fromkeys(("license", "license_name", "license_link"), "y" * 200)
     text = model_card.card(
         plan, SIZES, {"perplexity": 1e300}, name="o/" + "n" * 90, license=license
