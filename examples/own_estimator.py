@@ -13,7 +13,7 @@ import numpy as np
 import bitknap
 from bitknap.allocation.problem.table import storage
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.quantization.stacks.apply import stacks
+from bitknap.quantization.stacks.grouping import stacks
 
 
 class SquaredError:

@@ -60,7 +60,7 @@ from bitknap.estimators.sparse.fuzzy import Fuzzy, unit_losses
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.predictors import GradientBoosting, LogLinear
-from bitknap.quantization.stacks.apply import stacks
+from bitknap.quantization.stacks.grouping import stacks
 
 # Number of random draws of sparse estimators.
 SEEDS = 10

@@ -29,7 +29,8 @@ from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq, round_trip
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import resolve
-from bitknap.quantization.stacks.apply import replaced, stacks
+from bitknap.quantization.stacks.apply import replaced
+from bitknap.quantization.stacks.grouping import stacks
 
 FORMATS = tuple(f"int{bits}-g64-{kind}" for bits in (4, 3, 2) for kind in ("asym", "sym"))
 # Target: maximum ratio of our KL to the best of the others.

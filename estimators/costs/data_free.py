@@ -18,7 +18,7 @@ from bitknap.allocation.problem.table import CostTable
 from bitknap.estimators.costs.weighed_errors import format_bytes
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.quantization.rounding.methods import round_trip
-from bitknap.quantization.stacks.apply import stack_pieces
+from bitknap.quantization.stacks.grouping import stack_pieces
 
 _SAMPLE = 1 << 16  # weights; enough to know the distortion to about 1 %
 

@@ -35,7 +35,8 @@ from bitknap.estimators.measuring.layer_output import LayerOutput, window_norms
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.sweep.expert_traces import Block, block_of, runs
 from bitknap.progress import Progress
-from bitknap.quantization.stacks.apply import replaced, stacks
+from bitknap.quantization.stacks.apply import replaced
+from bitknap.quantization.stacks.grouping import stacks
 
 Kind = Literal["kl", "layer", "block"]
 

@@ -18,7 +18,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
-from bitknap.quantization.stacks.apply import stack_pieces, stacks
+from bitknap.quantization.stacks.grouping import stack_pieces, stacks
 
 # Bytes of float32 weights rounded at a time; a charge may read a whole stack for each piece.
 _PIECE = 1 << 28

@@ -12,7 +12,7 @@ from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.source import Source
-from bitknap.quantization.stacks.apply import read_stored
+from bitknap.quantization.stacks.reading import read_stored
 
 
 def of_weights(

@@ -28,7 +28,8 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.readings import key_of
 from bitknap.estimators.signals.signal import Signal
 from bitknap.progress import Progress
-from bitknap.quantization.stacks.apply import replaced, stacks
+from bitknap.quantization.stacks.apply import replaced
+from bitknap.quantization.stacks.grouping import stacks
 
 # KL below this, in nats per token, is rounding noise of float32 logits.
 _FLOOR = 1e-9

@@ -56,7 +56,7 @@ from bitknap.estimators.published.rule import (
 )
 from bitknap.estimators.signals.unit_statistics import by_matrix, curvature, routed
 from bitknap.progress import Progress
-from bitknap.quantization.stacks.apply import stacks
+from bitknap.quantization.stacks.grouping import stacks
 from bitknap.quantization.stacks.row_blocks import block_units
 
 

@@ -25,7 +25,7 @@ from bitknap.estimators.costs.weighed_errors import format_bytes, plainest, proj
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.float_range import weighed_squares
 from bitknap.estimators.signals.unit_statistics import routed
-from bitknap.quantization.stacks.apply import stack_pieces
+from bitknap.quantization.stacks.grouping import stack_pieces
 from bitknap.quantization.stacks.row_blocks import block_units
 from bitknap.quantization.transforms.transformed_model import Sorting
 

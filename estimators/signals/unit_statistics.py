@@ -20,7 +20,7 @@ from bitknap.errors import InputError
 from bitknap.estimators.costs.weighed_errors import experts_of, plainest, projection_of, role_of
 from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
 from bitknap.quantization.rounding.methods import round_trip
-from bitknap.quantization.stacks.apply import stacks
+from bitknap.quantization.stacks.grouping import stacks
 
 # A score of 0 becomes this share of the mean.
 LEAST = 1e-6

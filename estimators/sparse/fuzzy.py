@@ -33,7 +33,7 @@ from bitknap.estimators.sparse.cell_features import Antecedents, Predictor
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
 from bitknap.estimators.sparse.shrunk_predictor import Shrunk
-from bitknap.quantization.stacks.apply import stacks
+from bitknap.quantization.stacks.grouping import stacks
 
 # Smaller values are raised to this before taking the logarithm.
 _LEAST = 1e-12

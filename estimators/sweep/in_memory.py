@@ -22,7 +22,7 @@ from bitknap.estimators.sweep.linear_recording import recording_linears
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.progress import Progress
 from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.stacks.apply import read_units
+from bitknap.quantization.stacks.reading import read_units
 
 # Routing and diagonal moments alone.
 PLAIN = Recorded()

@@ -92,7 +92,7 @@ class Skeleton:
 
     def weights(self, which: np.ndarray) -> Tensor:
         """Return the weights of equally shaped units, float32 [n, rows, cols], from the disk."""
-        from bitknap.quantization.stacks.apply import read_stored
+        from bitknap.quantization.stacks.reading import read_stored
 
         return read_stored(self.on_disk, which, self.source)
 

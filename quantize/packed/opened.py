@@ -21,7 +21,7 @@ from bitknap.quantization.packed.dequantize import MOST_HALF, dequantize_into
 from bitknap.quantization.packed.folder import PLAN, SOURCE, VERSION, digest, roles_of
 from bitknap.quantization.packed.outline import PREFIX, streams
 from bitknap.quantization.source.checkpoint import DTYPES, Checkpoint
-from bitknap.quantization.stacks.apply import aligned
+from bitknap.quantization.stacks.alignment import aligned
 from bitknap.quantization.stacks.row_blocks import layout_for
 
 

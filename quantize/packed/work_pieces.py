@@ -33,7 +33,9 @@ from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.partial_reads import read_bytes
 from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo
-from bitknap.quantization.stacks.apply import PIECE, Watched, all_finite, plan_pieces, read_stored
+from bitknap.quantization.stacks.grouping import PIECE, plan_pieces
+from bitknap.quantization.stacks.quantize_plan import Watched
+from bitknap.quantization.stacks.reading import all_finite, read_stored
 
 # Bytes copied at a time; a multiple of every dtype's width.
 COPY = 1 << 24

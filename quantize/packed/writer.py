@@ -60,7 +60,8 @@ from bitknap.quantization.packed.work_pieces import (
 from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import PACKED, Checkpoint
-from bitknap.quantization.stacks.apply import Watched, aligned
+from bitknap.quantization.stacks.alignment import aligned
+from bitknap.quantization.stacks.quantize_plan import Watched
 from bitknap.quantization.stacks.row_blocks import layout_for
 
 __all__ = [

@@ -40,7 +40,7 @@ from bitknap.quantization.runtime.layers import (
 from bitknap.quantization.runtime.packed_weight import PackedWeight, Piece
 from bitknap.quantization.runtime.saving import Companions, save_pretrained
 from bitknap.quantization.source.source_config import METHOD
-from bitknap.quantization.stacks.apply import aligned
+from bitknap.quantization.stacks.alignment import aligned
 from bitknap.quantization.stacks.row_blocks import layout_for
 
 # Prefix of a stream's buffer in a live model, in the module that has all its units.

@@ -18,7 +18,7 @@ from bitknap.allocation.problem.units import Units
 from bitknap.errors import InputError, MismatchError
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.rounding.rounding import Inputs
-from bitknap.quantization.stacks.apply import Watched
+from bitknap.quantization.stacks.quantize_plan import Watched
 
 
 def block_units(units: Units, blocks: int) -> tuple[Units, Longs]:

@@ -11,7 +11,7 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
-from bitknap.quantization.stacks.apply import read_units
+from bitknap.quantization.stacks.reading import read_units
 from bitknap.testing import tiny_model
 
 # The expert that no token reaches.

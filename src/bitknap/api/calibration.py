@@ -33,7 +33,7 @@ from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.architecture import config_of, text_config_of
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.transformers_calls import calling_transformers
-from bitknap.quantization.stacks.apply import stacks
+from bitknap.quantization.stacks.grouping import stacks
 
 
 def gather(

@@ -20,7 +20,9 @@ from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.methods import round_trip
-from bitknap.quantization.stacks.apply import applied, read_units, stacks
+from bitknap.quantization.stacks.apply import applied
+from bitknap.quantization.stacks.grouping import stacks
+from bitknap.quantization.stacks.reading import read_units
 from bitknap.testing import tiny_model
 
 FORMATS = formats((1, 2, 3, 4, 6, 8), (8, "row"), (False, True), ("fp16", "compact"), keep="fp32")

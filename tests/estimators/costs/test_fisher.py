@@ -15,7 +15,8 @@ from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.methods import round_trip
-from bitknap.quantization.stacks.apply import replaced, stacks
+from bitknap.quantization.stacks.apply import replaced
+from bitknap.quantization.stacks.grouping import stacks
 from bitknap.testing import tiny_model
 
 FORMATS = (Format(2, 8), Format(3, 0), Format(4, 8), Format.keep("fp32"))

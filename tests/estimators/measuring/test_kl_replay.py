@@ -6,7 +6,8 @@ import torch
 
 from bitknap.estimators.measuring.kl_replay import Replay, compare, decoder_layers, standard_error
 from bitknap.quantization.models.live_model import walk
-from bitknap.quantization.stacks.apply import replaced, stacks
+from bitknap.quantization.stacks.apply import replaced
+from bitknap.quantization.stacks.grouping import stacks
 from bitknap.testing import tiny_model
 
 WINDOWS = torch.randint(0, 64, (5, 13), generator=torch.Generator().manual_seed(0))

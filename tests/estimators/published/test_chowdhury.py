@@ -23,7 +23,7 @@ from bitknap.estimators.signals.unit_statistics import routed
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.stacks.apply import read_units
+from bitknap.quantization.stacks.reading import read_units
 from bitknap.testing import tiny_model
 
 

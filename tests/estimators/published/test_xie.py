@@ -22,7 +22,7 @@ from bitknap.estimators.signals.scored import checked
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
-from bitknap.quantization.stacks.apply import read_units
+from bitknap.quantization.stacks.reading import read_units
 from bitknap.quantization.stacks.row_blocks import block_units
 from bitknap.testing import tiny_model
 

@@ -24,7 +24,8 @@ from bitknap.estimators.signals.unit_statistics import (
 )
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.models.live_model import walk
-from bitknap.quantization.stacks.apply import read_units, stacks
+from bitknap.quantization.stacks.grouping import stacks
+from bitknap.quantization.stacks.reading import read_units
 from bitknap.testing import tiny_model
 
 FORMATS = formats((2, 3, 4), (8, "row"), keep="fp32")

@@ -12,7 +12,8 @@ from bitknap.estimators.sweep.expert_traces import block_of
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
-from bitknap.quantization.stacks.apply import replaced, stacks
+from bitknap.quantization.stacks.apply import replaced
+from bitknap.quantization.stacks.grouping import stacks
 from bitknap.testing import tiny_model
 
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h", "deepseek_v3")

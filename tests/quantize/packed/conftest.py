@@ -3,16 +3,15 @@
 from functools import partial
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 
 import bitknap
-from bitknap.allocation import BitPlan, Format, formats
+from bitknap.allocation import Format, formats
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.packed import pipeline, work_pieces
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.stacks import apply
-from bitknap.testing import tiny_model
+from bitknap.quantization.stacks import grouping
+from bitknap.testing import random_plan, tiny_model
 
 FILES = bitknap.Packing(max_shard_size="40kB")
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
@@ -31,8 +30,7 @@ def case(tmp_path_factory, contents):
     source = Checkpoint.open(root / "model")
     units = walk_headers(source.config, source.shapes, ()).units
     options = (*GRIDS, Format.keep("fp32"))
-    choice = np.random.default_rng(0).integers(len(options), size=len(units))
-    plan = BitPlan.from_choice(units, options, choice, model=source.fingerprint)
+    plan = random_plan(units, options, model=source.fingerprint)
     plan.save(root / "plan.json")
     save = partial(bitknap.quantize, root / "model", plan, packing=FILES)
     save(root / "out")
@@ -49,7 +47,7 @@ def case(tmp_path_factory, contents):
 @pytest.fixture
 def small(monkeypatch):
     """Pieces of a few rows, and a journal line for each at once."""
-    monkeypatch.setattr(apply, "PIECE", 4096)
+    monkeypatch.setattr(grouping, "PIECE", 4096)
     monkeypatch.setattr(work_pieces, "PIECE", 4096)
     monkeypatch.setattr(work_pieces, "COPY", 4096)
     monkeypatch.setattr(work_pieces, "_CODES", 512)

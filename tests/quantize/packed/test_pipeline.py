@@ -20,7 +20,7 @@ from bitknap.quantization.packed.work_pieces import sections
 from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.rounding import Inputs
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.stacks import apply
+from bitknap.quantization.stacks import grouping
 from bitknap.testing import tiny_model
 
 FILES = bitknap.Packing(max_shard_size="40kB")
@@ -136,14 +136,6 @@ def test_sizes_that_make_no_sense(case, tmp_path, size):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_stacks_are_cut_to_bounded_pieces(case):
-    units = walk_headers(case.source.config, case.source.shapes, ()).units
-    cut = apply.stack_pieces(units, 2 * 4 * 48 * 64)
-    assert {len(which) for which in cut} == {2}  # of 4 experts
-    assert np.array_equal(np.concatenate(cut), np.concatenate(apply.stacks(units)))
-    assert {len(which) for which in apply.stack_pieces(units, 1)} == {1}
-
-
 def test_weight_only_costs_are_the_same_in_pieces(case, monkeypatch):
     whole = bitknap.estimate(case.folder, DataFree(), GRIDS[:2])
     monkeypatch.setattr("bitknap.estimators.costs.data_free.stack_pieces", singly)
@@ -151,4 +143,4 @@ def test_weight_only_costs_are_the_same_in_pieces(case, monkeypatch):
 
 
 def singly(units):
-    return apply.stack_pieces(units, 1)
+    return grouping.stack_pieces(units, 1)

@@ -212,8 +212,8 @@ def test_two_processes_do_not_share_a_folder(case, tmp_path, contents):
 # Pieces of a few rows, journalled one by one, so that kills fall between and inside of them.
 SMALL = """
 from bitknap.quantization.packed import pipeline, work_pieces
-from bitknap.quantization.stacks import apply
-apply.PIECE = work_pieces.PIECE = work_pieces.COPY = 4096
+from bitknap.quantization.stacks import grouping
+grouping.PIECE = work_pieces.PIECE = work_pieces.COPY = 4096
 pipeline.BATCH_BYTES = 1
 """
 SLOWED = [("bitknap.quantization.packed.work_pieces.Work.make", 0.005)]

@@ -4,7 +4,6 @@ import json
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -20,7 +19,7 @@ from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.apply import apply
-from bitknap.testing import tiny_model
+from bitknap.testing import mixed_plan, tiny_model
 
 OVER = bitknap.Resume(overwrite=True)
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
@@ -51,9 +50,7 @@ def plan_for(folder, include=(), dtype=torch.float32, seed=0):
     source = Checkpoint.open(folder)
     units = walk_headers(source.config, source.shapes, include).units
     options = (*GRIDS, keep_of(dtype))
-    choice = np.random.default_rng(seed).permutation(np.arange(len(units)) % len(options))
-    choice[0] = len(options) - 1
-    return BitPlan.from_choice(units, options, choice, model=source.fingerprint)
+    return mixed_plan(units, options, seed, model=source.fingerprint)
 
 
 def logits(model):

@@ -162,3 +162,8 @@ def gauss_case():
     x = x + 0.3 * torch.randn(x.shape, generator=generator)
     moments = x.mT @ x / 4096
     return weights, Inputs(moments=moments, tokens=torch.tensor([4096, 4096]))
+
+
+def test_a_kept_precision_is_no_round_trip():
+    w = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(round_trip(w, Format.keep("fp32")), w)

@@ -18,7 +18,7 @@ from bitknap.quantization.packed.convert_layout import convert
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.runtime.layers import PackedExperts, packed_modules
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.stacks import apply
+from bitknap.quantization.stacks import grouping
 from bitknap.testing import tiny_model
 from bitknap.transformers_hook import install
 
@@ -155,7 +155,7 @@ def test_a_layout_of_exponents_is_known_and_no_later_one(tmp_path):
 
 
 def test_matrices_cut_into_pieces_are_the_same_bytes(source, packed, tmp_path, monkeypatch):
-    for module in (work_pieces, apply):
+    for module in (work_pieces, grouping):
         monkeypatch.setattr(module, "PIECE", 4 * 16 * 64)
     writer.save(source, plan_of(source), tmp_path / "out")
     for file in packed.iterdir():

@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,7 +27,7 @@ from bitknap.quantization.runtime import loading
 from bitknap.quantization.runtime.layers import packed_weights
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.row_blocks import block_units
-from bitknap.testing import packed_checkpoint, tiny_model
+from bitknap.testing import packed_checkpoint, random_plan, tiny_model
 from bitknap.transformers_hook import TABLE, install
 
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
@@ -109,10 +108,7 @@ def test_blocks_of_rows(tmp_path):
     tiny_model("gpt_oss").save_pretrained(source)
     checkpoint = Checkpoint.open(source)
     units, _ = block_units(walk_headers(checkpoint.config, checkpoint.shapes).units, 3)
-    choice = np.random.default_rng(0).integers(0, len(GRIDS), len(units))
-    bitknap.quantize(
-        source, BitPlan.from_choice(units, GRIDS, choice, model=checkpoint.fingerprint), out
-    )
+    bitknap.quantize(source, random_plan(units, GRIDS, model=checkpoint.fingerprint), out)
     assert torch.equal(logits(loading.load(out, packed=True)), logits(loading.load(out)))
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import bitknap
-from bitknap.allocation import BitPlan, Format, formats
+from bitknap.allocation import Format, formats
 from bitknap.allocation.problem import format
 from bitknap.errors import FileError, ModelError
 from bitknap.quantization.models.headers_only import walk_headers
@@ -17,8 +17,8 @@ from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.models.matrix_views import View, matrix
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.low_bit_codes import restore
-from bitknap.quantization.stacks.apply import read_stored
-from bitknap.testing import tiny_model
+from bitknap.quantization.stacks.reading import read_stored
+from bitknap.testing import random_plan, tiny_model
 
 E2M1 = (0, 0.5, 1, 1.5, 2, 3, 4, 6)
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "fmt": "e4m3"}
@@ -262,8 +262,7 @@ def plans(folders, options):
     """Return one plan, mixed at random, for the checkpoint in few bits and for the one in 16."""
     sources = [Checkpoint.open(folder) for folder in folders]
     units = walk_headers(sources[0].config, sources[0].shapes).units
-    choice = np.random.default_rng(0).integers(0, len(options), len(units))
-    return [BitPlan.from_choice(units, options, choice, model=s.fingerprint) for s in sources]
+    return [random_plan(units, options, model=source.fingerprint) for source in sources]
 
 
 @pytest.mark.slow

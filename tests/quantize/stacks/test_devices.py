@@ -21,7 +21,9 @@ from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.methods import Gptq, Hqq, Rtn
 from bitknap.quantization.rounding.rounding import Inputs
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.stacks.apply import apply, quantize_plan, read_units
+from bitknap.quantization.stacks.apply import apply
+from bitknap.quantization.stacks.quantize_plan import quantize_plan
+from bitknap.quantization.stacks.reading import read_units
 from bitknap.testing import tiny_model
 
 GRIDS = [

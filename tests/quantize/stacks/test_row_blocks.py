@@ -14,7 +14,10 @@ from bitknap.quantization.rounding.methods import RTN, round_trip
 from bitknap.quantization.rounding.rounding import Inputs
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.stacks.apply import aligned, applied, apply, quantize_plan, read_units
+from bitknap.quantization.stacks.alignment import aligned
+from bitknap.quantization.stacks.apply import applied, apply
+from bitknap.quantization.stacks.quantize_plan import quantize_plan
+from bitknap.quantization.stacks.reading import read_units
 from bitknap.quantization.stacks.row_blocks import (
     block_units,
     inputs_of_blocks,
@@ -25,24 +28,6 @@ from bitknap.quantization.stacks.row_blocks import (
 from bitknap.testing import tiny_model
 
 FORMATS = formats((1, 2, 3, 5, 8), (8, "row"), (False, True), ("fp16", "compact"), keep="fp32")
-# Plain stacks, interleaved and transposed, ungated, halves of a transposed one, one module an
-# expert, experts one above the other.
-FAMILIES = ("mixtral", "gpt_oss", "nemotron_h", "llama4_text", "switch_transformers", "dbrx")
-
-
-def mixed(units, seed=0):
-    choice = np.random.default_rng(seed).integers(0, len(FORMATS), len(units))
-    return BitPlan.from_choice(units, FORMATS, choice, model="m")
-
-
-def picked(units, which):
-    columns = {name: column[which] for name, column in units.to_arrays().items()}
-    return Units.from_arrays(columns, units.projections)
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def model(request):
-    return tiny_model(request.param)
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +69,7 @@ def test_blocks_are_the_rows_of_their_matrix(model, blocks):
 
 
 @pytest.mark.slow
-def test_every_block_is_its_own_round_trip(model):
+def test_every_block_is_its_own_round_trip(model, mixed):
     whole = walk(model)
     cut = split_rows(whole, 5)
     plan = mixed(cut.units)
@@ -111,7 +96,7 @@ def test_blocks_of_one_format_make_the_matrix_it_makes_whole(format):
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_plan_says_how_its_layout_is_cut(layout, tmp_path):
+def test_a_plan_says_how_its_layout_is_cut(layout, mixed, picked, tmp_path):
     cut = split_rows(layout, 5)
     mixed(cut.units).save(tmp_path / "plan.json")
     plan = BitPlan.load(tmp_path / "plan.json")
@@ -136,7 +121,7 @@ def test_blocks_need_not_be_equal(layout):
     assert cut.units.rows[3:].tolist() == layout.units.rows[1:].tolist()
 
 
-def test_blocks_that_do_not_make_up_their_matrix(layout):
+def test_blocks_that_do_not_make_up_their_matrix(layout, picked):
     cut = split_rows(layout, 4).units
     label = "layer=0 role=routed expert=0 proj=gate"
     for wrong in (picked(cut, np.arange(len(cut)) != 1), picked(cut, np.arange(len(cut)) != 3)):
@@ -197,7 +182,7 @@ def test_inputs_of_blocks_are_their_matrix_s(layout):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
-def test_a_packed_checkpoint_of_blocks(family, tmp_path):
+def test_a_packed_checkpoint_of_blocks(family, mixed, tmp_path):
     model = tiny_model(family)
     model.save_pretrained(tmp_path / "in")
     source = Checkpoint.open(tmp_path / "in")
