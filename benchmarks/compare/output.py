@@ -154,7 +154,7 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
 def _goes_on(folder: Path, about: Mapping[str, Any]) -> bool:
     """Return whether the folder belongs to a stopped run with the same inputs."""
     journal = folder / WORK / "journal"
-    if not journal.is_file():
+    if journal.parent.is_symlink() or not journal.is_file():
         return False
     try:
         open_lines(journal, about)

@@ -64,7 +64,7 @@ class Output:
         """Write a piece's bytes, and record it in the journal with the next batch."""
         for (file, start), data in spans:
             if file not in self._handles:
-                self._handles[file] = os.open(self._folder / file, os.O_WRONLY)
+                self._handles[file] = os.open(self._folder / file, os.O_WRONLY | os.O_NOFOLLOW)
             _write_at(self._handles[file], data, start)
             self._touched.add(self._handles[file])
             self._bytes += len(data)

@@ -62,7 +62,7 @@ class Shards:
         """Return whether a folder has the files of `create`, with their headers and sizes."""
         for name, header in self.headers.items():
             file = folder / name
-            if not file.is_file() or file.stat().st_size != self.sizes[name]:
+            if file.is_symlink() or not file.is_file() or file.stat().st_size != self.sizes[name]:
                 return False
             with file.open("rb") as opened:
                 if opened.read(len(header)) != header:

@@ -2,8 +2,12 @@
 
 from pathlib import Path
 
+import pytest
+
 from bitknap.disk import outputs
+from bitknap.disk.append_log import append_lines, open_lines
 from bitknap.disk.outputs import check_output, whole_folder
+from bitknap.errors import FileError, InputError
 
 
 def working_folder(tmp_path):
@@ -59,3 +63,25 @@ def test_a_file_that_safetensors_was_writing_is_ours_to_delete(tmp_path):
     outputs.check_only(folder, r".+\.safetensors")
     outputs.drop(folder, r".+\.safetensors")
     assert not folder.exists()
+
+
+def test_a_link_in_a_working_folder_is_not_ours(tmp_path):
+    mine = tmp_path / "mine.safetensors"
+    mine.write_bytes(b"years of work")
+    folder = tmp_path / "out.journal.files"
+    folder.mkdir()
+    (folder / "a.safetensors").symlink_to(mine)
+    with pytest.raises(InputError, match="in the way"):
+        outputs.check_only(folder, r".+\.safetensors")
+    outputs.drop(folder, r".+\.safetensors")
+    assert (folder / "a.safetensors").is_symlink()
+
+
+def test_a_journal_that_is_a_link_is_refused(tmp_path):
+    open_lines(tmp_path / "mine", {"a": 1})
+    append_lines(tmp_path / "mine", [{"b": 2}])
+    before = (tmp_path / "mine").read_bytes()
+    (tmp_path / "journal").symlink_to(tmp_path / "mine")
+    with pytest.raises(FileError, match=r"journal: is a link to .*mine, not a journal; choose an"):
+        open_lines(tmp_path / "journal", {"a": 1})
+    assert (tmp_path / "mine").read_bytes() == before

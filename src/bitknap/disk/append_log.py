@@ -33,9 +33,12 @@ def open_lines(
         way_out: what to do about a journal that cannot be used.
 
     Raises:
-        FileError: the file cannot be read, or is not a journal.
+        FileError: the file cannot be read, is not a journal, or is a link, which may lead to a
+            file that is none of this work's.
         MismatchError: the journal is about something else.
     """
+    if path.is_symlink():
+        raise FileError(f"{path}: is a link to {path.readlink()}, not a journal; {way_out}")
     if not path.exists():
         header = {"format": _KIND, "version": _VERSION, "about": dict(about)}
         write_whole(path, _line(header))

@@ -278,7 +278,7 @@ def _discard_old(aside: Path) -> None:
 
 
 def holds_only(folder: Path, names: str) -> bool:
-    """Return whether a hidden working folder is Bitknap's: all names in it are known.
+    """Return whether a hidden working folder is Bitknap's: all names in it are known, none a link.
 
     Args:
         folder: a folder, which need not exist.
@@ -290,7 +290,7 @@ def holds_only(folder: Path, names: str) -> bool:
         return False
     # safetensors calls a file that it is writing .tmp and six letters or digits.
     known = re.compile(rf"(?:{names})|\..+\.(tmp-\w{{8}}|new|old|lock)|\.tmp[A-Za-z0-9]{{6}}")
-    return all(known.fullmatch(item.name) for item in folder.iterdir())
+    return all(known.fullmatch(x.name) and not x.is_symlink() for x in folder.iterdir())
 
 
 def check_only(folder: Path, names: str) -> None:

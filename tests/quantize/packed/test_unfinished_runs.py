@@ -109,6 +109,24 @@ def test_a_folder_that_is_no_journal_is_left_alone(case, tmp_path):
     assert (tmp_path / PARTIAL / "journal.jsonl").read_text() == "notes\n"
 
 
+@pytest.mark.parametrize("name", ["journal.jsonl", "files", "files/*.safetensors"])
+def test_nothing_is_written_through_a_link(case, tmp_path, small, name, contents):
+    with pytest.raises(KeyboardInterrupt):
+        case.save(tmp_path / "out", progress=stopped_at(40, KeyboardInterrupt))
+    file = sorted((tmp_path / PARTIAL).glob(name))[0]
+    elsewhere = tmp_path / "elsewhere"
+    file.rename(elsewhere)
+    file.symlink_to(elsewhere)
+    before = contents(elsewhere) if elsewhere.is_dir() else elsewhere.read_bytes()
+    if name.startswith("files/"):
+        case.save(tmp_path / "out")
+        assert contents(tmp_path / "out") == case.whole
+    else:
+        with pytest.raises(InputError, match="in the way and was not written by Bitknap"):
+            case.save(tmp_path / "out")
+    assert (contents(elsewhere) if elsewhere.is_dir() else elsewhere.read_bytes()) == before
+
+
 @pytest.mark.parametrize("damage", ["missing", "short", "header", "lines"])
 def test_damaged_files_of_an_unfinished_run_are_made_again(case, tmp_path, small, damage, contents):
     with pytest.raises(KeyboardInterrupt):
