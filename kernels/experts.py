@@ -14,6 +14,7 @@ from bitknap.errors import InputError
 from bitknap.kernels.experts_table import ExpertsTable
 from bitknap.kernels.layout.kinds import Kind
 from bitknap.kernels.layout.scale_words import Recipe
+from bitknap.names import check_name
 
 Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "swiglu_oai"]
 """The activation on gate (or on up, without a gate). `swiglu_oai` is from gpt-oss: gate is capped
@@ -97,11 +98,7 @@ class Experts:
         return self.up.rows
 
     def _check(self) -> None:
-        if self.activation not in get_args(Activation):
-            raise InputError(
-                f"activation {self.activation}: not known; use one of "
-                f"{', '.join(get_args(Activation))}"
-            )
+        check_name("activation", self.activation, get_args(Activation))
         if self.gate is None and self.activation == "swiglu_oai":
             raise InputError("activation swiglu_oai: needs a gate, and there is none; pass one")
         shape = (len(self.up), self.up.rows, self.up.cols)

@@ -17,7 +17,7 @@ from bitknap.allocation.problem.limit import Limit
 from bitknap.allocation.problem.table import CostTable
 from bitknap.disk.atomic import check_version, read_json
 from bitknap.errors import BitknapError, FileError, InfeasibleError, InputError
-from bitknap.names import guess
+from bitknap.names import check_name, unknown
 
 KIND, VERSION = "bitknap.limits", "1.0"
 _TOP = ("format", "version", "limits")
@@ -55,7 +55,7 @@ def read_limits(path: str | Path, table: CostTable) -> tuple[Limit, ...]:
     if not isinstance(content, dict):
         raise FileError(f"{path}: not an object")
     check_version(content, KIND, VERSION, path)
-    _refuse_unknown(content, _TOP, f"{path}: ")
+    _refuse_unknown(content, _TOP, str(path))
     entries = content.get("limits")
     if not isinstance(entries, list):
         raise FileError(f"{path}: limits: missing or not a list")
@@ -78,11 +78,10 @@ def _read(entry: Any, where: str, folder: Path, table: CostTable) -> tuple[Limit
         raise FileError(f"{where}: not an object")
     name = entry.get("kind")
     if not isinstance(name, str) or name not in _KINDS:
-        near = guess(str(name), _KINDS)
-        raise FileError(f"{where}.kind: {name!r} is not one of {', '.join(_KINDS)}{near}")
+        raise unknown(f"{where}.kind", name, _KINDS, FileError)
     kind = _KINDS[name]
     readers = {**kind.needed, **kind.allowed}
-    _refuse_unknown(entry, ("kind", *readers), f"{where}.")
+    _refuse_unknown(entry, ("kind", *readers), where)
     for key in kind.needed:
         if key not in entry:
             raise FileError(f"{where}.{key}: missing")
@@ -115,8 +114,7 @@ def _located(error: BitknapError, where: str, keys: tuple[str, ...]) -> BitknapE
 def _refuse_unknown(content: Mapping[str, Any], known: tuple[str, ...], where: str) -> None:
     # A limit that is silently ignored would give a wrong plan.
     for key in content:
-        if key not in known:
-            raise FileError(f"{where}{key}: unknown key; known: {', '.join(known)}")
+        check_name(f"{where}: key", key, known, FileError)
 
 
 def _matrix(

@@ -13,6 +13,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.disk.atomic import check_version, read_json, write_whole
 from bitknap.errors import FileError, InputError
+from bitknap.names import unknown
 
 KIND, VERSION = "bitknap.plan", "1.0"
 _NUMBERS = ("layer", "expert", "block", "rows", "cols", "bytes")
@@ -111,9 +112,7 @@ def _indices(values: list[str], names: list[str] | tuple[str, ...], key: str, pa
         return [index[value] for value in values]
     except KeyError:
         unit = next(unit for unit, value in enumerate(values) if value not in index)
-        raise FileError(
-            f"{path}: units[{unit}].{key}: {values[unit]!r} is not one of {', '.join(names)}"
-        ) from None
+        raise unknown(f"{path}: units[{unit}].{key}", values[unit], names, FileError) from None
 
 
 def _field(content: dict[str, Any], key: str, kind: type, path: Path) -> Any:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from bitknap.allocation.problem.arrays import Longs
 from bitknap.errors import InputError
-from bitknap.names import guess
+from bitknap.names import check_name, guess
 
 # Weights that share a scale, in the formats that are offered where none are asked for.
 GROUP_SIZES = (32, 64, 128, 256, "row")
@@ -58,11 +58,7 @@ class Format:
             raise InputError(
                 f"group_size: {size} is not a multiple of 8 (32, 64, 128, ...) or 0 (row)"
             )
-        if self.metadata not in _SHARE_BITS:
-            near = guess(str(self.metadata), _SHARE_BITS)
-            raise InputError(
-                f"metadata: {self.metadata!r} is not one of {', '.join(_SHARE_BITS)}{near}"
-            )
+        check_name("metadata", self.metadata, _SHARE_BITS)
         if self.bits == 1 and not self.symmetric and self.compact:
             raise InputError(
                 f"{self.name}: 1 bit is sign times scale, and its mean has no compact form; "
@@ -79,9 +75,7 @@ class Format:
         Raises:
             InputError: the precision is unknown.
         """
-        if source not in _KEPT_BITS:
-            near = guess(source, _KEPT_BITS)
-            raise InputError(f"keep: {source!r} is not one of {', '.join(_KEPT_BITS)}{near}")
+        check_name("keep", source, _KEPT_BITS)
         return cls(_KEPT_BITS[source], 0, kind="keep", source=source)
 
     @classmethod

@@ -11,7 +11,7 @@ import numpy as np
 
 from bitknap.allocation.problem.arrays import Ints, numbered
 from bitknap.allocation.problem.units import ROLES, Units
-from bitknap.names import unknown
+from bitknap.names import check_name
 
 # The two halves of a fused gate-up matrix, as canonical and checkpoint names.
 _GATE_UP = frozenset({"gate", "up", "gate_proj", "up_proj", "w1", "w3", "wi_0", "wi_1"})
@@ -124,6 +124,5 @@ def profile(name: str) -> Profile:
     Raises:
         InputError: the name is unknown.
     """
-    if name not in PROFILES:
-        raise unknown("profile", name, PROFILES)
+    check_name("profile", name, PROFILES)
     return PROFILES[name]

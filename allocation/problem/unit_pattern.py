@@ -12,6 +12,7 @@ import numpy.typing as npt
 
 from bitknap.allocation.problem.arrays import Bools
 from bitknap.errors import InputError
+from bitknap.names import check_name, unknown
 
 _ALIASES = {"projection": "proj"}
 
@@ -37,11 +38,12 @@ def matching(
     for part in pattern.split(","):
         key, equals, value = (text.strip() for text in part.partition("="))
         key = _ALIASES.get(key, key)
-        if not equals or key not in {*numbers, *names}:
-            known = ", ".join([*numbers, *names])
+        known = [*numbers, *names]
+        if not equals:
             raise InputError(
-                f"pattern {pattern!r}: {part.strip()!r} is not KEY=VALUE; keys: {known}"
+                f"pattern {pattern!r}: {part.strip()!r} is not KEY=VALUE; keys: {', '.join(known)}"
             )
+        check_name(f"pattern {pattern!r}: key", key, known)
         if key in seen:
             raise InputError(f"pattern {pattern!r}: {key} is given twice; join values with ';'")
         seen.add(key)
@@ -76,9 +78,7 @@ def _accepted_names(
 ) -> Bools:
     wanted = np.array([any(fnmatchcase(name, choice) for choice in choices) for name in names])
     if not wanted.any():
-        raise InputError(
-            f"pattern {pattern!r}: {key}={';'.join(choices)} is none of {', '.join(names)}"
-        )
+        raise unknown(f"pattern {pattern!r}: {key}", ";".join(choices), names)
     accepted: Bools = wanted[column]
     return accepted
 

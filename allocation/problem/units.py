@@ -12,6 +12,7 @@ import numpy.typing as npt
 from bitknap.allocation.problem.arrays import Bools, Ints, Longs, frozen, numbered
 from bitknap.allocation.problem.unit_pattern import matching
 from bitknap.errors import InputError
+from bitknap.names import check_name
 
 ROLES = ("routed", "shared", "dense", "attention", "embedding", "head")
 
@@ -127,9 +128,8 @@ class Units:
         """
         names = np.asarray(role)
         if names.dtype.kind == "U":
-            unknown = sorted(set(names.tolist()) - set(ROLES))
-            if unknown:
-                raise InputError(f"role: {unknown[0]!r} is not one of {', '.join(ROLES)}")
+            for name in sorted(set(names.tolist())):
+                check_name("role", name, ROLES)
             names = np.array([ROLES.index(name) for name in names.tolist()])
         vocabulary = {name: index for index, name in enumerate(dict.fromkeys(projection))}
         columns: dict[str, Any] = {

@@ -23,6 +23,7 @@ from bitknap.allocation.published.one_limit import (
     single,
 )
 from bitknap.errors import InfeasibleError, InputError
+from bitknap.names import check_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,9 +54,7 @@ class Threshold:
     def __post_init__(self) -> None:
         if self.low == self.high:
             raise InputError(f"threshold: low and high are both {self.low}; give two formats")
-        known = get_args(Literal["weight", "byte", "unit"])
-        if self.per not in known:
-            raise InputError(f"per: {self.per!r} is not one of {', '.join(known)}")
+        check_name("per", self.per, get_args(Literal["weight", "byte", "unit"]))
 
     @property
     def name(self) -> str:

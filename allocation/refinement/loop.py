@@ -24,6 +24,7 @@ from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.allocation.solvers.solving import solve
 from bitknap.deprecation import renamed_value
 from bitknap.errors import InputError, MismatchError
+from bitknap.names import check_name
 from bitknap.progress import Progress
 
 __all__ = ["Measure", "Refine", "Refined", "Step"]
@@ -86,8 +87,7 @@ class Refine:
         # The dataclass's own __init__ stands between here and the caller.
         driver = renamed_value("driver", self.driver, FORMER_DRIVERS, stacklevel=3)
         object.__setattr__(self, "driver", driver)
-        if self.driver not in _DRIVERS:
-            raise InputError(f"driver: {self.driver!r} is not one of {', '.join(_DRIVERS)}")
+        check_name("driver", self.driver, _DRIVERS)
         if not self.sure >= 0:
             raise InputError(f"sure: {self.sure} is below 0; {SURE} is usual")
 

@@ -20,6 +20,7 @@ import numpy as np
 from bitknap.allocation.search.trial_database import check_database
 from bitknap.allocation.search.trial_journal import open_journal
 from bitknap.errors import BitknapError, InfeasibleError, InputError
+from bitknap.names import check_name
 
 if TYPE_CHECKING:
     import optuna
@@ -181,8 +182,7 @@ def make_sampler(name: str, seed: int) -> BaseSampler:
     Raises:
         InputError: the name is unknown.
     """
-    if name not in SAMPLERS:
-        raise InputError(f"sampler: {name!r} is not one of {', '.join(SAMPLERS)}")
+    check_name("sampler", name, SAMPLERS)
     from optuna.samplers import BaseSampler
 
     class Seeded(BaseSampler):

@@ -18,6 +18,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import ROLES
 from bitknap.errors import InfeasibleError, InputError, MismatchError
+from bitknap.names import check_name
 
 if TYPE_CHECKING:
     from optuna.trial import Trial
@@ -78,10 +79,9 @@ class Knobs:
         Raises:
             InputError: a field is unknown.
         """
-        known = {field.name for field in fields(cls)}
-        unknown = sorted(set(values) - known)
-        if unknown:
-            raise InputError(f"knobs: {unknown[0]!r} is not one of {', '.join(sorted(known))}")
+        known = sorted(field.name for field in fields(cls))
+        for name in sorted(values):
+            check_name("knob", name, known)
         return cls(**values)
 
 
@@ -105,8 +105,7 @@ class Range:
 def check_groups(by: Sequence[str]) -> None:
     """Raise InputError unless every name is a column that can define groups."""
     for name in by:
-        if name not in _BY:
-            raise InputError(f"tilts: {name!r} is not one of {', '.join(_BY)}")
+        check_name("tilt", name, _BY)
 
 
 def check_width(width: float) -> None:

@@ -29,6 +29,7 @@ from bitknap.allocation.search.optuna_trials import (
 from bitknap.allocation.search.search_space import GROUPS, check_groups, check_width, groups
 from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.errors import BitknapError, InfeasibleError, InputError, MismatchError
+from bitknap.names import check_name
 from bitknap.progress import Progress
 
 if TYPE_CHECKING:
@@ -73,8 +74,7 @@ class Search:
     def __post_init__(self) -> None:
         if self.trials < 1:
             raise InputError(f"trials: {self.trials} must be at least 1")
-        if self.sampler not in ("cmaes", "tpe"):
-            raise InputError(f"sampler: {self.sampler!r} is not one of cmaes, tpe")
+        check_name("sampler", self.sampler, ("cmaes", "tpe"))
         if not self.groups:
             raise InputError("groups: name at least one column, such as 'layer'")
         check_groups(self.groups)

@@ -11,6 +11,7 @@ from bitknap.allocation.problem.profiles import PROFILES, Profile, profile
 from bitknap.allocation.search.optuna_trials import SAMPLERS, make_sampler
 from bitknap.allocation.search.search_space import Knobs
 from bitknap.errors import InputError
+from bitknap.names import check_name
 
 if TYPE_CHECKING:
     from optuna.samplers import BaseSampler
@@ -31,8 +32,7 @@ class Sampler:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in SAMPLERS:
-            raise InputError(f"sampler: {self.kind!r} is not one of {', '.join(SAMPLERS)}")
+        check_name("sampler", self.kind, SAMPLERS)
 
     def make(self) -> BaseSampler:
         """Return Optuna's own sampler, whose draws in trial n depend on the seed and n alone."""

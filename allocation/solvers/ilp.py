@@ -21,6 +21,7 @@ from bitknap.allocation.solvers.integer_program import TOLERANCE, Program, Resul
 from bitknap.allocation.solvers.knapsack import Knapsack
 from bitknap.allocation.solvers.many_limits import answer
 from bitknap.errors import BitknapError, InputError
+from bitknap.names import check_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +42,7 @@ class Ilp:
     time_limit: float = 60.0
 
     def __post_init__(self) -> None:
-        if self.backend not in ("auto", "highs", "cbc"):
-            raise InputError(f"backend: {self.backend!r} is not auto, highs or cbc")
+        check_name("backend", self.backend, ("auto", "highs", "cbc"))
         if not 0 <= self.gap < 1:
             raise InputError(f"gap: {self.gap} is not a share from 0 to below 1")
         if not self.time_limit > 0:

@@ -21,6 +21,7 @@ from bitknap.api.calibration import tokenizer_of
 from bitknap.api.refining import stored
 from bitknap.benchmarks.compare.models import Setting
 from bitknap.errors import InputError
+from bitknap.names import guess
 
 # Batch size of questions.
 _BATCH = 8
@@ -55,7 +56,7 @@ class Tasks:
         if missing:
             raise InputError(
                 f"--tasks: lm-eval has no {', '.join(missing)}; write its own names, such as "
-                "piqa, or give the folder of yours with --task-path"
+                f"piqa, or give the folder of yours with --task-path{guess(missing[0], known)}"
             )
 
     def scores(self, setting: Setting, plan: BitPlan | None) -> dict[str, dict[str, float]]:

@@ -33,6 +33,7 @@ from bitknap.benchmarks.kernels.ahead_of_time import (
 )
 from bitknap.benchmarks.result_files import claim, write_report, write_results
 from bitknap.kernels.layout.scale_words import Recipe
+from bitknap.names import one_of
 
 WIDE = (4096, 14336, 8, 2)  # Mixtral
 MANY = (2048, 768, 128, 8)  # Qwen3-30B-A3B
@@ -150,7 +151,9 @@ def report(document: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_output(parser, "Folder to write.")
-    parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=list(TARGETS))
+    parser.add_argument(
+        "--targets", nargs="+", default=list(TARGETS), type=one_of("target", TARGETS)
+    )
     given = parser.parse_args(arguments)
     out, rows, planned = given.out, [], list(jobs(given.targets))
     claim(parser, out, "kernel_variants.json", "kernel_variants.md")

@@ -15,8 +15,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from bitknap.errors import InputError
-from bitknap.names import guess
+from bitknap.names import check_name
 
 _DATA = "shapes.json"
 _BLOCK = 128
@@ -116,8 +115,7 @@ def shape_of(name: str) -> ModelShape:
         InputError: there is no such model.
     """
     known = {shape.name: shape for shape in shapes()}
-    if name not in known:
-        raise InputError(f"shape: {name!r} is not one of {', '.join(known)}{guess(name, known)}")
+    check_name("shape", name, known)
     return known[name]
 
 

@@ -28,7 +28,7 @@ from bitknap.benchmarks.quantize import large_checkpoint, quality, speed
 from bitknap.benchmarks.quantize.report import markdown
 from bitknap.benchmarks.result_files import claim, read_results, write_report, write_results
 from bitknap.benchmarks.setting import MODELS
-from bitknap.errors import InputError
+from bitknap.names import unknown
 
 PARTS = ("speed", "quality", "large")
 _PACKAGES = ("torch", "numpy", "transformers", "hqq", "llmcompressor", "compressed-tensors")
@@ -184,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parts = given.parts.split(",")
     for part in parts:
         if part not in PARTS:
-            parser.error(str(InputError(f"part {part!r} is unknown; one of {', '.join(PARTS)}")))
+            parser.error(str(unknown("part", part, PARTS)))
     claim(parser, given.out, "quantize.json", "quantize.md")
     sizes = toy() if given.toy else _sizes(given)
     with tempfile.TemporaryDirectory(dir=given.folder) as folder:

@@ -24,6 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from bitknap.arguments import add_output
 from bitknap.benchmarks.reference.muon import StackedMuon
 from bitknap.benchmarks.reference.recipe import BALANCE, CONTEXT, DOMAINS, RECIPES, VOCABULARY
+from bitknap.names import one_of
 
 WARMUP = 100  # steps
 DECAY = 0.2  # share of the tokens
@@ -189,7 +190,7 @@ def finish(model: Any, initial: dict[str, Any], out: Path, log: list[Any], args:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", choices=sorted(RECIPES))
+    parser.add_argument("model", type=one_of("model", RECIPES), help=", ".join(RECIPES))
     parser.add_argument("--corpus", type=Path, required=True)
     add_output(parser, "Folder to write.")
     parser.add_argument("--tokens", type=float, default=12e6)

@@ -23,6 +23,7 @@ from bitknap.benchmarks.robustness.kills import run_kills
 from bitknap.benchmarks.robustness.malformed import cases, run_case
 from bitknap.benchmarks.robustness.materials import materials
 from bitknap.benchmarks.robustness.report import about, markdown, summary
+from bitknap.names import one_of
 
 Rows = Iterator[dict[str, Any]]
 
@@ -151,10 +152,12 @@ def main() -> None:
     """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     add_output(parser, "Folder to write.")
-    parser.add_argument("--part", choices=PARTS, action="append")
+    parser.add_argument("--part", type=one_of("part", PARTS), action="append")
     parser.add_argument("--count", type=int, help="cases in each group")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", choices=_GROUPS, action="append", help="groups of cases")
+    parser.add_argument(
+        "--only", type=one_of("group", _GROUPS), action="append", help="groups of cases"
+    )
     args = parser.parse_args()
     kept = [file.name for file in args.out.glob("robustness.*.*.json")]
     claim(parser, args.out, "robustness.json", "robustness.md", *kept)

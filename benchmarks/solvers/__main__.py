@@ -38,7 +38,7 @@ from bitknap.benchmarks.solvers.instances import INSTANCES, QUICK, Instance, ins
 from bitknap.benchmarks.solvers.peers import BASELINES, GAP, Baseline
 from bitknap.benchmarks.solvers.report import markdown, picture
 from bitknap.errors import BitknapError, InputError
-from bitknap.names import unknown
+from bitknap.names import check_name
 
 # Maps a name to module, class and settings; `time_limit` is added if the class has one.
 OURS: Mapping[str, tuple[str, str, Mapping[str, Any]]] = MappingProxyType(
@@ -303,8 +303,7 @@ def quick() -> list[tuple[str, str]]:
 
 def _known(given: Sequence[str] | None, known: Sequence[str], what: str) -> Sequence[str]:
     for name in given or ():
-        if name not in known:
-            raise unknown(what, name, known)
+        check_name(what, name, known)
     return given or known
 
 

@@ -24,7 +24,7 @@ from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.allocation.solvers.solving import solve
 from bitknap.errors import InputError
-from bitknap.names import unknown
+from bitknap.names import check_name, unknown
 
 FORMATS = (
     *formats(bits=1, group_size=128, symmetric=True),
@@ -214,7 +214,7 @@ def random_instance(
         profit = np.cumsum(weight + 10, axis=1)
         weight = np.cumsum(weight, axis=1)
     else:
-        raise InputError(f"kind: {kind!r} is not one of uncorrelated, weak, strong")
+        raise unknown("kind", kind, ("uncorrelated", "weak", "strong"))
     table = CostTable.from_arrays(profit.max(axis=1, keepdims=True) - profit, weight)
     quarter = int(3 * weight.min(axis=1).sum() + weight.max(axis=1).sum()) // 4
     return Instance(table=table, limits=(Budget.bytes(quarter).limit(table),))
@@ -285,8 +285,7 @@ def instance(name: str) -> Instance:
     Raises:
         InputError: there is no such instance.
     """
-    if name not in INSTANCES:
-        raise unknown("instance", name, INSTANCES)
+    check_name("instance", name, INSTANCES)
     return INSTANCES[name]()
 
 

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -34,6 +34,7 @@ from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.layer_output import LayerOutput, window_norms
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.sweep.expert_traces import Block, block_of, runs
+from bitknap.names import check_name
 from bitknap.progress import Progress
 from bitknap.quantization.stacks.apply import replaced
 from bitknap.quantization.stacks.grouping import stacks
@@ -82,8 +83,7 @@ class Measured:
     journal: Path | None = None
 
     def __post_init__(self) -> None:
-        if self.kind not in ("kl", "layer", "block"):
-            raise InputError(f"kind: {self.kind!r} is not one of kl, layer, block")
+        check_name("kind", self.kind, get_args(Kind))
         if self.squared and self.kind == "kl":
             raise InputError("squared: a KL is no norm; leave it out, or measure layer or block")
 

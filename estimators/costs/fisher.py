@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from torch import Tensor
@@ -31,6 +31,7 @@ from bitknap.estimators.costs.weighed_errors import (
 from bitknap.estimators.evidence.evidence import Evidence, shrink, zeros
 from bitknap.estimators.measuring.float_range import narrowed, weighed_squares
 from bitknap.estimators.sweep.expert_traces import Block, block_of
+from bitknap.names import check_name
 
 Space = Literal["weight", "output"]
 
@@ -133,8 +134,7 @@ def row_costs(
 
 
 def _check(space: str) -> None:
-    if space not in ("weight", "output"):
-        raise InputError(f"space: {space!r} is not one of weight, output")
+    check_name("space", space, get_args(Space))
 
 
 def _half_fisher(evidence: Evidence, run: np.ndarray) -> Tensor:

@@ -44,6 +44,7 @@ from bitknap.estimators.published.rule import (
     named,
 )
 from bitknap.estimators.tables.several_texts import check_sets
+from bitknap.names import check_name
 from bitknap.progress import Progress
 
 # OURS: an expert whose two largest memberships differ by less than this is near a boundary.
@@ -255,8 +256,7 @@ def moqa_plan(
         InputError: fewer than two sets, a precision without exactly one grid, or an unknown rule.
         MismatchError: the sets went through different models.
     """
-    if rule not in ("mean", "worst"):
-        raise InputError(f"rule: {rule!r} is not one of mean, worst")
+    check_name("rule", rule, ("mean", "worst"))
     grid = {bits: _only(formats, bits) for bits in precisions}
     joint = joint_significance(evidences)
     value = {n: (x.mean if rule == "mean" else x.worst) * len(x.mean) for n, x in joint.items()}

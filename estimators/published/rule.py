@@ -17,7 +17,7 @@ from bitknap.allocation.problem.profiles import profile
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.errors import InputError
 from bitknap.estimators.published import RULES
-from bitknap.names import guess
+from bitknap.names import check_name
 from bitknap.progress import Progress
 
 if TYPE_CHECKING:
@@ -88,9 +88,9 @@ def rule_of(name: str, material: Material, progress: Progress | None = None) -> 
         InputError: no entry of that name makes plans.
     """
     known = [key for key, entry in RULES.items() if entry.plans]
-    if name not in known:
-        near = guess(name, known)
-        raise InputError(f"rule: {name!r} makes no plans; there are {', '.join(known)}{near}")
+    if name in RULES and name not in known:
+        raise InputError(f"rule {name!r} makes no plans; those that do are {', '.join(known)}")
+    check_name("rule", name, known)
     made: Rule = _module(name).rule(material, progress)
     return made
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from bitknap.allocation.problem.arrays import Floats
-from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.signals.unit_statistics import by_matrix, positive
+from bitknap.names import check_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,7 @@ class RowVariance:
     needs: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
-        known = get_args(_Statistic)
-        if self.statistic not in known:
-            raise InputError(f"statistic: {self.statistic!r} is not one of {', '.join(known)}")
+        check_name("statistic", self.statistic, get_args(_Statistic))
 
     @property
     def name(self) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from bitknap.allocation.problem.arrays import Bools, Floats, frozen
 from bitknap.errors import InputError
 from bitknap.estimators.sparse.measured_cells import LossSamples
+from bitknap.names import check_name
 
 # Deviations of logarithms are capped at this value.
 _WIDEST = 5.0
@@ -41,9 +42,8 @@ class Antecedents:
         if not np.isfinite(values).all():
             where = int(np.isfinite(values).all(axis=(0, 1)).argmin())
             raise InputError(f"values: {self.names[where]} has NaN or inf; give finite numbers")
-        unknown = sorted((self.discrete | self.free) - set(self.names))
-        if unknown:
-            raise InputError(f"antecedent {unknown[0]!r} is not one of {', '.join(self.names)}")
+        for name in sorted(self.discrete | self.free):
+            check_name("antecedent", name, self.names)
         object.__setattr__(self, "values", values)
 
     def of(self, samples: LossSamples) -> Floats:

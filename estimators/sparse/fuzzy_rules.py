@@ -17,11 +17,11 @@ import numpy as np
 
 from bitknap.allocation.problem.arrays import Floats, Longs, numbered
 from bitknap.allocation.problem.checks import whole
-from bitknap.errors import InputError
 from bitknap.estimators.sparse.cell_features import Antecedents, Fitted, nats
 from bitknap.estimators.sparse.fuzzy_sets import deviation, representative, scale_and_move, triangle
 from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
 from bitknap.estimators.sparse.scaled_features import Frame, equal, learned, standardised
+from bitknap.names import check_name
 
 # Avoids division by zero at a rule's own place (Bitknap's choice; the paper gives no value for
 # eps).
@@ -49,8 +49,7 @@ class FuzzyRules:
     weighted: bool = True
 
     def __post_init__(self) -> None:
-        if self.kind not in ("tfri", "idw"):
-            raise InputError(f"kind: {self.kind!r} is not one of tfri, idw")
+        check_name("kind", self.kind, ("tfri", "idw"))
         whole("neighbours", self.neighbours, 1)
 
     def fit(

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from bitknap.allocation.problem.checks import number
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError, MismatchError
+from bitknap.names import check_name
 
 Rule = Literal["mean", "worst", "mean+sd"]
 # Provenance that must be equal in tables of several calibration sets.
@@ -40,8 +41,7 @@ def robust(tables: Sequence[CostTable], rule: Rule = "mean", k: float = 1.0) -> 
         MismatchError: the tables differ in models, units, formats, bytes, ties, quantizers or cost
             units.
     """
-    if rule not in get_args(Rule):
-        raise InputError(f"rule: {rule!r} is not one of {', '.join(get_args(Rule))}")
+    check_name("rule", rule, get_args(Rule))
     number("k", k)
     check_sets([dict(table.provenance) for table in tables])
     first = tables[0]

@@ -13,8 +13,8 @@ import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
-from bitknap.errors import InputError, ModelError
-from bitknap.names import guess
+from bitknap.errors import ModelError
+from bitknap.names import check_name
 from bitknap.quantization.models.matrix_views import Block, Found, View
 
 INCLUDES = ("shared", "attention", "dense")
@@ -181,9 +181,7 @@ def find_linears(
         InputError: a role cannot be included.
     """
     for role in include:
-        if role not in INCLUDES:
-            near = guess(role, INCLUDES)
-            raise InputError(f"include: {role!r} is not one of {', '.join(INCLUDES)}{near}")
+        check_name("include", role, INCLUDES)
     for full, shape in weights.items():
         place = stacks.split(full)
         name = take_apart(place[2].removesuffix(".weight")) if place else None

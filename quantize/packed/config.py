@@ -21,6 +21,7 @@ from typing import Any
 from bitknap.disk.atomic import check_version
 from bitknap.disk.json_shapes import fits
 from bitknap.errors import FileError
+from bitknap.names import check_name
 from bitknap.quantization.source.source_config import METHOD, unquantized
 
 VERSION = "1.0"
@@ -138,10 +139,7 @@ def layout_of(config: Mapping[str, Any], folder: Path) -> str:
     if not isinstance(ours, Mapping) or ours.get("quant_method") != "bitknap":
         raise FileError(f"{folder}: config.json does not say that this is a packed checkpoint")
     layout, version = ours.get("layout", LAYOUTS[0]), ours.get("layout_version", LAYOUT_VERSION)
-    if layout not in LAYOUTS:
-        raise FileError(
-            f"{folder}: config.json: layout: {layout!r} is not one of {', '.join(LAYOUTS)}"
-        )
+    check_name(f"{folder}: config.json: layout", layout, LAYOUTS, FileError)
     known = WITH_EXPONENTS if ours.get("exponents") is True else LAYOUT_VERSION
     if type(version) is not int or not 1 <= version <= known:
         raise FileError(

@@ -23,7 +23,8 @@ from bitknap.allocation.plans.plan import BitPlan
 from bitknap.disk.atomic import check_space, folder_bytes, write_whole
 from bitknap.disk.manifest import MANIFEST, sign
 from bitknap.disk.outputs import check_output, whole_folder
-from bitknap.errors import FileError, InputError
+from bitknap.errors import FileError
+from bitknap.names import check_name
 from bitknap.quantization.packed.config import LAYOUTS, layout_of, lies
 from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.packed.outline import PREFIX, streams
@@ -64,8 +65,7 @@ def convert(folder: Path, layout: str, out: Path, *, overwrite: bool = False) ->
         InputError: there is no such layout, or `out` exists and `overwrite` is false.
         FileError: the checkpoint is damaged, or does not fit its plan.
     """
-    if layout not in LAYOUTS:
-        raise InputError(f"layout: {layout!r} is not one of {', '.join(LAYOUTS)}")
+    check_name("layout", layout, LAYOUTS)
     check_output(out, "folder", overwrite=overwrite, inputs=[folder])
     source = Checkpoint.open(folder)
     before, plan = layout_of(source.config, folder), BitPlan.load(folder / PLAN)

@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from bitknap.names import unknown
+from bitknap.names import check_name
 
 PREFIX = "reference:"
 _PACKAGE = "bitknap.benchmarks.reference"
@@ -31,8 +31,7 @@ def folder_of(name: str) -> Path:
         InputError: no bundled model has that name.
     """
     known = bundled()
-    if name not in known:
-        raise unknown("bundled model", name, known)
+    check_name("bundled model", name, known)
     return known[name]
 
 

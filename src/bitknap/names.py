@@ -7,8 +7,9 @@ It stores where each object is, and imports an object only on request.
 from __future__ import annotations
 
 import inspect
+from argparse import ArgumentTypeError
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from importlib import import_module
@@ -16,24 +17,56 @@ from importlib.metadata import Distribution, EntryPoint, distributions
 from types import MappingProxyType
 from typing import Any
 
-from bitknap.errors import InputError
+from bitknap.errors import BitknapError, InputError
 
 OWN = "bitknap"
 # Similarity of letters, from 0 to 1, below which a name is not a misspelling of another.
 _ALIKE = 0.4
 
 
-def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
+def unknown(
+    what: str, name: object, known: Iterable[str], error: type[BitknapError] = InputError
+) -> BitknapError:
     """Return the error for an unknown name, with the nearest name and all known names.
 
     Args:
-        what: the kind of name, such as "solver".
+        what: the kind of name, such as "solver", or the argument or field that holds it.
         name: the name that was given.
         known: every name that exists.
+        error: type of the error.
     """
+    return error(f"{what} {refused(name, known)}")
+
+
+def check_name(
+    what: str, name: object, known: Iterable[str], error: type[BitknapError] = InputError
+) -> None:
+    """Raise the error of `unknown` unless a name is one of those known; takes its arguments."""
+    names = list(known)
+    if name not in names:
+        raise unknown(what, name, names, error)
+
+
+def one_of(what: str, known: Iterable[str]) -> Callable[[str], str]:
+    """Return the `type` of an argparse argument that takes known names only.
+
+    Unlike `choices`, it names the nearest one to a name that is not known.
+    """
+    names = tuple(known)
+
+    def convert(name: str) -> str:
+        if name not in names:
+            raise ArgumentTypeError(f"{what} {refused(name, names)}")
+        return name
+
+    return convert
+
+
+def refused(name: object, known: Iterable[str]) -> str:
+    """Return "'name' is unknown; one of …", with all known names and the nearest one."""
     names = list(known)
     there = f"one of {', '.join(names)}" if names else "there are none"
-    return InputError(f"{what} {name!r} is unknown; {there}{guess(name, names)}")
+    return f"{name!r} is unknown; {there}{guess(str(name), names)}"
 
 
 def guess(name: str, known: Iterable[str]) -> str:

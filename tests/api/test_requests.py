@@ -111,7 +111,7 @@ def test_several_texts(model, table):
     worst = bitknap.estimate(model, SecondMoments(), GRIDS, calibration=asked)
     assert (worst.cost >= table.cost).all()
     assert worst.provenance["rule"] == "worst"
-    with pytest.raises(InputError, match="robust: 'best' is not one of mean, worst"):
+    with pytest.raises(InputError, match="robust 'best' is unknown; one of mean, worst"):
         bitknap.Calibration(robust="best")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="2 sets are given; pass one text here"):
         _ = asked.only_text

@@ -112,13 +112,13 @@ def test_most_kinds_need_no_torch():
     ("arguments", "says"),
     [
         (["list", "solver"], "kind 'solver' is unknown; one of estimators, solvers,"),
-        (["solve", "t", "--budget", "3bpw", "-o", "p", "--solver", "gredy"], "mean 'greedy'?"),
+        (["solve", "t", "--budget", "3bpw", "-o", "p", "--solver", "gredy"], "mean greedy?"),
         (["solve", "t", "--budget", "3bpw", "-o", "p", "--profile", "fre"], "did you mean free?"),
         (
             ["solve", "t", "--budget", "3bpw", "-o", "p", "--pin", "layer=0=int4-g64-symm"],
             "did you mean int4-g64-sym?",
         ),
-        (["estimate", "reference:mixtral", "-o", "t", "--method", "gtpq"], "mean 'gptq'?"),
+        (["estimate", "reference:mixtral", "-o", "t", "--method", "gtpq"], "mean gptq?"),
         (["estimate", "reference:mixtral", "-o", "t", "--estimator", "fischer"], "mean fisher?"),
         (["inspect", "reference:mixtrl"], "did you mean reference:mixtral?"),
         (
@@ -144,7 +144,7 @@ def test_a_solver_of_another_package(made, packages, tmp_path, document, refused
         (("--solver", "nothing"), "my_solvers:Nothing of my-solvers 1.0 has no name or no answer"),
         (
             ("--solver", "cheapst"),
-            "'cheapest', 'nothing' (did you mean 'cheapest'?)",
+            "cheapest, nothing; did you mean cheapest?",
         ),
     ):
         assert says in refused(*solve, *option, "-o", tmp_path / "q.json")

@@ -143,7 +143,7 @@ def test_parts_must_belong_together():
         Experts(gate=mixed.down, up=mixed.up, down=mixed.down, activation="silu")
     with pytest.raises(InputError, match=r"up_bias \(5, 96\): must be \(5, 160\)"):
         Experts(up=mixed.up, down=mixed.down, activation="silu", up_bias=torch.zeros(E, H))
-    with pytest.raises(InputError, match="activation swish: not known; use one of silu, gelu"):
+    with pytest.raises(InputError, match="activation 'swish' is unknown; one of silu, gelu"):
         Experts(up=mixed.up, down=mixed.down, activation="swish")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="activation swiglu_oai: needs a gate"):
         Experts(up=mixed.up, down=mixed.down, activation="swiglu_oai")

@@ -13,7 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from bitknap.errors import InputError
-from bitknap.names import OWN, Catalog, unknown
+from bitknap.names import OWN, Catalog, check_name
 
 # Rows and columns of the matrix for which bytes per weight are stated: row scales weigh little.
 SIDE = 4096
@@ -63,8 +63,7 @@ def kind_of(name: str) -> Kind:
     Raises:
         InputError: there is no such table.
     """
-    if name not in KINDS:
-        raise unknown("kind", name, KINDS)
+    check_name("kind", name, KINDS)
     return KINDS[name]
 
 

@@ -25,6 +25,7 @@ from bitknap.estimators.measuring.text import BUILTIN
 from bitknap.estimators.signals import rows_of_matrices as blocks_of_rows
 from bitknap.estimators.tables.several_texts import Rule
 from bitknap.estimators.tables.super_expert_floor import FLOOR
+from bitknap.names import check_name
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.shards import MAX_SHARD_SIZE
@@ -98,8 +99,8 @@ class Calibration:
         object.__setattr__(self, "include", tuple(self.include))
         object.__setattr__(self, "rounding", method_of(self.rounding))
         number("risk", self.risk)
-        if self.robust is not None and self.robust not in get_args(Rule):
-            raise InputError(f"robust: {self.robust!r} is not one of {', '.join(get_args(Rule))}")
+        if self.robust is not None:
+            check_name("robust", self.robust, get_args(Rule))
 
     @property
     def method(self) -> Rounding:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bitknap.allocation import Format
-from bitknap.errors import InputError
+from bitknap.names import check_name
 from bitknap.testing.tables import mixed_plan
 
 __all__ = [
@@ -233,8 +233,7 @@ def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     Raises:
         InputError: no such family.
     """
-    if family not in _FAMILIES:
-        raise InputError(f"family: {family!r} is not one of {', '.join(_FAMILIES)}")
+    check_name("family", family, _FAMILIES)
     import transformers
 
     model_class, config_class, extra = _FAMILIES[family]

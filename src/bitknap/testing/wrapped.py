@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from bitknap.errors import InputError
+from bitknap.names import check_name
 from bitknap.testing import SIZES, filled
 
 __all__ = ["WRAPPED", "wrapped_model"]
@@ -89,8 +89,7 @@ def wrapped_model(family: str, *, seed: int = 0, **changes: Any) -> Any:
     Raises:
         InputError: no such family.
     """
-    if family not in _WRAPPED:
-        raise InputError(f"family: {family!r} is not one of {', '.join(_WRAPPED)}")
+    check_name("family", family, _WRAPPED)
     import transformers
 
     model_class, config_class, text, vision, others = _WRAPPED[family]

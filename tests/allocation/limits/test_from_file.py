@@ -109,10 +109,16 @@ SHARE = {"kind": "share_at_most", "share": 0.3, "bits": 2}
     ("entry", "message"),
     [
         (3, ": not an object"),
-        ({}, ".kind: None is not one of bytes_per_token, device_bytes, share_at_most, bits_per"),
-        ({"kind": ["x"]}, ".kind: ['x'] is not one of"),
-        ({"kind": "latency"}, ".kind: 'latency' is not one of"),
-        ({**SHARE, "shares": 1}, ".shares: unknown key; known: kind, share, bits, pattern, name"),
+        (
+            {},
+            ".kind None is unknown; one of bytes_per_token, device_bytes, share_at_most, bits_per",
+        ),
+        ({"kind": ["x"]}, ".kind ['x'] is unknown; one of"),
+        ({"kind": "latency"}, ".kind 'latency' is unknown; one of"),
+        (
+            {**SHARE, "shares": 1},
+            ": key 'shares' is unknown; one of kind, share, bits, pattern, name",
+        ),
         ({"kind": "share_at_most", "bits": 2}, ".share: missing"),
         ({**SHARE, "share": 1.5}, ".share: 1.5 is not from 0 to 1"),
         ({**SHARE, "share": "0.3"}, ".share: '0.3' is not a number"),
@@ -120,7 +126,7 @@ SHARE = {"kind": "share_at_most", "share": 0.3, "bits": 2}
         ({**SHARE, "share": float("nan")}, ".share: nan is not a finite number"),
         ({**SHARE, "share": [1] * 99}, ", 1, 1, 1, 1, 1, … is not a number"),
         ({**SHARE, "pattern": "layer=9"}, ".pattern: 'layer=9' matches no unit; there are layer"),
-        ({**SHARE, "pattern": "bits=9"}, ".pattern: 'bits=9': 'bits=9' is not KEY=VALUE"),
+        ({**SHARE, "pattern": "bits=9"}, ".pattern: 'bits=9': key 'bits' is unknown; one of layer"),
         ({**SHARE, "pattern": 3}, ".pattern: 3 is not a text"),
         ({**SHARE, "name": " "}, ".name: ' ' is not a text"),
         (
@@ -218,7 +224,7 @@ def test_a_damaged_array_is_one_line(table, write, tmp_path):
         ({"format": "bitknap.plan"}, "limits.json: format: 'bitknap.plan' is not 'bitknap.limits'"),
         ({"version": "2.0"}, "limits.json: version: 2.0 cannot be read by this library (1.0)"),
         ({"limits": {}}, "limits.json: limits: missing or not a list"),
-        ({"limit": []}, "limits.json: limit: unknown key; known: format, version, limits"),
+        ({"limit": []}, "limits.json: key 'limit' is unknown; one of format, version, limits"),
     ],
 )
 def test_a_wrong_file_says_so(table, write, top, message):

@@ -75,7 +75,10 @@ def test_layers_say_what_is_wrong(table, table_of, message):
         (lambda: bits_per_layer(table, at_least=-1), "at_least: -1 is not from 0"),
         (lambda: bits_per_layer(table, at_most=np.nan), "at_most: nan is not from 0"),
         (lambda: bits_per_layer(table, 4, 3), "at_least: 4 is above at_most, 3; swap them"),
-        (lambda: bits_per_layer(table, 2, pattern="proj=x"), "proj=x is none of gate, up"),
+        (
+            lambda: bits_per_layer(table, 2, pattern="proj=x"),
+            "proj 'x' is unknown; one of gate, up",
+        ),
         (lambda: bits_per_layer(shapeless, 2), "bits_per_layer: layer=0 role=routed expert=0"),
         (lambda: bits_per_layer(table_of(head), 2), "units: none is in a layer; choose others"),
     ):
@@ -170,7 +173,10 @@ def test_counts_say_what_is_wrong(table, message):
             lambda: count_at_least(table, 1, 4, wider=True),
             "bits: no format has 4 or more; there are 1, 2, 3",
         ),
-        (lambda: count_at_least(table, 1, 3, "proj=w2"), "pattern 'proj=w2': proj=w2 is none of"),
+        (
+            lambda: count_at_least(table, 1, 3, "proj=w2"),
+            "pattern 'proj=w2': proj 'w2' is unknown; one of",
+        ),
     ):
         assert text in message(make)
     assert count_at_least(table, 0, 4)[0].bound == 0

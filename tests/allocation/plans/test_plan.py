@@ -86,11 +86,14 @@ def test_plans_without_shapes_can_be_saved(tmp_path):
         (lambda c: c.update(version="2.0"), "version: 2.0 cannot be read"),
         (
             lambda c: c["units"][1].update(format="int9"),
-            "units[1].format: 'int9' is not one of int2",
+            "units[1].format 'int9' is unknown; one of int2",
         ),
         (lambda c: c["units"][1].pop("rows"), "units[1].rows: None is not int"),
         (lambda c: c["units"][3].update(layer=True), "units[3].layer: True is not int"),
-        (lambda c: c["units"][2].update(role="router"), "units[2].role: 'router' is not one of"),
+        (
+            lambda c: c["units"][2].update(role="router"),
+            "units[2].role 'router' is unknown; one of",
+        ),
         (lambda c: c["units"].append(7), "units[4].layer: None is not int"),
         (
             lambda c: c["units"][0].update(bytes=1),

@@ -89,7 +89,7 @@ def test_formats_are_sorted_and_distinct():
         (lambda: Format(3, 60), "group_size: 60 is not a multiple of 8 (32, 64, 128, ...) or 0"),
         (
             lambda: Format(3, metadata="int8"),
-            "metadata: 'int8' is not one of fp16, compact, compact6",
+            "metadata 'int8' is unknown; one of fp16, compact, compact6",
         ),
         (
             lambda: Format(1, metadata="compact"),
@@ -101,11 +101,11 @@ def test_formats_are_sorted_and_distinct():
             "int1-g64-asym-compact6: 1 bit is sign times scale, and its mean has no compact form; ",
         ),
         (lambda: Format.parse("int3-g64-sym-compact8"), "'int3-g64-sym-compact8' is unknown"),
-        (lambda: Format.keep("int4"), "keep: 'int4' is not one of bf16, fp16, fp32, fp8"),
+        (lambda: Format.keep("int4"), "keep 'int4' is unknown; one of bf16, fp16, fp32, fp8"),
         (lambda: Format.parse("q4_k"), "format 'q4_k' is unknown; examples: int3-g64-sym"),
         (lambda: formats(group_size="wide"), "group_size: 'wide' is not a number or 'row'"),
         (lambda: formats(bits=()), "formats: no valid combination"),
-        (lambda: formats(bits=1, metadata="int8"), "metadata: 'int8' is not one of"),
+        (lambda: formats(bits=1, metadata="int8"), "metadata 'int8' is unknown; one of"),
         (lambda: formats(bits=1, metadata="compact6"), "1 bit with compact metadata is symmetric"),
         (lambda: Format.made_up(2).nbytes(1, 1), "option-2: a made-up format has no bytes"),
     ],

@@ -57,10 +57,10 @@ def test_patterns_select(pattern, count):
     ("pattern", "message"),
     [
         ("", "pattern '': '' is not KEY=VALUE; keys: layer, expert, block, proj, role"),
-        ("bits=3", "'bits=3' is not KEY=VALUE; keys: layer, expert, block, proj, role"),
+        ("bits=3", "key 'bits' is unknown; one of layer, expert, block, proj, role"),
         ("layer=a", "layer=a is not N or N-M; join with ';'"),
         ("layer=1,layer=2", "layer is given twice; join values with ';'"),
-        ("proj=middle", "proj=middle is none of gate, up, down, o"),
+        ("proj=middle", "proj 'middle' is unknown; one of gate, up, down, o"),
         ("layer=7", "matches no unit; there are layer 0-1, expert -1-2, block 0-0, proj"),
         ("role=shared", "matches no unit"),
     ],
@@ -93,7 +93,7 @@ def test_columns_have_one_length_and_known_values():
             rows=[8],
             cols=[8, 8],
         )
-    with pytest.raises(InputError, match="role: 'router' is not one of routed, shared, dense"):
+    with pytest.raises(InputError, match="role 'router' is unknown; one of routed, shared, dense"):
         Units.build(layer=[0], role=["router"], expert=[0], projection=["up"], rows=[8], cols=[8])
     with pytest.raises(InputError, match=r"rows\[0\]: -8 is outside 0 to inf"):
         Units.build(layer=[0], role=["routed"], expert=[0], projection=["up"], rows=[-8], cols=[8])

@@ -139,7 +139,7 @@ def test_bad_input(problem):
         Refine(parts=())
     with pytest.raises(InputError, match="evaluations: 0 is below 1"):
         Refine(parts=parts, evaluations=0)
-    with pytest.raises(InputError, match="driver: 'x' is not one of"):
+    with pytest.raises(InputError, match="driver 'x' is unknown; one of"):
         Refine(parts=parts, driver="x")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="sure: -1 is below 0"):
         Refine(parts=parts, sure=-1)

@@ -195,7 +195,7 @@ def test_tilts_of_other_groups_are_refused():
 
 def test_knobs_survive_json():
     assert Knobs.from_dict(EVERY.to_dict()) == EVERY
-    with pytest.raises(InputError, match="knobs: 'nonsense' is not one of budget, cap"):
+    with pytest.raises(InputError, match="knob 'nonsense' is unknown; one of budget, cap"):
         Knobs.from_dict({"nonsense": 1})
 
 

@@ -161,10 +161,13 @@ def test_progress_is_told(problem):
     ("options", "message"),
     [
         ({"trials": 0}, "trials: 0 must be at least 1"),
-        ({"sampler": "grid"}, "sampler: 'grid' is not one of cmaes, tpe"),
+        ({"sampler": "grid"}, "sampler 'grid' is unknown; one of cmaes, tpe"),
         ({"width": 0.0}, "width: 0.0 is not above 0 and at most 10"),
         ({"groups": ()}, "groups: name at least one column, such as 'layer'"),
-        ({"groups": ("row",)}, "tilts: 'row' is not one of layer, role, expert, proj"),
+        (
+            {"groups": ("row",)},
+            "tilt 'row' is unknown; one of layer, role, expert, proj; did you mean role?",
+        ),
     ],
 )
 def test_bad_options_are_refused(options, message):

@@ -335,7 +335,7 @@ def test_another_measurement_is_refused(table, journal, design, loss):
         ({}, "give a budget or a range of budgets, one of them"),
         (
             {"budget": Budget.bits(4.5), "sampler": "grid"},
-            "sampler: 'grid' is not one of tpe, cmaes",
+            "sampler 'grid' is unknown; one of tpe, cmaes",
         ),
         ({"budget": AT, "sampler": "nsga2"}, "nsga2 trades bytes against loss"),
         ({"knobs": Knobs(budget=(3, 4))}, "nsga2 trades bytes against loss"),

@@ -69,7 +69,10 @@ def test_without_limits_every_unit_takes_its_cheapest():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"backend": "gurobi"}, "backend: 'gurobi' is not auto, highs or cbc"),
+        (
+            {"backend": "gurobi"},
+            "backend 'gurobi' is unknown; one of auto, highs, cbc; did you mean auto?",
+        ),
         ({"gap": 1.0}, "gap: 1.0 is not a share from 0 to below 1"),
         ({"time_limit": 0.0}, "time_limit: 0.0 must be above 0"),
     ],

@@ -118,7 +118,7 @@ def test_a_generated_checkpoint_depends_on_the_seed_alone(tmp_path):
 
 
 def test_an_unknown_model_or_a_folder_that_is_there(tmp_path):
-    with pytest.raises(InputError, match=r"shape: 'GPT-7' is not one of Mixtral-8x7B, "):
+    with pytest.raises(InputError, match=r"shape 'GPT-7' is unknown; one of Mixtral-8x7B, "):
         shape_of("GPT-7")
     with pytest.raises(InputError, match=r"exists; choose another folder"):
         generate("OLMoE-1B-7B", tmp_path)

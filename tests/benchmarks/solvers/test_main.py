@@ -89,7 +89,9 @@ def test_random_instances():
         given = random_instance(kind, 30)
         found = solve(Problem(given.table, given.limits))
         assert found.status is Status.OPTIMAL
-    with pytest.raises(InputError, match="kind: 'odd' is not one of uncorrelated, weak, strong"):
+    with pytest.raises(
+        InputError, match="kind 'odd' is unknown; one of uncorrelated, weak, strong"
+    ):
         random_instance("odd", 30)
     with pytest.raises(InputError, match="instance 'odd' is unknown; one of tiny, "):
         instance("odd")

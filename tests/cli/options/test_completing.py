@@ -50,4 +50,4 @@ def test_a_script_for_each_shell(shell, capsys):
 
 
 def test_an_unknown_shell(refused):
-    assert "'bash', 'zsh', 'fish'" in refused("completion", "csh")
+    assert "one of bash, zsh, fish" in refused("completion", "csh")

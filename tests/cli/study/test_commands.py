@@ -179,7 +179,7 @@ def test_default_knobs_are_what_there_is(table, journal, tmp_path, capsys):
         (("--budgets", "wide"), "--budgets 'wide': write LOW-HIGH in bits per weight: 2bpw-4bpw"),
         (
             ("--budget", "5bpw", "--knobs", "x"),
-            "--knobs 'x': name some of tilts, risk, formats, floor, cap, exponents",
+            "--knobs 'x' is unknown; one of tilts, risk, formats, floor, cap, exponents",
         ),
         (
             ("--budget", "5bpw", "--knobs", "exponents"),

@@ -299,7 +299,7 @@ def test_what_cannot_be_measured_is_said(case):
     offline = replace(case.evidence, replay=None)
     with pytest.raises(InputError, match="live model"):
         Measured().estimate(offline, FORMATS)
-    with pytest.raises(InputError, match="'mse' is not one of kl, layer, block"):
+    with pytest.raises(InputError, match="'mse' is unknown; one of kl, layer, block"):
         Measured(kind="mse")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="a KL is no norm"):
         Measured(squared=True)

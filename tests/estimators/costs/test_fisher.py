@@ -45,7 +45,7 @@ def test_names_and_needs():
     assert Fisher().needs == {"curvature"}
     assert Fisher("output").name == "fisher-output"
     assert Fisher("output").needs == {"traces", "gradients", "replay"}
-    with pytest.raises(InputError, match="'both' is not one of weight, output"):
+    with pytest.raises(InputError, match="'both' is unknown; one of weight, output"):
         Fisher("both")  # type: ignore[arg-type]
 
 

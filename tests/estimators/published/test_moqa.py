@@ -179,7 +179,7 @@ def test_the_plan_refuses(case):
         moqa_plan(case.sets, formats((2, 4, 6, 8), ("row", 8)))
     with pytest.raises(InputError, match="is below 2"):
         moqa_plan(case.sets[:1], FORMATS)
-    with pytest.raises(InputError, match="rule: 'best' is not one of mean, worst"):
+    with pytest.raises(InputError, match="rule 'best' is unknown; one of mean, worst"):
         moqa_plan(case.sets, FORMATS, rule="best")  # type: ignore[arg-type]
 
 

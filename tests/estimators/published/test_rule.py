@@ -36,7 +36,7 @@ def test_an_entry_says_all_of_its_method(name):
 @pytest.mark.parametrize("name", RULES)
 def test_the_file_of_an_entry_repeats_its_numbers_and_says_what_is_not_reproduced(name):
     module = evopress if name == "evopress" else module_of(name)
-    text = " ".join(module.__doc__.split())
+    text = " ".join((module.__doc__ or "").split())
     assert RULES[name].numbers in text
     assert "Not reproduced" in text and "Source: " in text
 
@@ -59,7 +59,9 @@ def test_every_signal_of_a_paper_is_an_estimator():
 
 
 def test_unknown_names_are_refused_with_those_there_are():
-    with pytest.raises(InputError, match="rule: 'owq' makes no plans; there are chowdhury, mc-moe"):
+    with pytest.raises(
+        InputError, match="rule 'owq' makes no plans; those that do are chowdhury, mc-moe"
+    ):
         rule_of("owq", None)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"estimator 'alphaqq' is unknown; .*did you mean alphaq"):
         estimator_of("alphaqq")

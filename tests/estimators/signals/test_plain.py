@@ -48,7 +48,9 @@ def test_row_variances_by_hand():
 
 def test_the_statistic_is_checked():
     assert RowVariance("peak").name == "row-variance-peak"
-    with pytest.raises(InputError, match="statistic: 'median' is not one of mean, spread, peak"):
+    with pytest.raises(
+        InputError, match="statistic 'median' is unknown; one of mean, spread, peak"
+    ):
         RowVariance("median")  # type: ignore[arg-type]
 
 

@@ -252,13 +252,13 @@ def test_chunks_do_not_show(monkeypatch):
 
 
 def test_wrong_rules_are_refused():
-    with pytest.raises(InputError, match="kind: 'kh' is not one of tfri, idw"):
+    with pytest.raises(InputError, match="kind 'kh' is unknown; one of tfri, idw"):
         FuzzyRules(kind="kh")  # type: ignore[arg-type]
     with pytest.raises(InputError, match="neighbours: 0 is not a whole number from 1"):
         FuzzyRules(neighbours=0)
     with pytest.raises(InputError, match="a has NaN or inf; give finite numbers"):
         Antecedents(names=("a",), values=np.full((2, 1, 1), np.nan))
-    with pytest.raises(InputError, match="antecedent 'b' is not one of a"):
+    with pytest.raises(InputError, match="antecedent 'b' is unknown; one of a"):
         Antecedents(names=("a",), values=np.zeros((2, 1, 1)), free=frozenset({"b"}))
     with pytest.raises(InputError, match=r"expected .units, formats, 2. and distinct names"):
         Antecedents(names=("a", "a"), values=np.zeros((2, 1, 2)))

@@ -77,7 +77,7 @@ def test_robust_refuses(tables):
         robust(tables[:1])
     with pytest.raises(InputError, match="all 2 are of one text"):
         robust([tables[0], tables[0]])
-    with pytest.raises(InputError, match="rule: 'best' is not one of mean, worst"):
+    with pytest.raises(InputError, match="rule 'best' is unknown; one of mean, worst"):
         robust(tables, "best")  # type: ignore[arg-type]
     with pytest.raises(InputError, match=r"k: -1 is not from 0"):
         robust(tables, k=-1)

@@ -179,7 +179,7 @@ def test_refuses_a_model_without_experts():
 
 
 def test_refuses_an_unknown_role():
-    with pytest.raises(InputError, match=r"include: 'router' is not one of"):
+    with pytest.raises(InputError, match=r"include 'router' is unknown; one of"):
         walk_headers({}, {}, ("router",))
 
 

@@ -237,10 +237,10 @@ def test_refuses_two_stacks():
 
 
 def test_refuses_an_unknown_role():
-    with pytest.raises(InputError, match=r"include: 'head' is not one of shared, attention"):
+    with pytest.raises(InputError, match=r"include 'head' is unknown; one of shared, attention"):
         walk(tiny_model("mixtral"), ("head",))
 
 
 def test_refuses_an_unknown_family():
-    with pytest.raises(InputError, match=r"'gpt2' is not one of mixtral"):
+    with pytest.raises(InputError, match=r"'gpt2' is unknown; one of mixtral"):
         tiny_model("gpt2")

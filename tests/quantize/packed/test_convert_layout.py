@@ -125,7 +125,7 @@ def test_a_checkpoint_that_says_nothing_is_plain(tmp_path):
         ({"quant_method": "gptq"}, "config.json does not say that this is a packed checkpoint"),
         (
             {"quant_method": "bitknap", "layout": "rows"},
-            "config.json: layout: 'rows' is not one of plain, tiles",
+            "config.json: layout 'rows' is unknown; one of plain, tiles",
         ),
         (
             {"quant_method": "bitknap", "layout": "tiles", "layout_version": 2},
@@ -145,7 +145,7 @@ def test_a_layout_that_cannot_be_read(tmp_path, ours, message):
 
 def test_what_cannot_be_converted_leaves_nothing(tmp_path):
     folder, _ = packed_folder(tmp_path)
-    with pytest.raises(InputError, match="layout: 'rows' is not one of plain, tiles"):
+    with pytest.raises(InputError, match="layout 'rows' is unknown; one of plain, tiles"):
         convert(folder, "rows", tmp_path / "out")
     with pytest.raises(InputError, match="exists; choose another name"):
         convert(folder, "tiles", tmp_path / "source")

@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from bitknap.cli.options.declare import EVERYTHING, GROUPS, Option, did_you_mean, warn_former
+from bitknap.cli.options.declare import EVERYTHING, GROUPS, Option, warn_former
+from bitknap.names import refused
 
 # Maximum width of option names; longer names get their own line.
 _NAMES_WIDTH = 28
@@ -130,9 +131,7 @@ class Group(click.Group):
             click.UsageError: There is no such command; the message names the nearest one.
         """
         if args and args[0] not in self.homes and not args[0].startswith("-"):
-            near = did_you_mean(args[0], self.homes)
-            known = ", ".join(self.homes)
-            raise click.UsageError(f"no command {args[0]!r}{near}; commands are {known}", ctx)
+            raise click.UsageError(f"command {refused(args[0], self.homes)}", ctx)
         return super().resolve_command(ctx, args)
 
     def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

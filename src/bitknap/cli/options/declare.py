@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ import click
 from click.shell_completion import CompletionItem
 
 from bitknap.deprecation import message
-from bitknap.names import nearest
+from bitknap.names import refused
 
 # The key in a context's `meta` that says whether its help shows all options.
 EVERYTHING = "bitknap.help_all"
@@ -33,12 +33,6 @@ GROUPS = (
 def warn_former(old: str, new: str) -> None:
     """Print one line on stderr that names an old spelling and what replaces it."""
     print(f"bitknap: {message(old, new)}", file=sys.stderr)
-
-
-def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """Return " (did you mean NAME?)" with the name nearest to a word; "" if none is near."""
-    near = nearest(word, names)
-    return f" (did you mean {near!r}?)" if near else ""
 
 
 class Option(click.Option):
@@ -143,9 +137,7 @@ class OneOf(click.ParamType):  # type: ignore[type-arg]  # no parameter before c
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         """Return the value if it is one of the names."""
         if value not in self.names:
-            near = did_you_mean(str(value), self.names)
-            names = ", ".join(map(repr, self.names))
-            self.fail(f"{value!r} is not one of {names}{near}", param, ctx)
+            self.fail(refused(value, self.names), param, ctx)
         return value
 
     def shell_complete(

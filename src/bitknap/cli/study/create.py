@@ -15,6 +15,7 @@ from bitknap.cli.options.rules import check_options
 from bitknap.cli.options.solving import listed
 from bitknap.cli.study import stored
 from bitknap.errors import InputError
+from bitknap.names import check_name
 
 if TYPE_CHECKING:
     from bitknap.allocation.search.search_space import Knobs
@@ -107,9 +108,8 @@ def _knobs(
         names = ["tilts", *["risk"] * spread, *["exponents"] * bool(features)]
     else:
         names = listed(words)
-    unknown = [name for name in names if name not in completing.KNOBS]
-    if unknown or not names:
-        raise InputError(f"--knobs {words!r}: name some of {', '.join(completing.KNOBS)}")
+    for name in names or [""]:
+        check_name("--knobs", name, completing.KNOBS)
     return Knobs(
         exponents=tuple(path.stem for path in features) if "exponents" in names else (),
         risk="risk" in names,
