@@ -62,7 +62,7 @@ def solver_of(name: str, **settings: Any) -> Solver:
     solver: Solver = entry(**given)
     if not (callable(getattr(solver, "answer", None)) and isinstance(solver.name, str)):
         raise InputError(
-            f"solver {name!r}: {entry.place} of {entry.package} has no name or no "
-            "answer(problem); see bitknap.allocation.solvers.solver"
+            f"solver {name!r}: {entry.place} of {entry.package} must have `name` and "
+            "`answer(problem)`; see bitknap.allocation.solvers.solver"
         )
     return solver

@@ -80,8 +80,8 @@ def named(words: Sequence[str], settings: Settings | None = None) -> Estimator:
             settings.calibrate is not None or settings.check or settings.journal is not None
         ):
             raise InputError(
-                f"`estimator={FUZZY}`: `calibrate`, `check` and `journal` are of its base; "
-                f"name one: {FUZZY},{CALIBRATED},fisher"
+                f"`estimator={FUZZY}`: `calibrate`, `check` and `journal` belong to its base, and "
+                f"none is named; write `estimator={FUZZY},{CALIBRATED},fisher`"
             )
         rules = Sampled(
             file=settings.samples,
@@ -92,7 +92,7 @@ def named(words: Sequence[str], settings: Settings | None = None) -> Estimator:
     of_fuzzy = {"samples": settings.samples, "measurements": settings.measurements}
     for name, value in of_fuzzy.items():
         if value is not None:
-            raise InputError(f"`{name}`: only `estimator={FUZZY}` takes it")
+            raise InputError(f"`{name}`: only `estimator={FUZZY}` takes it; leave it out")
     return _plain(words, settings)
 
 
@@ -112,18 +112,21 @@ def _plain(words: Sequence[str], settings: Settings) -> Estimator:
     wrong = any(kind != SIGNAL for kind in kinds[1:])
     if wrong or (len(plain) > 1 and not calibrated):
         raise InputError(
-            f"{asked}: one base, then signals whose exponents calibration fits: "
+            f"{asked}: name one base, then the signals whose exponents calibration fits, such as "
             f"{CALIBRATED},fisher,kurtosis; signals are {', '.join(sorted({*SIGNALS, ROUTER}))}"
         )
     base = _base(plain[0], settings.routers) if plain else SecondMoments()
     if isinstance(base, Measured):
         base = replace(base, progress=settings.progress, journal=settings.journal)
     elif settings.journal is not None:
-        raise InputError("`journal`: only measured-kl, measured-layer and measured-block keep one")
+        raise InputError(
+            "`journal`: only measured-kl, measured-layer and measured-block keep one; leave it out"
+        )
     if not calibrated:
         if settings.check:
             raise InputError(
-                f"`check`: only calibrated tables are; write `estimator={CALIBRATED},{words[0]}`"
+                "`check`: only calibrated tables can be checked; write "
+                f"`estimator={CALIBRATED},{words[0]}`"
             )
         return base
     signals = tuple(_signal(word, settings.routers) for word in plain[1:])
@@ -145,5 +148,5 @@ def _signal(name: str, routers: Callable[[], RouterNorm] | None) -> Any:
     if name != ROUTER:
         return ESTIMATORS.find(name)()
     if routers is None:
-        raise InputError(f"{ROUTER}: needs a model's router weights")
+        raise InputError(f"{ROUTER}: needs the model's router weights; pass `Settings(routers=…)`")
     return routers()

@@ -107,7 +107,9 @@ class Experts:
             table = getattr(self, name)
             if table is not None and (len(table), table.rows, table.cols) != expected:
                 actual = (len(table), table.rows, table.cols)
-                raise InputError(f"{name} projections {actual}: up's {shape} ask for {expected}")
+                raise InputError(
+                    f"{name} projections {actual}: with up's {shape} they must be {expected}"
+                )
         if self.gate is not None and self.gate.blocks != self.up.blocks:
             raise InputError(
                 f"gate in {self.gate.blocks} blocks of rows, up in {self.up.blocks}: cut them alike"

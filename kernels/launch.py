@@ -223,6 +223,6 @@ def check(launch: Launch, case: Case) -> None:
     """
     if launch.path == "decode" and case.tokens > launch.tokens:
         raise InputError(
-            f"launch: {case.tokens} tokens, and the decode path takes {launch.tokens} here; "
-            "choose the grouped path"
+            f"launch: {case.tokens} tokens are more than the {launch.tokens} that the decode path "
+            "takes; choose the grouped path"
         )

@@ -66,7 +66,7 @@ def _moe(
     if index.numel() and not bool(((index >= 0) & (index <= count)).all()):
         raise InputError(
             f"expert ids {int(index.min())} to {int(index.max())}: must be 0 to {count - 1}, or "
-            f"{count} for an expert that is elsewhere"
+            f"{count} for an expert on another device"
         )
     return reference.moe(x, index, weights, experts.experts())
 

@@ -142,7 +142,7 @@ def test_no_output_is_an_input(make, ready, refused, tmp_path):
         os.link(inputs[0], tmp_path / f"hard{suffix(make)}")
         outs.append(tmp_path / f"hard{suffix(make)}")
     for out in outs:
-        assert "must be apart" in refused(*words, out, "--overwrite"), out
+        assert "may not overlap" in refused(*words, out, "--overwrite"), out
     for out in (ready.root, ready.root / "..", "/"):
         refused(*words, out, "--overwrite")
     assert tree(ready.root) == before
@@ -159,8 +159,8 @@ def test_places_that_cannot_be_written_are_said_before_any_work(make, ready, ref
         (tmp_path / "dangling", "is a link to"),
         (tmp_path / "file" / f"out{end}", "is a file, not a folder"),
         (tmp_path / f"{'x' * 260}{end}", "choose a shorter name"),
-        (f"~/out{end}", "~ is your home folder to a shell alone"),
-        (tmp_path / "  ", "a name of blanks"),
+        (f"~/out{end}", "only a shell replaces ~ by your home folder"),
+        (tmp_path / "  ", "the name is blank"),
         (tmp_path / ("folder" if end else "file"), "choose another name"),
     ):
         assert said in refused(*words, out, "--overwrite")
@@ -184,13 +184,13 @@ def test_a_page_is_not_written_into_the_checkpoint(ready, refused, tmp_path):
     out = tmp_path / "out"
     words = ("quantize", ready.model, "--plan", ready.plan, "-o", out, "--report")
     for page in (out, out / "report.html", tmp_path):
-        assert "must be apart" in refused(*words, page)
+        assert "may not overlap" in refused(*words, page)
 
 
 def test_outputs_are_not_other_files_that_a_command_writes(ready, refused, tmp_path):
     words = ("estimate", ready.model, *FAST)
     for option in ("--journal", "--samples"):
-        assert "must be apart" in refused(*words, option, tmp_path / "x", "-o", tmp_path / "x")
+        assert "may not overlap" in refused(*words, option, tmp_path / "x", "-o", tmp_path / "x")
 
 
 def test_a_working_folder_of_somebody_else_is_left_alone(ready, refused, tmp_path):

@@ -50,7 +50,7 @@ def device_bytes(
     count = whole("ranks", ranks, low=1)
     place = _contiguous(table, count) if device is None else _given(table, count, device)
     if (at_most is None) == (balance is None) or (balance is None) != (budget is None):
-        raise InputError("device_bytes: give at_most, or balance and budget")
+        raise InputError("device_bytes: give either at_most, or balance and budget")
     everywhere, note = 1.0, ""
     if at_most is not None:
         bound = number("at_most", at_most)
@@ -76,7 +76,7 @@ def _contiguous(table: CostTable, ranks: int) -> Ints:
     units = table.units
     routed = (units.role == ROLES.index("routed")) & (units.expert >= 0)
     if not routed.any():
-        raise InputError("device_bytes: the table has no routed experts; give device")
+        raise InputError("device_bytes: the table has no routed experts to place; give `device`")
     experts = np.zeros(int(units.layer.max()) + 2, dtype=np.int64)
     np.maximum.at(experts, units.layer[routed] + 1, units.expert[routed] + 1)
     few = (experts > 0) & (experts < ranks)

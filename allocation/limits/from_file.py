@@ -16,6 +16,7 @@ from bitknap.allocation.problem.budget import Budget, parse_size
 from bitknap.allocation.problem.limit import Limit
 from bitknap.allocation.problem.table import CostTable
 from bitknap.disk.atomic import check_version, read_json
+from bitknap.disk.json_shapes import json_field, json_object
 from bitknap.errors import BitknapError, FileError, InfeasibleError, InputError
 from bitknap.names import check_name, unknown
 
@@ -51,14 +52,10 @@ def read_limits(path: str | Path, table: CostTable) -> tuple[Limit, ...]:
         InfeasibleError: a budget in the file is smaller than the unquantized parts.
     """
     path = Path(path)
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise FileError(f"{path}: not an object")
+    content = json_object(read_json(path), path, "give its format, version and limits")
     check_version(content, KIND, VERSION, path)
     _refuse_unknown(content, _TOP, str(path))
-    entries = content.get("limits")
-    if not isinstance(entries, list):
-        raise FileError(f"{path}: limits: missing or not a list")
+    entries = json_field(content, "limits", list, f"{path}: ", "list the limits there")
     limits: list[Limit] = []
     taken: dict[str, int] = {}
     for index, entry in enumerate(entries):
@@ -74,8 +71,7 @@ def read_limits(path: str | Path, table: CostTable) -> tuple[Limit, ...]:
 
 
 def _read(entry: Any, where: str, folder: Path, table: CostTable) -> tuple[Limit, ...]:
-    if not isinstance(entry, dict):
-        raise FileError(f"{where}: not an object")
+    entry = json_object(entry, where, "give its kind and arguments")
     name = entry.get("kind")
     if not isinstance(name, str) or name not in _KINDS:
         raise unknown(f"{where}.kind", name, _KINDS, FileError)
@@ -152,7 +148,7 @@ def _budget(value: Any, folder: Path) -> Budget | float:
 
 def _text(value: Any, folder: Path) -> str:
     if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{_said(value)} is not a text")
+        raise InputError(f"{_said(value)} is not a non-empty string")
     return value
 
 

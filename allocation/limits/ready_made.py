@@ -246,7 +246,7 @@ def custom(
         InputError: a weight is no number, the shape is wrong, or not exactly one bound is given.
     """
     if (at_most is None) == (at_least is None):
-        raise InputError(f"limit {name}: give at_most or at_least, one of them")
+        raise InputError(f"limit {name}: give either at_most or at_least")
     values = _called(table, name, weight) if callable(weight) else _broadcast(table, name, weight)
     wrong = np.isnan(values) | np.isneginf(values)
     if at_least is not None:
@@ -310,7 +310,7 @@ def _layers(table: CostTable, pattern: str | None) -> Iterator[tuple[int, Bools]
     rows = _selected(table, pattern)
     numbers = np.unique(table.units.layer[rows & (table.units.layer >= 0)])
     if not len(numbers):
-        raise InputError(f"{pattern or 'units'}: none is in a layer; choose others")
+        raise InputError(f"{pattern or 'units'}: none of these units is in a layer; choose others")
     for layer in numbers.tolist():
         yield layer, rows & (table.units.layer == layer)
 

@@ -49,7 +49,9 @@ class BitPlan:
         wrong = (choice < 0) | (choice >= len(self.formats))
         if wrong.any():
             unit = int(wrong.argmax())
-            raise InputError(f"choice[{unit}]: {choice[unit]} of {len(self.formats)} formats")
+            raise InputError(
+                f"choice[{unit}]: {choice[unit]} is outside 0 to {len(self.formats) - 1}"
+            )
         stored = storage(self.units, self.formats)[np.arange(len(choice)), choice]
         nbytes = frozen("nbytes", stored if self.nbytes is None else self.nbytes, np.int64, shape)
         wrong = (nbytes < 0) | ((stored >= 0) & (stored != nbytes))
@@ -141,6 +143,7 @@ class BitPlan:
         for key, value in plan.totals.items():
             if totals.get(key) != value:
                 raise FileError(
-                    f"{path}: totals.{key}: {totals.get(key)} is not the {value} of the units"
+                    f"{path}: totals.{key}: {totals.get(key)!r}, but the units add up to {value}; "
+                    "make the plan again"
                 )
         return plan

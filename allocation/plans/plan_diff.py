@@ -139,7 +139,7 @@ def _ordered_as(plan: BitPlan, units: Units) -> BitPlan:
 def _apart(before: Units, after: Units, missing: list[int]) -> str:
     counts = f"{len(before):,} and {len(after):,} units"
     only = f"; only the first has {before.label(missing[0])}" if missing else ""
-    return f"plans: {counts} that are not the same{only}; compare plans made of one table"
+    return f"plans: {counts}, which differ{only}; compare plans made from one table"
 
 
 def _keys(units: Units) -> list[tuple[Any, ...]]:

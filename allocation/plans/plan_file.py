@@ -12,10 +12,12 @@ import numpy as np
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.disk.atomic import check_version, read_json, write_whole
+from bitknap.disk.json_shapes import json_field, json_kind, json_object
 from bitknap.errors import FileError, InputError
 from bitknap.names import unknown
 
 KIND, VERSION = "bitknap.plan", "1.0"
+_REMEDY = "make the plan again"
 _NUMBERS = ("layer", "expert", "block", "rows", "cols", "bytes")
 _TEXTS = ("role", "projection", "format")
 
@@ -57,9 +59,7 @@ def read_plan(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     Raises:
         FileError: one line with the path of the file and of the bad field.
     """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise FileError(f"{path}: not an object")
+    content = json_object(read_json(path), path, _REMEDY)
     check_version(content, KIND, VERSION, path)
     header = _field(content, "header", dict, path)
     names = [str(name) for name in _field(content, "formats", list, path)]
@@ -98,7 +98,8 @@ def _columns(rows: list[Any], path: Path) -> dict[str, list[Any]]:
         if not sound:
             index = next(i for i, row in enumerate(rows) if type(_get(row, name)) is not kind)
             value = _get(rows[index], name)
-            raise FileError(f"{path}: units[{index}].{name}: {value!r} is not {kind.__name__}")
+            fault = "missing" if value is None else f"{value!r} is not {json_kind(kind)}"
+            raise FileError(f"{path}: units[{index}].{name}: {fault}; {_REMEDY}")
     return columns
 
 
@@ -116,10 +117,7 @@ def _indices(values: list[str], names: list[str] | tuple[str, ...], key: str, pa
 
 
 def _field(content: dict[str, Any], key: str, kind: type, path: Path) -> Any:
-    value = content.get(key)
-    if not isinstance(value, kind):
-        raise FileError(f"{path}: {key}: {type(value).__name__} found, {kind.__name__} expected")
-    return value
+    return json_field(content, key, kind, f"{path}: ", _REMEDY)
 
 
 def _text(value: object) -> str:

@@ -35,7 +35,9 @@ def frozen(
     except (TypeError, ValueError):
         raise InputError(f"{name}: not an array of {np.dtype(dtype).name}") from None
     if array.dtype.kind == "i" and given.size and not np.array_equal(array, given):
-        raise InputError(f"{name}: some values are not whole numbers that fit {array.dtype.name}")
+        raise InputError(
+            f"{name}: some values are not whole numbers in the range of {array.dtype.name}"
+        )
     if shape is not None and array.shape != tuple(shape):
         raise InputError(f"{name}: shape {array.shape}, expected {tuple(shape)}")
     array.setflags(write=False)

@@ -112,9 +112,7 @@ class Budget:
     def _known(self, table: CostTable, key: str) -> int:
         value = table.provenance.get(key)
         if not isinstance(value, int):
-            raise InputError(
-                f"budget {self}: the table does not know its {key}; use bpw or Budget.bytes"
-            )
+            raise InputError(f"budget {self}: the table has no {key}; use bpw or Budget.bytes")
         return value
 
 
@@ -126,7 +124,7 @@ def parse_size(text: str) -> int:
     """
     match = _PATTERN.fullmatch(text.strip().lower())
     if not match or match[2] not in _BY_NAME or match[3]:
-        raise InputError(f"{text!r} is no size; examples: 12GiB, 800MB, 4096B")
+        raise InputError(f"{text!r} is not a size; examples: 12GiB, 800MB, 4096B")
     return _in_bytes(match)
 
 

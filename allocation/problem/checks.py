@@ -28,7 +28,7 @@ def number(what: str, value: object, low: float = 0, high: float = math.inf) -> 
     """
     converted = None if isinstance(value, bool | np.bool_) else as_float(value)
     if converted is None or not low <= converted <= high:
-        span = f"from {low:g}" + ("" if high == math.inf else f" to {high:g}")
+        span = f"at least {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
         raise InputError(f"{what}: {value} is not {'a number' if low == -math.inf else span}")
     return converted
 
@@ -40,5 +40,5 @@ def whole(what: str, value: object, low: int = 0) -> int:
         InputError: it is not a whole number, or is below `low`.
     """
     if not isinstance(value, Integral) or isinstance(value, bool) or int(value) < low:
-        raise InputError(f"{what}: {value} is not a whole number from {low}")
+        raise InputError(f"{what}: {value} is not a whole number of at least {low}")
     return int(value)

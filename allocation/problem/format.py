@@ -207,7 +207,9 @@ def formats(
         if (width, even) != (1, False) or not _SHARE_BITS.get(meta):
             combinations.add(Format(width, size, symmetric=even, metadata=meta))
     if not combinations:
-        raise InputError("formats: no valid combination; 1 bit with compact metadata is symmetric")
+        raise InputError(
+            "formats: no combination is valid: 1 bit with compact metadata must be symmetric"
+        )
     grids = sorted(
         combinations, key=lambda f: (f.bits, f.group_size or 1 << 62, f.symmetric, f.metadata)
     )

@@ -44,7 +44,9 @@ class Limit:
         if np.isnan(weight).any() or np.isneginf(weight).any():
             unit, column = np.argwhere(np.isnan(weight) | np.isneginf(weight))[0]
             value = weight[unit, column]
-            raise InputError(f"limit {self.name}: weight[{unit},{column}] is {value}")
+            raise InputError(
+                f"limit {self.name}: weight[{unit},{column}] is {value}; expected a number"
+            )
         bound = float(self.bound)
         if not bound > -np.inf:
             raise InputError(f"limit {self.name}: bound is {bound}, expected a number")

@@ -50,7 +50,10 @@ class Problem:
         resolved = tuple(x.limit(table) if isinstance(x, Budget) else x for x in given)
         names = [limit.name for limit in resolved]
         if len(set(names)) != len(names):
-            raise InputError(f"limits: {names} has a name twice; a table takes one budget")
+            raise InputError(
+                f"limits: {names}: a name appears twice; give each limit its own name, and at "
+                "most one budget"
+            )
         weights = _broadcast(resolved, table.cost.shape)
         cost, rows = table.cost, np.arange(len(table.units), dtype=np.int32)
         if table.ties is not None:

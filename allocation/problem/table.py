@@ -71,10 +71,12 @@ class CostTable:
 
     def _check_numbers(self) -> None:
         self._refuse("cost", np.isnan(self.cost), "use inf to forbid a format")
-        self._refuse("cost", self.cost < 0, "costs are losses from 0; clip measured noise at 0")
+        self._refuse(
+            "cost", self.cost < 0, "costs are losses of at least 0; clip measured noise at 0"
+        )
         self._refuse("nbytes", self.nbytes <= 0, "bytes must be above 0")
         if self.spread is not None:
-            self._refuse("spread", ~(self.spread >= 0), "a spread is a number from 0")
+            self._refuse("spread", ~(self.spread >= 0), "a spread is a number of at least 0")
 
     def _check_bytes(self) -> None:
         stored = storage(self.units, self.formats)
@@ -170,9 +172,7 @@ class CostTable:
         """
         ranged = at_least is not None or at_most is not None
         if (bits is not None) + (format is not None) + ranged != 1:
-            raise InputError(
-                f"pin {pattern!r}: give bits or format, one of them, or at_least and at_most"
-            )
+            raise InputError(f"pin {pattern!r}: give one of bits, format, or at_least and at_most")
         if ranged:
             allowed, asked = _between(self.formats, at_least, at_most)
         elif bits is not None:

@@ -72,7 +72,7 @@ class Units:
     def __post_init__(self) -> None:
         shape = np.shape(self.layer)
         if len(shape) != 1 or not shape[0]:
-            raise InputError(f"layer: shape {shape}, expected one entry a unit and at least one")
+            raise InputError(f"layer: shape {shape}, expected one entry per unit, at least one")
         for name, dtype in COLUMNS.items():
             object.__setattr__(self, name, frozen(name, getattr(self, name), dtype, shape))
         object.__setattr__(self, "projections", tuple(self.projections))
@@ -81,7 +81,9 @@ class Units:
 
     def _check_ranges(self) -> None:
         if len(set(self.projections)) != len(self.projections):
-            raise InputError(f"projections: {self.projections} has a name twice")
+            raise InputError(
+                f"projections: {self.projections}: a name appears twice; give each once"
+            )
         ranges = {
             "layer": (-1, np.inf),
             "role": (0, len(ROLES) - 1),

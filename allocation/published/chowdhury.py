@@ -55,7 +55,7 @@ def norm_changes(
 def _checked(name: str, values: npt.ArrayLike) -> Floats:
     norms = frozen(name, values, np.float64)
     if norms.ndim != 1 or not norms.size or not (np.isfinite(norms) & (norms >= 0)).all():
-        raise InputError(f"{name}: norms are one finite number from 0 for each expert")
+        raise InputError(f"{name}: give one finite number of at least 0 for each expert")
     return norms
 
 
@@ -92,7 +92,7 @@ def chowdhury_order(
         return np.array(ranking, dtype=np.int32)
     spread = frozen("variances", variances, np.float64, given.shape)
     if not (np.isfinite(spread) & (spread >= 0)).all():
-        raise InputError("variances: give one finite number from 0 for each expert")
+        raise InputError("variances: give one finite number of at least 0 for each expert")
     if not (np.isfinite(zeta) and zeta > 1):
         raise InputError(f"zeta: {zeta} must be above 1; the paper takes 3")
     for expert in reversed(ranking[:]) if one_pass else ranking[:]:
@@ -184,7 +184,7 @@ def chowdhury_bits(order: npt.ArrayLike, average: float, levels: Sequence[int]) 
         raise InputError(f"order: shape {ranks.shape}, expected [experts] or [layers, experts]")
     experts = ranks.shape[-1]
     if (np.sort(ranks, axis=-1) != np.arange(experts)).any():
-        raise InputError(f"order: a row is not the numbers 0 to {experts - 1}, each once")
+        raise InputError(f"order: each row must hold the numbers 0 to {experts - 1}, each once")
     counts = chowdhury_counts(experts, average, levels)
     given = np.repeat(np.array(sorted(levels, reverse=True), dtype=np.int32), counts)
     result = np.empty(ranks.shape, dtype=np.int32)

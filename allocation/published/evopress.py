@@ -54,7 +54,9 @@ class Evolution:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise InputError("parts: none; give a measure of at least one part of a text")
+            raise InputError(
+                "parts: the list is empty; give a measure of at least one part of a text"
+            )
         if whole("evaluations", self.evaluations) < 1:
             raise InputError(f"evaluations: {self.evaluations} is below 1")
 

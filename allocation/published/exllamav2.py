@@ -70,7 +70,7 @@ class Annealing:
         if not 0 < self.cold <= self.hot < np.inf:
             raise InputError(f"cold: {self.cold} must be above 0 and at most hot, {self.hot}")
         if not 0 < self.exponents[0] <= self.exponents[1] < np.inf:
-            raise InputError(f"exponents: {self.exponents} must rise from above 0")
+            raise InputError(f"exponents: {self.exponents} must be above 0 and increasing")
 
     @property
     def name(self) -> str:

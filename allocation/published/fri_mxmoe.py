@@ -42,7 +42,7 @@ class Lagrangian:
 
     def __post_init__(self) -> None:
         if self.multiplier is not None and not (0 <= self.multiplier < np.inf):
-            raise InputError(f"multiplier: {self.multiplier} is not a number from 0")
+            raise InputError(f"multiplier: {self.multiplier} is not a number of at least 0")
         if self.rounds < 1:
             raise InputError(f"rounds: {self.rounds} must be above 0")
 

@@ -95,7 +95,7 @@ class MxMoe:
             )
         times: Floats = problem.weights[names.index(self.time)]
         if (times < 0).any():
-            raise InputError(f"mxmoe: a time is {times.min():.6g}; it must be from 0")
+            raise InputError(f"mxmoe: a time is {times.min():.6g}; it must be at least 0")
         return times
 
 
@@ -219,7 +219,9 @@ class PerLayer:
         if (layers != layers[first][problem.row_of]).any():
             raise InputError(f"{self.name}: a tie joins units of different layers; untie them")
         if (problem.bounds < 0).any():
-            raise InputError(f"{self.name}: a negative limit has no shares; drop it")
+            raise InputError(
+                f"{self.name}: a negative limit cannot be shared among layers; drop it"
+            )
         choice = np.zeros(len(layers), dtype=np.int32)
         for layer in np.unique(layers).tolist():
             here = layers == layer

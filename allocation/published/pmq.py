@@ -56,11 +56,13 @@ def mc_moe_cost(
     weights = frozen("weight", weight, np.float64, shape)
     for name, values in (("error", errors), ("frequency", counts), ("weight", weights)):
         if not (np.isfinite(values) & (values >= 0)).all():
-            raise InputError(f"{name}: has numbers that are negative or not finite; measure again")
+            raise InputError(f"{name}: some numbers are negative or not finite; measure again")
     for name, values in (("frequency", counts), ("weight", weights)):
         if not values.sum(axis=1).all():
             layer = int(np.argmin(values.sum(axis=1)))
-            raise InputError(f"{name}: layer {layer} has none; calibrate on more text")
+            raise InputError(
+                f"{name}: it is 0 for all experts of layer {layer}; calibrate on more text"
+            )
     phi = 1000 * counts / counts.sum(axis=1, keepdims=True)
     shares = 1000 * weights / weights.sum(axis=1, keepdims=True)
     cost: Floats = (phi**alpha * shares**beta)[:, :, None] * errors**gamma
@@ -98,7 +100,7 @@ def mc_moe(
     if costs.ndim != 3 or not costs.size or costs.shape[2:] != widths.shape:
         raise InputError(f"cost: shape {costs.shape}, expected [layers, experts, {len(widths)}]")
     if not np.isfinite(costs).all():
-        raise InputError("cost: has numbers that are not finite; every width must be possible")
+        raise InputError("cost: some numbers are not finite, but every width must be possible")
     if (widths < 1).any() or not set(required) <= set(widths.tolist()):
         raise InputError(f"bits: {list(bits)} must be above 0 and include {list(required)}")
     flags = [sum(1 << k for k, width in enumerate(required) if width == b) for b in widths.tolist()]

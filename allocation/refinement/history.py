@@ -137,6 +137,6 @@ def _finite(losses: Floats) -> Floats:
     values = np.asarray(losses, dtype=np.float64)
     if not values.size or not np.isfinite(values).all():
         raise BitknapError(
-            "refine: a plan's loss is not a number; measure it on text that has some"
+            "refine: a plan's measured loss is not a finite number; measure it on another text"
         )
     return values

@@ -81,9 +81,14 @@ class Refine:
 
     def __post_init__(self) -> None:
         if not self.parts:
-            raise InputError("parts: none; give a measure of at least one part of a text")
+            raise InputError(
+                "parts: the list is empty; give a measure of at least one part of a text"
+            )
         if whole("evaluations", self.evaluations) < 1:
-            raise InputError(f"evaluations: {self.evaluations} is below 1, the table's own plan")
+            raise InputError(
+                f"evaluations: {self.evaluations} is below 1, which measures the table's own plan "
+                "alone"
+            )
         # The dataclass's own __init__ stands between here and the caller.
         driver = renamed_value("driver", self.driver, FORMER_DRIVERS, stacklevel=3)
         object.__setattr__(self, "driver", driver)
@@ -169,7 +174,7 @@ def _answer(problem: Problem, rounds: Rounds, start: Answer) -> Answer:
 def _cost_of_other(ours: CostTable, other: CostTable) -> np.ndarray:
     if not other.units.same_as(ours.units) or other.formats != ours.formats:
         raise MismatchError(
-            "others: a table of other units or formats; estimate it on the same model with the "
+            "others: a table has other units or formats; estimate it on the same model with the "
             "same formats"
         )
     return np.where(np.isfinite(ours.cost), other.cost, np.inf)

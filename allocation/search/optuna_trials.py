@@ -84,7 +84,7 @@ def reaching(url: str) -> Iterator[None]:
     except (SQLAlchemyError, StorageInternalError) as error:
         cause = getattr(error, "orig", None) or error.__cause__ or error
         raise InputError(
-            f"{where}: cannot be reached ({_line(cause)}); check that it runs and may be written"
+            f"{where}: cannot be reached ({_line(cause)}); check that it is running and writable"
         ) from None
 
 
@@ -149,7 +149,7 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
             ) from None
         except RuntimeError as error:
             raise InputError(
-                f"storage {shown(url)}: of another Optuna version ({_line(error)}); "
+                f"storage {shown(url)}: written by another version of Optuna ({_line(error)}); "
                 "run 'optuna storage upgrade'"
             ) from None
 

@@ -133,7 +133,7 @@ def space(knobs: Knobs, table: CostTable) -> dict[str, Range]:
     if knobs.formats:
         families = _families(table.formats)
         if len(families) < 2:
-            raise InputError("knob formats: the table has one family of formats; leave it out")
+            raise InputError("knob formats: the table has only one family of formats; leave it out")
         ranges |= {
             f"allow:{name}": Range(low=0, high=1, neutral=1, kind="switch") for name in families
         }
@@ -189,7 +189,7 @@ def _widths(knobs: Knobs, formats: Sequence[Format]) -> dict[str, Range]:
     """Return the ranges of floor and cap, which meet in the middle so that they never clash."""
     widths = sorted({item.bits for item in formats})
     if len(widths) < 2:
-        raise InputError("knobs floor and cap: the table has one width; leave them out")
+        raise InputError("knobs floor and cap: the table has only one width; leave them out")
     low, middle, high = widths[0], widths[len(widths) // 2], widths[-1]
     ranges = {}
     if knobs.floor:
@@ -237,7 +237,7 @@ def signal(table: CostTable, feature: CostTable, name: str = "feature") -> Float
     ours, theirs = table.units, feature.units
     if not ours.same_as(theirs):
         raise MismatchError(
-            f"feature {name}: its {len(theirs)} units are not the {len(ours)} of the table; "
+            f"feature {name}: its {len(theirs)} units differ from the {len(ours)} of the table; "
             "estimate it on the same model with the same `include`"
         )
     usable = np.isfinite(feature.cost) & (feature.cost > 0)
@@ -306,7 +306,9 @@ def _tilt(table: CostTable, tilts: Mapping[str, float]) -> Floats | float:
     label, names = groups(table, by)
     unknown = sorted(set(tilts) ^ set(names))
     if unknown:
-        raise InputError(f"{unknown[0]}: the groups of the tilts are not those of the table")
+        raise InputError(
+            f"{unknown[0]}: the tilts do not match the table's groups; use the table of this study"
+        )
     tilt: Floats = np.array([tilts[name] for name in names])[label]
     return tilt
 

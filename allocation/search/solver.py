@@ -161,7 +161,7 @@ class Search:
             study.enqueue_trial(neutral)
         elif stored != about:
             raise MismatchError(
-                f"study {self.study!r} in {shown(self.storage)} is about another problem; "
+                f"study {self.study!r} in {shown(self.storage)} belongs to another problem; "
                 "choose another name"
             )
         fail_abandoned(study)
@@ -174,7 +174,7 @@ def _winner(study: optuna.Study) -> optuna.trial.FrozenTrial:
     every = study.get_trials(deepcopy=False)
     complete = [trial for trial in every if trial.state == TrialState.COMPLETE]
     if not complete:
-        reason = every[-1].user_attrs.get(REASON, "of no reason given")
+        reason = every[-1].user_attrs.get(REASON, "no reason was given")
         raise BitknapError(
             f"search: all {len(every)} trials failed, the last because {reason}; "
             "return a number from the objective"

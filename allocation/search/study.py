@@ -191,8 +191,8 @@ def load(
     for path, entry in zip(paths, kept, strict=True):
         if _digest(path) != entry["sha256"]:
             raise MismatchError(
-                f"{path}: not the table that study {name!r} is about "
-                f"(SHA-256 {entry['sha256'][:12]}…); pass that one, or create a new study"
+                f"{path}: not the table that study {name!r} was created with (SHA-256 "
+                f"{entry['sha256'][:12]}…); pass that one, or create a new study"
             )
     tied, signals = _tables(paths, design.profile, [entry["name"] for entry in kept[1:]])
     return Study(
@@ -222,7 +222,9 @@ def _stored(name: str, storage: str) -> optuna.Study:
                 ) from None
             ours = is_ours(trials)
     if not ours:
-        raise InputError(f"study {name!r} in {shown(storage)} is not of Bitknap; choose another")
+        raise InputError(
+            f"study {name!r} in {shown(storage)} was not created by Bitknap; choose another name"
+        )
     return trials
 
 
@@ -317,7 +319,7 @@ def _tables(
     tied = replace(table.tie(ties), provenance=kept)
     stems = list(names or [path.stem for path in paths[1:]])
     if len(set(stems)) != len(stems):
-        raise InputError(f"features: {', '.join(stems)} has a name twice; rename a file")
+        raise InputError(f"features: {', '.join(stems)}: two files have the same name; rename one")
     signals = {
         stem: signal(table, CostTable.load(path), stem)
         for stem, path in zip(stems, paths[1:], strict=True)
@@ -351,6 +353,6 @@ def _claim(study: Study, measured: dict[str, Any]) -> None:
     for key in {**measured, **before}:
         if before.get(key) != measured.get(key):
             raise MismatchError(
-                f"study {study.name!r}: {key} was {before.get(key)!r}, now {measured.get(key)!r}; "
-                "losses would not compare; create a new study"
+                f"study {study.name!r}: {key} was {before.get(key)!r}, now {measured.get(key)!r}, "
+                "so losses would not be comparable; create a new study"
             )

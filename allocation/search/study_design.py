@@ -57,10 +57,11 @@ class Design:
 
     def __post_init__(self) -> None:
         if (self.budget is None) == (self.knobs.budget is None):
-            raise InputError("give a budget or a range of budgets, one of them")
+            raise InputError("give either a budget or a range of budgets")
         if (self.sampler.kind == _TRADES) != (self.knobs.budget is not None):
             raise InputError(
-                "nsga2 trades bytes against loss: it goes with a range of budgets, alone"
+                "nsga2 trades bytes against loss: it needs a range of budgets, and only it takes "
+                "one"
             )
 
     def to_dict(self) -> dict[str, Any]:

@@ -38,10 +38,10 @@ def check_database(where: str, path: Path, *, create: bool) -> None:
     missing = sorted(_needed() - present)
     if (create and not present) or not (missing or empty):
         return
-    why = f"has no table {missing[0]!r}" if missing else f"says nothing in {empty[0]!r}"
+    why = f"has no table {missing[0]!r}" if missing else f"has an empty table {empty[0]!r}"
     raise InputError(
-        f"{where}: it {why}, so it is no database of this version of Optuna; "
-        "choose another file, or upgrade it with 'optuna storage upgrade'"
+        f"{where}: it {why}, so it is not a database of this version of Optuna; choose another "
+        "file, or upgrade it with 'optuna storage upgrade'"
     )
 
 

@@ -44,7 +44,7 @@ class Ilp:
     def __post_init__(self) -> None:
         check_name("backend", self.backend, ("auto", "highs", "cbc"))
         if not 0 <= self.gap < 1:
-            raise InputError(f"gap: {self.gap} is not a share from 0 to below 1")
+            raise InputError(f"gap: {self.gap} is not a share of at least 0 and below 1")
         if not self.time_limit > 0:
             raise InputError(f"time_limit: {self.time_limit} must be above 0")
 

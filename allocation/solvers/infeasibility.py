@@ -34,9 +34,8 @@ def check_each_reachable(problem: Problem) -> None:
         if _is_floor(limit):
             most, asked = _amount(limit, least.sum()), _amount(limit, bound)
             raise InfeasibleError(
-                f"{limit.name}: the most any plan reaches is {most}, "
-                f"limit asks for {asked}{limit.note}; "
-                "lower the limit or add formats"
+                f"{limit.name}: the most any plan reaches is {most}, the limit asks for "
+                f"{asked}{limit.note}; lower the limit or add formats"
             )
         needed = _amount(limit, least.sum()) + _rate(problem, limit, least.sum())
         raise InfeasibleError(

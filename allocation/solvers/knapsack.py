@@ -48,7 +48,7 @@ class Knapsack:
 
     def __post_init__(self) -> None:
         if not 0 <= self.gap < 1:
-            raise InputError(f"gap: {self.gap} is not a share from 0 to below 1")
+            raise InputError(f"gap: {self.gap} is not a share of at least 0 and below 1")
         for name in ("states", "effort", "time_limit"):
             if not getattr(self, name) > 0:
                 raise InputError(f"{name}: {getattr(self, name)} must be above 0")

@@ -14,9 +14,11 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import storage
 from bitknap.allocation.problem.units import COLUMNS, Units
 from bitknap.disk.atomic import check_version, read_json, write_whole
+from bitknap.disk.json_shapes import json_field, json_object
 from bitknap.errors import FileError, InputError
 
 KIND, VERSION = "bitknap.frontier", "1.0"
+_REMEDY = "make the frontier again"
 
 
 def write_frontier(
@@ -64,9 +66,7 @@ def read_frontier(path: Path) -> dict[str, Any]:
     Raises:
         FileError: one line with the path of the file and of the bad field.
     """
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise FileError(f"{path}: not an object")
+    content = json_object(read_json(path), path, _REMEDY)
     check_version(content, KIND, VERSION, path)
     names = [str(name) for name in _field(content, "formats", list, path)]
     projections = [str(name) for name in _field(content, "projections", list, path)]
@@ -80,7 +80,10 @@ def read_frontier(path: Path) -> dict[str, Any]:
         stored = storage(units, formats)
         given = content.get("unit_bytes")
         if given is None and (stored < 0).any():
-            raise FileError(f"{path}: unit_bytes: formats without sizes need them")
+            raise FileError(
+                f"{path}: unit_bytes: missing, but some formats have no size of their own; make "
+                "the frontier again"
+            )
         return {
             "units": units,
             "formats": formats,
@@ -122,16 +125,12 @@ def _numbers(
     # NumPy makes an empty list an array of floats.
     if array.size and array.dtype.kind not in ("i" if dtype is np.int64 else "if"):
         wanted = "whole numbers" if dtype is np.int64 else "numbers"
-        raise FileError(f"{path}: {prefix}{key}: not a list of {wanted}")
+        raise FileError(f"{path}: {prefix}{key}: must be a list of {wanted}; {_REMEDY}")
     return array.astype(dtype)
 
 
 def _field(content: dict[str, Any], key: str, kind: type, path: Path, prefix: str = "") -> Any:
-    value = content.get(key)
-    if not isinstance(value, kind):
-        actual = type(value).__name__
-        raise FileError(f"{path}: {prefix}{key}: {actual} found, {kind.__name__} expected")
-    return value
+    return json_field(content, key, kind, f"{path}: {prefix}", _REMEDY)
 
 
 def _text(value: object) -> str:

@@ -91,7 +91,9 @@ class Frontier:
             if wrong.any():
                 raise InputError(f"{name}: {values[name][wrong][0]} is outside 0 to {size - 1}")
         if (np.diff(values["nbytes"]) < 0).any() or not np.isfinite(values["cost"]).all():
-            raise InputError("frontier: bytes must rise from step to step, costs be finite")
+            raise InputError(
+                "frontier: bytes must rise from step to step, and costs must be finite"
+            )
         for name, value in values.items():
             object.__setattr__(self, name, value)
 
@@ -180,8 +182,8 @@ class Frontier:
             size = int(made.unit_bytes[unit, rows[made.row_of]].sum())
             if size != made.nbytes[step]:
                 raise FileError(
-                    f"{path}: steps.bytes[{step}]: {made.nbytes[step]} is not the {size} of the "
-                    "units"
+                    f"{path}: steps.bytes[{step}]: {made.nbytes[step]}, but the units add up to "
+                    f"{size}; make the frontier again"
                 )
         return made
 

@@ -85,7 +85,7 @@ class Measured:
     def __post_init__(self) -> None:
         check_name("kind", self.kind, get_args(Kind))
         if self.squared and self.kind == "kl":
-            raise InputError("squared: a KL is no norm; leave it out, or measure layer or block")
+            raise InputError("squared: a KL is not a norm; leave it out, or measure layer or block")
 
     @property
     def name(self) -> str:
@@ -235,12 +235,16 @@ class Measured:
 
 def _checked(evidence: Evidence, kind: str) -> Replay:
     if evidence.replay is None:
-        raise InputError("measuring needs the live model; calibrate it in this process")
+        raise InputError(
+            "dense profiling needs the live model, which loaded evidence lacks; calibrate in "
+            "this process"
+        )
     units = evidence.units
     other = np.flatnonzero(units.role != ROLES.index("routed"))
     if kind != "kl" and len(other):
         raise InputError(
-            f"{kind}: {units.label(int(other[0]))} is no routed expert's; measure kl with `include`"
+            f"{kind}: {units.label(int(other[0]))} does not belong to a routed expert; with "
+            "`include`, measure kl"
         )
     return evidence.replay
 

@@ -111,8 +111,8 @@ def row_costs(
     _check(space)
     if space == "output" and projection_of(evidence.units, run) != "down":
         raise InputError(
-            f"row costs of {projection_of(evidence.units, run)}: the rows share the output; "
-            "use space='weight'"
+            f"row costs of {projection_of(evidence.units, run)}: in output space the effects of "
+            "its rows cannot be separated; use space='weight'"
         )
     weights = evidence.weights(run)
     costs = np.zeros((*weights.shape[:2], len(formats)))
@@ -159,7 +159,7 @@ def _traced_layer(evidence: Evidence, run: np.ndarray) -> int:
 
 def _check_routed(evidence: Evidence, run: np.ndarray) -> None:
     if role_of(evidence.units, run) != "routed":
-        raise InputError("fisher covers routed experts only; use moments with `include`")
+        raise InputError("fisher: covers routed experts only; with `include`, use moments")
 
 
 def _output_costs(block: Block, evidence: Evidence, run: np.ndarray, changed: Tensor) -> Tensor:

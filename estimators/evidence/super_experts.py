@@ -49,7 +49,9 @@ def _outputs(evidence: Evidence) -> dict[int, Floats]:
     largest: dict[int, Floats] = {}
     for number, layer in evidence.layers.items():
         if layer.output_max is None:
-            raise InputError(f"layer {number}: no largest outputs recorded; calibrate it again")
+            raise InputError(
+                f"layer {number}: the largest expert outputs were not recorded; calibrate again"
+            )
         largest[number] = layer.output_max.numpy()
     return largest
 

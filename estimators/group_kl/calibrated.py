@@ -62,7 +62,8 @@ class Calibrated:
     def __post_init__(self) -> None:
         if whole("check", self.check) in (1, 2):
             raise InputError(
-                f"check: {self.check} is below 3, the least that can be ranked; 0 is for none"
+                f"check: {self.check} is below 3, the fewest plans that can be ranked; give 3 or "
+                "more, or 0 for no check"
             )
 
     @property
@@ -131,7 +132,10 @@ def anchors(formats: Sequence[Format], nbytes: np.ndarray) -> list[int]:
     """Return the columns to measure: the median size of each width to 4 bits and of the widest."""
     grids = [i for i, f in enumerate(formats) if f.kind != "keep"]
     if not grids:
-        raise InputError("formats: only kept precisions; nothing to measure")
+        raise InputError(
+            "formats: all keep the stored precision, so there is nothing to measure; add a grid, "
+            "such as int3-g128-asym"
+        )
     size = nbytes.sum(0)
     widths = sorted({formats[i].bits for i in grids})
     wanted = [b for b in widths if b <= 4] + [b for b in widths[-1:] if b > 4]
@@ -151,8 +155,8 @@ def fewer(chosen: Sequence[int], measurements: int, groups: int) -> list[int]:
     count = min(measurements // groups, len(chosen))
     if count < 1:
         raise InputError(
-            f"measurements: {measurements} are fewer than the {groups} groups (a layer's experts, "
-            "one projection); give at least one each"
+            f"measurements: {measurements} is below {groups}, the number of groups (one for each "
+            f"layer and projection); give at least {groups}"
         )
     if count == 1:
         return [chosen[len(chosen) // 2]]
@@ -195,8 +199,8 @@ def group_kl(evidence: Evidence, run: np.ndarray, format: Format) -> float:
     kl = evidence.readings.value(f"{evidence.mark} {key_of(run, [format])}", measure)
     if not math.isfinite(kl):
         raise ModelError(
-            f"{evidence.units.label(int(run[0]))} and its like in {format}: the KL is {kl}, so "
-            "the model's output leaves float32; leave that format out, or estimate without "
+            f"{evidence.units.label(int(run[0]))} and its group in {format}: the KL is {kl}, as "
+            "the model's output overflows float32; leave that format out, or estimate without "
             "calibration"
         )
     return kl

@@ -114,10 +114,10 @@ def fit_exponents(
     z = checked_z(signals_z, len(base_table.units))
     called = _names(names, len(z))
     if not (np.isfinite(penalty) and penalty >= 0):
-        raise InputError(f"penalty: {penalty} is not a finite number from 0")
+        raise InputError(f"penalty: {penalty} is not a finite number of at least 0")
     measured = [_checked_group(base_table, index, group) for index, group in enumerate(groups)]
     if not measured:
-        raise InputError("groups: none; measure at least one group of units")
+        raise InputError("groups: the list is empty; measure at least one group of units")
     touched = np.unique(np.concatenate([group.units for group in measured]))
     varies = np.ptp(z[:, touched], axis=1) > _ALIKE
     parameters = int(varies.sum()) + len({group.format for group in measured})
@@ -283,7 +283,7 @@ def _checked_group(
     total = float(table.cost[units, column].sum())
     if not (np.isfinite(total) and total > 0):
         raise InputError(
-            f"groups[{index}]: costs {total:g} in {table.formats[column]}, so nothing can be "
-            "fitted to it; measure groups in formats that round"
+            f"groups[{index}]: its cost in {table.formats[column]} is {total:g}, so no gain can "
+            "be fitted; measure groups in formats that round"
         )
     return MeasuredGroup(units, column, kl)

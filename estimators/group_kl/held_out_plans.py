@@ -54,14 +54,17 @@ def on_held_out_plans(
         InfeasibleError: no plan is that small.
     """
     if evidence.replay is None:
-        raise InputError("checking plans needs the live model; calibrate it in this process")
+        raise InputError(
+            "checking plans needs the live model, which loaded evidence lacks; calibrate in this "
+            "process"
+        )
     budget = _bits(table) if bits is None else number("check_bits", bits)
     seed = int(evidence.provenance.get("seed", 0))
     plans = plans_for_check(Problem(table, Budget.bits(budget)), count, seed)
     if len(plans) < 3:
         raise InputError(
-            f"check: {len(plans)} different plans at {budget:.4g} bpw, 3 are needed; "
-            "add formats or check at other bits"
+            f"check: only {len(plans)} different plans exist at {budget:.4g} bpw, 3 are needed; "
+            "add formats, or check at another budget"
         )
     measured = []
     for done, plan in enumerate(plans):

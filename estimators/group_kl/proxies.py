@@ -79,7 +79,10 @@ def _halves(run: np.ndarray, z: Floats) -> list[np.ndarray]:
 def _report(fitted: Fitted | None) -> Mapping[str, Any]:
     """Return the error of log KL on halves left out, with the exponents and without."""
     if fitted is None:
-        return {"note": "no half lost enough to be told from rounding; exponents stay 0"}
+        return {
+            "note": "no half of a group lost enough to be distinguished from noise; "
+            "exponents stay 0"
+        }
     report = fitted.report
     errors = {"error": report.error, "error_without": report.error_without}
     finite = {name: value for name, value in errors.items() if np.isfinite(value)}

@@ -71,7 +71,9 @@ def check_plans(
     """
     kl = frozen("measured_kl", measured_kl, np.float64, (len(plans),))
     if len(plans) < 3:
-        raise InputError(f"plans: {len(plans)} is below 3, the least that can be ranked")
+        raise InputError(
+            f"plans: {len(plans)} is below 3, the fewest that can be ranked; give more"
+        )
     if not (np.isfinite(kl) & (kl > 0)).all():
         index = int((~(np.isfinite(kl) & (kl > 0))).argmax())
         raise InputError(f"measured_kl[{index}]: {kl[index]} is not a finite number above 0")
@@ -79,8 +81,8 @@ def check_plans(
     if not (np.isfinite(predicted) & (predicted > 0)).all():
         index = int((~(np.isfinite(predicted) & (predicted > 0))).argmax())
         raise InputError(
-            f"plans[{index}]: the table gives it {predicted[index]}; check plans that it allows "
-            "and that round something"
+            f"plans[{index}]: the table predicts {predicted[index]} for it; check plans that the "
+            "table allows and that round something"
         )
     x, y = np.log(predicted), np.log(kl)
     x, y = x - x.mean(), y - y.mean()
@@ -116,7 +118,9 @@ def plans_for_check(problem: Problem, count: int = 12, seed: int = 0) -> tuple[B
         InfeasibleError: no plan is within the limits.
     """
     if count < 3:
-        raise InputError(f"count: {count} is below 3, the least that can be ranked")
+        raise InputError(
+            f"count: {count} is below 3, the fewest plans that can be ranked; ask for more"
+        )
     generator = np.random.default_rng(seed)
     plans = [solve(problem, _SOLVER).plan]
     seen = {plans[0].choice.tobytes()}
@@ -148,8 +152,8 @@ def _blank(table: CostTable) -> Floats:
 def _cost(table: CostTable, index: int, plan: BitPlan) -> float:
     if not table.units.same_as(plan.units):
         raise MismatchError(
-            f"plans[{index}]: its {len(plan.units)} units are not the {len(table.units)} of the "
-            "table; check plans of the same model, in the table's order"
+            f"plans[{index}]: its {len(plan.units)} units differ from the {len(table.units)} of "
+            "the table; check plans of the same model, in the table's order"
         )
     column = {item: number for number, item in enumerate(table.formats)}
     used = np.unique(plan.choice)

@@ -50,7 +50,7 @@ def ridge(
     count = a.shape[1]
     pull, to = each("penalty", penalty, count), each("prior", prior, count)
     if not (np.isfinite(a).all() and np.isfinite(y).all()) or (pull < 0).any():
-        raise InputError("ridge: numbers must be finite and penalties from 0")
+        raise InputError("ridge: all numbers must be finite, and penalties at least 0")
     signs = each("nonnegative", nonnegative, count) > 0
     root = np.sqrt(pull)
     whole, wanted = np.vstack([a, np.diag(root)]), np.concatenate([y, root * to])

@@ -92,8 +92,8 @@ def text_of(given: TextLike) -> Text:
         return _windows(torch.as_tensor(given))
     if not isinstance(given, Iterable):
         raise InputError(
-            f"text: a {type(given).__name__}; pass a path, 'builtin', a list of strings or token "
-            "windows"
+            f"text: {type(given).__name__} is not a text; pass a path, 'builtin', a list of "
+            "strings or token windows"
         )
     rows = list(given)
     if rows and all(isinstance(row, str) for row in rows):

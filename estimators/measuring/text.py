@@ -154,14 +154,14 @@ def encode(tokenizer: Any, text: str | Documents, vocabulary: int | None = None)
     unknown = getattr(tokenizer, "unk_token_id", None)
     if not len(ids) or (unknown is not None and (ids == unknown).all()):
         raise InputError(
-            "the tokenizer knows no token of the text; pass text in the model's language, or put "
-            "the model's own tokenizer beside it"
+            "the tokenizer knows no part of the text; pass text in the model's "
+            "language, or put the model's own tokenizer in its folder"
         )
     most = int(max(ids.max(), prefix.max(initial=0)))
     if vocabulary is not None and most >= vocabulary:
         raise InputError(
-            f"the tokenizer has {len(tokenizer):,} tokens and gives token {most}, the model's "
-            f"embedding has {vocabulary:,}; put the model's own tokenizer beside it"
+            f"the tokenizer has {len(tokenizer):,} tokens and gives token {most}, but the model's "
+            f"embedding has {vocabulary:,} rows; put the model's own tokenizer in its folder"
         )
     return Encoded(ids=ids, prefix=prefix)
 
@@ -197,8 +197,8 @@ def _around(tokenizer: Any, text: str) -> tuple[np.ndarray, int]:
     )
     if before is None:
         raise InputError(
-            "the tokenizer encodes a text differently with special tokens, not only around it; "
-            "use one of the tokenizers of transformers"
+            "the tokenizer puts special tokens inside a text, not only around it; use a "
+            "tokenizer of transformers"
         )
     return whole[:before], spare - before
 
@@ -207,7 +207,7 @@ def _ids(tokenizer: Any, text: str, *, special: bool = True) -> np.ndarray:
     """Return the ids of a text, int64 [n]."""
     # `verbose` would warn that the text is longer than the model's context; it is cut afterwards.
     what = "the tokenizer cannot encode the text"
-    with calling_transformers(what, "put the model's own tokenizer beside it", InputError):
+    with calling_transformers(what, "put the model's own tokenizer in its folder", InputError):
         encoded = tokenizer(text, add_special_tokens=special, verbose=False)
     ids: Sequence[int] = encoded["input_ids"]
     return np.asarray(ids, dtype=np.int64)

@@ -130,6 +130,6 @@ def _start(config: Any) -> int:
         if token is not None:
             return int(token)
     raise ModelError(
-        "config.json: neither decoder_start_token_id nor pad_token_id; set the token that the "
-        "decoder starts from"
+        "config.json: decoder_start_token_id and pad_token_id are both missing; set "
+        "decoder_start_token_id"
     )

@@ -75,7 +75,7 @@ class AlphaQ:
         if not 0 < self.tail < 1:
             raise InputError(f"tail: {self.tail} is not between 0 and 1")
         if self.tile < 2 or self.most < 1:
-            raise InputError(f"tile: {self.tile} must be 2 or more, and most, {self.most}, 1")
+            raise InputError(f"tile and most: {self.tile} and {self.most} must be at least 2 and 1")
 
     def score(self, evidence: Evidence) -> Floats:
         """Return the scores, float64[U]; a matrix with one singular value gets the median."""

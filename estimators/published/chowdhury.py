@@ -84,13 +84,13 @@ def _norms(source: Source | Mapping[str, Tensor], layer: ExpertLayer) -> Floats:
         router = source.read(layer.router) if layer.router in source.shapes else None
     if router is None:
         raise InputError(
-            f"layer {layer.layer}: the source has no tensor {layer.router!r}; "
-            "pass the layout that was walked on this source"
+            f"layer {layer.layer}: the source has no tensor {layer.router!r}; pass the layout of "
+            "this source"
         )
     if router.ndim != 2 or router.shape[0] < layer.experts or router.shape[1] != layer.hidden:
         raise MismatchError(
             f"{layer.router}: shape {list(router.shape)}, expected [{layer.experts}, "
-            f"{layer.hidden}]; pass the layout that was walked on this source"
+            f"{layer.hidden}]; pass the layout of this source"
         )
     rows = router[: layer.experts].detach().double()
     if not torch.isfinite(rows).all():
@@ -276,7 +276,9 @@ def chowdhury_plan(
     units = layout.units
     if not routed(units).all():
         label = units.label(int((~routed(units)).argmax()))
-        raise InputError(f"{label}: the rule gives bits to routed experts only; include no others")
+        raise InputError(
+            f"{label}: the rule gives bits to routed experts only; leave out `include`"
+        )
     columns = {width: _column(formats, width) for width in levels}
     choice = np.zeros(len(units), dtype=np.int32)
     moved = 0
@@ -300,7 +302,8 @@ def _column(formats: Sequence[Format], width: int) -> int:
     if len(grids) != 1:
         names = ", ".join(str(f) for f in formats)
         raise InputError(
-            f"levels: {width} bits has {len(grids)} formats among {names}; give one for each level"
+            f"levels: {len(grids)} formats among {names} have {width} bits; give exactly one for "
+            "each level"
         )
     return grids[0]
 

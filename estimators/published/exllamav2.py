@@ -96,7 +96,9 @@ class Exl2Score:
             return lambda matrix: (matrix.square().sum(1) * columns).sum(1)
         if role_of(evidence.units, run) != "routed":
             label = evidence.units.label(int(run[0]))
-            raise InputError(f"{label}: full moments are those of routed experts; use full=False")
+            raise InputError(
+                f"{label}: full second moments are recorded for routed experts only; use full=False"
+            )
         layer, experts = seen(evidence, run)
         down = projection_of(evidence.units, run) == "down"
         recorded = layer.middle_full if down else layer.input_full

@@ -116,7 +116,9 @@ def expert_significance(evidence: Evidence) -> Mapping[int, Floats]:
         total = np.zeros(len(layer.count))
         np.add.at(total, units.expert[run], np.sqrt(middle * column).sum(axis=1))
         if not total.sum() > 0:
-            raise InputError(f"layer {number_}: its experts put out nothing; check the checkpoint")
+            raise InputError(
+                f"layer {number_}: all outputs of its experts are 0; repair the checkpoint"
+            )
         shares[number_] = frozen("significance", total / total.sum(), np.float64)
     return MappingProxyType(shares)
 
@@ -135,7 +137,7 @@ def joint_significance(evidences: Sequence[Evidence]) -> Mapping[int, Significan
     for index, evidence in enumerate(evidences[1:], 1):
         if not evidences[0].units.same_as(evidence.units):
             raise MismatchError(
-                f"evidence {index}: its {len(evidence.units)} units are not the "
+                f"evidence {index}: its {len(evidence.units)} units differ from the "
                 f"{len(evidences[0].units)} of the first; calibrate one model on all sets"
             )
     each = [expert_significance(evidence) for evidence in evidences]
@@ -179,7 +181,7 @@ def fuzzy_clusters(
     given = np.asarray(values, dtype=np.float64)
     widest = sorted({whole("precisions", bits, 1) for bits in precisions}, reverse=True)
     if len(widest) != len(precisions) or len(widest) < 2:
-        raise InputError(f"precisions: {tuple(precisions)} must be different, and at least two")
+        raise InputError(f"precisions: {tuple(precisions)} must be at least two different widths")
     if given.ndim != 1 or not np.isfinite(given).all():
         raise InputError(f"values: shape {given.shape}, expected [N], all finite")
     if not (np.isfinite(m) and m > 1):
@@ -188,7 +190,8 @@ def fuzzy_clusters(
     count = len(np.unique(given))
     if count < len(widest):
         raise InputError(
-            f"values: {count} different ones for {len(widest)} precisions; give fewer precisions"
+            f"values: {count} different values cannot form {len(widest)} clusters, one for each "
+            "precision; give fewer precisions"
         )
     centres, membership = _clustered(given, len(widest), float(m), seed)
     first, second = np.argsort(-membership, axis=0, kind="stable")[:2]

@@ -339,7 +339,7 @@ def _nearest(table: CostTable, bits: float) -> int:
     free = [bool(np.isfinite(column).all()) for column in table.cost.T]
     grids = [i for i, f in enumerate(table.formats) if f.kind == "grid" and free[i]]
     if not grids:
-        raise InputError("formats: no grid that every unit may have; add one or drop pins")
+        raise InputError("formats: no grid is allowed for every unit; add one or drop pins")
     sizes = 8 * table.nbytes.sum(axis=0)
     return min(grids, key=lambda i: abs(float(sizes[i]) - bits * table.weights))
 

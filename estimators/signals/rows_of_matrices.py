@@ -44,7 +44,7 @@ def check(blocks: int, *, permute: bool = False) -> None:
     if not 1 <= blocks <= MOST:
         raise InputError(f"row blocks: {blocks} is not from 1 to {MOST}; 4 is usual")
     if permute and blocks == 1:
-        raise InputError("permute: sorts neurons into row blocks; ask for 2 or more of them")
+        raise InputError("permute: sorts neurons for row blocks; ask for at least 2 row blocks")
 
 
 def by_rows(table: CostTable, evidence: Evidence, blocks: int) -> CostTable:

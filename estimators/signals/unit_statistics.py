@@ -109,7 +109,9 @@ def curvature(evidence: Evidence, run: np.ndarray) -> Tensor:
     """
     if role_of(evidence.units, run) != "routed":
         label = evidence.units.label(int(run[0]))
-        raise InputError(f"{label}: gradients are those of routed experts only; include no others")
+        raise InputError(
+            f"{label}: gradients are recorded for routed experts only; leave out `include`"
+        )
     layer, experts = seen(evidence, run)
     if not layer.curvature:
         raise InputError("gradients were not recorded; calibrate with curvature=True")

@@ -273,8 +273,8 @@ def _judged(growth: Growth, budget: int) -> int:
     judged = max(_FEWEST, round(_HELD_OUT * budget))
     if judged + growth.start > budget:
         raise InputError(
-            f"stop: {budget} measurements are fewer than {judged} to judge by and {growth.start} "
-            "to start with; raise stop or lower start"
+            f"stop: {budget} measurements are fewer than {judged} held out and {growth.start} to "
+            "start with; raise stop or lower start"
         )
     return judged
 

@@ -54,7 +54,10 @@ class Antecedents:
         """
         ours, theirs = self.values.shape[:2], (len(samples.units), len(samples.formats))
         if ours != theirs:
-            raise InputError(f"antecedents: of {ours} units and formats, samples of {theirs}")
+            raise InputError(
+                f"antecedents: they cover {ours[0]} units × {ours[1]} formats, the samples "
+                f"{theirs[0]} × {theirs[1]}; make both for the same units and formats"
+            )
         points: Floats = self.values[samples.unit, samples.column]
         return points
 

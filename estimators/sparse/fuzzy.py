@@ -173,7 +173,10 @@ def unit_losses(evidence: Evidence, formats: Sequence[Format]) -> Callable[[int,
     """
     replay = evidence.replay
     if replay is None:
-        raise InputError("samples need the live model; calibrate it in this process")
+        raise InputError(
+            "measuring samples needs the live model, which loaded evidence lacks; calibrate in "
+            "this process"
+        )
 
     def measure(unit: int, column: int) -> float:
         return group_kl(evidence, np.array([unit]), formats[column])

@@ -66,11 +66,14 @@ class LossSamples:
         missing = [key for key in _ORIGIN if key not in self.provenance]
         if missing:
             raise InputError(
-                f"provenance: {missing[0]!r} is missing; samples must say their origin"
+                f"provenance: {missing[0]!r} is missing; samples must record what they were "
+                "measured on"
             )
         loss = frozen("loss", self.loss, np.float64)
         if loss.ndim != 1 or not len(loss):
-            raise InputError(f"loss: shape {loss.shape}, expected one entry a sample, at least one")
+            raise InputError(
+                f"loss: shape {loss.shape}, expected one entry per sample, at least one"
+            )
         unit = frozen("unit", self.unit, np.int64, loss.shape)
         column = frozen("column", self.column, np.int64, loss.shape)
         error = None
@@ -83,7 +86,7 @@ class LossSamples:
         )
         _check("loss", ~np.isfinite(loss), loss, "a finite number; measure it again")
         if error is not None:
-            _check("error", ~((error >= 0) & np.isfinite(error)), error, "a number from 0")
+            _check("error", ~((error >= 0) & np.isfinite(error)), error, "a number of at least 0")
         values = _merged(unit * len(formats) + column, loss, error, len(formats))
         for name, value in {**values, "formats": formats}.items():
             object.__setattr__(self, name, value)
@@ -133,18 +136,18 @@ class LossSamples:
             ours, theirs = self.provenance[key], provenance.get(key)
             if theirs is not None and theirs != ours:
                 raise MismatchError(
-                    f"samples: measured on {key} {ours}, used on {theirs}; measure them again"
+                    f"samples: measured with {key} {ours}, used with {theirs}; measure them again"
                 )
         if not self.units.same_as(units):
             raise MismatchError(
-                f"samples: measured on {len(self.units)} units, used on {len(units)} or others; "
-                "measure them on this model"
+                f"samples: their {len(self.units)} units differ from the {len(units)} of this "
+                "model; measure them on this model"
             )
         unknown = [f for f in formats if f.kind != "keep" and f not in self.formats]
         if unknown:
             raise MismatchError(
-                f"samples: format {unknown[0]} is not among theirs "
-                f"({', '.join(map(str, self.formats))}); measure it or leave it out"
+                f"samples: {unknown[0]} was not measured, only "
+                f"{', '.join(map(str, self.formats))}; measure it or leave it out"
             )
 
     def join(self, other: LossSamples) -> LossSamples:
@@ -162,7 +165,9 @@ class LossSamples:
                     f"samples: {key} {ours} cannot be joined with {theirs}; keep them apart"
                 )
         if self.formats != other.formats or not self.units.same_as(other.units):
-            raise MismatchError("samples: other units or formats cannot be joined; keep them apart")
+            raise MismatchError(
+                "samples: those of different units or formats cannot be joined; keep them apart"
+            )
         errors = None
         if self.error is not None and other.error is not None:
             errors = np.concatenate([self.error, other.error])

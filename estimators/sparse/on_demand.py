@@ -51,8 +51,8 @@ class Sampled:
     def __post_init__(self) -> None:
         if self.measurements is not None and whole("measurements", self.measurements) < FEWEST:
             raise InputError(
-                f"measurements: {self.measurements} are fewer than {FEWEST}, half to judge by and "
-                "half to learn from; give more"
+                f"measurements: {self.measurements} is below {FEWEST}, of which half are held "
+                "out; give more"
             )
 
     @property

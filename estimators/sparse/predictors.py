@@ -49,7 +49,10 @@ class LogLinear:
     def __post_init__(self) -> None:
         for name in ("main", "interaction", "unit"):
             if not number(name, getattr(self, name)) > 0:
-                raise InputError(f"{name}: {getattr(self, name)} is not above 0; use 1e-6 for none")
+                raise InputError(
+                    f"{name}: {getattr(self, name)} is not above 0; use 1e-6 for almost no "
+                    "shrinkage"
+                )
 
     def fit(
         self, samples: LossSamples, antecedents: Antecedents, target: Floats | None = None

@@ -116,7 +116,8 @@ def _told(where: Path, nbytes: int, full: str, closed: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in FULL:
             raise BitknapError(
-                f"{where}: no room for {nbytes:,} bytes of activations; free some, or {full}"
+                f"{where}: no room for {nbytes:,} bytes of activations on the disk; free some, or "
+                f"{full}"
             ) from None
         raise InputError(f"{where}: cannot be written to ({error.strerror}); {closed}") from None
 

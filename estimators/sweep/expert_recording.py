@@ -311,6 +311,6 @@ def check_seen(sums: dict[int, LayerSums]) -> None:
     for number, layer in sums.items():
         if layer.calls == 0 or int(layer.count.sum()) == 0:
             raise ModelError(
-                f"layer {number} ({layer.layer.module}) saw no expert call during calibration; "
-                "its costs would be made up, so nothing was written"
+                f"layer {number} ({layer.layer.module}): calibration saw no call of its experts, "
+                "so nothing was written; use `estimator=DataFree()`"
             )

@@ -85,7 +85,10 @@ def block_of(evidence: Evidence, layer: int) -> Block:
     if layer not in evidence.traces:
         raise InputError(f"layer {layer}: no inputs were kept; calibrate with traces=True")
     if evidence.replay is None:
-        raise InputError("running experts again needs the live model; calibrate it in this process")
+        raise InputError(
+            "running experts again needs the live model, which loaded evidence lacks; calibrate "
+            "in this process"
+        )
     experts_layer = next(x for x in evidence.layout.layers if x.layer == layer)
     experts = experts_at(evidence.replay.model, experts_layer)
     trace = evidence.traces[layer]

@@ -72,7 +72,7 @@ def calibrate_by_layer(
         BitknapError: the disk has no room for the activations.
     """
     if recorded.gradients or recorded.curvature:
-        raise InputError("a pass layer by layer records no gradients; run the model in one piece")
+        raise InputError("gradients cannot be recorded layer by layer; run the model in one piece")
     skeleton = Skeleton(source, include)
     windows = Windows.of(windows)
     text = Stream(windows.batches(BATCH_TOKENS), recorded.spilled)

@@ -61,9 +61,10 @@ def way_to_calibrate(
         return "layers"
     if alone <= limit:
         raise InputError(
-            f"memory: gradients and measured KL take the whole model, about {human(least)}, limit "
-            f"is {human(limit)}; raise the limit, or use an estimator that goes layer by layer, "
-            "such as moments or weight-error, or reads weights alone, such as data-free"
+            "memory: gradients and measured KL need the whole model in memory, about "
+            f"{human(least)}, limit is {human(limit)}; raise the limit, or use an estimator that "
+            "works layer by layer, such as moments or weight-error, or one that reads weights "
+            "alone, such as data-free"
         )
     least = least if whole else alone
     raise InputError(

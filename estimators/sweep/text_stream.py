@@ -142,7 +142,11 @@ class Streamed:
             raise self._refused(place, "gives more than one tensor")
         if not torch.isfinite(hidden).all():
             raise self._refused(
-                place, "gives no finite numbers: it reads more than the layer before"
+                place,
+                (
+                    "gives NaN or infinite numbers, so it needs more than the output of the "
+                    "layer before"
+                ),
             )
         return hidden
 

@@ -100,10 +100,7 @@ def check_sets(provenances: Sequence[Mapping[str, object]]) -> None:
         raise InputError(f"calibration sets: {len(provenances)} is below 2; {remedy}")
     origins = {(str(x.get("text", "")), str(x.get("estimator", ""))) for x in provenances}
     if len(origins) == 1 and origins.pop()[0]:
-        raise InputError(
-            f"calibration sets: all {len(provenances)} are of one text, so they say nothing of "
-            f"others; {remedy}"
-        )
+        raise InputError(f"calibration sets: all {len(provenances)} have the same text; {remedy}")
 
 
 def _check_alike(index: int, first: CostTable, table: CostTable) -> None:
@@ -111,8 +108,8 @@ def _check_alike(index: int, first: CostTable, table: CostTable) -> None:
         ours, theirs = first.provenance.get(key), table.provenance.get(key)
         if ours != theirs:
             raise MismatchError(
-                f"table {index}: {key} is {theirs}, the first has {ours}; estimate all tables "
-                "alike but for the text"
+                f"table {index}: {key} is {theirs!r}, the first has {ours!r}; estimate all tables "
+                "with the same settings, except the text"
             )
     same = {
         "units": first.units.same_as(table.units),
@@ -123,8 +120,8 @@ def _check_alike(index: int, first: CostTable, table: CostTable) -> None:
     for name, equal in same.items():
         if not equal:
             raise MismatchError(
-                f"table {index}: its {name} are not those of the first; estimate all tables "
-                "alike but for the text"
+                f"table {index}: its {name} differ from those of the first; estimate all tables "
+                "with the same settings, except the text"
             )
 
 

@@ -55,7 +55,7 @@ def with_exponent(scale: Tensor, exponent: int) -> Tensor:
     if len(scale) < ROWS:
         raise InputError(
             f"weights need a factor of 2^{exponent}, which a matrix of {len(scale)} rows cannot "
-            f"store (it needs {ROWS}); keep its precision"
+            f"store (it needs {ROWS}); keep the precision that it is stored in"
         )
     bits = [exponent // STEP >> at & 1 for at in range(ROWS)]
     marked = scale.clone(memory_format=torch.contiguous_format)

@@ -216,7 +216,10 @@ def _transposed(text: Mapping[str, Any], shapes: Mapping[str, _Shape], group: _G
     first = leaves.get(("gate", "up")) or leaves.get(("up",))
     down = leaves.get(("down",))
     if first is None or down is None:
-        raise ModelError(f"{group.module}: has only {', '.join(group)}; is a tensor missing?")
+        raise ModelError(
+            f"{group.module}: has only {', '.join(group)}; a tensor is missing: download the "
+            "weights again"
+        )
     factor = 2 if ("gate", "up") in leaves else 1
     straight = first == (factor * down[1], down[0])
     turned = first == (down[1], factor * down[0])

@@ -149,5 +149,6 @@ def _check_known(
     if unknown is not None:
         raise ModelError(
             f"{unknown}: {owners[unknown]} stores experts of shape {list(shapes[unknown])} in a "
-            "way that is not known; add it to the table in bitknap/quantize/experts.py"
+            "way that is not known; add it to STACKED_LEAVES in "
+            "bitknap/quantization/models/tensor_names.py"
         )

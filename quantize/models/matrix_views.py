@@ -182,7 +182,8 @@ def arrange(found: Iterable[Found], layers: Iterable[ExpertLayer]) -> Layout:
         if one[:4] == other[:4]:
             raise ModelError(
                 f"layer {one.layer} {one.role} {one.projection}: both {one.view.tensor} and "
-                f"{other.view.tensor} claim this unit; walk the submodel that holds one of them"
+                f"{other.view.tensor} claim this unit; pass the submodel that holds only one of "
+                "them"
             )
     units = Units.build(
         layer=[row.layer for row in rows],

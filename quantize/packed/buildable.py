@@ -158,8 +158,9 @@ def check_tensors(
     for name, tensor in made.items():
         if tensor.shape != state[name].shape:
             raise ModelError(
-                f"{folder}: {name}: the weights make it {list(tensor.shape)}, config.json says "
-                f"{list(state[name].shape)}; one of the two belongs to another model"
+                f"{folder}: {name}: shape {list(tensor.shape)} in the weights, but "
+                f"{list(state[name].shape)} according to config.json; one of the two belongs to "
+                "another model"
             )
     if missing := sorted(_missing(model, state, made)):
         raise ModelError(
@@ -254,7 +255,7 @@ def _check_units(folder: Path, stored: Layout, built: Layout) -> None:
         if other is None:
             raise ModelError(
                 f"{folder}: layer {layer.layer} has experts in the weights ({layer.module}), but "
-                "none as config.json says; correct config.json"
+                "none according to config.json; correct config.json"
             )
         for what in ("experts", "hidden", "intermediate", "gated"):
             actual, said = getattr(layer, what), getattr(other, what)
@@ -279,13 +280,13 @@ def _check_matrices(folder: Path, stored: Layout, built: Layout) -> None:
         if ours != its:
             raise ModelError(
                 f"{folder}: {stored.views[unit].tensor}: {_matrix(ours)} in the weights, where "
-                f"config.json says {_matrix(its)}; a tensor is missing, one too many, or of "
-                "another model"
+                f"config.json says {_matrix(its)}; a tensor is missing, extra, or from another "
+                "model"
             )
     if len(mine) != len(theirs):
         raise ModelError(
-            f"{folder}: the weights hold {len(mine)} matrices to plan, the model that config.json "
-            f"describes has {len(theirs)}"
+            f"{folder}: the weights hold {len(mine):,} matrices to plan, but the model that "
+            f"config.json describes has {len(theirs):,}; correct config.json"
         )
 
 

@@ -91,8 +91,8 @@ def check_decoded(packed: PackedFolder) -> None:
     """
     if low := list(packed.checkpoint.low_bit):
         raise ModelError(
-            f"{packed.checkpoint.folder}: {len(low)} tensors such as {low[0]} are in fewer than 16 "
-            "bits outside of units, so they cannot stay packed; load with "
+            f"{packed.checkpoint.folder}: {len(low)} tensors outside the planned matrices, such "
+            f"as {low[0]}, have fewer than 16 bits, so they cannot stay packed; load with "
             "bitknap.load(folder, packed=False), or quantize the source again"
         )
 
@@ -126,7 +126,7 @@ def source_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     path = folder / SOURCE
     header = read_json(path)
     if not isinstance(header, dict):
-        raise FileError(f"{path}: not an object")
+        raise FileError(f"{path}: not a JSON object; write the checkpoint again")
     check_version(header, "bitknap.source", VERSION, path)
     if header.get("plan") != digest(folder / PLAN):
         raise FileError(
@@ -135,7 +135,7 @@ def source_shapes(folder: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
         )
     tensors = header.get("tensors")
     if not isinstance(tensors, dict) or not all(fits(x, [str, [int]]) for x in tensors.values()):
-        raise FileError(f"{path}: tensors: not names with dtype and shape")
+        raise FileError(f"{path}: tensors: must give the dtype and shape of each name")
     shapes = {name: (dtype, tuple(shape)) for name, (dtype, shape) in tensors.items()}
     if unknown := {dtype for dtype, _ in shapes.values()} - set(DTYPES):
         raise FileError(f"{path}: tensors: dtype {min(unknown)!r} is not known")

@@ -152,8 +152,8 @@ def experts_table(
     sources = {f.source for f in formats if f.kind == "keep"}
     if len(sources) > 1 or not sources <= _KEPT.keys():
         raise InputError(
-            f"kept in {', '.join(sorted(sources))}: kernels read one of {', '.join(_KEPT)} beside "
-            "codes; dequantize these units instead"
+            f"units kept in {', '.join(sorted(sources))}: kernels read only one of "
+            f"{', '.join(_KEPT)} beside codes; dequantize these units instead"
         )
     kept = _KEPT[sources.pop()] if sources else None
     recipes = [recipe(f, rows // blocks, cols) for f in formats]

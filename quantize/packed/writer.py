@@ -188,7 +188,9 @@ def _work(source: Checkpoint, plan: BitPlan, rounded: Rounded, limit: int) -> tu
 def _limit(max_shard_size: int | str) -> int:
     limit = parse_size(max_shard_size) if isinstance(max_shard_size, str) else max_shard_size
     if limit < 1:
-        raise InputError(f"max_shard_size: {max_shard_size!r} is not above 0, such as 5GB")
+        raise InputError(
+            f"max_shard_size: {max_shard_size!r} is not above 0; give a size such as 5GB"
+        )
     return limit
 
 
@@ -248,8 +250,8 @@ def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
         if format.kind == "keep" and stored != format.source:
             raise MismatchError(
                 f"{plan.units.label(unit)}: the plan says {format.name}, but {view.tensor} is "
-                f"stored as {source.stored_as(view.tensor)}; "
-                "keep that precision or quantize"
+                f"stored as {source.stored_as(view.tensor)}; make a plan that keeps this "
+                "precision, or quantizes the matrix"
             )
 
 

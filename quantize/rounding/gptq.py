@@ -144,8 +144,8 @@ def _factor(moments: Tensor, damping: Tensor, first: int, act_order: bool) -> _F
         added += raised
     else:
         raise InputError(
-            f"gptq: second moments of matrix {first + int(failed.nonzero()[0])} are those of no "
-            "inputs (a negative eigenvalue); calibrate again, or use `rounding=Hqq()`"
+            f"gptq: second moments of matrix {first + int(failed.nonzero()[0])} have a negative "
+            "eigenvalue, which no inputs can give; calibrate again, or use `rounding=Hqq()`"
         )
     upper = lower.flip(1, 2)
     pivot = upper.diagonal(dim1=1, dim2=2).clone()

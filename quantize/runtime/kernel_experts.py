@@ -44,7 +44,9 @@ def kernel_experts(module: nn.Module, packed: Mapping[str, PackedWeight]) -> Exp
     if device.type == "cuda" and dtype not in (torch.bfloat16, torch.float16):
         raise InputError(f"activations in {dtype}: kernels take bfloat16 and float16")
     if getattr(module, "has_post_expert_norm", False):
-        raise InputError(f"{_class(module)} norms the output of each expert: kernels do not")
+        raise InputError(
+            f"{_class(module)}: it normalizes the output of each expert, which kernels do not"
+        )
     stacks = _projections(packed)
     gated = "gate" in stacks
     activation = activation_of(module, gated, device)
@@ -90,7 +92,7 @@ def activation_of(module: nn.Module, gated: bool, device: torch.device) -> Activ
             known: Activation = name
             return known
     raise InputError(
-        f"{_class(module)} has an activation that kernels do not: they have "
+        f"{_class(module)}: kernels do not have its activation; they have "
         f"{', '.join(get_args(Activation))}"
     )
 
@@ -113,12 +115,17 @@ def _projections(packed: Mapping[str, PackedWeight]) -> dict[str, list[Piece]]:
 def _check(pieces: Sequence[Piece], experts: int) -> None:
     """Raise unless kernels can run a projection's formats; called before streams are converted."""
     if len(pieces) % experts or len({piece.rows for piece in pieces}) > 1:
-        raise InputError(f"{pieces[0].buffer}: blocks of rows of several lengths; kernels take one")
+        raise InputError(
+            f"{pieces[0].buffer}: its row blocks differ in length; kernels take blocks of one "
+            "length"
+        )
     kept = {piece.format.source for piece in pieces if piece.format.kind == "keep"}
     if low := sorted(kept - KEPT.keys()):
         raise InputError(f"experts kept in {', '.join(low)}: kernels read {', '.join(KEPT)}")
     if len(kept) > 1:
-        raise InputError(f"experts kept in {', '.join(sorted(kept))}: kernels read one of them")
+        raise InputError(
+            f"experts kept in {', '.join(sorted(kept))}: kernels read only one kept precision"
+        )
     dtype = KEPT[kept.pop()] if kept else None
     shapes = {(piece.format, piece.rows, piece.cols) for piece in pieces}
     check_runnable(tuple(kind_of(recipe(f, rows, cols), cols, dtype) for f, rows, cols in shapes))
@@ -134,7 +141,9 @@ def _table(
     at = 0
     for piece in pieces:
         if piece.start != at or (piece.rows, piece.cols) != (first.rows, first.cols):
-            raise InputError(f"{first.buffer}: experts do not lie back to back in order")
+            raise InputError(
+                f"{first.buffer}: its experts are not stored one after the other, in order"
+            )
         at = piece.stop
     blocks = len(pieces) // experts
     formats = [piece.format for piece in pieces]

@@ -85,7 +85,7 @@ def _local(model: str | Path) -> Path | None:
             raise InputError(f"{folder}: no config.json; pass the folder of a transformers model")
         return folder
     if folder.exists():
-        raise InputError(f"{folder}: a file; pass the folder of a transformers model")
+        raise InputError(f"{folder} is a file; pass the folder of a transformers model")
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):
         raise InputError(f"{model}: no such folder, and not a Hugging Face hub id")
     return None

@@ -66,14 +66,14 @@ def check(
     if foreign:
         said = "; ".join(f"{_some(names)} stored as {format}" for format, names in foreign.items())
         raise ModelError(
-            f"{folder}: {said} (quantized, method {method}), which is not read; "
+            f"{folder}: {said} (quantized, method {method}), which Bitknap does not read; "
             "dequantize the checkpoint to 16 bits first"
         )
     if quantization_of(config) and method != METHOD and not quantized:
         raise ModelError(
-            f"{folder}: config.json says that the weights are quantized (method {method}); save "
-            "the model in 16 bits first, or take quantization_config out if they are plain: no "
-            "tensor is quantized"
+            f"{folder}: config.json says that the weights are quantized (method {method}), but no "
+            "tensor is; save the model in 16 bits, or, if the weights are plain, remove "
+            "quantization_config"
         )
 
 

@@ -154,7 +154,7 @@ def _one_line(model: str) -> Iterator[None]:
     except expected as error:
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise InputError(
-            f"{model}: no such folder, and the hub cannot give it ({reason})"
+            f"{model}: no such folder, and it cannot be downloaded from the hub ({reason})"
         ) from None
 
 

@@ -217,7 +217,10 @@ def cut(low: LowBit, stored: Stored, view: View) -> Tensor:
     if low.kind == "mxfp4":
         straight = replace(view, transposed=view.transposed != low.transposed)
         if straight.transposed:
-            raise ModelError(f"{view.tensor}: scales run along its output rows; quantize it")
+            raise ModelError(
+                f"{view.tensor}: its scales run along output rows, so its precision cannot be "
+                "kept; quantize it"
+            )
         codes = straight.of(stored.codes.flatten(-2))
         return torch.cat([codes.reshape(-1), straight.of(stored.scales).reshape(-1)])
     step = low.block[1] if view.transposed else low.block[0]
@@ -225,7 +228,10 @@ def cut(low: LowBit, stored: Stored, view: View) -> Tensor:
     start, stop = view.start or 0, rows if view.stop is None else view.stop
     between = start % step or (stop % step and stop != rows)
     if between or view.step is not None or view.parts is not None or not low.keepable:
-        raise ModelError(f"{view.tensor}: a matrix shares blocks with another; quantize it")
+        raise ModelError(
+            f"{view.tensor}: the scales of this matrix cannot be separated from others, so its "
+            "precision cannot be kept; quantize it"
+        )
     blocks = replace(view, start=start // step, stop=-(-stop // step))
     codes = view.of(stored.codes).contiguous().view(torch.uint8).reshape(-1)
     scales = values(blocks.of(stored.scales)).contiguous().view(torch.uint8).reshape(-1)

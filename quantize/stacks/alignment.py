@@ -20,14 +20,15 @@ def aligned(plan: BitPlan, layout: Layout) -> BitPlan:
     order = [place.get(own.label(i), -1) for i in range(len(own))]
     if len(own) != len(planned) or -1 in order:
         raise MismatchError(
-            f"the plan has {len(planned)} units and the model {len(own)}, or others; "
-            "make a plan from a table of this model"
+            f"the plan's {len(planned)} units differ from the {len(own)} of the model; make a "
+            "plan from a table of this model"
         )
     if not all(
         np.array_equal(getattr(own, n), getattr(planned, n)[order]) for n in ("rows", "cols")
     ):
         raise MismatchError(
-            "the plan's units have other shapes than the model's; make a plan for it"
+            "the shapes of the plan's units differ from those of the model; make a plan from a "
+            "table of this model"
         )
     return BitPlan.from_choice(
         own, plan.formats, plan.choice[order], model=plan.model, header=plan.header

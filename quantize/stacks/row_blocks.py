@@ -36,7 +36,7 @@ def block_units(units: Units, blocks: int) -> tuple[Units, Longs]:
     if blocks < 1:
         raise InputError(f"blocks: {blocks} must be at least 1")
     if units.block.any():
-        raise InputError("units: cut into blocks already; cut the whole matrices")
+        raise InputError("units: they are already cut into blocks; cut the whole matrices")
     count = np.maximum(1, np.minimum(blocks, units.rows))
     source = np.repeat(np.arange(len(units)), count)
     block = np.arange(len(source)) - np.repeat(np.cumsum(count) - count, count)

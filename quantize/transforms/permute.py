@@ -150,7 +150,10 @@ def _parts(
     """Return the reordered parts of each tensor, by its name."""
     units = layout.units
     if units.block.any():
-        raise InputError("layout: cut into blocks; permute with the layout of whole matrices")
+        raise InputError(
+            "layout: its matrices are already cut into blocks; permute with the layout of whole "
+            "matrices"
+        )
     _check_shapes(layout, permutation)
     routed = units.role == ROLES.index("routed")
     orders = {n: torch.from_numpy(order.copy()) for n, order in permutation.order.items()}
@@ -172,8 +175,8 @@ def _parts(
     unknown = next((n for n in others if n not in known), None)
     if unknown:
         raise ModelError(
-            f"{unknown}: not known whether it follows the neurons of its expert; this model's "
-            "neurons cannot be reordered"
+            f"{unknown}: it is not known whether it depends on the order of an expert's neurons, "
+            "so this model's neurons cannot be sorted"
         )
     return parts
 
@@ -184,8 +187,8 @@ def _check_shapes(layout: Layout, permutation: Permutation) -> None:
     if wanted != given:
         layer = next(n for n in sorted({*wanted, *given}) if wanted.get(n) != given.get(n))
         raise MismatchError(
-            f"layer {layer}: the permutation is of {given.get(layer)} experts and neurons, the "
-            f"model has {wanted.get(layer)}; make one from this model's scores"
+            f"layer {layer}: the permutation has {given.get(layer)} experts and neurons, the "
+            f"model {wanted.get(layer)}; make one from this model's scores"
         )
 
 

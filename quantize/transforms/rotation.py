@@ -133,7 +133,8 @@ def turns(model_type: str, names: Iterable[str]) -> dict[str, Turn]:
     """
     if model_type not in KNOWN:
         raise ModelError(
-            f"{model_type}: not known how to rotate its residual stream; known: {', '.join(KNOWN)}"
+            f"{model_type}: models of this type cannot be rotated; those that can are "
+            f"{', '.join(KNOWN)}"
         )
     everything = set(names)
     changes = {}
@@ -142,7 +143,7 @@ def turns(model_type: str, names: Iterable[str]) -> dict[str, Turn]:
         if turn is None:
             continue
         if turn.norm and turn.norm not in everything:
-            raise ModelError(f"{name}: its norm {turn.norm} is missing; is a tensor missing?")
+            raise ModelError(f"{name}: its norm {turn.norm} is missing; download the weights again")
         changes[name] = turn
     if missing := sorted({_EMBEDDING, _NORM} - set(changes)):
         raise ModelError(f"{missing[0]}: missing; rotate a whole causal language model")
@@ -172,7 +173,10 @@ def _turn(name: str, *, inputs_first: bool) -> Turn | None:
     for regex, turn in rules:
         if regex.fullmatch(rest):
             return turn
-    raise ModelError(f"{name}: not known whether it touches the residual stream; cannot rotate it")
+    raise ModelError(
+        f"{name}: it is not known whether it reads or writes the residual stream, so this model "
+        "cannot be rotated"
+    )
 
 
 @torch.no_grad()
@@ -252,7 +256,10 @@ def rotated(folder: Path, out: Path, seed: int = 0, *, overwrite: bool = False) 
 
 def _signs(hidden: int, seed: int) -> Tensor:
     if hidden % 2:
-        raise ModelError(f"hidden size {hidden} is odd; there is no Hadamard transform of it")
+        raise ModelError(
+            f"hidden size {hidden} is odd, and a Hadamard transform needs an even size; do not "
+            "rotate this model"
+        )
     return random_signs(hidden, seed)
 
 

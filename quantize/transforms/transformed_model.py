@@ -126,7 +126,7 @@ class Recipe:
         """
         rotation, order = said.get("rotation"), said.get("order")
         if not (rotation is None or isinstance(rotation, int)):
-            raise FileError(f"{KEY}.rotation: {rotation!r} is no seed; make the plan again")
+            raise FileError(f"{KEY}.rotation: {rotation!r} is not a seed; make the plan again")
         return cls(rotation=rotation, order=None if order is None else Sorting.from_dict(order))
 
 
@@ -198,8 +198,8 @@ def planned(origin: Checkpoint, header: Mapping[str, Any], model: str, folder: P
     copy = make(origin, recipe_of(header), folder)
     if copy.fingerprint != model:
         raise MismatchError(
-            f"the plan is for model {model}, its {KEY} makes {copy.fingerprint} of this one; "
-            "make the plan again"
+            f"the plan is for model {model}, but its {KEY} turns this model into "
+            f"{copy.fingerprint}; make the plan again"
         )
     return copy
 

@@ -114,7 +114,7 @@ def test_a_text_too_short_for_loop_and_gate_is_refused(loop, model):
 
 def test_a_table_of_another_model_is_refused(model, table, saved, tmp_path):
     other = saved(tmp_path / "other", num_hidden_layers=1)
-    with pytest.raises(MismatchError, match="the table is of another model"):
+    with pytest.raises(MismatchError, match="the table belongs to another model"):
         refine(other, table, [Budget.bits(4)], calibration=ASKED)
 
 

@@ -203,7 +203,9 @@ def test_a_live_model_keeps_its_mode(live):
 
 def test_live_models_that_cannot_be_used(live):
     for verb in (bitknap.estimate, bitknap.evaluate):
-        with pytest.raises(InputError, match=r"a MixtralForCausalLM is no folder .*LiveModel\("):
+        with pytest.raises(
+            InputError, match=r"MixtralForCausalLM is neither a folder .*LiveModel\("
+        ):
             verb(live.model)
     weight = live.model.lm_head.weight
     kept = weight.detach().clone()

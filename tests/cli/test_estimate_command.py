@@ -80,23 +80,29 @@ def test_dense_profiling_goes_on_from_its_journal(made, tmp_path):
         (("--journal", "x.journal"), "only measured-kl, measured-layer"),
         (("--samples", "x.safetensors"), "--samples: only --estimator fuzzy takes it"),
         (("--measurements", "30"), "--measurements: only --estimator fuzzy takes it"),
-        (("--estimator", "fuzzy", "--measurements", "5"), "5 are fewer than 20, half to judge by"),
+        (
+            ("--estimator", "fuzzy", "--measurements", "5"),
+            "5 is below 20, of which half are held out",
+        ),
         (
             ("--estimator", "fuzzy", "--check", "5"),
-            "of its base; name one: fuzzy,calibrated,fisher",
+            "belong to its base, and none is named; write --estimator fuzzy,calibrated,fisher",
         ),
         (("--estimator", "fuzzy,guess"), "--estimator 'guess': give one of alphaq"),
-        (("--check", "2"), "check: 2 is below 3, the least that can be ranked; 0 is for none"),
+        (
+            ("--check", "2"),
+            "check: 2 is below 3, the fewest plans that can be ranked; give 3 or more, or 0",
+        ),
         (("--estimator", "fisher", "--check", "5"), "write --estimator calibrated,fisher"),
         (("--initial-router", "x"), "--initial-router: only --estimator router-norm reads it"),
-        (("--protect-bits", "-1"), "protect: -1 is not a whole number from 0"),
+        (("--protect-bits", "-1"), "protect: -1 is not a whole number of at least 0"),
         (("--robust", "best"), "'best' is unknown; one of mean, worst, mean+sd"),
         (("--risk", "2"), "--risk: only --robust mean+sd takes it"),
         (("--max-memory", "much"), "--max-memory 'much': write a size, such as 12GiB or 800MB"),
         (("--max-memory", "2bpw"), "--max-memory '2bpw': write a size"),
-        (("--calibrate", "1"), "1 are fewer than the 6 groups"),
-        (("--estimator", "moments,fisher"), "one base, then signals"),
-        (("--estimator", "moments,kurtosis"), "one base, then signals whose exponents"),
+        (("--calibrate", "1"), "1 is below 6, the number of groups"),
+        (("--estimator", "moments,fisher"), "name one base, then the signals"),
+        (("--estimator", "moments,kurtosis"), "name one base, then the signals whose exponents"),
         (("--estimator", "moments,moments"), "give one of"),
         (("--estimator", ""), "give one of"),
         (("--include", "everything"), "everything"),
@@ -227,14 +233,14 @@ def test_one_text_is_not_several(made, texts, tmp_path, refused):
         "bitknap: calibration sets: 1 is below 2; "
         "calibrate on two or more texts (--text A --text B)"
     )
-    assert "all 2 are of one text" in refused(*words, *once, *once)
+    assert "all 2 have the same text" in refused(*words, *once, *once)
     both = (*once, "--text", texts[1])
     line = refused(*words, *both, "--estimator", "data-free")
-    assert line == "bitknap: data-free reads no text, so several say nothing more; give one"
+    assert line == "bitknap: data-free reads no text, so several texts change nothing; give one"
     line = refused(*words, *both, "--estimator", "fuzzy", "--samples", tmp_path / "s.safetensors")
     assert line == "bitknap: --samples: they are measured on one text; give one --text"
     line = refused(*words, *both, "--robust", "mean+sd", "--risk", "-1")
-    assert line == "bitknap: risk: -1.0 is not from 0"
+    assert line == "bitknap: risk: -1.0 is not at least 0"
 
 
 # measured samples, checks, fallbacks
@@ -255,14 +261,14 @@ def test_samples_are_measured_once_and_only_for_one_model(made, large, tmp_path,
     ours, theirs = (CostTable.load(tables[0]).provenance["model"], fingerprint(large))
     line = refused("estimate", large, *words, "-o", tmp_path / "t.safetensors")
     assert line == (
-        f"bitknap: {file}: samples: measured on model {ours}, used on {theirs}; "
+        f"bitknap: {file}: samples: measured with model {ours}, used with {theirs}; "
         "measure them again, or name another file"
     )
     other = LossSamples.load(file)
     replace(other, provenance={**other.provenance, "method": "gptq"}).save(file)
     line = refused("estimate", made.model, *words, "-o", tmp_path / "t.safetensors")
     assert line == (
-        f"bitknap: {file}: samples: measured on method gptq, used on rtn; "
+        f"bitknap: {file}: samples: measured with method gptq, used with rtn; "
         "measure them again, or name another file"
     )
 

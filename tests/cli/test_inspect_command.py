@@ -153,7 +153,9 @@ def test_a_hub_model_is_looked_at_and_not_downloaded(made, monkeypatch):
     monkeypatch.undo()
     for name in ("model_info", "hf_hub_download", "snapshot_download"):
         monkeypatch.setattr(f"huggingface_hub.{name}", refuse)
-    with pytest.raises(InputError, match=r"some/model: no such folder, and the hub cannot give it"):
+    with pytest.raises(
+        InputError, match=r"some/model: no such folder, and it cannot be downloaded from the hub"
+    ):
         inspect("some/model")
 
 

@@ -162,7 +162,7 @@ def test_a_journal_of_other_inputs_is_refused(made, tmp_path, meter, refused):
     }
     for name, words in ways.items():
         line = refused("estimate", *words, "-o", out)
-        assert f"the journal is of another {name}; give the inputs it was started with" in line
+        assert f"the journal belongs to another {name}; give the inputs it was started with" in line
         assert line.endswith(f"or pass --overwrite or delete {journal}")
         assert journal.read_bytes() == content
     estimate(made.model, out, "--tokens", "64", "--overwrite")

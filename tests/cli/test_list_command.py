@@ -141,7 +141,7 @@ def test_a_solver_of_another_package(made, packages, tmp_path, document, refused
     assert (facts["solver"], facts["status"]) == ("cheapest", "FEASIBLE")
     for option, says in (
         (("--solver", "cheapest", "--time-limit", "1"), "the solver cheapest does not take it"),
-        (("--solver", "nothing"), "my_solvers:Nothing of my-solvers 1.0 has no name or no answer"),
+        (("--solver", "nothing"), "my_solvers:Nothing of my-solvers 1.0 must have"),
         (
             ("--solver", "cheapst"),
             "cheapest, nothing; did you mean cheapest?",
@@ -163,8 +163,8 @@ def test_estimators_of_another_package(made, packages, tmp_path, document, refus
         assert CostTable.load(out).provenance["estimator"] == said
     for option, says in (
         (("--estimator", "score", "--method", "hqq"), "those of rounding to nearest"),
-        (("--estimator", "moments,score"), "one base, then signals"),
-        (("--estimator", "calibrated,moments,costs"), "one base, then signals"),
+        (("--estimator", "moments,score"), "name one base, then the signals"),
+        (("--estimator", "calibrated,moments,costs"), "name one base, then the signals"),
         (
             ("--estimator", "needy"),
             "of my-estimators 1.0: need 'moment' is unknown; one of",

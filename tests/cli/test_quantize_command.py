@@ -114,7 +114,7 @@ def test_another_file_size_does_not_go_on_from_a_stopped_run(
     assert exit.value.code == 130
     assert "pieces are kept in" in capsys.readouterr().err
     line = refused(*words, "--max-shard-size", "100kB")
-    assert "the journal is of another layout, max_shard_size; give the inputs" in line
+    assert "the journal belongs to another layout, max_shard_size; give the inputs" in line
     assert "pass --overwrite or delete" in line
     main([str(word) for word in words])
     assert sorted(f.name for f in (tmp_path / "out").iterdir()) == sorted(

@@ -97,7 +97,7 @@ def test_without_a_text_rows_share_by_their_squared_error(made, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--permute",), "permute: sorts neurons into row blocks; ask for 2 or more"),
+        (("--permute",), "permute: sorts neurons for row blocks; ask for at least 2"),
         (("--row-blocks", "0"), "row blocks: 0 is not from 1 to 256"),
         (("--row-blocks", "257"), "row blocks: 257 is not from 1 to 256"),
         (("--row-blocks", "many"), "many"),
@@ -117,7 +117,9 @@ def test_a_plan_says_what_is_done_by_itself(made, tmp_path, refused):
 def test_a_model_that_cannot_be_rotated_leaves_nothing(saved, tmp_path, refused):
     model = saved(tmp_path / "model", "granitemoe")
     out = ("-o", tmp_path / "t.safetensors")
-    assert "not known how to rotate" in refused("estimate", model, *FAST, "--rotate", *out)
+    assert "models of this type cannot be rotated" in refused(
+        "estimate", model, *FAST, "--rotate", *out
+    )
 
 
 def test_plans_of_twins_are_refused_elsewhere(made, saved, tmp_path, refused):
@@ -135,7 +137,7 @@ def test_plans_of_twins_are_refused_elsewhere(made, saved, tmp_path, refused):
     with pytest.raises(MismatchError, match="its rewritten makes"):
         planned(origin, header, known.model, tmp_path / "twin")
     header["rewritten"] = {**known.header["rewritten"], "rotation": "much"}
-    with pytest.raises(FileError, match="no seed"):
+    with pytest.raises(FileError, match="not a seed"):
         planned(origin, header, known.model, tmp_path / "twin")
     header["rewritten"] = {**known.header["rewritten"], "order": {"blocks": 2}}
     with pytest.raises(FileError, match="order: damaged"):

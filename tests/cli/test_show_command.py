@@ -107,8 +107,8 @@ def test_what_cannot_be_compared(pair, tmp_path, refused):
     assert "no bitknap_plan.json" in refused("show", first, "--diff", tmp_path)
     table = tmp_path / "t.safetensors"
     CostTable.from_arrays([[1.0, 0.5]], [[1, 2]]).save(table)
-    said = f"--diff: {table} is no plan; pass two plans or packed checkpoints"
+    said = f"--diff: {table} is not a plan; pass two plans or packed checkpoints"
     assert said in refused("show", first, "--diff", table)
     assert said in refused("show", table, "--diff", first)
     both = ("--diff", pair[1], "--picture", tmp_path / "x.png")
-    assert "pass one of them" in refused("show", first, *both)
+    assert "pass only one" in refused("show", first, *both)

@@ -74,7 +74,7 @@ def test_pins_and_profiles_are_kept(made, tmp_path):
         (("--budget", "3bpw", "--time-limit", "0"), "time_limit: 0.0 must be above 0"),
         (("--budget", "3bpw", "--solver", "greedy", "--gap", "0.1"), "greedy does not take it"),
         (("--budget", "3bpw", "--limit", "missing.json"), "missing.json: cannot be read"),
-        (("--budget", "3bpw", "--frontier"), "give --budget or --frontier, one of them"),
+        (("--budget", "3bpw", "--frontier"), "give either --budget or --frontier"),
         (("--frontier", "--price"), "--frontier does not take --price"),
         (("--frontier", "--limit", "x.json"), "--frontier does not take --limit"),
         (("--frontier", "--solver", "ilp"), "--frontier does not take --solver"),
@@ -181,7 +181,7 @@ def test_bad_limit_files(table, refused, tmp_path):
     assert "limits[0].share" in refused("solve", table, *out, "--limit", wrong)
     same = limits_file(tmp_path / "s.json", {"kind": "share_at_most", "share": 0.5, "bits": 1})
     line = refused("solve", table, *out, "--limit", same, "--limit", same)
-    assert "has a name twice" in line
+    assert "a name appears twice" in line
 
 
 # Prices
@@ -258,7 +258,7 @@ def test_what_is_no_table_or_frontier(table, refused, tmp_path):
     assert "not a readable safetensors file" in refused("solve", plan, "--frontier", *out)
     broken = tmp_path / "broken.json"
     broken.write_text('{"format": "bitknap.frontier", "version": "1.0"}')
-    assert "formats: NoneType found, list expected" in refused("show", broken)
+    assert "formats: missing; make the frontier again" in refused("show", broken)
     assert "'bitknap.frontier' is not 'bitknap.plan'" in refused(
         "quantize", tmp_path, "--plan", broken, "-o", tmp_path / "out"
     )

@@ -80,9 +80,9 @@ def test_versions():
         ({"format": "bitknap.plan", "version": "1.9"}, "1.9 cannot be read by this library"),
         ({"format": "bitknap.table", "version": "2.3"}, "'bitknap.table' is not 'bitknap.plan'"),
         ({"version": "2.3"}, "format: None"),
-        ({"format": "bitknap.plan"}, "'' is not MAJOR.MINOR"),
-        ({"format": "bitknap.plan", "version": 2}, "'2' is not MAJOR.MINOR"),
-        ({"format": "bitknap.plan", "version": "2.3.1"}, "is not MAJOR.MINOR"),
+        ({"format": "bitknap.plan"}, "'' is not of the form MAJOR.MINOR"),
+        ({"format": "bitknap.plan", "version": 2}, "'2' is not of the form MAJOR.MINOR"),
+        ({"format": "bitknap.plan", "version": "2.3.1"}, "is not of the form MAJOR.MINOR"),
     ],
 )
 def test_other_versions_are_refused(header, words):

@@ -90,7 +90,9 @@ def test_a_table_says_what_it_was_measured_with():
 def test_the_decode_path_takes_only_a_few_tokens():
     case = Case(tokens=20, **MODELS["qwen3"])
     few = heuristic(Case(tokens=16, **MODELS["qwen3"]), H200)
-    with pytest.raises(InputError, match="launch: 20 tokens, and the decode path takes 16 here; "):
+    with pytest.raises(
+        InputError, match="launch: 20 tokens are more than the 16 that the decode path takes; "
+    ):
         check(few, case)
 
 

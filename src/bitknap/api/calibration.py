@@ -182,7 +182,9 @@ def evaluation_windows(model: Path | LiveModel, text: TextLike, tokens: int) -> 
     config = model.model.config if isinstance(model, LiveModel) else config_of(model)
     if config.is_encoder_decoder:
         name = "the model" if live else model
-        raise ModelError(f"{name}: an encoder-decoder; losses are those of decoder-only models")
+        raise ModelError(
+            f"{name} is an encoder-decoder; losses can be measured for decoder-only models alone"
+        )
     document = document_of(text_of(text), "evaluation")
     if isinstance(model, LiveModel):
         return _encoded(model.tokenizer, document, config).windows(tokens, longest_of(config))
@@ -214,5 +216,5 @@ def tokenizer_of(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     what = f"{folder}: no tokenizer that transformers can read"
-    with calling_transformers(what, "put the model's own tokenizer beside it", InputError):
+    with calling_transformers(what, "put the model's own tokenizer in its folder", InputError):
         return AutoTokenizer.from_pretrained(folder)

@@ -228,7 +228,7 @@ def _check_texts(job: _Job) -> None:
         return
     if not job.estimator.needs:
         name = job.estimator.name
-        raise InputError(f"{name} reads no text, so several say nothing more; give one")
+        raise InputError(f"{name} reads no text, so several texts change nothing; give one")
     texts = [document_of(text_of(one.only_text), "calibration") for one in job.asked]
     check_sets([{"text": text} for text in texts])
 

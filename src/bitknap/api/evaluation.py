@@ -46,7 +46,9 @@ def rows_for(
     rows = {"original": summary(original)}
     if uniform:
         if plan is None:
-            raise InputError(f"{model}: not a packed checkpoint; `uniform` compares at its bytes")
+            raise InputError(
+                f"{model}: not a packed checkpoint, and `uniform` needs one to compare at its bytes"
+            )
         windows = evaluation_windows(resolve(reference), text, tokens)
         name, at, losses = best_uniform_of(reference, plan, windows, progress)
         rows[f"uniform {name}"] = summary(losses, at.total_bytes)
@@ -88,7 +90,7 @@ def best_uniform(
     """
     plans = uniform_plans(layout.units, default_formats(layout.units), nbytes)
     if not plans:
-        raise InputError(f"no uniform recipe fits {nbytes:,} bytes")
+        raise InputError(f"no uniform recipe fits in {nbytes:,} bytes; evaluate without `uniform`")
     divergence = []
     for done, plan in enumerate(plans):
         if progress:

@@ -97,6 +97,6 @@ def check_named(model: object) -> None:
     if not isinstance(model, str | Path):
         kind = type(model).__name__
         raise InputError(
-            f"model: a {kind} is no folder or hub id; pass LiveModel(model, tokenizer) for a model "
-            "in memory"
+            f"model: {kind} is neither a folder nor a hub id; pass LiveModel(model, tokenizer) "
+            "for a model in memory"
         )

@@ -256,7 +256,7 @@ def evaluate(
         if not torch.equal(windows.ids, evaluation_windows(other, given, tokens).ids):
             raise MismatchError(
                 f"{_named(model)} and {_named(reference)} split the text differently; compare "
-                "models of one tokenizer"
+                "models with the same tokenizer"
             )
         with _running(other) as original:
             return compare(measured, original, windows)

@@ -128,8 +128,8 @@ def loop_windows(
     count = min(len(rest), max(1, GATE_TOKENS // length))
     if count < 2:
         raise InputError(
-            f"`refine`: of the text's {len(every)} windows of {length} tokens, calibration and "
-            f"the loop read all but {len(rest)}, and the gate needs 2; lower "
+            f"`refine`: calibration and the loop read all but {len(rest)} of the text's "
+            f"{len(every)} windows of {length} tokens, and the gate needs 2; lower "
             "`calibration.tokens` or `refinement.tokens`, or add text"
         )
     picked = np.arange(count) * len(rest) // count
@@ -373,7 +373,7 @@ def _opened(
     source = Checkpoint.open(resolve(model))
     known = table.provenance.get("model", source.fingerprint)
     if known != source.fingerprint:
-        raise MismatchError(f"{model}: the table is of another model; estimate it on this one")
+        raise MismatchError(f"{model}: the table belongs to another model; estimate it on this one")
     rounding = method_of(str(table.provenance.get("method", "rtn")))
     asked = replace(
         calibration, include=roles_of(table.units), rounding=Remembered(rounding=rounding)

@@ -200,7 +200,10 @@ def _precision(source: Checkpoint) -> str:
     views = walk_headers(source.config, source.shapes, ()).views
     stored = {source.precision(view.tensor) for view in views}
     if len(stored) > 1:
-        raise InputError(f"`keep`: experts are stored in {', '.join(sorted(stored))}; leave it out")
+        raise InputError(
+            f"`keep`: experts are stored in several precisions ({', '.join(sorted(stored))}), and "
+            "one can be kept; leave it out"
+        )
     kept = stored.pop()
     if not kept:
         raise InputError("`keep`: experts are stored in a form that cannot be kept; leave it out")

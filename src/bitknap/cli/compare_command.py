@@ -193,7 +193,9 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
     usual = 4 if listed(strategies) == ["quick"] else 64
     evaluations = given(options["refine"], usual)
     if evaluations < 1:
-        raise InputError(f"--refine {evaluations}: at least 1, which measures the first plan alone")
+        raise InputError(
+            f"--refine {evaluations}: must be at least 1, which measures the first plan alone"
+        )
     return Options(
         model=model,
         method=options["method"] or "rtn",

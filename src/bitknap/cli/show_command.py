@@ -69,7 +69,9 @@ def show(
         _show_table(CostTable.load(path), picture, as_json)
         return
     if picture is not None:
-        raise InputError(f"--picture: {path} is no table; frontiers are drawn by solve --frontier")
+        raise InputError(
+            f"--picture: {path} is not a cost table; draw a frontier with solve --frontier"
+        )
     file = _file(path)
     if is_frontier(file):
         frontier = Frontier.load(file)
@@ -98,7 +100,7 @@ def _show_diff(path: Path, other: Path, as_json: bool) -> None:
     plans = []
     for one in (path, other):
         if one.suffix == ".safetensors" or is_frontier(_file(one)):
-            raise InputError(f"--diff: {one} is no plan; pass two plans or packed checkpoints")
+            raise InputError(f"--diff: {one} is not a plan; pass two plans or packed checkpoints")
         plans.append(BitPlan.load(_file(one)))
     difference = plan_diff(*plans)
     present(as_json, diff_summary(difference), *diff_tables(difference, str(path), str(other)))

@@ -97,7 +97,7 @@ def _solve_frontier(
 
     picture = path.with_suffix(".svg")
     if picture == path:
-        raise InputError(f"-o {path}: the picture goes there; name the frontier .json")
+        raise InputError(f"-o {path}: this is where the picture goes; name the frontier .json")
     free_path(picture, overwrite, inputs=[file, path, *options["limits"]])
     table = CostTable.load(file)
     plans = frontier(under(pinned(table, options), profile(options["profile"])))

@@ -122,6 +122,6 @@ def _check_header(path: Path, line: bytes, about: Mapping[str, Any], way_out: st
         names = sorted(wanted.keys() | known.keys())
         other = [name for name in names if known.get(name) != wanted.get(name)]
         raise MismatchError(
-            f"{path}: the journal is of another {', '.join(other)}; "
-            f"give the inputs it was started with, or {way_out}"
+            f"{path}: the journal belongs to another {', '.join(other)}; give the inputs it was "
+            f"started with, or {way_out}"
         )

@@ -202,11 +202,14 @@ def check_version(header: Mapping[str, Any], kind: str, version: str, path: Path
         raise FileError(f"{path}: format: {header.get('format')!r} is not {kind!r}")
     stated = str(header.get("version", ""))
     if not re.fullmatch(r"\d+\.\d+", stated):
-        raise FileError(f"{path}: version: {stated!r} is not MAJOR.MINOR")
+        raise FileError(f"{path}: version: {stated!r} is not of the form MAJOR.MINOR")
     (major, minor), (known_major, known_minor) = (
         tuple(map(int, v.split("."))) for v in (stated, version)
     )
     if major != known_major:
         raise FileError(f"{path}: version: {stated} cannot be read by this library ({version})")
     if minor > known_minor:
-        warnings.warn(f"{path}: version {stated} is newer than {version}", stacklevel=2)
+        warnings.warn(
+            f"{path}: version {stated} is newer than {version}, so parts of it may be ignored",
+            stacklevel=2,
+        )

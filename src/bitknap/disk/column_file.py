@@ -86,7 +86,7 @@ def read_columns(
     except (KeyError, ValueError, RecursionError):
         raise FileError(f"{path}: no Bitknap header; not {what}") from None
     if not isinstance(header, dict):
-        raise FileError(f"{path}: header: not an object")
+        raise FileError(f"{path}: header: not a JSON object")
     check_version(header, kind, version, path)
     for name, dtype in dtypes.items():
         if name not in arrays and name not in optional:
@@ -99,6 +99,6 @@ def read_columns(
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise FileError(f"{path}: {key}: missing or not a list of names")
     if not isinstance(header.get("provenance"), dict):
-        raise FileError(f"{path}: provenance: missing or not an object")
+        raise FileError(f"{path}: provenance: missing or not a JSON object")
     check_shapes(header["provenance"], _PROVENANCE, f"{path}: provenance")
     return header, arrays

@@ -9,6 +9,59 @@ from typing import Any
 from bitknap.errors import FileError
 
 _LARGE = 1 << 63
+# JSON's own words for the types that `json` reads.
+_WORDS: dict[type, str] = {
+    dict: "an object",
+    list: "a list",
+    str: "a string",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    type(None): "null",
+}
+
+
+def json_kind(kind: type) -> str:
+    """Return JSON's word for a type, with its article, such as "an object" for dict."""
+    return _WORDS[kind]
+
+
+def json_object(value: Any, where: object, remedy: str) -> dict[str, Any]:
+    """Return a parsed JSON value that must be an object.
+
+    Args:
+        value: any parsed JSON value.
+        where: named in the message, such as the path of the file.
+        remedy: what to do, such as "make the plan again".
+
+    Raises:
+        FileError: the value is not an object.
+    """
+    if not isinstance(value, dict):
+        raise FileError(f"{where}: must be a JSON object, not {json_kind(type(value))}; {remedy}")
+    return value
+
+
+def json_field(content: Mapping[str, Any], key: str, kind: type, where: str, remedy: str) -> Any:
+    """Return a field of a parsed JSON object, which must be there and have the given type.
+
+    Args:
+        content: the object.
+        key: the field's name.
+        kind: dict, list or str.
+        where: named in the message before the key, such as "plan.json: " or "plan.json: steps.".
+        remedy: what to do, such as "make the plan again".
+
+    Raises:
+        FileError: the field is missing or has another type.
+    """
+    if key not in content:
+        raise FileError(f"{where}{key}: missing; {remedy}")
+    value = content[key]
+    if not isinstance(value, kind):
+        actual = json_kind(type(value))
+        raise FileError(f"{where}{key}: must be {json_kind(kind)}, not {actual}; {remedy}")
+    return value
 
 
 def check_shapes(values: Mapping[str, Any], shapes: Mapping[str, Any], where: str) -> None:

@@ -109,8 +109,8 @@ def check_ours(folder: Path, copied_from: Path | None = None) -> None:
         former = known is None and _was_written(folder, name, copied_from)
         if not (regular and (former or _is_listed(name, known or ()))):
             raise InputError(
-                f"{folder}: {name} was not written by Bitknap, and `overwrite` replaces only what "
-                "was; move it away or choose another name"
+                f"{folder}: {name} was not written by Bitknap, so `overwrite` does not replace "
+                "the folder; move it away or choose another name"
             )
 
 

@@ -59,7 +59,7 @@ def check_output(
     fits = stat.S_ISDIR(mode) if kind == "folder" else stat.S_ISREG(mode)
     if not fits:
         what = "a folder" if stat.S_ISDIR(mode) else "a file" if stat.S_ISREG(mode) else "a device"
-        raise InputError(f"{path} is {what}, and a {kind} is to be written; choose another name")
+        raise InputError(f"{path} is {what}, but the output is a {kind}; choose another name")
     if not overwrite:
         raise InputError(f"{path} exists; choose another name or pass `overwrite=True`")
     if kind == "folder":
@@ -67,8 +67,8 @@ def check_output(
         manifest.check_ours(path, copied_from)
     elif not manifest.is_ours(path):
         raise InputError(
-            f"{path} was not written by Bitknap, and only what was is replaced; move it away or "
-            "choose another name"
+            f"{path} was not written by Bitknap, so it is not replaced; move it away or choose "
+            "another name"
         )
 
 
@@ -91,8 +91,8 @@ def check_apart(path: Path, inputs: Iterable[Path]) -> None:
             relation = "contains"
         if relation:
             raise InputError(
-                f"{path} {relation} {given}, and an output must be apart from all else that the "
-                "command reads and writes; choose another place"
+                f"{path} {relation} {given}, but an output may not overlap with anything else "
+                "that the command reads or writes; choose another place"
             )
 
 
@@ -116,9 +116,11 @@ def _identity(path: Path) -> object:
 
 def _check_name(path: Path) -> None:
     if path.parts[:1] == ("~",):
-        raise InputError(f"{path}: ~ is your home folder to a shell alone; write the folder out")
+        raise InputError(
+            f"{path}: only a shell replaces ~ by your home folder; write the folder out"
+        )
     if path.name and not path.name.strip():
-        raise InputError(f"{str(path)!r}: a name of blanks; choose another name")
+        raise InputError(f"{str(path)!r}: the name is blank; choose another name")
     size, limit = len(os.fsencode(path.name)), name_limit(path)
     if size > limit:
         raise InputError(
@@ -131,7 +133,7 @@ def _check_above(path: Path, kind: Kind) -> None:
     """Raise InputError unless the folder of an output can be written to, or made."""
     above = existing(path)
     if not above.exists():
-        raise InputError(f"{path}: {above} is a link to nothing; choose another folder")
+        raise InputError(f"{path}: {above} is a broken link; choose another folder")
     if not above.is_dir():
         raise InputError(f"{path}: {above} is a file, not a folder; choose another folder")
     if not os.access(above, os.W_OK | os.X_OK):
@@ -146,8 +148,7 @@ def _check_replaceable(path: Path) -> None:
     current, real = Path.cwd(), path.resolve()
     if real == current or real in current.parents:
         raise InputError(
-            f"{path} holds the folder that the command runs in; choose another name or "
-            "start it elsewhere"
+            f"{path} contains the current folder; choose another name, or run the command elsewhere"
         )
 
 

@@ -74,7 +74,7 @@ def test_the_command_line_shows_both_rules(table):
 def test_messages_name_amounts_without_a_sign(table):
     with pytest.raises(InfeasibleError) as caught:
         solve(Problem(table, bits_per_layer(table, at_least=9)))
-    assert "the most any plan reaches is 6.5 KiB, limit asks for 18 KiB" in str(caught.value)
+    assert "the most any plan reaches is 6.5 KiB, the limit asks for 18 KiB" in str(caught.value)
     with pytest.raises(InfeasibleError, match=r"lower codes from 24 to \d") as caught:
         solve(Problem(table, [Budget.bits(2.5), custom(table, "codes", BITS, at_least=24)]))
     assert " -" not in str(caught.value)

@@ -108,7 +108,7 @@ SHARE = {"kind": "share_at_most", "share": 0.3, "bits": 2}
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (3, ": not an object"),
+        (3, ": must be a JSON object, not a whole number; give its kind and arguments"),
         (
             {},
             ".kind None is unknown; one of bytes_per_token, device_bytes, share_at_most, bits_per",
@@ -127,13 +127,13 @@ SHARE = {"kind": "share_at_most", "share": 0.3, "bits": 2}
         ({**SHARE, "share": [1] * 99}, ", 1, 1, 1, 1, 1, … is not a number"),
         ({**SHARE, "pattern": "layer=9"}, ".pattern: 'layer=9' matches no unit; there are layer"),
         ({**SHARE, "pattern": "bits=9"}, ".pattern: 'bits=9': key 'bits' is unknown; one of layer"),
-        ({**SHARE, "pattern": 3}, ".pattern: 3 is not a text"),
-        ({**SHARE, "name": " "}, ".name: ' ' is not a text"),
+        ({**SHARE, "pattern": 3}, ".pattern: 3 is not a non-empty string"),
+        ({**SHARE, "name": " "}, ".name: ' ' is not a non-empty string"),
         (
             {"kind": "bytes_per_token", "at_most": "12 parsecs"},
-            ".at_most: '12 parsecs' is no size; examples: 12GiB, 800MB, 4096B",
+            ".at_most: '12 parsecs' is not a size; examples: 12GiB, 800MB, 4096B",
         ),
-        ({"kind": "bytes_per_token", "at_most": -5}, ".at_most: -5 is not from 0"),
+        ({"kind": "bytes_per_token", "at_most": -5}, ".at_most: -5 is not at least 0"),
         ({"kind": "bytes_per_token", "at_most": 1e999}, ".at_most: inf is not a finite number"),
         ({"kind": "bytes_per_token", "at_most": None}, ".at_most: None is not a number"),
         ({"kind": "device_bytes", "ranks": 2.5, "at_most": 1}, ".ranks: 2.5 is not a whole number"),
@@ -144,7 +144,7 @@ SHARE = {"kind": "share_at_most", "share": 0.3, "bits": 2}
         ),
         (
             {"kind": "device_bytes", "ranks": 2},
-            ": device_bytes: give at_most, or balance and budget",
+            ": device_bytes: give either at_most, or balance and budget",
         ),
         (
             {"kind": "device_bytes", "ranks": 2, "balance": 1.1, "budget": "3 apples"},
@@ -152,7 +152,7 @@ SHARE = {"kind": "share_at_most", "share": 0.3, "bits": 2}
         ),
         (
             {"kind": "device_bytes", "ranks": 2, "balance": 1.1, "budget": "40%"},
-            ": budget 40%: the table does not know its source_bytes",
+            ": budget 40%: the table has no source_bytes",
         ),
         ({"kind": "bits_per_layer"}, ": bits_per_layer: give at_least, at_most or both"),
         ({"kind": "bits_per_layer", "at_least": 4, "at_most": 3}, ".at_least: 4 is above at_most"),
@@ -166,10 +166,13 @@ SHARE = {"kind": "share_at_most", "share": 0.3, "bits": 2}
         ({"kind": "matrix", "name": "x", "at_most": 1}, ".file: missing"),
         (
             {"kind": "matrix", "name": "x", "file": "latency.npy"},
-            ": limit x: give at_most or at_least, one of them",
+            ": limit x: give either at_most or at_least",
         ),
         ({"kind": "matrix", "name": "x", "file": "none.npy", "at_most": 1}, "none.npy cannot be"),
-        ({"kind": "matrix", "name": "x", "file": 7, "at_most": 1}, ".file: 7 is not a text"),
+        (
+            {"kind": "matrix", "name": "x", "file": 7, "at_most": 1},
+            ".file: 7 is not a non-empty string",
+        ),
     ],
 )
 def test_a_wrong_entry_names_the_field(table, write, entry, message):
@@ -223,7 +226,7 @@ def test_a_damaged_array_is_one_line(table, write, tmp_path):
     [
         ({"format": "bitknap.plan"}, "limits.json: format: 'bitknap.plan' is not 'bitknap.limits'"),
         ({"version": "2.0"}, "limits.json: version: 2.0 cannot be read by this library (1.0)"),
-        ({"limits": {}}, "limits.json: limits: missing or not a list"),
+        ({"limits": {}}, "limits.json: limits: must be a list, not an object; list"),
         ({"limit": []}, "limits.json: key 'limit' is unknown; one of format, version, limits"),
     ],
 )
@@ -238,7 +241,7 @@ def test_a_file_that_is_no_object_or_no_json(table, tmp_path):
     with pytest.raises(FileError, match=r"limits\.json: cannot be read"):
         read_limits(path, table)
     path.write_text("[]")
-    with pytest.raises(FileError, match=r"limits\.json: not an object"):
+    with pytest.raises(FileError, match=r"limits\.json: must be a JSON object"):
         read_limits(path, table)
     path.write_text("{")
     with pytest.raises(FileError, match=r"limits\.json: not valid JSON"):

@@ -72,15 +72,18 @@ def test_layers_say_what_is_wrong(table, table_of, message):
     )
     for make, text in (
         (lambda: bits_per_layer(table), "bits_per_layer: give at_least, at_most or both"),
-        (lambda: bits_per_layer(table, at_least=-1), "at_least: -1 is not from 0"),
-        (lambda: bits_per_layer(table, at_most=np.nan), "at_most: nan is not from 0"),
+        (lambda: bits_per_layer(table, at_least=-1), "at_least: -1 is not at least 0"),
+        (lambda: bits_per_layer(table, at_most=np.nan), "at_most: nan is not at least 0"),
         (lambda: bits_per_layer(table, 4, 3), "at_least: 4 is above at_most, 3; swap them"),
         (
             lambda: bits_per_layer(table, 2, pattern="proj=x"),
             "proj 'x' is unknown; one of gate, up",
         ),
         (lambda: bits_per_layer(shapeless, 2), "bits_per_layer: layer=0 role=routed expert=0"),
-        (lambda: bits_per_layer(table_of(head), 2), "units: none is in a layer; choose others"),
+        (
+            lambda: bits_per_layer(table_of(head), 2),
+            "units: none of these units is in a layer; choose others",
+        ),
     ):
         assert text in message(make)
     with pytest.raises(InfeasibleError) as error:
@@ -157,9 +160,9 @@ def test_a_kept_precision_counts_as_wider(table_of, model):
 def test_counts_say_what_is_wrong(table, message):
     half: Any = 1.5
     for make, text in (
-        (lambda: count_at_least(table, -1, 3), "count: -1 is not a whole number from 0"),
-        (partial(count_at_most, table, half, 3), "count: 1.5 is not a whole number from 0"),
-        (lambda: count_at_least(table, True, 3), "count: True is not a whole number from 0"),
+        (lambda: count_at_least(table, -1, 3), "count: -1 is not a whole number of at least 0"),
+        (partial(count_at_most, table, half, 3), "count: 1.5 is not a whole number of at least 0"),
+        (lambda: count_at_least(table, True, 3), "count: True is not a whole number of at least 0"),
         (
             lambda: count_at_least(table, 5, 3),
             "count: 5 is more than the 4 units of role=routed,proj=down, layer 0; lower it",
@@ -242,7 +245,7 @@ def test_own_limits_say_what_is_wrong(table, message):
 
     word: Any = "3"
 
-    one = "limit x: give at_most or at_least, one of them"
+    one = "limit x: give either at_most or at_least"
     for make, said in (
         (lambda: custom(table, "x", 1), one),
         (lambda: custom(table, "x", 1, 2, 3), one),

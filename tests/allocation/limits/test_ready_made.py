@@ -66,7 +66,7 @@ def test_bytes_per_token_say_what_is_wrong(table, message):
     values: Any = (-1, np.nan, "5", None, True)
     for value in values:
         said = message(partial(bytes_per_token, table, value))
-        assert said == f"at_most: {value} is not from 0"
+        assert said == f"at_most: {value} is not at least 0"
     with pytest.raises(InfeasibleError, match="bytes per token: smallest plan needs"):
         solve(Problem(table, [bytes_per_token(table, 100)]))
 
@@ -148,10 +148,13 @@ def test_devices_say_what_is_wrong(table, table_of, message):
     )
     bare = table_of(dense)
     wrong: Any = 2.0
-    one = "device_bytes: give at_most, or balance and budget"
+    one = "device_bytes: give either at_most, or balance and budget"
     for make, text in (
-        (lambda: device_bytes(table, 0, at_most=1), "ranks: 0 is not a whole number from 1"),
-        (partial(device_bytes, table, wrong, at_most=1), "ranks: 2.0 is not a whole number from 1"),
+        (lambda: device_bytes(table, 0, at_most=1), "ranks: 0 is not a whole number of at least 1"),
+        (
+            partial(device_bytes, table, wrong, at_most=1),
+            "ranks: 2.0 is not a whole number of at least 1",
+        ),
         (
             lambda: device_bytes(table, 5, at_most=1),
             "ranks: 5 is more than the 4 experts of layer 0; lower it or give device",
@@ -160,10 +163,13 @@ def test_devices_say_what_is_wrong(table, table_of, message):
         (lambda: device_bytes(table, 2, at_most=1, balance=1.1, budget=5), one),
         (lambda: device_bytes(table, 2, balance=1.1), one),
         (lambda: device_bytes(table, 2, at_most=1, budget=5), one),
-        (lambda: device_bytes(table, 2, at_most=-1), "at_most: -1 is not from 0"),
-        (lambda: device_bytes(table, 2, balance=0.9, budget=5), "balance: 0.9 is not from 1"),
-        (lambda: device_bytes(table, 2, balance=np.nan, budget=5), "balance: nan is not from 1"),
-        (lambda: device_bytes(table, 2, balance=1.1, budget=-5), "budget: -5 is not from 0"),
+        (lambda: device_bytes(table, 2, at_most=-1), "at_most: -1 is not at least 0"),
+        (lambda: device_bytes(table, 2, balance=0.9, budget=5), "balance: 0.9 is not at least 1"),
+        (
+            lambda: device_bytes(table, 2, balance=np.nan, budget=5),
+            "balance: nan is not at least 1",
+        ),
+        (lambda: device_bytes(table, 2, balance=1.1, budget=-5), "budget: -5 is not at least 0"),
         (
             lambda: device_bytes(
                 table, 2, balance=1.1, budget=share_at_most(table, 0.5, 2, name="share")
@@ -179,7 +185,10 @@ def test_devices_say_what_is_wrong(table, table_of, message):
             lambda: device_bytes(table, 99, at_most=1, device=[0] * count),
             "ranks: 99 is more than the 26 units; lower it",
         ),
-        (lambda: device_bytes(bare, 2, at_most=1), "the table has no routed experts; give device"),
+        (
+            lambda: device_bytes(bare, 2, at_most=1),
+            "the table has no routed experts to place; give `device`",
+        ),
     ):
         assert text in message(make)
     limits = device_bytes(table, 2, at_most=4000)
@@ -242,7 +251,7 @@ def test_shares_say_what_is_wrong(table, message):
     for value in values:
         said = message(partial(share_at_most, table, value, 2))
         assert said == f"share: {value} is not from 0 to 1"
-    assert message(lambda: share_at_most(table, 0.5, -1)) == "bits: -1 is not from 0"
+    assert message(lambda: share_at_most(table, 0.5, -1)) == "bits: -1 is not at least 0"
     assert "pattern 'layer=9' matches no unit" in message(
         lambda: share_at_most(table, 0.5, 2, "layer=9")
     )

@@ -38,7 +38,7 @@ def test_uniform():
 
 def test_a_choice_is_in_range_and_bytes_agree():
     units = plan().units
-    with pytest.raises(InputError, match=r"choice\[3\]: 5 of 3 formats"):
+    with pytest.raises(InputError, match=r"choice\[3\]: 5 is outside 0 to 2"):
         BitPlan.from_choice(units, FORMATS, [0, 0, 0, 5])
     with pytest.raises(InputError, match="has 9; the format stores 768"):
         BitPlan.from_choice(units, FORMATS, [0, 0, 0, 0], nbytes=[768, 9, 768, 768])
@@ -88,21 +88,21 @@ def test_plans_without_shapes_can_be_saved(tmp_path):
             lambda c: c["units"][1].update(format="int9"),
             "units[1].format 'int9' is unknown; one of int2",
         ),
-        (lambda c: c["units"][1].pop("rows"), "units[1].rows: None is not int"),
-        (lambda c: c["units"][3].update(layer=True), "units[3].layer: True is not int"),
+        (lambda c: c["units"][1].pop("rows"), "units[1].rows: missing; make the plan again"),
+        (lambda c: c["units"][3].update(layer=True), "units[3].layer: True is not a whole number"),
         (
             lambda c: c["units"][2].update(role="router"),
             "units[2].role 'router' is unknown; one of",
         ),
-        (lambda c: c["units"].append(7), "units[4].layer: None is not int"),
+        (lambda c: c["units"].append(7), "units[4].layer: missing"),
         (
             lambda c: c["units"][0].update(bytes=1),
             "expert=0 proj=up int2-g32-asym has 1; the format",
         ),
         (lambda c: c["units"].append(c["units"][0]), "expert=0 proj=up appears twice"),
-        (lambda c: c["totals"].update(bytes=3), "totals.bytes: 3 is not the 6656 of the units"),
+        (lambda c: c["totals"].update(bytes=3), "totals.bytes: 3, but the units add up to 6656"),
         (lambda c: c.update(formats=["a"]), "units[0].format"),
-        (lambda c: c.pop("header"), "header: NoneType found, dict expected"),
+        (lambda c: c.pop("header"), "header: missing; make the plan again"),
         (lambda c: c.update(units=[]), "units: layer: shape (0,)"),
         (lambda c: c["units"][0].update(rows=2**70), "units:"),
     ],
@@ -123,7 +123,11 @@ def test_files_that_are_no_plans(tmp_path):
     path = tmp_path / "plan.json"
     with pytest.raises(FileError, match="cannot be read"):
         BitPlan.load(path)
-    for text, message in (("{", "not valid JSON"), ("[]", "not an object"), ("{}", "format: None")):
+    for text, message in (
+        ("{", "not valid JSON"),
+        ("[]", "must be a JSON object, not a list"),
+        ("{}", "format: None"),
+    ):
         path.write_text(text)
         with pytest.raises(FileError, match=message):
             BitPlan.load(path)

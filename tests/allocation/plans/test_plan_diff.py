@@ -97,12 +97,12 @@ def test_plans_without_shapes():
         ),
         (
             plan([0] * 4, experts=1),
-            "plans: 8 and 4 units that are not the same; only the first has layer=0 role=routed "
-            "expert=1 proj=gate; compare plans made of one table",
+            "plans: 8 and 4 units, which differ; only the first has layer=0 role=routed "
+            "expert=1 proj=gate; compare plans made from one table",
         ),
         (
             plan([0] * 12, experts=3),
-            "plans: 8 and 12 units that are not the same; compare plans made of one table",
+            "plans: 8 and 12 units, which differ; compare plans made from one table",
         ),
     ],
 )

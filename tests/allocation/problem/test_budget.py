@@ -62,7 +62,7 @@ def test_sizes_alone():
     for text in ("", "12", "2.5bpw", "40%", "5B units", "-1GiB"):
         with pytest.raises(InputError) as error:
             parse_size(text)
-        assert str(error.value) == f"{text!r} is no size; examples: 12GiB, 800MB, 4096B"
+        assert str(error.value) == f"{text!r} is not a size; examples: 12GiB, 800MB, 4096B"
 
 
 @pytest.mark.parametrize(
@@ -87,9 +87,9 @@ def test_a_budget_needs_what_it_refers_to():
     bare = CostTable.from_arrays([[1.0]], [[1]])
     with pytest.raises(InputError, match=r"2\.5bpw: the units have no shapes; use Budget\.bytes"):
         Budget.bits(2.5).limit(bare)
-    with pytest.raises(InputError, match="100B: the table does not know its fixed_bytes"):
+    with pytest.raises(InputError, match="100B: the table has no fixed_bytes"):
         Budget.checkpoint(100).limit(bare)
-    with pytest.raises(InputError, match="50%: the table does not know its source_bytes"):
+    with pytest.raises(InputError, match="50%: the table has no source_bytes"):
         Budget.share(0.5).limit(bare)
 
 

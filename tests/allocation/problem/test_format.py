@@ -104,9 +104,9 @@ def test_formats_are_sorted_and_distinct():
         (lambda: Format.keep("int4"), "keep 'int4' is unknown; one of bf16, fp16, fp32, fp8"),
         (lambda: Format.parse("q4_k"), "format 'q4_k' is unknown; examples: int3-g64-sym"),
         (lambda: formats(group_size="wide"), "group_size: 'wide' is not a number or 'row'"),
-        (lambda: formats(bits=()), "formats: no valid combination"),
+        (lambda: formats(bits=()), "formats: no combination is valid"),
         (lambda: formats(bits=1, metadata="int8"), "metadata 'int8' is unknown; one of"),
-        (lambda: formats(bits=1, metadata="compact6"), "1 bit with compact metadata is symmetric"),
+        (lambda: formats(bits=1, metadata="compact6"), "1 bit with compact metadata must be symmetric"),
         (lambda: Format.made_up(2).nbytes(1, 1), "option-2: a made-up format has no bytes"),
     ],
 )

@@ -40,7 +40,7 @@ def test_one_limit_needs_no_list():
         ),
         (
             lambda: Problem(TABLE, [Budget.bytes(1), Budget.bytes(2)]),
-            "limits: ['memory', 'memory'] has a name twice",
+            "limits: ['memory', 'memory']: a name appears twice",
         ),
         (
             lambda: Problem(TABLE, Limit("a", np.ones((2, 2)), 1)),

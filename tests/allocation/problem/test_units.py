@@ -97,7 +97,7 @@ def test_columns_have_one_length_and_known_values():
         Units.build(layer=[0], role=["router"], expert=[0], projection=["up"], rows=[8], cols=[8])
     with pytest.raises(InputError, match=r"rows\[0\]: -8 is outside 0 to inf"):
         Units.build(layer=[0], role=["routed"], expert=[0], projection=["up"], rows=[-8], cols=[8])
-    with pytest.raises(InputError, match="expected one entry a unit and at least one"):
+    with pytest.raises(InputError, match="expected one entry per unit, at least one"):
         Units.anonymous(0)
 
 

@@ -76,7 +76,7 @@ def test_chowdhury_gives_most_bits_to_the_first_of_the_order():
         (lambda: chowdhury_counts(8, 2, (4, 2, 1)), "levels: [4, 2, 1] are not equally spaced"),
         (lambda: chowdhury_counts(0, 2, (2, 1)), "experts: 0 at an average of 2; both must"),
         (lambda: chowdhury_counts(8, float("nan"), (2, 1)), "experts: 8 at an average of nan;"),
-        (lambda: chowdhury_bits([0, 0], 2, (2, 1)), "order: a row is not the numbers 0 to 1"),
+        (lambda: chowdhury_bits([0, 0], 2, (2, 1)), "order: each row must hold the numbers 0 to 1"),
         (lambda: chowdhury_bits(3, 2, (2, 1)), "order: shape (), expected [experts]"),
     ],
 )
@@ -94,7 +94,7 @@ def test_changes_are_differences_of_norms():
         norm_changes(final, {2: [1.0, 1.0]})
     with pytest.raises(MismatchError, match="layer 3 has 2 final and 3 initial ones"):
         norm_changes(final, {3: [1.0, 1.0, 1.0]})
-    with pytest.raises(InputError, match=r"final\[3\]: norms are one finite number from 0"):
+    with pytest.raises(InputError, match=r"final\[3\]: give one finite number of at least 0"):
         norm_changes({3: [-1.0]})
 
 
@@ -153,5 +153,5 @@ def test_order_checks_its_numbers():
         order([1, 2], [1, 2, 3])
     with pytest.raises(InputError, match="norms: give one finite number for each expert"):
         order([1, np.nan])
-    with pytest.raises(InputError, match="variances: give one finite number from 0"):
+    with pytest.raises(InputError, match="variances: give one finite number of at least 0"):
         order([1, 2], [1, -2])

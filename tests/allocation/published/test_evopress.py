@@ -51,7 +51,7 @@ def test_it_begins_where_it_is_told(problem):
 
 
 def test_bad_input(problem):
-    with pytest.raises(InputError, match="parts: none"):
+    with pytest.raises(InputError, match="parts: the list is empty"):
         Evolution(parts=())
     with pytest.raises(InputError, match="evaluations: 0"):
         Evolution(parts=measures(problem), evaluations=0)

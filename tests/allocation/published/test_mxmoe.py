@@ -65,7 +65,7 @@ def test_mxmoe_says_what_is_missing(model):
     alone = Problem(table, Budget.bits(3))
     assert np.array_equal(solve(alone, MxMoe(exponent=1)).choice, solve(alone).choice)
     limits: list[Limit | Budget] = [Budget.bytes(3), Limit("time", -np.ones((1, 2)), np.inf)]
-    with pytest.raises(InputError, match="mxmoe: a time is -1; it must be from 0"):
+    with pytest.raises(InputError, match="mxmoe: a time is -1; it must be at least 0"):
         solve(Problem(CostTable.from_arrays([[1.0, 0.0]], [[1, 2]]), limits), MxMoe())
 
 
@@ -91,7 +91,7 @@ def test_what_layers_cannot_share_is_refused(model):
             Problem(table.tie(np.arange(36) % 12), Budget.bits(3.25)), PerLayer(solver=Knapsack())
         )
     floor = Limit("floor", -np.ones((36, 3)), -1)
-    with pytest.raises(InputError, match="a negative limit has no shares; drop it"):
+    with pytest.raises(InputError, match="a negative limit cannot be shared among layers; drop it"):
         solve(Problem(table, floor), PerLayer(solver=Knapsack()))
     pinned = table.pin("layer=1", bits=4)
     with pytest.raises(InfeasibleError) as error:

@@ -89,10 +89,13 @@ def test_mc_moe_scales_no_plan():
     ("call", "message"),
     [
         (lambda: mc_moe_cost([[1.0]], [[1]], [[1]]), "error: shape (1, 1), expected [layers,"),
-        (lambda: mc_moe_cost([[[-1.0]]], [[1]], [[1]]), "error: has numbers that are negative"),
-        (lambda: mc_moe_cost([[[1.0]]], [[0]], [[1]]), "frequency: layer 0 has none; calibrate"),
+        (lambda: mc_moe_cost([[[-1.0]]], [[1]], [[1]]), "error: some numbers are negative"),
+        (
+            lambda: mc_moe_cost([[[1.0]]], [[0]], [[1]]),
+            "frequency: it is 0 for all experts of layer 0; calibrate",
+        ),
         (lambda: mc_moe([[[1.0, 2.0]]], 3), "cost: shape (1, 1, 2), expected [layers, experts, 3]"),
-        (lambda: mc_moe([[[1.0, np.inf]]], 3, bits=(1, 2)), "cost: has numbers that are not"),
+        (lambda: mc_moe([[[1.0, np.inf]]], 3, bits=(1, 2)), "cost: some numbers are not"),
         (
             lambda: mc_moe([[[1.0, 2.0]]], 3, bits=(1, 2)),
             "bits: [1, 2] must be above 0 and include",

@@ -132,7 +132,9 @@ def test_costs_that_say_nothing_are_no_signal():
 
 def test_a_feature_of_other_units_is_refused():
     other = CostTable.from_arrays(np.ones((4, 2)), np.ones((4, 2)))
-    with pytest.raises(MismatchError, match="feature x: its 4 units are not the 18 of the table"):
+    with pytest.raises(
+        MismatchError, match="feature x: its 4 units differ from the 18 of the table"
+    ):
         signal(table(), other, "x")
 
 
@@ -189,7 +191,7 @@ def test_tilts_of_other_groups_are_refused():
     with pytest.raises(InputError) as error:
         apply(table(), other)
     assert str(error.value) == (
-        "tilt:proj=sideways: the groups of the tilts are not those of the table"
+        "tilt:proj=sideways: the tilts do not match the table's groups; use the table of this study"
     )
 
 
@@ -210,12 +212,12 @@ def test_knobs_survive_json():
         (
             Knobs(formats=True),
             table(widths=formats((2, 3), 8)),
-            "knob formats: the table has one family of formats; leave it out",
+            "knob formats: the table has only one family of formats; leave it out",
         ),
         (
             Knobs(cap=True),
             table(widths=(Format(3, 8), Format(3, 0))),
-            "knobs floor and cap: the table has one width; leave them out",
+            "knobs floor and cap: the table has only one width; leave them out",
         ),
     ],
 )

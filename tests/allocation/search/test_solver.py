@@ -146,7 +146,7 @@ def test_a_stored_search_goes_on(problem, tmp_path):
     assert np.array_equal(second.choice, memory.choice)
     other = Problem(table(seed=1), [Budget.bits(6.5)])
     with pytest.raises(
-        MismatchError, match=r"study 'search' in journal:.* is about another problem"
+        MismatchError, match=r"study 'search' in journal:.* belongs to another problem"
     ):
         Search(trials=1, storage=url).answer(other)
 

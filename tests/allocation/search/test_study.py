@@ -325,14 +325,14 @@ def test_another_measurement_is_refused(table, journal, design, loss):
     with pytest.raises(MismatchError) as error:
         run(made, loss, 1, measured={"model": "a", "tokens": 20})
     assert str(error.value) == (
-        "study 's': tokens was 10, now 20; losses would not compare; create a new study"
+        "study 's': tokens was 10, now 20, so losses would not be comparable; create a new study"
     )
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "give a budget or a range of budgets, one of them"),
+        ({}, "give either a budget or a range of budgets"),
         (
             {"budget": Budget.bits(4.5), "sampler": "grid"},
             "sampler 'grid' is unknown; one of tpe, cmaes",

@@ -62,7 +62,7 @@ def test_a_study_that_says_something_else_is_not_ours(where, change, table, tmp_
     path = tmp_path / "s.log"
     run(create("s", str(path), table, design(knobs=TILTS)), loss, 1)
     edited(path, where, change)
-    with pytest.raises(InputError, match="is not of Bitknap; choose another"):
+    with pytest.raises(InputError, match="was not created by Bitknap; choose another"):
         load("s", str(path))
 
 
@@ -72,7 +72,7 @@ def test_trials_that_say_something_else_are_not_ours(attribute, table, tmp_path,
     made = create("s", str(path), table, design(knobs=TILTS))
     run(made, loss, 1)
     made.trials._storage.set_trial_user_attr(made.trials.ask()._trial_id, *attribute.popitem())
-    with pytest.raises(InputError, match="is not of Bitknap; choose another"):
+    with pytest.raises(InputError, match="was not created by Bitknap; choose another"):
         load("s", str(path))
 
 
@@ -99,7 +99,7 @@ def test_existing_and_missing_studies(table, journal, design):
 def test_a_study_of_somebody_else_is_refused(table, journal):
     storage = open_storage(journal, create=True)
     optuna.create_study(study_name="foreign", storage=storage)
-    with pytest.raises(InputError, match=r"study 'foreign' in .* is not of Bitknap"):
+    with pytest.raises(InputError, match=r"study 'foreign' in .* was not created by Bitknap"):
         load("foreign", journal)
 
 
@@ -173,9 +173,9 @@ def test_a_database_that_is_not_optunas_is_left_as_it_is(damage, table, tmp_path
     with contextlib.closing(sqlite3.connect(path)) as database, database:
         damage(database)
     content = path.read_bytes()
-    with pytest.raises(InputError, match=r"s\.db: it .* no database of this version of Optuna"):
+    with pytest.raises(InputError, match=r"s\.db: it .* not a database of this version of Optuna"):
         load("s", f"sqlite:///{path}")
-    with pytest.raises(InputError, match=r"s\.db: it .* no database of this version of Optuna"):
+    with pytest.raises(InputError, match=r"s\.db: it .* not a database of this version of Optuna"):
         create("t", f"sqlite:///{path}", table, design(knobs=TILTS))
     assert path.read_bytes() == content
 

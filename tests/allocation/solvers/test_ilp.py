@@ -73,7 +73,7 @@ def test_without_limits_every_unit_takes_its_cheapest():
             {"backend": "gurobi"},
             "backend 'gurobi' is unknown; one of auto, highs, cbc; did you mean auto?",
         ),
-        ({"gap": 1.0}, "gap: 1.0 is not a share from 0 to below 1"),
+        ({"gap": 1.0}, "gap: 1.0 is not a share of at least 0 and below 1"),
         ({"time_limit": 0.0}, "time_limit: 0.0 must be above 0"),
     ],
 )

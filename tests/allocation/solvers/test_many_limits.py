@@ -194,5 +194,5 @@ def test_a_floor_is_lowered_not_raised():
     with pytest.raises(InfeasibleError) as error:
         solve(Problem(table, Limit("wide", np.array([[0.0, -1.0]]), -5)))
     assert str(error.value) == (
-        "wide: the most any plan reaches is 4, limit asks for 5; lower the limit or add formats"
+        "wide: the most any plan reaches is 4, the limit asks for 5; lower the limit or add formats"
     )

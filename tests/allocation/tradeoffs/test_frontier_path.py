@@ -188,16 +188,16 @@ def test_the_file_has_points_for_people(tmp_path):
     [
         ({"format": "bitknap.plan"}, "format: 'bitknap.plan' is not 'bitknap.frontier'"),
         ({"version": "2.0"}, "version: 2.0 cannot be read"),
-        ({"steps": []}, "steps: list found, dict expected"),
-        ({"start": [0, "a"]}, "start: not a list of whole numbers"),
+        ({"steps": []}, "steps: must be an object, not a list; make the frontier again"),
+        ({"start": [0, "a"]}, "start: must be a list of whole numbers"),
         ({"start": [0, 9]}, "start: 9 is outside 0 to 2"),
-        ({"start": [0, 0.5]}, "start: not a list of whole numbers"),
+        ({"start": [0, 0.5]}, "start: must be a list of whole numbers"),
         ({"row_of": [0, 1, 1]}, "row_of: shape (3,), expected (2,)"),
-        ({"row_of": [[0], [1, 2]]}, "row_of: not a list of whole numbers"),
+        ({"row_of": [[0], [1, 2]]}, "row_of: must be a list of whole numbers"),
         ({"formats": ["option-0", "option-1", "int9"]}, "format 'int9' is unknown"),
         ({"unit_bytes": [[1, 2]]}, "unit_bytes: shape (1, 2), expected (2, 3)"),
-        ({"unit_bytes": None}, "unit_bytes: formats without sizes need them"),
-        ({"projections": None}, "projections: NoneType found, list expected"),
+        ({"unit_bytes": None}, "unit_bytes: missing, but some formats have no size"),
+        ({"projections": None}, "projections: must be a list, not null"),
     ],
 )
 def test_a_damaged_file_names_the_field(change, words, tmp_path):
@@ -215,11 +215,11 @@ def test_what_is_no_frontier(tmp_path):
     with pytest.raises(FileError, match="cannot be read"):
         Frontier.load(path)
     path.write_text("[]")
-    with pytest.raises(FileError, match="not an object"):
+    with pytest.raises(FileError, match="must be a JSON object"):
         Frontier.load(path)
     for size, words in (
         ([3, 2], r"nbytes: shape \(2,\), expected \(1,\)"),
-        ([3], r"steps.bytes\[0\]: 3 is not the 2 of the units"),
+        ([3], r"steps.bytes\[0\]: 3, but the units add up to 2"),
     ):
         steps = {"row": [], "format": [], "bytes": size, "cost": [1.0]}
         frontier(CostTable.from_arrays(COST, NBYTES)).save(path)

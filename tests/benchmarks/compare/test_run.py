@@ -198,7 +198,7 @@ def test_what_a_comparison_wrote_is_replaced_and_nothing_else(words, refused, tm
     assert {file.name for file in out.rglob("*")} == first
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     for inside in (words[1], f"{words[1]}/out", f"{words[1]}/.."):
-        assert "must be apart" in refused(*words, *some, "-o", inside, "--overwrite")
+        assert "may not overlap" in refused(*words, *some, "-o", inside, "--overwrite")
 
 
 def test_a_hidden_folder_of_somebody_else_is_no_stopped_run(words, refused, tmp_path):

@@ -148,7 +148,7 @@ def test_a_front(table, journal, tmp_path, capsys):
     out = tmp_path / "plan.json"
     best = ("study", "best", "s", "--storage", journal, "-o", out)
     assert refused(capsys, *best) == (
-        "the study trades size against loss; say which with --budget 3bpw"
+        "the study has plans of several sizes; choose one with --budget"
     )
     row = document(capsys, *best, "--budget", "5bpw")["best"]
     assert BitPlan.load(out).total_bytes == row["nbytes"] <= 5 / 8 * 16 * 16 * 12
@@ -175,7 +175,7 @@ def test_default_knobs_are_what_there_is(table, journal, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ((), "give a budget or a range of budgets, one of them"),
+        ((), "give either a budget or a range of budgets"),
         (("--budgets", "wide"), "--budgets 'wide': write LOW-HIGH in bits per weight: 2bpw-4bpw"),
         (
             ("--budget", "5bpw", "--knobs", "x"),

@@ -230,12 +230,12 @@ def test_a_journal_of_other_inputs_is_refused(case, tmp_path):
         assert "\n" not in str(error.value)
         assert path.read_bytes() == content
 
-    refused("of another formats; give", Measured(journal=path), case.evidence, FORMATS)
+    refused("to another formats; give", Measured(journal=path), case.evidence, FORMATS)
     other = Measured(kind="layer", squared=True, journal=path)
-    refused("of another kind, squared; give", other, case.evidence, FORMATS[:1])
+    refused("to another kind, squared; give", other, case.evidence, FORMATS[:1])
     model = tiny_model("mixtral", num_local_experts=5, num_experts=5, seed=1)
     evidence = calibrate(model, walk(model), case.windows + 1 - case.windows // 63)
-    refused("of another model, text; give", Measured(journal=path), evidence, FORMATS[:1])
+    refused("to another model, text; give", Measured(journal=path), evidence, FORMATS[:1])
 
 
 @pytest.mark.parametrize(
@@ -301,7 +301,7 @@ def test_what_cannot_be_measured_is_said(case):
         Measured().estimate(offline, FORMATS)
     with pytest.raises(InputError, match="'mse' is unknown; one of kl, layer, block"):
         Measured(kind="mse")  # type: ignore[arg-type]
-    with pytest.raises(InputError, match="a KL is no norm"):
+    with pytest.raises(InputError, match="a KL is not a norm"):
         Measured(squared=True)
 
 
@@ -311,5 +311,5 @@ def test_other_roles_have_a_kl():
     windows = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
     evidence = calibrate(model, layout, windows)
     assert (Measured().estimate(evidence, FORMATS[:1]).cost > 0).all()
-    with pytest.raises(InputError, match=r"layer: layer=0 .* is no routed expert's; measure kl"):
+    with pytest.raises(InputError, match=r"layer: layer=0 .* does not belong to a routed expert"):
         Measured(kind="layer").estimate(evidence, FORMATS[:1])

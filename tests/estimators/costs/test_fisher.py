@@ -98,7 +98,9 @@ def test_rows_sum_to_their_unit(case, space):
     units = case.layout.units
     for run in stacks(units):
         if space == "output" and units.projections[units.projection[run[0]]] != "down":
-            with pytest.raises(InputError, match="rows share the output; use space='weight'"):
+            with pytest.raises(
+                InputError, match="effects of its rows cannot be separated; use space='weight'"
+            ):
                 row_costs(case.evidence, FORMATS, run, space)
             continue
         rows = row_costs(case.evidence, FORMATS, run, space)

@@ -95,7 +95,9 @@ def test_nothing_to_protect(table):
     assert found.provenance["protected"] == {"bits": 4, "units": 0}
     assert unprotected(found) is found
     for bits in (-1, 2.5):
-        with pytest.raises(InputError, match=f"protect: {bits} is not a whole number from 0"):
+        with pytest.raises(
+            InputError, match=f"protect: {bits} is not a whole number of at least 0"
+        ):
             protected(table, FOUND, bits)  # type: ignore[arg-type]
 
 

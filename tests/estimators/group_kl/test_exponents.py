@@ -124,9 +124,9 @@ def test_many_groups_are_left_out_in_ten_folds(table, z):
 
 def test_fit_refuses(table, z):
     every = np.arange(3)
-    with pytest.raises(InputError, match="groups: none"):
+    with pytest.raises(InputError, match="groups: the list is empty"):
         fit_exponents(table, z, [])
-    with pytest.raises(InputError, match=r"groups\[0\]: costs 0 in keep-fp32"):
+    with pytest.raises(InputError, match=r"groups\[0\]: its cost in keep-fp32 is 0"):
         fit_exponents(table, z, [(every, 4, 0.1)])
     with pytest.raises(InputError, match=r"groups\[0\]: KL nan is not a finite number"):
         fit_exponents(table, z, [(every, 0, np.nan)])

@@ -68,5 +68,5 @@ def test_halves_that_lose_nothing_are_no_evidence():
     assert found.provenance["proxies"] == {
         "exponents": {"score": 0.0},
         "halves": 0,
-        "note": "no half lost enough to be told from rounding; exponents stay 0",
+        "note": "no half of a group lost enough to be distinguished from noise; exponents stay 0",
     }

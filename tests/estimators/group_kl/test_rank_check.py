@@ -86,7 +86,7 @@ def test_check_refuses(table):
         check_plans(table, plans[:2], [0.1, 0.2])
     with pytest.raises(InputError, match=r"measured_kl\[1\]: 0.0 is not a finite number above 0"):
         check_plans(table, plans, [0.1, 0, 0.1])
-    with pytest.raises(InputError, match=r"plans\[0\]: the table gives it 0"):
+    with pytest.raises(InputError, match=r"plans\[0\]: the table predicts 0"):
         check_plans(table, [solve_like(table, 4), *plans[:2]], [0.1, 0.2, 0.3])
     other = replace(
         table, formats=(Format.parse("int8-row-sym"), *FORMATS[1:]), nbytes=bytes_of(table.units)
@@ -94,7 +94,7 @@ def test_check_refuses(table):
     with pytest.raises(MismatchError, match=r"plans\[0\]: the table has no int1-row-asym"):
         check_plans(other, plans, [0.1, 0.2, 0.3])
     bare = CostTable.from_arrays(np.ones((2, 2)), nbytes=np.ones((2, 2)))
-    with pytest.raises(MismatchError, match="its 96 units are not the 2 of the table"):
+    with pytest.raises(MismatchError, match="its 96 units differ from the 2 of the table"):
         check_plans(bare, plans, [0.1, 0.2, 0.3])
 
 

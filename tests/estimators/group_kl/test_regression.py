@@ -63,7 +63,7 @@ def test_fewer_rows_than_coefficients_have_an_answer():
 def test_ridge_refuses():
     with pytest.raises(InputError, match=r"design \(2, 2\) and target \(3,\) must be \[N,P\]"):
         ridge(np.eye(2), np.zeros(3))
-    with pytest.raises(InputError, match="penalties from 0"):
+    with pytest.raises(InputError, match="penalties at least 0"):
         ridge(np.eye(2), np.zeros(2), penalty=-1)
     with pytest.raises(InputError, match=r"prior: shape \(3,\), expected \(2,\)"):
         ridge(np.eye(2), np.zeros(2), prior=np.zeros(3))

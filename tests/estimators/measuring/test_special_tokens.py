@@ -118,10 +118,10 @@ def test_a_tokenizer_that_does_not_fit_the_text_or_the_model():
     known = Tokenizer(models.WordLevel({"<unk>": 0, "word": 1}, unk_token="<unk>"))
     known.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=known, unk_token="<unk>")
-    with pytest.raises(InputError, match="knows no token of the text"):
+    with pytest.raises(InputError, match="knows no part of the text"):
         encode(tokenizer, "nothing here")
     silent = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.BPE()))
-    with pytest.raises(InputError, match="knows no token of the text"):
+    with pytest.raises(InputError, match="knows no part of the text"):
         encode(silent, "nothing here")
     tokenizer = bpe(begin=["<bos>"])
     most = int(encode(tokenizer, TEXT).ids.max())
@@ -129,8 +129,8 @@ def test_a_tokenizer_that_does_not_fit_the_text_or_the_model():
     with pytest.raises(InputError) as error:
         encode(tokenizer, TEXT, most)
     assert str(error.value) == (
-        f"the tokenizer has {len(tokenizer)} tokens and gives token {most}, the model's embedding "
-        f"has {most}; put the model's own tokenizer beside it"
+        f"the tokenizer has {len(tokenizer)} tokens and gives token {most}, but the model's "
+        f"embedding has {most} rows; put the model's own tokenizer in its folder"
     )
 
 

@@ -42,8 +42,8 @@ def test_a_decoder_starts_from_padding_unless_told():
         with pytest.raises(ModelError) as error:
             logits_of(model, WINDOWS)
     assert str(error.value) == (
-        "config.json: neither decoder_start_token_id nor pad_token_id; set the token that the "
-        "decoder starts from"
+        "config.json: decoder_start_token_id and pad_token_id are both missing; set "
+        "decoder_start_token_id"
     )
 
 

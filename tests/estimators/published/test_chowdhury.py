@@ -79,8 +79,7 @@ def test_what_cannot_be_read_is_refused(case):
     with pytest.raises(InputError) as caught:
         router_norms({}, case.layout)
     assert str(caught.value) == (
-        f"layer 0: the source has no tensor {name!r}; "
-        "pass the layout that was walked on this source"
+        f"layer 0: the source has no tensor {name!r}; pass the layout of this source"
     )
     with pytest.raises(MismatchError, match=r"shape \[3, 16\], expected \[4, 16\]"):
         router_norms({name: torch.ones(3, 16)}, case.layout)
@@ -176,9 +175,9 @@ def test_signals_of_a_real_model_make_a_plan(case):
 
 def test_plans_check_their_levels_and_units(case):
     norms = {n: [1, 2, 3, 4] for n in (0, 1)}
-    with pytest.raises(InputError, match="levels: 4 bits has 0 formats among int2-g8-sym"):
+    with pytest.raises(InputError, match="levels: 0 formats among int2-g8-sym"):
         chowdhury_plan(case.layout, formats((2, 3), 8, True), 3, (4, 2), Ranking(norms=norms))
-    with pytest.raises(InputError, match="levels: 3 bits has 2 formats among"):
+    with pytest.raises(InputError, match=r"levels: 2 formats among .* have 3 bits"):
         chowdhury_plan(case.layout, formats((2, 3), (8, 16), True), 3, (3, 2), Ranking(norms=norms))
     model = opened(tiny_model("qwen2_moe"), ("shared",))
     with pytest.raises(InputError, match=r"role=shared .*: the rule gives bits to routed experts"):

@@ -211,5 +211,5 @@ def test_the_claim_needs_both_projections(case):
     kept = CostTable.from_arrays(
         np.zeros((len(case.units), 1)), units=case.units, formats=[Format.keep("bf16")]
     )
-    with pytest.raises(InputError, match="no grid that every unit may have"):
+    with pytest.raises(InputError, match="no grid is allowed for every unit"):
         down_needs_more(kept, 17)

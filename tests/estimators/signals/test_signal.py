@@ -188,7 +188,7 @@ def test_what_is_missing_is_named(case):
     shared = np.flatnonzero(~routed(case.layout.units))[:1]
     with pytest.raises(InputError, match=r"role=shared .*: no calibration pass saw it"):
         input_square(case.bare, shared)
-    with pytest.raises(InputError, match="gradients are those of routed experts only"):
+    with pytest.raises(InputError, match="gradients are recorded for routed experts only"):
         curvature(case.seen, shared)
     with pytest.raises(InputError, match="calibrate with curvature=True"):
         curvature(case.seen, stacks(case.layout.units)[0])

@@ -143,7 +143,7 @@ def test_a_budget_without_a_start_is_refused(units, truth, antecedents):
             Growth(start=20, step=10, stop=25),
         )
     assert str(error.value) == (
-        "stop: 25 measurements are fewer than 10 to judge by and 20 to start with; "
+        "stop: 25 measurements are fewer than 10 held out and 20 to start with; "
         "raise stop or lower start"
     )
     with pytest.raises(InputError, match="are not three numbers above 0"):

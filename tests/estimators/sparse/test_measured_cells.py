@@ -54,12 +54,12 @@ def test_logarithms_have_a_floor():
         ({"loss": (0.1, np.nan)}, "loss[1]: nan is not a finite number; measure it again"),
         ({"unit": (0, 4)}, "unit[1]: 4 is not 0 to 3"),
         ({"column": (3, 0)}, "column[0]: 3 is not 0 to 2"),
-        ({"error": (-1, 0)}, "error[0]: -1.0 is not a number from 0"),
+        ({"error": (-1, 0)}, "error[0]: -1.0 is not a number of at least 0"),
         ({"column": (0,)}, "column: shape (1,), expected (2,)"),
-        ({"loss": ()}, "loss: shape (0,), expected one entry a sample, at least one"),
+        ({"loss": ()}, "loss: shape (0,), expected one entry per sample, at least one"),
         (
             {"provenance": {"model": "abc"}},
-            "provenance: 'method' is missing; samples must say their origin",
+            "provenance: 'method' is missing; samples must record what they were measured on",
         ),
     ],
 )
@@ -91,11 +91,11 @@ def test_joined_samples_are_merged():
         ),
         (
             {"formats": formats((2, 3, 8), 64)},
-            "samples: other units or formats cannot be joined; keep them apart",
+            "samples: those of different units or formats cannot be joined; keep them apart",
         ),
         (
             {"units": units(cols=128)},
-            "samples: other units or formats cannot be joined; keep them apart",
+            "samples: those of different units or formats cannot be joined; keep them apart",
         ),
     ],
 )
@@ -109,13 +109,13 @@ def test_samples_speak_of_one_model_only():
     found = samples()
     found.check(units(), FORMATS[1:], {})
     found.check(units(), (*FORMATS, Format.keep("bf16")), {"model": "abc", "method": "rtn"})
-    with pytest.raises(MismatchError, match="measured on model abc, used on xyz; measure them"):
+    with pytest.raises(MismatchError, match="measured with model abc, used with xyz; measure them"):
         found.check(units(), FORMATS, {"model": "xyz"})
-    with pytest.raises(MismatchError, match="measured on method rtn, used on gptq"):
+    with pytest.raises(MismatchError, match="measured with method rtn, used with gptq"):
         found.check(units(), FORMATS, {"method": "gptq"})
-    with pytest.raises(MismatchError, match="measured on 4 units, used on 5 or others"):
+    with pytest.raises(MismatchError, match="their 4 units differ from the 5"):
         found.check(units(5), FORMATS, {})
-    with pytest.raises(MismatchError, match="format int8-g64-asym is not among theirs"):
+    with pytest.raises(MismatchError, match="int8-g64-asym was not measured"):
         found.check(units(), formats(8, 64), {})
 
 
@@ -158,7 +158,7 @@ def test_broken_files_are_one_line(tmp_path):
         ({"format": "bitknap.table"}, "format: 'bitknap.table' is not 'bitknap.samples'"),
         ({"version": "2.0"}, "version: 2.0 cannot be read by this library"),
         ({"formats": None}, "formats: missing or not a list of names"),
-        ({"provenance": []}, "provenance: missing or not an object"),
+        ({"provenance": []}, "provenance: missing or not a JSON object"),
         (
             {"provenance": {**ORIGIN, "spearman": "high"}},
             "provenance.spearman: .high. is not what Bitknap writes there",

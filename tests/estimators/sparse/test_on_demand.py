@@ -78,22 +78,24 @@ def test_samples_of_another_origin_are_refused(evidence, tmp_path):
     other = replace(evidence, provenance={**evidence.provenance, "model": "def"})
     with pytest.raises(
         MismatchError,
-        match=r"s\.safetensors: samples: measured on model abc, used on def; measure them again, "
-        "or name another file",
+        match=r"s\.safetensors: samples: measured with model abc, used with def; measure them "
+        "again, or name another file",
     ):
         ours.estimate(other, FORMATS)
-    with pytest.raises(MismatchError, match="format int8-row-sym is not among theirs"):
+    with pytest.raises(MismatchError, match="int8-row-sym was not measured"):
         ours.estimate(evidence, formats(8, "row", symmetric=True, metadata="fp16"))
 
 
 def test_too_few_to_learn_from(evidence):
-    with pytest.raises(InputError, match="measurements: 19 are fewer than 20, half to judge by"):
+    with pytest.raises(
+        InputError, match="measurements: 19 is below 20, of which half are held out"
+    ):
         Sampled(measurements=19)
     small = tiny_model("mixtral", num_local_experts=2, num_experts=2, num_hidden_layers=1)
     seen = calibrate(small, walk(small), evidence.replay.windows)
     with pytest.raises(InputError, match="samples: 6 cells can be measured, 20 are needed; add"):
         Sampled(base=None).estimate(seen, FORMATS[:1])
-    with pytest.raises(InputError, match="samples need the live model"):
+    with pytest.raises(InputError, match="samples needs the live model"):
         Sampled(base=None).estimate(replace(evidence, replay=None), FORMATS)
 
 

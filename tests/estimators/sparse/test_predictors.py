@@ -201,6 +201,6 @@ def test_left_out_values_are_predicted_without_their_group():
 def test_penalties_are_above_zero():
     with pytest.raises(InputError) as error:
         LogLinear(unit=0)
-    assert str(error.value) == "unit: 0 is not above 0; use 1e-6 for none"
-    with pytest.raises(InputError, match="trees: 0 is not a whole number from 1"):
+    assert str(error.value) == "unit: 0 is not above 0; use 1e-6 for almost no shrinkage"
+    with pytest.raises(InputError, match="trees: 0 is not a whole number of at least 1"):
         GradientBoosting(trees=0)

@@ -36,5 +36,7 @@ def test_a_full_disk_is_told(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("os.posix_fallocate", full)
-    with pytest.raises(BitknapError, match=r": no room for 40 bytes of activations; free some, or"):
+    with pytest.raises(
+        BitknapError, match=r": no room for 40 bytes of activations on the disk; free some, or"
+    ):
         disk_tensors.on_disk((10,), torch.float32, tmp_path)

@@ -224,7 +224,9 @@ def test_a_layer_that_saw_nothing_is_an_error():
     layout = walk(model)
     with recording(model, layout) as sums:
         pass
-    with pytest.raises(ModelError, match=r"layer 0 .*saw no expert call") as error:
+    with pytest.raises(
+        ModelError, match=r"layer 0 .*calibration saw no call of its experts"
+    ) as error:
         check_seen(sums)
     assert "\n" not in str(error.value)
     with recording(model, layout) as sums, torch.no_grad():

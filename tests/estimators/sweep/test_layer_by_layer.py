@@ -311,7 +311,9 @@ def test_a_model_that_reads_layers_far_before_is_refused(tmp_path, monkeypatch):
             added.remove()
 
     monkeypatch.setattr(kind, "forward", skipping)
-    with pytest.raises(ModelError, match=r"^decoder layer 2 .* it reads more than the layer befor"):
+    with pytest.raises(
+        ModelError, match=r"^decoder layer 2 .* it needs more than the output of the layer befor"
+    ):
         calibrate_by_layer(source, windows())
 
 

@@ -57,10 +57,10 @@ def test_what_needs_the_whole_model_is_refused(deep):
     limit = alone(deep, needs)
     with pytest.raises(InputError) as caught:
         way(deep, needs, limit)
-    assert str(caught.value).startswith("memory: gradients and measured KL take the whole mode")
+    assert str(caught.value).startswith("memory: gradients and measured KL need the whole mode")
     assert str(caught.value).endswith(
-        "raise the limit, or use an estimator that goes layer by layer, such as moments or "
-        "weight-error, or reads weights alone, such as data-free"
+        "raise the limit, or use an estimator that works layer by layer, such as moments or "
+        "weight-error, or one that reads weights alone, such as data-free"
     )
 
 

@@ -52,7 +52,7 @@ def edit(folder, **changes):
     ("change", "message"),
     [
         ({"version": "2.0"}, "version: 2.0 cannot be read by this library"),
-        ({"version": "new"}, "version: 'new' is not MAJOR.MINOR"),
+        ({"version": "new"}, "version: 'new' is not of the form MAJOR.MINOR"),
         ({"layout": "swizzled"}, "layout 'swizzled' is unknown; one of plain, tiles"),
         ({"layout": "tiles", "layout_version": 99}, "layout_version: 99 cannot be read"),
     ],

@@ -149,7 +149,7 @@ def test_what_cannot_be_converted_leaves_nothing(tmp_path):
         convert(folder, "rows", tmp_path / "out")
     with pytest.raises(InputError, match="exists; choose another name"):
         convert(folder, "tiles", tmp_path / "source")
-    with pytest.raises(InputError, match="an output must be apart"):
+    with pytest.raises(InputError, match="an output may not overlap"):
         convert(folder, "tiles", folder, overwrite=True)
     tensors = load_file(folder / "bitknap.safetensors")
     name = next(n for n in tensors if n.startswith("bitknap."))

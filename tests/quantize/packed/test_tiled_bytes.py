@@ -152,7 +152,7 @@ def test_a_table_that_cannot_be():
     stack = encode_tiles(random_unit(Format(4, 32), 64, 64, 0))
     with pytest.raises(InputError, match=r"experts 2 x 64x64: 2560 bytes, not 5120; pass a stack"):
         experts_table(stack, [Format(4, 32)] * 2, 64, 64)
-    with pytest.raises(InputError, match="kept in fp8: kernels read one of bf16, fp16, fp32"):
+    with pytest.raises(InputError, match="kept in fp8: kernels read only one of bf16, fp16, fp32"):
         experts_table(stack, [Format.keep("fp8")], 64, 64)
 
 

@@ -93,7 +93,7 @@ def test_other_inputs_are_refused(case, tmp_path, small, contents):
         with pytest.raises(MismatchError) as error:
             writer.save(case.source, plan, out, **options)
         message = str(error.value)
-        assert f"of another {'layout, ' if what != 'text' else ''}{what}; give" in message
+        assert f"to another {'layout, ' if what != 'text' else ''}{what}; give" in message
         assert message.endswith(way_out)
     assert contents(tmp_path / PARTIAL / "files") == before
     bitknap.quantize(case.folder, other, out, resume=bitknap.Resume(overwrite=True))

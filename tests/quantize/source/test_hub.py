@@ -230,7 +230,7 @@ def test_errors_of_the_hub_are_one_line(hub):
         with pytest.raises(InputError) as caught:
             ask(MODEL)
         assert str(caught.value) == (
-            "some/model: no such folder, and the hub cannot give it (offline)"
+            "some/model: no such folder, and it cannot be downloaded from the hub (offline)"
         )
 
 
@@ -239,7 +239,7 @@ def test_no_safetensors_on_the_hub(hub):
     with pytest.raises(InputError) as caught:
         Checkpoint.look(MODEL)
     assert str(caught.value) == (
-        "some/model: no such folder, and the hub cannot give it "
+        "some/model: no such folder, and it cannot be downloaded from the hub "
         "('some/model' is not a safetensors repo.)"
     )
 

@@ -47,7 +47,9 @@ def test_block_units_by_hand(layout):
     assert len(many) == layout.units.rows.sum()
     with pytest.raises(InputError, match="blocks: 0 must be at least 1"):
         block_units(layout.units, 0)
-    with pytest.raises(InputError, match="units: cut into blocks already; cut the whole matrices"):
+    with pytest.raises(
+        InputError, match="units: they are already cut into blocks; cut the whole matrices"
+    ):
         split_rows(split_rows(layout, 2), 2)
 
 
@@ -107,7 +109,7 @@ def test_a_plan_says_how_its_layout_is_cut(layout, mixed, picked, tmp_path):
     assert layout_for(layout.units, layout) is layout
     shuffled = np.random.default_rng(0).permutation(len(cut.units))
     assert layout_for(picked(cut.units, shuffled), layout).units.same_as(cut.units)
-    with pytest.raises(MismatchError, match=f"the plan has {len(cut.units)} units and the model"):
+    with pytest.raises(MismatchError, match=f"the plan's {len(cut.units)} units differ from"):
         aligned(plan, layout)
 
 

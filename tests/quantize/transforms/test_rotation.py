@@ -129,13 +129,16 @@ def test_what_is_not_known_is_refused(tmp_path):
     model = tiny_model("nemotron_h")
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     with pytest.raises(
-        ModelError, match=r"nemotron_h: not known how to rotate .*; known: deepseek"
+        ModelError,
+        match=r"nemotron_h: models of this type cannot be rotated; those that can are deepseek",
     ):
         rotate_residual(model)
     assert all(torch.equal(t, before[n]) for n, t in model.named_parameters())
     model = tiny_model("mixtral")
     model.model.layers[1].extra = torch.nn.Linear(16, 2)
-    with pytest.raises(ModelError, match=r"layers\.1\.extra\.\w+: not known whether it touches"):
+    with pytest.raises(
+        ModelError, match=r"layers\.1\.extra\.\w+: it is not known whether it reads or writes"
+    ):
         rotate_residual(model)
     with pytest.raises(ModelError, match="hidden size 15 is odd"):
         rotate_residual(tiny_model("mixtral", hidden_size=15))

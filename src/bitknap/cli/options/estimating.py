@@ -75,11 +75,9 @@ def check_kept(options: dict[str, Any]) -> None:
             check_output(path, "file", overwrite=False)
     if journal is not None and journal.is_file():
         if not is_ours(journal):
-            raise InputError(
-                f"--journal {journal}: not a journal of Bitknap's; choose another file"
-            )
+            raise InputError(f"--journal {journal}: not a journal of Bitknap; choose another file")
         if not os.access(journal, os.R_OK | os.W_OK):
-            raise InputError(f"--journal {journal}: may not be written; choose another file")
+            raise InputError(f"--journal {journal}: is not writable; choose another file")
     if samples is not None and samples.is_file():
         from bitknap.estimators.sparse.measured_cells import LossSamples
 

@@ -17,7 +17,9 @@ refining = options_of(common.refine, common.refine_driver, common.refine_tokens)
 def check_refining(options: dict[str, Any]) -> None:
     """Refuse invalid numbers of plans, before spending minutes on estimation."""
     if options["refine"] < 0:
-        raise InputError(f"--refine {options['refine']}: a number of plans, 0 for none")
+        raise InputError(
+            f"--refine {options['refine']}: must be a number of plans; give 0 for none"
+        )
 
 
 def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out: Path) -> Any:

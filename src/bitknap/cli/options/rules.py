@@ -157,7 +157,7 @@ _ESTIMATES = (
     Rule(
         commands=_ESTIMATING,
         broken=lambda a: a["permute"] and a["row_blocks"] == 1,
-        message="--permute: sorts neurons into row blocks; ask for 2 or more of them with "
+        message="--permute: sorts neurons for row blocks; ask for at least 2 row blocks with "
         "--row-blocks",
     ),
     Rule(
@@ -209,7 +209,7 @@ _QUANTIZES = (
     Rule(
         commands=("quantize",),
         broken=lambda a: (a["plan"] is None) == (a["budget"] is None),
-        message="give --plan or --budget, one of them",
+        message="give either --plan or --budget",
     ),
     Rule(
         commands=("quantize",),
@@ -249,7 +249,7 @@ _SOLVES = (
     Rule(
         commands=("solve",),
         broken=lambda a: a["frontier"] == (a["budget"] is not None),
-        message="give --budget or --frontier, one of them",
+        message="give either --budget or --frontier",
     ),
     *map(_not_with_frontier, ("solver", "gap", "time_limit", "limits", "price")),
 )
@@ -286,7 +286,7 @@ _JUDGES = (
     Rule(
         commands=("show",),
         broken=lambda a: a["other"] is not None and a["picture"] is not None,
-        message="--picture: is of a table, --diff of two plans; pass one of them",
+        message="--picture draws a table and --diff compares two plans; pass only one",
     ),
 )
 
@@ -294,7 +294,7 @@ _STUDIES = (
     Rule(
         commands=("study create",),
         broken=lambda a: (a["budget"] is None) == (a["budgets"] is None),
-        message="give a budget or a range of budgets, one of them",
+        message="give either a budget or a range of budgets",
     ),
     Rule(
         commands=("study create",),

@@ -40,7 +40,9 @@ def best(
     study = load(name, storage, table=table, features=features)
     if study.knobs.budget and budget is None:
         if path is not None:
-            raise InputError("the study trades size against loss; say which with --budget 3bpw")
+            raise InputError(
+                "the study has plans of several sizes; choose one with --budget, such as 3bpw"
+            )
         present_study(study, as_json)
         return
     record = least(study, budget)
