@@ -62,8 +62,10 @@ class Published:
 
 # Differences common to all methods here; `missing` lists each method's own.
 COMMON = (
-    "The quantizer is the one that is deployed, also where authors measure with another.",
-    "Gradients are those of labels drawn from the model, where authors take the text's.",
+    "The quantizer is the one that the plan is written with, even if the authors measure with "
+    "another.",
+    "Gradients are those of labels drawn from the model, even if the authors use the labels of "
+    "the text.",
 )
 
 RULES: Mapping[str, Published] = MappingProxyType(
@@ -81,10 +83,10 @@ RULES: Mapping[str, Published] = MappingProxyType(
             ties="expert",
             allocator="the same average in every layer; two or three widths counted out by rank",
             missing=(
-                "The paper leaves open which pair is exchanged first; the code's single pass and "
-                "our fixed point are both here.",
-                "Without a checkpoint from before training the final norm stands alone, as in the "
-                "paper for Mixtral.",
+                "The paper leaves open which pair is exchanged first; both the code's single "
+                "pass and exchanges until nothing changes are available.",
+                "Without a checkpoint from before training, the final norm is used alone, as in "
+                "the paper for Mixtral.",
             ),
             signals=MappingProxyType({"max-var": "MaxVar", "router-norm": "RouterNorm"}),
         ),
@@ -101,7 +103,7 @@ RULES: Mapping[str, Published] = MappingProxyType(
             allocator="an exact program for each layer: a sum of bits, at least one expert at 3 "
             "and one at 2",
             missing=(
-                "Routing weights are those after renormalisation; theirs are those before.",
+                "Routing weights are taken after renormalisation; the authors take them before.",
                 "Pruning of tokens (ODP) is left out.",
             ),
             signals=MappingProxyType(
@@ -119,7 +121,7 @@ RULES: Mapping[str, Published] = MappingProxyType(
             ties="gate_eq_up",
             allocator="L^r T^(1−r) for each layer at the same average; r = 1 for weights alone",
             missing=(
-                "The time of their kernels is not measured here; give it as a limit to "
+                "The time of the authors' kernels is not measured here; give it as a limit to "
                 "`MxMoe(exponent=r)`.",
                 "Activations are not quantized.",
             ),
@@ -141,34 +143,38 @@ RULES: Mapping[str, Published] = MappingProxyType(
         "moqa": Published(
             title="MoQa",
             source="arXiv 2503.21135",
-            citation="Zheng et al., MoQa, later DynaMo (DATE 2026), arXiv 2503.21135; abstracts "
-            "and an account",
+            citation=(
+                "Zheng et al., MoQa, later DynaMo (DATE 2026), arXiv 2503.21135; read in "
+                "abstracts and a summary"
+            ),
             numbers="Equation numbers are not given: the paper's text was not at hand.",
             year=2025,
             cost="an expert's share of its layer's significance, over several calibration sets",
             ties="expert",
-            allocator="fuzzy c-means of the shares, one width a cluster; no budget is met",
+            allocator="fuzzy c-means of the shares, one width per cluster; there is no budget",
             missing=(
-                "The significance of a channel, the fuzzifier and the boundary are not published "
-                "in what could be read; they are ours.",
-                "Channels kept in fp16 for a change of data are left out.",
+                "The available texts do not state the significance of a channel, the fuzzifier "
+                "and the boundary; Bitknap's choices stand in.",
+                "The channels that stay in fp16 when the data changes are left out.",
             ),
             texts=True,
         ),
         "xie": Published(
             title="Xie (rows)",
             source="2025.findings-acl.1386",
-            citation="Xie et al., Automated Fine-Grained MoE Quantization, Findings of ACL 2025, "
-            "2025.findings-acl.1386; its abstract, and a note of the formula",
+            citation=(
+                "Xie et al., Automated Fine-Grained MoE Quantization, Findings of ACL 2025, "
+                "2025.findings-acl.1386; read in its abstract and a note on the formula"
+            ),
             numbers="Equation numbers are not given: the paper's text was not at hand.",
             year=2025,
             cost="S_c = alpha K_c V_c + (1 − alpha) O_c of a channel, times its variance and the "
             "format's distortion",
             ties="free",
-            allocator="the knapsack over output rows, for want of theirs",
+            allocator="the knapsack over output rows, as the authors' allocator is not published",
             missing=(
-                "K, V, O, the channel's axis, the widths and the allocator are not published in "
-                "what could be read; all are ours.",
+                "The available texts do not state K, V, O, the channel's axis, the widths and "
+                "the allocator; Bitknap's choices stand in.",
             ),
             signals=MappingProxyType({"channel": "ChannelScore"}),
         ),
@@ -178,13 +184,15 @@ RULES: Mapping[str, Published] = MappingProxyType(
             citation="Qi et al., FRI-MxMoE, ACL 2026, 2026.acl-long.982",
             numbers="Equation numbers are not given: none were noted when the paper was read.",
             year=2026,
-            cost="frequency × loss of a matrix, interpolated by inverse distances from rules that "
-            "a quarter of the cells are measured for",
+            cost=(
+                "frequency × loss of a matrix, interpolated by inverse distance from rules; a "
+                "quarter of the cells are measured for them"
+            ),
             ties="free",
             allocator="a Lagrangian multiplier, steered by bisection",
             missing=(
-                "Losses are measured KL; theirs are changes of perplexity or squared errors.",
-                "The latency of their device is left out.",
+                "Losses are measured KL; the authors take changes of perplexity or squared errors.",
+                "The latency of the authors' device is left out.",
             ),
         ),
         "alphaq": Published(
@@ -197,11 +205,11 @@ RULES: Mapping[str, Published] = MappingProxyType(
             cost="(median alpha / alpha)^gamma Var(W) 2^(−2b), with Hill's estimate alpha of the "
             "tail of the spectrum",
             ties="free",
-            allocator="the knapsack; theirs is a program over all layers too",
+            allocator="the knapsack; the authors also solve one program over all layers",
             missing=(
-                "Sub-matrices are evenly spaced; theirs are drawn.",
-                "The average is over weights; theirs is over matrices.",
-                "gamma is 1, as in the function of their code; their script passes 10.",
+                "Sub-matrices are evenly spaced; the authors draw them at random.",
+                "The average is over weights; the authors' is over matrices.",
+                "gamma is 1, as in the function of the authors' code; their script passes 10.",
             ),
             signals=MappingProxyType({"alphaq": "AlphaQ"}),
         ),
@@ -214,7 +222,10 @@ RULES: Mapping[str, Published] = MappingProxyType(
             year=2020,
             cost="mean trace of the Hessian × ‖ΔW‖²",
             ties="free",
-            allocator="the knapsack; theirs takes the least sum on the front of size and cost",
+            allocator=(
+                "the knapsack; the authors take the plan of least cost on the front of size and "
+                "cost"
+            ),
             missing=("The Fisher diagonal stands in for Hutchinson's estimate of the trace.",),
             signals=MappingProxyType({"hessian-trace": "HessianTrace"}),
         ),
@@ -226,11 +237,13 @@ RULES: Mapping[str, Published] = MappingProxyType(
             year=2023,
             cost="‖ΔW x‖ / ‖W x‖ over the calibration inputs",
             ties="layer",
-            allocator="simulated annealing of Σ cost^n, with n of the smallest largest cost",
+            allocator=(
+                "simulated annealing of Σ cost^n; n is chosen so that the largest cost is smallest"
+            ),
             missing=(
-                "Theirs measures whole modules and averages the ratios of sequences; ours adds up "
-                "matrices, each with one ratio over all tokens.",
-                "8 chains a stage, seeded; theirs are 80 without a seed.",
+                "The authors measure whole modules and average the ratios of sequences; here the "
+                "costs of matrices are added up, each with one ratio over all tokens.",
+                "8 seeded chains per stage; the authors run 80 without a seed.",
             ),
             signals=MappingProxyType({"exl2": "Exl2Score"}),
         ),
@@ -246,8 +259,8 @@ RULES: Mapping[str, Published] = MappingProxyType(
             ties="layer",
             allocator="the knapsack",
             missing=(
-                "Root mean square gradients stand in for |g|, which is not recorded with its sign; "
-                "theirs are of the model with the format in place.",
+                "Root mean square gradients stand in for |g|, which is not recorded with its "
+                "sign; the authors' are of the model with the format in place.",
                 "The share of quantized activations is left out.",
             ),
             signals=MappingProxyType({"autoround": "AutoRoundScore"}),
@@ -259,12 +272,13 @@ RULES: Mapping[str, Published] = MappingProxyType(
             numbers="There is no paper: `estimate_sensitivities` and `estimate_threshold` of "
             "mlx-lm's code are the rule.",
             year=2025,
-            cost="Σ |g ΔW| at the lower width less that at the higher, a weight",
+            cost="Σ |g ΔW| per weight, at the lower width minus at the higher",
             ties="layer_proj",
             allocator="two widths, and a threshold on the gain",
             missing=(
-                "Theirs is Σ g (W_low − W_high) with its sign, where g is the gradient of the KL "
-                "to the original, at the lower width; ours is the difference of two sums.",
+                "The authors' cost is Σ g (W_low − W_high) with its sign, where g is the "
+                "gradient of the KL to the original, at the lower width; here it is the "
+                "difference of two sums.",
                 "Root mean square gradients of the original model stand in for g.",
                 "ModelOpt's sensitivity is a forward KL, which is not measured for this rule.",
             ),
@@ -278,7 +292,8 @@ RULES: Mapping[str, Published] = MappingProxyType(
             year=2024,
             cost="λ_j ‖ΔW_j‖² of input columns, λ_j = 2 E[a² x_j²]; the mean of the worst columns",
             missing=(
-                "Theirs keeps the worst columns in fp16 and scores no matrices; the mean is ours.",
+                "The authors keep the worst columns in fp16 and score no matrices; taking the "
+                "mean is Bitknap's choice.",
             ),
             signals=MappingProxyType({"owq": "Owq"}),
             plans=False,
@@ -291,7 +306,7 @@ RULES: Mapping[str, Published] = MappingProxyType(
             "abstract.",
             year=2024,
             cost="the largest over input columns of max |w| / mean |w|",
-            missing=("Its recipes by hand (first layers, shared experts) are left out.",),
+            missing=("Its hand-written recipes (first layers, shared experts) are left out.",),
             signals=MappingProxyType({"outlier-ratio": "OutlierRatio"}),
             plans=False,
         ),
@@ -306,7 +321,7 @@ RULES: Mapping[str, Published] = MappingProxyType(
             ties="free",
             allocator="mutation by level switches, selection in stages; `--strategies evolution`",
             missing=(
-                "Stages are the parts of one text; theirs grow in tokens.",
+                "The stages use parts of one text; the authors' stages use more and more tokens.",
                 "One start; Algorithm 1 takes the fittest of several.",
                 "Offspring may repeat; their code draws again, also for too many switches or too "
                 "few bits.",

@@ -117,7 +117,8 @@ def card(
         "",
         "## Bits per weight by layer",
         "",
-        "With scales and zeros. The plan, matrix by matrix, is in `bitknap_plan.json`.",
+        "Scales and zero points are counted. The plan, matrix by matrix, is in "
+        "`bitknap_plan.json`.",
         "",
         *_layers(plan),
     ]
@@ -143,8 +144,8 @@ def _opening(plan: BitPlan, name: str, described: bool) -> list[str]:
         f"# {title}, {plan.bpw:.4g} bits per weight",
         "",
         f"{len(plan.units):,} matrices of {f'`{name}`' if name else 'the source model'}, each "
-        "quantized with bits of its own by Bitknap, which solves for the least expected loss at "
-        f"a given size. Everything else is as it was.{more}",
+        "quantized by Bitknap with its own number of bits, chosen for the least expected loss at "
+        f"a given size. Everything else is unchanged.{more}",
         "",
         "## Loading",
         "",
@@ -202,11 +203,11 @@ def _losses(losses: Mapping[str, float]) -> str:
         rows.append(("perplexity", f"{losses['perplexity']:.3f}"))
     if "kl" in losses:
         error = f" ± {losses['kl_se']:.5f}" if "kl_se" in losses else ""
-        rows.append(("KL from the source, nats a token", f"{losses['kl']:.5f}{error}"))
+        rows.append(("KL from the source, nats per token", f"{losses['kl']:.5f}{error}"))
     if "top1" in losses:
         rows.append(("same most likely token", f"{100 * losses['top1']:.2f} %"))
     if not rows:
-        return "\nNot measured; `bitknap evaluate` does.\n"
+        return "\nNot measured; measure it with `bitknap evaluate`.\n"
     return "\n" + "\n".join(_table(("on held-out text", "measured"), rows)) + "\n"
 
 
@@ -223,7 +224,7 @@ def _made(plan: BitPlan) -> Iterator[str]:
         if key in header:
             yield f"- {label}: {_short(header[key])}"
     if "row_blocks" in header:
-        yield f"- runs of rows of each matrix: {_short(header['row_blocks'])}"
+        yield f"- row blocks of each matrix: {_short(header['row_blocks'])}"
     transformed = header.get("rewritten")
     if isinstance(transformed, Mapping):
         if transformed.get("rotation") is not None:

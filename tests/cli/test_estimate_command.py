@@ -293,7 +293,7 @@ def test_constant_signals_are_left_out_and_told(made, tmp_path, capsys):
     main(["estimate", str(made.model), *FAST, "--estimator", name, "-o", path])
     told = capsys.readouterr().out
     assert "exponents fitted on halves of groups: none" in told
-    assert "alike for all units, so left out: uniform" in told
+    assert "the same for all units, so left out: uniform" in told
 
 
 def test_routers(made, large, tmp_path, capsys, refused):

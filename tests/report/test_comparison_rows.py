@@ -61,13 +61,13 @@ def test_sentences_say_what_is_not_significant(document):
     assert said == [
         "17 strategies at 2bpw, 2.5bpw and 3bpw, at equal bytes, measured on 8,192 tokens that "
         "calibration did not see.",
-        "Against the best uniform recipe of each budget: KL of ours is 0.741 times theirs in "
-        "geometric mean; ours is lower at 2bpw, 2.5bpw and 3bpw.",
-        "Against the best published rule of each budget: KL of ours is 0.763 times theirs in "
-        "geometric mean; ours is lower at 2bpw, 2.5bpw and 3bpw.",
-        "No strategy is lower than ours by more than 2 standard errors.",
-        "Not significant, within 2 standard errors of ours: calibrated, knapsack at 2bpw, 2.5bpw "
-        "and 3bpw.",
+        "Against the best uniform recipe of each budget, Bitknap's KL is 0.741 times as high in "
+        "geometric mean; it is lower at 2bpw, 2.5bpw and 3bpw.",
+        "Against the best published rule of each budget, Bitknap's KL is 0.763 times as high in "
+        "geometric mean; it is lower at 2bpw, 2.5bpw and 3bpw.",
+        "No strategy has a KL lower than Bitknap's by more than 2 standard errors.",
+        "Not significantly different, within 2 standard errors of Bitknap: calibrated, knapsack at "
+        "2bpw, 2.5bpw and 3bpw.",
         "Refinement changed KL: at 2bpw −0.0038 ± 0.0025 (not significant), at 2.5bpw −0.0019 ± "
         "0.0013 (not significant), at 3bpw −0.00094 ± 0.00063 (not significant).",
         "Not reachable, for the reason in the table: MoQa at 2bpw.",
@@ -80,10 +80,10 @@ def test_sentences_say_who_is_lower(document):
         if row["strategy"] == "best uniform":
             row["difference"] = -row["difference"]
     said = sentences(document)
-    assert any("; ours is higher at 2bpw, 2.5bpw and 3bpw." in line for line in said)
+    assert any("; it is higher at 2bpw, 2.5bpw and 3bpw." in line for line in said)
     assert (
-        "Lower than ours by more than 2 standard errors: best uniform at 2bpw, 2.5bpw and 3bpw."
-        in said
+        "KL lower than Bitknap's by more than 2 standard errors: best uniform at "
+        "2bpw, 2.5bpw and 3bpw." in said
     )
 
 

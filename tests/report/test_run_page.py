@@ -96,7 +96,7 @@ def test_a_run_of_one_row(document, plans):
     document["budgets"] = document["budgets"][:1]
     text = report(document, {"2bpw": plans["2bpw"]})
     assert "1 strategy at 2bpw" in text
-    assert "best uniform" not in text.replace("the best uniform recipe,", "")
+    assert "best uniform" not in text.replace("the best uniform recipes;", "")
 
 
 def test_rows_that_were_not_measured_say_why(document, plans):

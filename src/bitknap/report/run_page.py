@@ -50,8 +50,9 @@ def report(document: Mapping[str, Any], plans: Mapping[str, BitPlan]) -> str:
         _strategies(document, budgets),
         _figure(
             "Size against loss",
-            "Lower and further left is better. Lines join ours and the best uniform recipe, the "
-            "dotted one is what the calibrated table predicts; variants of ours are hollow.",
+            "Lower and further left is better. Lines join Bitknap's plans (ours) and the best "
+            "uniform recipes; the dotted line is what the calibrated table predicts; hollow "
+            "marks are variants of Bitknap's plans.",
             pareto(document),
             480,
         ),
@@ -84,9 +85,10 @@ def _summary(document: Mapping[str, Any]) -> str:
 def _strategies(document: Mapping[str, Any], budgets: Sequence[str]) -> str:
     tables = strategy_tables(document, budgets)
     note = (
-        "All at equal bytes, metadata counted. KL is to the original, in nats per token; ± is one "
-        "standard error. The difference is theirs − ours at their bytes, paired over the same "
-        "text; up to two standard errors it is not significant. A click on a head sorts."
+        "All at equal bytes, metadata counted. The strategy named ours is Bitknap's plan. KL is "
+        "to the original, in nats per token; ± is one standard error. The difference is the KL "
+        "of a strategy minus that of ours at the strategy's bytes, paired over the same text; up "
+        "to two standard errors it is not significant. Click a column's head to sort."
     )
     return section("Strategies", note, tables) if tables else ""
 
@@ -105,8 +107,8 @@ def _plans(plans: Mapping[str, BitPlan]) -> str:
             opened = not parts or drawing[1] <= _TALL
             parts.append(folded(budget, f"{plan.bpw:.4g} bits per weight", plot, opened=opened))
     note = (
-        "Bits per weight of every unit, scales and zeros counted: layers down, experts across. "
-        "One scale of colours for all plans."
+        "Bits per weight of every unit, scales and zero points counted: layers down, experts "
+        "across. All plans have the same colour scale."
     )
     return section("Plan", note, *parts) if parts else ""
 
@@ -134,12 +136,12 @@ def _prices(rows: Sequence[Mapping[str, Any]]) -> str:
         ]
         for row in rows
     ]
-    head = ["profile", "predicted cost", "ratio to free", "bpw", "why not"]
+    head = ["profile", "predicted cost", "ratio to free", "bpw", "reason"]
     columns = 5 if any(row[4] for row in cells) else 4
     view = table([row[:columns] for row in cells], head[:columns], numbers=(1, 2, 3))
     figure = prices(rows)
     bars = "" if figure is None else drawn(figure, "price", 90 + 36 * len(rows))
-    note = "What it costs that units share a format, as runtimes ask; at the same limits."
+    note = "What the grouping rules of runtimes cost, within the same limits."
     return section("Price of runtime profiles", note, f'<div class="wide price">{view}</div>', bars)
 
 
@@ -151,8 +153,8 @@ def _refinements(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             plot = drawn(figure, f"refine {index}", 320)
             parts.append(f"<div><h3>{escape(budget)}: {_taken(steps)}</h3>{plot}</div>")
     note = (
-        "KL of plans on calibration text, one a step. A filled mark was accepted: a paired "
-        "test supports it."
+        "KL of the measured plans on calibration text, one plan per step. Filled marks are plans "
+        "that a paired test supports; they were accepted."
     )
     grid = f'<div class="grid">{"".join(parts)}</div>'
     return section("Refinement", note, grid) if parts else ""
@@ -169,7 +171,7 @@ def _taken(steps: Sequence[Mapping[str, Any]]) -> str:
 def _claims(rows: Sequence[Mapping[str, Any]]) -> str:
     keys = ("claim", "source", "verdict", "figures")
     cells = [[str(row.get(key) or "–") for key in keys] for row in rows]
-    note = "What the founding papers say, measured again on this model."
+    note = "Claims of the papers that Bitknap builds on, measured again on this model."
     return (
         section("Claims", note, f'<div class="wide claims">{table(cells, keys)}</div>')
         if rows

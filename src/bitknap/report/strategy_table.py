@@ -12,7 +12,7 @@ from bitknap.report.html import folded
 
 # Name of each column, its sort key, and its meaning.
 _COLUMNS = (
-    ("strategy", "strategy", "ours first, then by KL"),
+    ("strategy", "strategy", '"ours" is Bitknap\'s plan and comes first, the others by KL'),
     ("group", "group", ""),
     ("source", "source", "where the rule is from"),
     ("bytes", "bytes", "of all units, scales and zeros counted"),
@@ -23,9 +23,10 @@ _COLUMNS = (
     (
         "difference",
         "difference",
-        "of KL, theirs − ours at their bytes, paired, ± one standard error",
+        "of KL, that of the strategy minus that of ours at the strategy's bytes, paired, ± one "
+        "standard error",
     ),
-    ("ratio", "ratio", "of KL, theirs / ours at their bytes"),
+    ("ratio", "ratio", "of KL, that of the strategy over that of ours at the strategy's bytes"),
     ("rank", "rank", "by KL, mean over domains; 1 is best"),
     ("measured", "measurements", "measurements that the strategy needed"),
 )

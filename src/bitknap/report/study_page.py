@@ -55,23 +55,24 @@ def _plots(study: Study) -> Iterator[tuple[str, str, Any]]:
     if both:
         yield (
             "Size against loss",
-            "Plans that no other one beats in both are the front.",
+            "The front holds the plans that no other plan beats in both size and loss.",
             draw.plot_pareto_front(trials, target_names=["bytes of the units", "measured loss"]),
         )
     else:
         # Given no target, Optuna also draws the best value so far.
         history = draw.plot_optimization_history(trials, target_name="measured loss")
-        yield "History", "Trial 0 turns nothing.", history
+        yield "History", "Trial 0 is the plan of the unchanged table.", history
     yield (
         "Predicted and measured",
-        "The table's sum against what the model lost; a straight line would need no study.",
+        "Sum of the table's costs against the measured loss. If they lay on a straight line, no "
+        "study would be needed.",
         _predicted(complete),
     )
     if len({record.loss for record in complete}) < 2:
         return
     importances = _importances(trials, of)
     names = list(importances)[:_MOST] or sorted(complete[0].params)[:_MOST]
-    some = f"The {len(names)} that matter most of {len(complete[0].params)}."
+    some = f"The {len(names)} most important of {len(complete[0].params)} parameters."
     if importances:
         figure = draw.plot_param_importances(trials, params=names, **of)
         yield "Importance of parameters", f"PED-ANOVA. {some}", figure
@@ -79,7 +80,7 @@ def _plots(study: Study) -> Iterator[tuple[str, str, Any]]:
         yield "Parameters one by one", some, draw.plot_slice(trials, params=names, **of)
         figure = draw.plot_parallel_coordinate(trials, params=names, **of)
         yield "Parameters together", some, figure
-    yield "Distribution", "Share of trials up to a loss.", draw.plot_edf(trials, **of)
+    yield "Distribution", "Share of trials whose loss is at most x.", draw.plot_edf(trials, **of)
 
 
 def _loss_of(trial: optuna.trial.FrozenTrial) -> float:
@@ -142,7 +143,7 @@ def _leaders(study: Study) -> str:
     else:
         best = sorted(complete, key=lambda record: (record.loss, record.number))[:1]
         first = [record for record in complete[:1] if record not in best]
-        rows, heading = [*best, *first], "Best, and the first"
+        rows, heading = [*best, *first], "Best and first trial"
     if not rows:
         return ""
     cells = [

@@ -22,8 +22,8 @@ from bitknap.report.comparison_rows import (
 from bitknap.report.strategy_table import plus_minus
 
 _WORDS = {
-    "higher": "ours is lower",
-    "lower": "ours is higher",
+    "higher": "Bitknap is lower",
+    "lower": "Bitknap is higher",
     "alike": "not significant",
     "": "not compared",
 }
@@ -75,7 +75,7 @@ def sentences(document: Mapping[str, Any]) -> list[str]:
 
 def verdict_table(document: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     """Return head and rows: Bitknap against the best of each kind at every budget."""
-    head = ["budget", "against", "", "KL, theirs", "KL, ours", "ratio", "difference", ""]
+    head = ["budget", "against", "", "KL", "KL, Bitknap", "ratio", "difference", ""]
     rows = []
     for one in verdicts(document):
         mine = one.ours or {}
@@ -113,7 +113,7 @@ def _against(document: Mapping[str, Any], role: str, kind: str) -> list[str]:
         return []
     ratios = [number(one.row, "ratio") for one in known]
     mean = geometric_mean(1 / ratio for ratio in ratios if ratio is not None and ratio > 0)
-    figure = f": KL of ours is {mean:.3f} times theirs in geometric mean" if mean else ""
+    figure = f"is {mean:.3f} times as high in geometric mean; it is" if mean else "is"
     counts = []
     for word, said in (
         ("higher", "lower"),
@@ -123,7 +123,8 @@ def _against(document: Mapping[str, Any], role: str, kind: str) -> list[str]:
         where = [one.budget for one in known if one.word == word]
         if where:
             counts.append(f"{said} at {_and(where)}")
-    return [f"Against the best {kind} of each budget{figure}; ours is {'; '.join(counts)}."]
+    against = f"Against the best {kind} of each budget, Bitknap's KL"
+    return [f"{against} {figure} {'; '.join(counts)}."]
 
 
 def _better(document: Mapping[str, Any]) -> list[str]:
@@ -131,14 +132,14 @@ def _better(document: Mapping[str, Any]) -> list[str]:
     known = any(standing(row) for row in rows_of(document) if row.get("group") != OURS)
     if not known:
         return []
-    which = f"lower than ours by more than {ERRORS:g} standard errors"
+    which = f"lower than Bitknap's by more than {ERRORS:g} standard errors"
     rows = _others(document, "lower")
-    return [f"{which.capitalize()}: {_who(rows)}." if rows else f"No strategy is {which}."]
+    return [f"KL {which}: {_who(rows)}." if rows else f"No strategy has a KL {which}."]
 
 
 def _alike(document: Mapping[str, Any]) -> list[str]:
     rows = _others(document, "alike")
-    many = f"Not significant, within {ERRORS:g} standard errors of ours"
+    many = f"Not significantly different, within {ERRORS:g} standard errors of Bitknap"
     return [f"{many}: {_who(rows)}."] if rows else []
 
 

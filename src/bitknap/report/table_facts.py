@@ -55,7 +55,10 @@ def notes(table: CostTable) -> str:
 def few_tokens_note(few: Sequence[Sequence[Any]]) -> str:
     """Return a line on matrices with too few tokens for their rounding method."""
     named = _some([f"{layer}/{expert} {name} ({seen})" for layer, expert, name, seen in few])
-    return f"few tokens for their width, rounded nearly to nearest: layer/expert (tokens) {named}"
+    return (
+        "too few tokens for their width, so rounded almost to nearest: layer/expert (tokens) "
+        f"{named}"
+    )
 
 
 def left_out_note(left: Mapping[str, Sequence[str]]) -> str:
@@ -99,7 +102,11 @@ def _experts(said: Mapping[str, Any]) -> list[str]:
 
 def _repaired(said: Mapping[str, Any]) -> list[str]:
     count = said.get("repaired")
-    return [f"{count:,} costs rose with the width and were pooled"] if count else []
+    return (
+        [f"{count:,} costs that rose with the width were averaged with their neighbours"]
+        if count
+        else []
+    )
 
 
 def _rewritten(said: Mapping[str, Any]) -> list[str]:
@@ -134,7 +141,7 @@ def _proxies(said: Mapping[str, Any]) -> list[str]:
     exponents = ", ".join(f"{name} {value:.3g}" for name, value in fitted.items())
     lines = [f"exponents fitted on halves of groups: {exponents or 'none'}"]
     if dropped:
-        lines.append(f"alike for all units, so left out: {', '.join(dropped)}")
+        lines.append(f"the same for all units, so left out: {', '.join(dropped)}")
     return [*lines, *([str(proxies["note"])] if proxies.get("note") else [])]
 
 

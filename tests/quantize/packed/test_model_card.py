@@ -42,7 +42,7 @@ def test_what_a_card_says():
         "| quantized weights | 1,234,567 | 1.177 MiB |",
         "| source | 1,073,741,824 | 1 GiB |",
         "| perplexity | 12.346 |",
-        "| KL from the source, nats a token | 0.01230 ± 0.00040 |",
+        "| KL from the source, nats per token | 0.01230 ± 0.00040 |",
         "| same most likely token | 91.20 % |",
         "- solver: knapsack\n- grouping rule: expert\n- costs estimated by: fisher\n",
         "- rounding: rtn\n",
@@ -80,7 +80,7 @@ def test_a_card_says_neither_when_nor_where(tmp_path):
     assert not re.search(r"\b20\d\d-\d\d", texts[0])
     assert "base_model:" not in texts[0]
     assert "SOURCE_README" not in texts[0]
-    assert "Not measured; `bitknap evaluate` does." in texts[0]
+    assert "Not measured; measure it with `bitknap evaluate`." in texts[0]
 
 
 def test_it_stays_small():
