@@ -170,7 +170,7 @@ def _held_out(
     }
     if len(texts) < len(options.evaluation):
         raise InputError(
-            f"--evaluation-text: {', '.join(options.evaluation)} has a name twice; give each "
+            f"--evaluation-text: {', '.join(options.evaluation)}: a name appears twice; give each "
             "domain a file of its own name"
         )
     if BUILTIN in texts:

@@ -100,8 +100,8 @@ def measure(out: Path, asked: Asked, say: Callable[[str], None]) -> None:
     ]
     if not chosen:
         raise InputError(
-            f"--cases {asked.only!r}: in the name of no case of these batches; write such as "
-            "'Mixtral-8x7B 4'"
+            f"--cases {asked.only!r}: no case of these batches has this in its name; write for "
+            "example 'Mixtral-8x7B 4'"
         )
     if asked.processes:
         from bitknap.benchmarks.kernels.compile_cases import compile_all

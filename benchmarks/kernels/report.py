@@ -172,9 +172,9 @@ def _head(document: Mapping[str, Any]) -> Iterator[str]:
     about, ceilings = document.get("about"), document.get("ceilings", {})
     if about is None:
         yield (
-            "**No GPU was at hand: no kernel was timed on one, and no figure is better than a "
-            "guessed one.** On a GPU `python -m bitknap.benchmarks.kernels -o benchmarks/results` "
-            "fills this page in. What is measured below is the path of a machine without one."
+            "**No GPU was available, so no kernel was timed on one and the figures for GPUs are "
+            "missing.** On a GPU, `python -m bitknap.benchmarks.kernels -o benchmarks/results` "
+            "fills in this page. What is measured below is the path of a machine without a GPU."
         )
         return
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
@@ -184,7 +184,7 @@ def _head(document: Mapping[str, Any]) -> Iterator[str]:
         yield about["note"]
         yield ""
     if document.get("toy"):
-        yield "**A toy run: it shows that everything runs, and nothing of speed.**"
+        yield "**A toy run: it shows that everything runs, but not how fast.**"
         yield ""
     yield (
         f"Measured in the same run: {ceilings['read'] / 1e9:,.1f} GB/s read, "
@@ -233,7 +233,7 @@ def _price(rows: Sequence[Row]) -> Iterator[str]:
     }
     if ratios:
         said = ", ".join(f"{ratio:.2f} at {batch}" for batch, ratio in sorted(ratios.items()))
-        yield from ("", f"Gate and up at widths of their own, times the tied mix: {said}.")
+        yield from ("", f"Gate and up at different widths, in multiples of the tied mix: {said}.")
 
 
 def _cell(row: Row | None) -> str:

@@ -142,9 +142,11 @@ def fewer_measurements(profiling: Mapping[str, Any], model: str) -> dict[str, An
         "source": "FRI-MxMoE",
         "verdict": verdict,
         "figures": {},
-        "also": f"KL over dense profiling, mean of budgets and draws: as published "
-        f"{100 * published:+.0f} %; {best} {100 * means[best]:+.1f} %, which is what the base of "
-        "group readings knows",
+        "also": (
+            "KL over dense profiling, mean of budgets and draws: as published "
+            f"{100 * published:+.0f} %; {best} {100 * means[best]:+.1f} %, which the base "
+            "of group readings already reaches"
+        ),
     }
 
 
@@ -221,11 +223,12 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = [
         "# Claims of the founding papers, at this scale",
         "",
-        "Two small trained models, so: a lead, not a law. Ranks are within layers, over experts "
-        "that saw tokens, and decide where the mean over layers is two standard deviations of "
-        "chance from 0; plans decide by the budgets at which paired differences on unseen text "
-        "are two standard errors from 0. Formats int1 to int4 in whole rows, rounding to nearest, "
-        f"{document['tokens']:,} calibration and {document['judged']:,} other tokens.",
+        "Two small trained models, so this is an indication, not a law. Ranks are within layers, "
+        "over experts that saw tokens; a claim on ranks is decided where the mean over layers is "
+        "two standard deviations of chance from 0. A claim on plans is decided by the budgets at "
+        "which paired differences on unseen text are two standard errors from 0. Formats int1 to "
+        f"int4 in whole rows, rounding to nearest, {document['tokens']:,} calibration and "
+        f"{document['judged']:,} other tokens.",
         "",
         *claims_table(list(document["models"].values())),
         "",

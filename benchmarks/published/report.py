@@ -11,21 +11,23 @@ from bitknap.estimators.published import COMMON, RULES
 
 _SURE = 2.0
 _INTRODUCTION = """\
-# Published rules beside ours
+# Published rules beside Bitknap
 
-Each rule plans with its own costs, its own ties and its own allocator; ours is
+Each rule plans with its own costs, its own ties and its own allocator. Bitknap plans with
 `Calibrated(base=Fisher(space="output"))`, exact knapsack, profile `gate_eq_up`, at the bytes of
-the rule's plan or less. Same weights, same rounding (RTN), same formats for all (int1 to int4,
-whole rows, symmetric; MC-MoE, GEMQ and Chowdhury et al. take three widths, as published). A rule
-with a byte limit gets the budget; of any other the knob is scanned for the largest plan within
-it. Metadata counts, so 2.0 bits per weight hold codes of about 1.92.
+the rule's plan or less. All have the same weights, the same rounding (RTN) and the same formats
+(int1 to int4, whole rows, symmetric; MC-MoE, GEMQ and Chowdhury et al. take three widths, as
+published). A rule with a byte limit gets the budget; for any other rule, its knob is scanned for
+the largest plan within the budget. Metadata counts, so 2.0 bits per weight hold codes of about
+1.92 bits.
 
-KL to the original in nats a token, on text that neither rules nor ours saw; the difference is
-theirs minus ours, paired by windows, ± one standard error. Ratio: theirs over ours, so above 1
-ours is better. **Bold**: more than two standard errors from equal.
+KL to the original in nats per token, on text that no plan was made with. The difference is the
+rule's KL minus Bitknap's, paired by windows, ± one standard error. The ratio is the rule's KL over
+Bitknap's: above 1, Bitknap is better. **Bold**: more than two standard errors from equal.
 
 The uniform recipe is the best of all group sizes, zero points and metadata, pure or mixed, chosen
-on the judge's own text. What differs from the papers, in the rules' favour or for want of the data:
+on the judge's own text. What differs from the papers, in favour of the rules or because data is
+missing:
 
 {differences}
 """
@@ -62,18 +64,18 @@ def geometric_mean(rows: Sequence[Mapping[str, Any]]) -> float:
 def _model(model: Mapping[str, Any]) -> list[str]:
     lines = [
         f"\n## reference:{model['model']}\n",
-        f"{model['units']} units; calibrated on {model['tokens']:,} tokens, ours with "
+        f"{model['units']} units; calibrated on {model['tokens']:,} tokens, Bitknap with "
         f"{model['measurements']} KL readings; judged on {model['judged_on']:,} other tokens.",
         "",
     ]
-    head = ["rule", "budget", "its bpw", "knob", "KL", "ours", "theirs − ours", "ratio"]
+    head = ["rule", "budget", "its bpw", "knob", "KL", "Bitknap", "rule − Bitknap", "ratio"]
     lines += _table(head, [_line(row) for row in model["rows"]])
     behind = [
         row for row in model["rows"] if row["bytes"] and not (row["difference"] > 0 and _sure(row))
     ]
     if not behind:
-        return [*lines, "", "Ours is better everywhere, by more than two standard errors."]
-    lines += ["", "Where ours is not better by two standard errors, and why:", ""]
+        return [*lines, "", "Bitknap is better everywhere, by more than two standard errors."]
+    lines += ["", "Where Bitknap is not better by two standard errors, and why:", ""]
     return lines + [
         f"- {row['rule']} at {row['budget']} bpw, ratio {row['ratio']:.3f}: {why(row)}"
         for row in behind
@@ -101,29 +103,29 @@ def _sure(row: Mapping[str, Any]) -> bool:
 
 
 def why(row: Mapping[str, Any]) -> str:
-    """Return why our plan is not better in a row, from the measurements."""
+    """Return why Bitknap's plan is not better in a row, from the measurements."""
     if row["difference"] == 0:
-        return "the two plans round the model alike."
+        return "the two plans round the model identically."
     if not _sure(row):
-        return "less than two standard errors apart, which decides nothing."
+        return "the plans are less than two standard errors apart, which decides nothing."
     free = row["ours_free_kl"]
     if free < row["kl"]:
         return (
-            "the price of gate = up, which ours keeps: without that tie ours has "
-            f"{free:.4f} against {row['kl']:.4f}."
+            "Bitknap's plan is tied (gate = up) and the rule's is not: without the tie Bitknap "
+            f"has {free:.4f} against {row['kl']:.4f}."
         )
     if row["predicted"] is None:
-        return "it chooses among grids or rows that ours was not given."
+        return "it chooses among grids or rows that Bitknap was not given."
     if row["predicted"] < row["ours_predicted"]:
         return (
-            f"our costs prefer its plan too ({row['predicted']:.4f} against "
-            f"{row['ours_predicted']:.4f} nats), but gate = up forbids it, and losses that do not "
-            "add up do the rest."
+            f"Bitknap's costs prefer the rule's plan too ({row['predicted']:.4f} against "
+            f"{row['ours_predicted']:.4f} nats), but gate = up forbids it; and losses do not add "
+            "up exactly."
         )
     return (
-        f"our costs put its plan at {row['predicted']:.4f} nats and ours at "
-        f"{row['ours_predicted']:.4f}; the true {row['kl']:.4f} and {row['ours_kl']:.4f} turn that "
-        "round, so costs misjudge units or do not add up here."
+        f"Bitknap's costs predict {row['predicted']:.4f} nats for the rule's plan and "
+        f"{row['ours_predicted']:.4f} for Bitknap's, but {row['kl']:.4f} and {row['ours_kl']:.4f} "
+        "are measured, so the costs misjudge units or do not add up here."
     )
 
 
@@ -151,19 +153,21 @@ def _overall(models: Any) -> list[str]:
         )
     lines = [
         "\n## All budgets together\n",
-        "Geometric mean of the ratio theirs over ours, and at how many budgets ours is better "
-        "(in brackets: by more than two standard errors).",
+        "Geometric mean of the ratio of the rule's KL to Bitknap's, and at how many budgets "
+        "Bitknap is better (in brackets: by more than two standard errors).",
         "",
     ]
-    return lines + _table(["rule", "source", "knob", "ties", *columns, "all", "ours better"], body)
+    return lines + _table(
+        ["rule", "source", "knob", "ties", *columns, "all", "Bitknap better"], body
+    )
 
 
 def _claims(models: Any) -> list[str]:
     lines = [
         "\n## What papers claim\n",
-        "Ranks are within layers, over experts that saw tokens; the mean of the layers' "
-        "correlations decides when it is two standard deviations of chance from 0. Plans decide "
-        "by the budgets at which they differ by two standard errors.",
+        "Ranks are within layers, over experts that saw tokens. A claim on ranks is decided if "
+        "the mean of the layers' correlations is two standard deviations of chance from 0; a "
+        "claim on plans is decided by the budgets at which they differ by two standard errors.",
         "",
     ]
     return lines + claims_table(models)
@@ -190,7 +194,7 @@ def _figures(claim: Mapping[str, Any]) -> str:
     parts = []
     if "ratio" in known:
         parts.append(
-            f"sensitivity a weight, down over up, by layer at {known['at']}: "
+            f"sensitivity per weight, down over up, by layer at {known['at']}: "
             f"{_numbers(known['ratio'])}; mean bits at {known['budget']} bpw: down "
             f"{_numbers(known['bits_down'])}, up {_numbers(known['bits_up'])}"
         )

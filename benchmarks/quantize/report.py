@@ -122,7 +122,7 @@ def _speed(rows: Sequence[Row], profile: Mapping[str, float]) -> Iterator[str]:
         yield from _table(["way", *formats], body)
     if profile:
         shares = ", ".join(f"{name} {share:.0%}" for name, share in profile.items())
-        yield from ("", f"Where our search and packing spend their time: {shares}.")
+        yield from ("", f"Share of the time of Bitknap's search and packing: {shares}.")
 
 
 def _rate(rows: Sequence[Row], row: Row | None) -> str:

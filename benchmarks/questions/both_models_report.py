@@ -23,15 +23,15 @@ _SURE = 2.0
 _INTRODUCTION = """\
 # Strategies at equal bytes
 
-KL to the original in nats a token, on {judged:,} tokens of text that no strategy saw (a quarter
+KL to the original in nats per token, on {judged:,} tokens of text that no strategy saw (a quarter
 each of books, code, encyclopedia and speeches); ± is the standard error of a paired difference by
 a moving-block bootstrap over windows. Every plan has at most the budget's bytes, scales and zeros
-counted; one that cannot use them all is compared with ours at its bytes. Ours is calibrated (output
-Fisher × measured group gains), solved exactly, refined by measuring {evaluations} plans on
-{refined:,} tokens of calibration text, and passes a gate against the best uniform recipe there.
-Uniform recipes are chosen on the very text they are judged on. Published rules have whole rows
-without zeros to choose from, as published; `ours-rows` has no more than they. Everything is in
-`compare.MODEL.METHOD.json`; repeat it with `{command}`.
+counted; a plan that cannot use them all is compared with Bitknap's (`ours`) at its bytes. Bitknap's
+plan is calibrated (output Fisher × measured group gains), solved exactly, refined by measuring
+{evaluations} plans on {refined:,} tokens of calibration text, and passes a gate against the best
+uniform recipe there. Uniform recipes are chosen on the very text they are judged on. Published
+rules choose among whole rows without zero points, as published; `ours-rows` chooses among the
+same. Everything is in `compare.MODEL.METHOD.json`; repeat it with `{command}`.
 """
 
 
@@ -127,16 +127,16 @@ def _headline(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     mean = float(np.exp(np.mean(np.log(ratios)))) if ratios else float("nan")
     lines += [
         "",
-        f"Ours has the lowest KL, or one within a standard error of it, in {lowest} of {cells} "
-        f"cells; over the best published rule of each cell, at that rule's bytes, the geometric "
-        f"mean of its KL is {mean:.2f}.",
+        f"Bitknap has the lowest KL, or one within a standard error of the lowest, in {lowest} of "
+        f"{cells} cells. Compared with the best published rule of each cell, at that rule's "
+        f"bytes, its KL is {mean:.2f} times as high (geometric mean).",
     ]
     return lines
 
 
 def _unlike(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """Return the differences between runs: strategies, and plans that the loop measured."""
-    lines = ["", "Not the same everywhere:", ""]
+    lines = ["", "What differs between the runs:", ""]
     for name, profiles in documents.items():
         document = profiles["free"]
         plans = max(len(steps) for steps in document["refine"].values())
@@ -169,9 +169,10 @@ def _overall(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "",
         "## Every strategy",
         "",
-        "Geometric mean of its KL over ours at its bytes, over all cells that it is in; in how "
-        "many of them it is worse and better than ours by more than two standard errors; its rank "
-        "over the four domains, and KL readings on calibration text.",
+        "For each strategy: the geometric mean of its KL over that of Bitknap (ours) at the "
+        "strategy's bytes, over all cells that it is in; in how many cells it is worse and "
+        "better than Bitknap by more than two standard errors; its rank over the four domains, "
+        "and KL readings on calibration text.",
         "",
         "| strategy | kind | KL over ours | worse | better | of | rank | readings |",
         "|---|---|---|---|---|---|---|---|",
@@ -199,8 +200,8 @@ def _profiles(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "",
         "## Under a runtime's grouping rule",
         "",
-        "KL of ours where units must share a format as the profile says, and of the best uniform "
-        "recipe.",
+        "KL of Bitknap's plan where units must share a format as the profile says, and of the "
+        "best uniform recipe.",
         "",
         f"| model, rounding | bpw | {' | '.join(names)} | uniform |",
         "|---|---|" + "---|" * (len(names) + 1),
@@ -220,7 +221,8 @@ def _loops(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "",
         "## What refining gained",
         "",
-        "On the calibration text that plans were measured on, and on the text that nothing saw.",
+        "Measured on the calibration text that the plans were chosen on, and on text that "
+        "nothing saw.",
         "",
         "| model, rounding | bpw | plans | accepted | KL there: before → after | KL unseen: before "
         "→ after | before − after | gate against uniform |",
@@ -245,7 +247,7 @@ def _alike(documents: Mapping[str, Mapping[str, Any]]) -> list[str]:
         "",
         "## What is not significant",
         "",
-        "Strategies that two standard errors do not tell from ours, by cell:",
+        "Strategies that are within two standard errors of Bitknap, by cell:",
         "",
     ]
     for name, budget, rows in _cells(documents):

@@ -29,9 +29,9 @@ from bitknap.quantization.stacks.apply import applied
 
 _LEAST = Format.parse("int1-row-sym")
 EXPLANATION = (
-    "Experts that saw no token of the calibration text go to 1 bit, all others share one format "
-    "(or a round robin of two widths of it) at the same total bytes. What is left between that "
-    "and ours is what choosing bits among working experts is worth."
+    "Experts that saw no token of the calibration text go to 1 bit; all others share one format "
+    "(or alternate between two widths of it) at the same total bytes. The remaining difference "
+    "to Bitknap is what choosing bits among working experts is worth."
 )
 
 

@@ -98,13 +98,13 @@ def markdown(document: Mapping[str, Any]) -> str:
     lines = [
         "# Refining against evolution",
         "",
-        f"KL to the original in nats a token on the {_TOKENS:,} calibration tokens that all plans "
-        f"were measured on, and on {document['judged']:,} tokens that nothing saw; ± is the "
-        "standard error of the paired difference (block bootstrap). The plans of ours include the "
-        f"group readings that its table took. Evolution measures {THEIRS} plans, the first quarter "
-        "of the text for all and the rest for the best quarter of a generation; as published it "
-        "chooses among widths of whole rows, from a nearly uniform plan. Rounding to nearest, "
-        "profile free.",
+        f"KL to the original in nats per token on the {_TOKENS:,} calibration tokens that all "
+        f"plans were measured on, and on {document['judged']:,} tokens that nothing saw; ± is the "
+        "standard error of the paired difference (block bootstrap). The number of Bitknap's "
+        f"plans includes the group readings that its table took. Evolution measures {THEIRS} "
+        "plans: all on the first quarter of the text, and the best quarter of each generation on "
+        "the rest. As published, it chooses among widths of whole rows, from a nearly uniform "
+        "plan. Rounding to nearest, profile free.",
         "",
         "| model | bpw | way | plans measured | seen text | unseen text | − ours | seconds |",
         "|---|---|---|---|---|---|---|---|",
@@ -116,7 +116,7 @@ def markdown(document: Mapping[str, Any]) -> str:
             f"{row['seen']:.5f} | {row['kl']:.5f} | {row['difference']:+.5f} ± "
             f"{row['difference_se']:.5f} | {seconds} |"
         )
-    return "\n".join([*lines, "", "One CPU thread of two, other work beside it.", ""])
+    return "\n".join([*lines, "", "One CPU thread of two; other work was running beside it.", ""])
 
 
 def main() -> None:

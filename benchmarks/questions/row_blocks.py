@@ -85,12 +85,12 @@ def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [
         "# Row blocks, sorted neurons, rotation",
         "",
-        f"KL to the original in nats per token on {about['tokens']:,} tokens of held-out text; "
-        "± is the standard error over windows, of the paired difference to the plain plan in its "
-        "own column. Blocks cut every expert matrix into 4 runs of rows with a format each "
-        "(`--row-blocks 4`); sorted ones put neurons of like sensitivity together first "
-        "(`--permute`); rotated is a random Hadamard transform of the residual stream "
-        "(`--rotate`), without blocks.",
+        f"KL to the original in nats per token on {about['tokens']:,} tokens of held-out text; ± "
+        "is the standard error over windows, of the paired difference to the plain plan in its "
+        'own column. "Blocks": every expert matrix is cut into 4 blocks of rows, each with its '
+        'own format (`--row-blocks 4`). "Sorted": neurons of similar sensitivity are put '
+        'together first (`--permute`). "Rotated": the residual stream is rotated by a random '
+        "Hadamard transform (`--rotate`), without blocks.",
         "",
         f"torch {about['torch']}, {about['device']}, calibration on "
         f"{about['calibration_tokens']:,} tokens, profile gate_eq_up, rounding to nearest; formats "

@@ -87,12 +87,12 @@ def rounding_rate(name: str) -> float:
 
 def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     lines = [
-        "# Ours against the best uniform recipe",
+        "# Bitknap against the best uniform recipe",
         "",
-        f"KL to the original in nats per token on {about['tokens']:,} tokens of held-out text; "
-        "± is the standard error over windows, of the paired difference in its own column. "
-        "The uniform recipe is the best of all widths, group sizes, zero points and metadata, "
-        "pure or mixed round robin, chosen on this very text, at our bytes or more.",
+        f"KL to the original in nats per token on {about['tokens']:,} tokens of held-out text; ± "
+        "is the standard error over windows, of the paired difference in its own column. The "
+        "uniform recipe is the best of all widths, group sizes, zero points and metadata, pure "
+        "or mixed round robin, chosen on this very text, at the bytes of Bitknap's plan or more.",
         "",
         f"torch {about['torch']}, {about['device']}, calibration on "
         f"{about['calibration_tokens']:,} tokens, profile gate_eq_up. "

@@ -12,20 +12,30 @@ _PACKAGES = ("bitknap", "numpy", "optuna", "safetensors", "tokenizers", "torch",
 # Kinds of faults of damaged inputs; kills and full disks have lost work alone.
 KINDS = ("loss", "traceback", "hang", "memory", "outside", "crash", "words")
 _SAID = {
-    "kill": "Killed at a random moment (half of them at a random call on the file system), then "
-    "repeated. Lost: anything beside the output changed, the repeated run failed, its result is "
-    "not that of a run nobody killed to the byte, or something is left over.",
-    "disk": "A disk with a random number of free pages, or a limit on the bytes of a file. Lost: "
-    "anything beside the output changed, a half-written result, more than one line of error, or "
-    "another result once there is room.",
-    "malformed": "Sound files damaged at random, read by a command. `crash` is a status other than "
-    "0 and 2, `words` an error that is not exactly one line; a hang is 5 s of the processor, "
-    "memory 1 GiB, and outside a file that is not the output.",
-    "circumstances": "Two processes that write one output; a clock that goes backwards, and files "
-    "of the future; a source on a read-only disk, or behind links; the locale C; names with "
-    "spaces, new lines, other scripts, a leading dash, bytes that are no text, 220 characters. "
-    "Lost: anything beside the output changed, the result is not the ordinary one, or more than "
-    "one line of error.",
+    "kill": (
+        "The process is killed at a random moment (half of the cases: at a random file-system "
+        "call), and the command is repeated. Lost: anything beside the output changed, the "
+        "repeated run failed, its result differs in any byte from that of a run that was not "
+        "killed, or something is left over."
+    ),
+    "disk": (
+        "The disk has a random number of free pages, or the bytes of a file are limited. Lost: "
+        "anything beside the output changed, a result is half-written, there is more than one "
+        "line of error, or the result differs once there is room."
+    ),
+    "malformed": (
+        "Valid files are damaged at random and read by a command. `crash` is an exit status "
+        "other than 0 and 2; `words` is an error that is not exactly one line; `hang` is more "
+        "than 5 s of processor time; `memory` is more than 1 GiB; `outside` is a changed file "
+        "that is not the output."
+    ),
+    "circumstances": (
+        "Two processes write one output; the clock goes backwards, or files are from the future; "
+        "the source is on a read-only disk, or behind links; the locale is C; names have spaces, "
+        "new lines, other scripts, a leading dash, bytes that are not text, or 220 characters. "
+        "Lost: anything beside the output changed, the result differs from the ordinary one, or "
+        "there is more than one line of error."
+    ),
 }
 
 
@@ -68,12 +78,13 @@ def markdown(document: dict[str, Any]) -> str:
         "# Nothing is lost",
         "",
         f"`python -m bitknap.benchmarks.robustness -o DIR --seed {facts['seed']}`; {versions}; "
-        f"{facts['system']}, {facts['cores']} cores. Every number but cases should be 0.",
+        f"{facts['system']}, {facts['cores']} cores. Every number except those of cases should be "
+        "0.",
     ]
     for name, groups in document["parts"].items():
         lines += ["", f"## {name}", "", _SAID[name], "", *_table(groups)]
     if document["faults"]:
-        lines += ["", "## Faults", "", "In full in `robustness.json`.", ""]
+        lines += ["", "## Faults", "", "Complete in `robustness.json`.", ""]
         lines += [f"- {_line(fault)}" for fault in document["faults"][:50]]
     return "\n".join([*lines, ""])
 

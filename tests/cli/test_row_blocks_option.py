@@ -122,7 +122,7 @@ def test_a_model_that_cannot_be_rotated_leaves_nothing(saved, tmp_path, refused)
     )
 
 
-def test_plans_of_twins_are_refused_elsewhere(made, saved, tmp_path, refused):
+def test_plans_of_transformed_models_are_refused_elsewhere(made, saved, tmp_path, refused):
     table, plan = tmp_path / "t.safetensors", tmp_path / "p.json"
     main(["estimate", str(made.model), *FAST, "--rotate", "-o", str(table)])
     main(["solve", str(table), "--budget", "4bpw", "-o", str(plan)])
@@ -134,7 +134,7 @@ def test_plans_of_twins_are_refused_elsewhere(made, saved, tmp_path, refused):
         bitknap.quantize(other, BitPlan.load(made.plan), tmp_path / "out")
     origin = Checkpoint.open(made.model)
     header = {**known.header, "rewritten": {**known.header["rewritten"], "rotation": 8}}
-    with pytest.raises(MismatchError, match="its rewritten makes"):
+    with pytest.raises(MismatchError, match="its rewritten turns"):
         planned(origin, header, known.model, tmp_path / "twin")
     header["rewritten"] = {**known.header["rewritten"], "rotation": "much"}
     with pytest.raises(FileError, match="not a seed"):

@@ -137,7 +137,9 @@ def test_bad_input_is_refused_in_one_line(change, message):
 
 def test_parts_must_belong_together():
     mixed, other = made_up_experts(MIXED, H, INNER), made_up_experts(MIXED[:3], H, INNER)
-    with pytest.raises(InputError, match=r"down projections \(3, 96, 160\): up's \(5, 160, 96\)"):
+    with pytest.raises(
+        InputError, match=r"down projections \(3, 96, 160\): with up's \(5, 160, 96\)"
+    ):
         Experts(up=mixed.up, down=other.down, activation="silu")
     with pytest.raises(InputError, match=r"gate projections \(5, 96, 160\): up's"):
         Experts(gate=mixed.down, up=mixed.up, down=mixed.down, activation="silu")

@@ -79,7 +79,7 @@ def test_without_a_gpu_nothing_is_made_up(tmp_path, monkeypatch, capsys):
         kernels.main(["-o", str(tmp_path)])
     assert exit.value.code == 2
     assert "torch sees no GPU; pass --cpu" in capsys.readouterr().err
-    assert "No GPU was at hand" in markdown({})
+    assert "No GPU was available" in markdown({})
     assert {verdict for _, _, verdict in targets({})} == {"not measured"}
 
 
@@ -167,7 +167,7 @@ def test_verdicts():
     }
     page = markdown(document)
     assert "| ours, 4, 128 | 125.0 (80%) |" in page
-    assert "Gate and up at widths of their own, times the tied mix: 1.25 at 16." in page
+    assert "Gate and up at different widths, in multiples of the tied mix: 1.25 at 16." in page
 
 
 def test_the_roof_is_drawn(tmp_path):

@@ -187,10 +187,10 @@ def row(**changed):
 
 def test_reasons():
     assert "two standard errors" in why(row(difference_se=0.01))
-    assert "round the model alike" in why(row(difference=0.0))
-    assert "price of gate = up" in why(row(ours_free_kl=0.08))
+    assert "round the model identically" in why(row(difference=0.0))
+    assert "is tied (gate = up)" in why(row(ours_free_kl=0.08))
     assert "was not given" in why(row(predicted=None))
-    assert "prefer its plan too" in why(row(predicted=0.03))
+    assert "prefer the rule's plan too" in why(row(predicted=0.03))
     assert "misjudge units" in why(row())
 
 

@@ -92,7 +92,7 @@ def test_the_report_has_ratios_and_differences():
     assert "| hqq package | not installed |" in text
     assert "| ours: gptq | 0.10300 |" in text
     assert "| hqq package | 0.10800 (-0.00200 ± 0.00100) |" in text
-    assert "spend their time: mul 25%, div 10%." in text
+    assert "Bitknap's search and packing: mul 25%, div 10%." in text
     assert "| quantize | 12 | 1.50 |" in text
 
 

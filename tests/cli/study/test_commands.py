@@ -148,7 +148,7 @@ def test_a_front(table, journal, tmp_path, capsys):
     out = tmp_path / "plan.json"
     best = ("study", "best", "s", "--storage", journal, "-o", out)
     assert refused(capsys, *best) == (
-        "the study has plans of several sizes; choose one with --budget"
+        "the study has plans of several sizes; choose one with --budget, such as 3bpw"
     )
     row = document(capsys, *best, "--budget", "5bpw")["best"]
     assert BitPlan.load(out).total_bytes == row["nbytes"] <= 5 / 8 * 16 * 16 * 12
