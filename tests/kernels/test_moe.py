@@ -141,7 +141,7 @@ def test_parts_must_belong_together():
         InputError, match=r"down projections \(3, 96, 160\): with up's \(5, 160, 96\)"
     ):
         Experts(up=mixed.up, down=other.down, activation="silu")
-    with pytest.raises(InputError, match=r"gate projections \(5, 96, 160\): up's"):
+    with pytest.raises(InputError, match=r"gate projections \(5, 96, 160\): with up's"):
         Experts(gate=mixed.down, up=mixed.up, down=mixed.down, activation="silu")
     with pytest.raises(InputError, match=r"up_bias \(5, 96\): must be \(5, 160\)"):
         Experts(up=mixed.up, down=mixed.down, activation="silu", up_bias=torch.zeros(E, H))
