@@ -91,7 +91,7 @@ def _mapped(nbytes: int, folder: Path | None) -> mmap.mmap:
     """Return the memory of a new file of zeros that has no name."""
     where = folder or Path(tempfile.gettempdir())
     with (
-        _told(where, nbytes, "set TMPDIR to a folder on another disk", "set TMPDIR"),
+        _disk_errors(where, nbytes, "set TMPDIR to a folder on another disk", "set TMPDIR"),
         tempfile.TemporaryFile(dir=where) as file,
     ):
         _take_room(file.fileno(), nbytes)
@@ -101,7 +101,7 @@ def _mapped(nbytes: int, folder: Path | None) -> mmap.mmap:
 def _named(path: Path, nbytes: int) -> mmap.mmap:
     """Return the memory of a file of zeros."""
     other = "choose another output"
-    with _told(path.parent, nbytes, other, other):
+    with _disk_errors(path.parent, nbytes, other, other):
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w+b") as file:
             _take_room(file.fileno(), nbytes)
@@ -109,7 +109,7 @@ def _named(path: Path, nbytes: int) -> mmap.mmap:
 
 
 @contextlib.contextmanager
-def _told(where: Path, nbytes: int, full: str, closed: str) -> Iterator[None]:
+def _disk_errors(where: Path, nbytes: int, full: str, closed: str) -> Iterator[None]:
     """Add a remedy to the block's errors about a full disk or an unwritable folder."""
     try:
         yield

@@ -32,7 +32,7 @@ class Cache:
         # A heap of (number of requests when last checked, tie breaker, key).
         self._coldest: list[tuple[int, int, Hashable]] = []
         self._serial = count()
-        self._told: set[str] = set()
+        self._logged: set[str] = set()
 
     def get(self, key: Hashable) -> Tensor | None:
         """Return a matrix if it is kept; callers must not write to it."""
@@ -75,6 +75,6 @@ class Cache:
 
     def tell(self, what: str) -> bool:
         """Return whether a message is new: modules that share a cache log each message once."""
-        news = what not in self._told
-        self._told.add(what)
+        news = what not in self._logged
+        self._logged.add(what)
         return news

@@ -279,7 +279,7 @@ def fingerprint(folder):
     return Checkpoint.open(folder).fingerprint
 
 
-def test_held_out_plans_are_told(made, tmp_path, capsys):
+def test_held_out_plans_are_reported(made, tmp_path, capsys):
     path = tmp_path / "t.safetensors"
     main(["estimate", str(made.model), *FAST, "--check", "3", "-o", str(path)])
     assert "3 held-out plans at" in capsys.readouterr().out
@@ -287,7 +287,7 @@ def test_held_out_plans_are_told(made, tmp_path, capsys):
     assert (provenance["check"]["plans"], provenance["check_measurements"]) == (3, 3)
 
 
-def test_constant_signals_are_left_out_and_told(made, tmp_path, capsys):
+def test_constant_signals_are_left_out_and_reported(made, tmp_path, capsys):
     name = "calibrated,moments,uniform"
     path = str(tmp_path / "t.safetensors")
     main(["estimate", str(made.model), *FAST, "--estimator", name, "-o", path])

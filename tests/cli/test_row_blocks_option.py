@@ -62,7 +62,7 @@ def test_a_budget_of_the_whole_checkpoint_counts_the_order(made, tmp_path, docum
     assert sum(file.stat().st_size for file in out.iterdir()) <= 950_000
 
 
-def test_eight_bits_of_a_twin_compute_what_the_model_does(made, tmp_path):
+def test_eight_bits_of_a_transformed_model_compute_what_the_model_does(made, tmp_path):
     words = ("--formats", "8", "--group-size", "8", "--tokens", "128", *TEXT, *WAYS["both"])
     out = tmp_path / "out"
     main(["quantize", str(made.model), "--budget", "12bpw", *words, "-o", str(out)])
@@ -144,7 +144,7 @@ def test_plans_of_transformed_models_are_refused_elsewhere(made, saved, tmp_path
         planned(origin, header, known.model, tmp_path / "twin")
 
 
-def test_a_twin_is_made_again_when_its_model_changed(made, tmp_path):
+def test_a_transformed_model_is_made_again_when_its_model_changed(made, tmp_path):
     folder = shutil.copytree(made.model, tmp_path / "model")
     first = make(Checkpoint.open(folder), Recipe(rotation=1), tmp_path / "twin")
     before = first.checksum()

@@ -1,4 +1,4 @@
-"""Every path on a GPU against the plain torch twin; the lanes of inline PTX before anything else.
+"""Every path on a GPU against the plain torch reference; before that, the lanes of inline PTX.
 
 None of this ever ran yet: no GPU was at hand when it was written.
 """
@@ -87,13 +87,13 @@ def agrees(recipes, tokens, topk, hidden, inner, dtype, launch=None, **more):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 40, 200, 3000])
 @pytest.mark.parametrize("recipes", [WIDTHS, GRIDS], ids=["widths", "grids"])
-def test_every_path_agrees_with_the_twin(recipes, tokens, dtype):
+def test_every_path_agrees_with_the_reference(recipes, tokens, dtype):
     agrees(recipes, tokens, 2, 768, 1408, dtype)
 
 
 @pytest.mark.parametrize("path", ["grouped", "dense"])
 @pytest.mark.parametrize("tokens", [8, 16, 32, 64, 128])
-def test_every_tile_agrees_with_the_twin(path, tokens):
+def test_every_tile_agrees_with_the_reference(path, tokens):
     warps = 8 if tokens > 32 else 4
     tile = Tile(rows=64, warps=warps, stages=2)
     launch = Launch(path=path, tokens=tokens, gate_up=tile, down=tile)
@@ -101,13 +101,13 @@ def test_every_tile_agrees_with_the_twin(path, tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40, 3000])
-def test_blocks_of_rows_agree_with_the_twin(tokens):
+def test_blocks_of_rows_agree_with_the_reference(tokens):
     # Two blocks of 304 and of 176 rows: neither is whole tiles.
     recipes = (*GRIDS, *GRIDS[::-1])
     agrees(recipes, tokens, 2, 608, 352, torch.bfloat16, blocks=2, biased=True)
 
 
-def test_other_layers_agree_with_the_twin():
+def test_other_layers_agree_with_the_reference():
     for more in (
         {"gate": GRIDS[::-1]},
         {"gated": False, "activation": "relu2"},

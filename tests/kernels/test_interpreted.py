@@ -1,4 +1,4 @@
-"""Every Triton kernel and width in the interpreter: numbers as the plain torch twin has them."""
+"""Every Triton kernel and width in the interpreter, compared with the plain torch reference."""
 
 import json
 import subprocess
@@ -45,5 +45,5 @@ def errors():
         "exponents, dense",
     ],
 )
-def test_kernels_do_what_their_twins_do(errors, name):
+def test_kernels_do_what_the_reference_does(errors, name):
     assert errors[name] < 1

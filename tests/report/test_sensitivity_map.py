@@ -46,7 +46,7 @@ def test_the_text_has_one_mark_an_expert():
     lines = text_of(heat(table())).splitlines()
     assert lines[:3] == ["gate: layers down, experts across", "   0 |*- |", "   1 |@*-|"]
     assert lines[-1] == "scale ' .:-=+*#%@': 10^-3.0 to 10^0.0, mean over formats"
-    # Of many experts several share a mark, the dearest of them.
+    # With many experts several share a mark: that of the costliest one.
     wide = text_of(heat(table(experts=130))).splitlines()[1]
     assert len(wide) == len("   0 ||") + 64
     assert wide.startswith("   0 |#:")

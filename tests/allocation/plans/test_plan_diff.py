@@ -8,7 +8,7 @@ from bitknap.allocation.plans.plan_diff import Moved, plan_diff
 from bitknap.errors import MismatchError
 
 FORMATS = formats(bits=(2, 4), group_size=32, symmetric=True)
-TWIN = Format(2, 32, symmetric=True, metadata="compact")
+SAME_BITS = Format(2, 32, symmetric=True, metadata="compact")
 
 
 def plan(choice, order=None, model="m", options=FORMATS, experts=2):
@@ -52,7 +52,7 @@ def test_changes_are_counted_by_layer_and_projection():
 
 def test_another_format_of_as_many_bytes_is_a_change():
     # One group a row: a compact scale is the row's own, which takes as much as an fp16 one.
-    found = plan_diff(plan([0] * 8), plan([1] + [0] * 7, options=(FORMATS[0], TWIN)))
+    found = plan_diff(plan([0] * 8), plan([1] + [0] * 7, options=(FORMATS[0], SAME_BITS)))
     assert found.changed.tolist() == [True] + [False] * 7
     (one,) = [group for group in found.groups() if group.other]
     assert (one.up, one.down, one.other, one.same, one.nbytes) == (0, 0, 1, 1, 0)

@@ -44,7 +44,7 @@ def test_one_seed_one_plan(problem):
     assert one.choice.tolist() == two.choice.tolist()
 
 
-def test_it_begins_where_it_is_told(problem):
+def test_it_begins_at_the_given_plan(problem):
     start = tuple(solve(problem).choice.tolist())
     found = solve(problem, Evolution(parts=measures(problem), evaluations=1, start=start))
     assert tuple(found.choice.tolist()) == start

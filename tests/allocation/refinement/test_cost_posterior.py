@@ -29,7 +29,7 @@ def test_losses_as_predicted_leave_costs_alone(table):
     np.testing.assert_allclose(posterior.mean(), 1.0, atol=1e-6)
 
 
-def test_a_layer_that_costs_more_is_found(table):
+def test_a_layer_that_costs_more_is_recognised(table):
     truth = np.where(table.units.layer == 1, 1.8, 1.0)[:, None] * np.ones(table.cost.shape)
     choices = drawn(table, 60)
     factor = Posterior.of(table, choices, losses(table, choices, truth)).mean()

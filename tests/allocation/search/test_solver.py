@@ -151,7 +151,7 @@ def test_a_stored_search_goes_on(problem, tmp_path):
         Search(trials=1, storage=url).answer(other)
 
 
-def test_progress_is_told(problem):
+def test_progress_is_reported(problem):
     told = []
     Search(trials=3, progress=lambda *step: told.append(step)).answer(problem)
     assert told == [("search", 0, 3), ("search", 1, 3), ("search", 2, 3)]

@@ -161,7 +161,7 @@ def test_size_against_loss_gives_a_front(table, journal, loss):
 # Trials that fail
 
 
-def test_failures_are_told_and_the_study_goes_on(table, journal, design):
+def test_failures_are_reported_and_the_study_goes_on(table, journal, design):
     values = iter([float("nan"), 1.0, float("inf"), 2.0])
     made = create("s", journal, table, design(knobs=Knobs(tilts=("layer",), width=9)))
     run(made, lambda plan: next(values), 2)
@@ -254,7 +254,7 @@ def test_two_workers_share_a_study(table, url, design):
     assert len({t.user_attrs["worker"] for t in made.trials.trials}) == 2
 
 
-def test_a_trial_that_another_worker_told_first_is_made_up_for(table, journal, design, loss):
+def test_a_trial_that_another_worker_reported_first_is_made_up_for(table, journal, design, loss):
     study = create("s", journal, table, design(knobs=TILTS))
 
     def told(plan):

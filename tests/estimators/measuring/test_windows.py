@@ -30,7 +30,7 @@ def test_an_encoder_decoder_predicts_the_second_half_from_the_first():
     assert torch.equal(found, expected.flatten(0, 1))
 
 
-def test_a_decoder_starts_from_padding_unless_told():
+def test_a_decoder_starts_from_padding_by_default():
     model = tiny_model("switch_transformers", pad_token_id=3)
     with torch.no_grad():
         padded = logits_of(model, WINDOWS)

@@ -116,7 +116,7 @@ def test_measured_cells_keep_what_was_measured(case):
     assert kept == pytest.approx(np.exp(case.samples.logs))
 
 
-def test_features_are_oriented_and_told_apart(case):
+def test_features_are_oriented_and_distinguished(case):
     found = features(case.evidence, FORMATS)
     column = {name: found.values[:, :, i] for i, name in enumerate(found.names)}
     assert (np.diff(column["distortion"][:, ::2], axis=1) < 0).all()  # more bits, less

@@ -31,7 +31,7 @@ def test_files_of_tensors(tmp_path):
         disk_tensors.on_disk((1,), torch.float32, tmp_path / "none")
 
 
-def test_a_full_disk_is_told(tmp_path, monkeypatch):
+def test_a_full_disk_is_reported(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(errno.ENOSPC, "No space left on device")
 

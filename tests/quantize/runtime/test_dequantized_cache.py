@@ -67,7 +67,7 @@ def test_a_limit_of_nothing_keeps_nothing():
     assert cache.get("a") is None
 
 
-def test_things_are_told_once_also_by_copies():
+def test_things_are_logged_once_also_by_copies():
     cache = Cache()
     assert cache.tell("a")
     assert not cache.tell("a")

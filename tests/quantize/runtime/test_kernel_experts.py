@@ -1,4 +1,4 @@
-"""Packed experts run by the kernels' operator, here by its plain torch twin."""
+"""Packed experts run by the kernels' operator, here by its plain torch reference."""
 
 import copy
 import logging

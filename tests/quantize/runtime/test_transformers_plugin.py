@@ -211,7 +211,7 @@ def drop_plan(folder):
         (drop_plan, FileError, f"{PLAN}: missing"),
     ],
 )
-def test_damage_is_told_by_transformers_too(damage, error, message, packed, tmp_path):
+def test_damage_is_reported_by_transformers_too(damage, error, message, packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "packed")
     damage(folder)
     with pytest.raises(error, match=message):
