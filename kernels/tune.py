@@ -102,7 +102,7 @@ def tune(
         InputError: there is no GPU, or the cases are from several layers.
     """
     if not torch.cuda.is_available():
-        raise InputError("tune: no GPU is at hand, and launches are measured on one")
+        raise InputError("tune: no GPU is available, and launches are measured on one")
     if len({replace(case, tokens=1) for case in cases}) != 1:
         raise InputError(f"tune: {len(cases)} cases of several layers; tune one layer at a time")
     experts, hidden, intermediate = cases[0].experts, cases[0].hidden, cases[0].intermediate
@@ -230,7 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
         if out is not None:
             check_output(out, "file", overwrite=True)
         if not torch.cuda.is_available():
-            raise InputError("tune: no GPU is at hand, and launches are measured on one")
+            raise InputError("tune: no GPU is available, and launches are measured on one")
         gpu = torch.cuda.get_device_name()
         out = out or Path(file_name(gpu))
         check_output(out, "file", overwrite=True)

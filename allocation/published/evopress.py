@@ -5,9 +5,9 @@ plan stays within its limits. Offspring are selected in stages: all on the first
 best quarter on the whole text; the best one replaces its parent if its loss is lower. The costs in
 the problem are not used, except to see which formats are allowed.
 
-Not reproduced: stages are the parts of one text, where theirs grow in tokens. There is one start,
-where Algorithm 1 takes the fittest of several. Offspring may repeat; their code draws again, also
-for too many switches or too few bits.
+Not reproduced: stages are the parts of one text, the authors' grow in tokens. There is one start,
+where Algorithm 1 takes the fittest of several. Offspring may repeat; the authors' code draws again,
+also for too many switches or too few bits.
 
 Source: Sieberling et al., EvoPress, ICML 2025, arXiv 2410.14649, and its code. Algorithm 1 is the
 search, as an account of the paper gives it; equation numbers are not given: the paper's text was

@@ -1,4 +1,4 @@
-"""Whether a study in a storage is ours: anybody may write there."""
+"""Check that a study in a storage is Bitknap's: anybody may write there."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from bitknap.report.quantize_document import steps_of
 # Files read again when a killed run is resumed, and useless afterwards.
 WORK = ".work"
 OK, UNREACHABLE, FAILED = "ok", "unreachable", "failed"
-# Plans whose relative size difference to ours is below this are compared with ours unchanged.
+# Plans that differ in size from Bitknap's by less than this share are compared with it unchanged.
 _SAME_BYTES = 0.002
 
 
@@ -45,7 +45,7 @@ class Cell:
         status: "ok", "unreachable" or "failed".
         values: its values in the report, JSON values.
         kl: KL by window, [W]; empty without a plan.
-        ours: KL of our plan at the same bytes, [W].
+        ours: KL of Bitknap's plan at the same bytes, [W].
         seconds: time that it took.
     """
 

@@ -215,7 +215,7 @@ def _solver(setting: Setting, table: CostTable, name: str) -> Solver:
 
 
 def _rows(setting: Setting, tables: Tables) -> Strategy:
-    """Return ours without the choice of group size and zero point, as in published rules."""
+    """Return Bitknap's strategy without a choice of group size and zero point, as in papers."""
     table = in_rows(tables.of(CALIBRATED))
 
     def offers(nbytes: int) -> list[Offer]:
@@ -253,7 +253,7 @@ def _random(setting: Setting) -> Strategy:
 
 
 def _evolution(setting: Setting, tables: Tables) -> Strategy:
-    """Return evolution over widths of whole rows, with as many measured plans as ours in all."""
+    """Return evolution over widths of whole rows, with as many measured plans as Bitknap."""
     table = in_rows(tables.of(CALIBRATED))
     count = tables.measurements(CALIBRATED) + setting.options.evaluations
     parts = measures(setting.loop, table, Readings())

@@ -39,7 +39,7 @@ _TOKENS = 8192
 
 
 def rows(setting: Setting, table: CostTable, bits: float, both: bool) -> Iterator[dict[str, Any]]:
-    """Yield the results of ours and of evolution at one budget, as JSON values."""
+    """Yield the results of Bitknap and of evolution at one budget, as JSON values."""
     tied = under(table, profile("free"))
     problem = Problem(tied, [Budget.bits(bits)])
     parts = measures(setting.loop, tied, Readings())

@@ -2,11 +2,12 @@
 
     cost       (median alpha / alpha)^gamma × Var(W) × 2^(−2b)
     ties       none
-    allocator  the knapsack; theirs is a program over all layers too, by counts of matrices
+    allocator  the knapsack; the authors also solve one program over all layers, which counts
+               matrices
 
 Rotating the weights changes this statistic: compute it after a rotation.
 
-Not reproduced: sub-matrices are evenly spaced where theirs are drawn at random; gamma is 1, where
+Not reproduced: sub-matrices are evenly spaced, the authors' are random; gamma is 1, where
 the authors' script passes 10 to a function whose default is 1.
 
 Source: Yang et al., AlphaQ, arXiv 2606.04980, and its code. A note of the paper takes the cost from

@@ -46,8 +46,8 @@ class AutoRoundScore:
 
     AutoScheme sums |g ΔW| with gradients of the text's own loss. Those are not recorded, so the
     root mean square gradient of a token with labels drawn from the model STANDS IN for |g|: it has
-    no sign to cancel over tokens and is never 0 at a minimum, so the ranking is similar to theirs
-    but the numbers differ. It is the mean and not the sum because the base of `Scored` already
+    no sign to cancel over tokens and is never 0 at a minimum, so the ranking is similar, but
+    the numbers differ. It is the mean and not the sum because the base of `Scored` already
     counts weights.
 
     Attributes:

@@ -7,8 +7,8 @@
 The allocator is in `bitknap.allocation.published.exllamav2`. The score of a matrix at one format
 contains its rounding error, which `Scored`'s base counts again.
 
-Not reproduced: theirs measures a module's outputs as a whole and averages the ratios of sequences;
-here matrices are added up, each with one ratio over all tokens.
+Not reproduced: the authors measure a module's outputs as a whole and average the ratios of
+sequences; here the costs of matrices are added up, each with one ratio over all tokens.
 
 Source: ExLlamaV2's code: `measure_quant`, `optimize` and `sim_anneal`. There is no paper:
 `test_error` of the code is the cost.

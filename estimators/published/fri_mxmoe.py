@@ -8,8 +8,8 @@ Losses are interpolated by inverse distances (`FuzzyRules(kind="idw")`) from a q
 anchored by depth. The allocator is in `bitknap.allocation.published.fri_mxmoe`; rules that
 interpolate better than the paper's are `bitknap.estimators.sparse`.
 
-Not reproduced: losses are measured KL where theirs are changes of perplexity or squared errors; the
-latency of a device is left out.
+Not reproduced: losses are measured KL, the authors' are changes of perplexity or squared errors;
+the latency of a device is left out.
 
 Source: Qi et al., Profiling-Free Mixed-Precision Quantization for MoE LLMs via Fuzzy Rule
 Interpolation (FRI-MxMoE), ACL 2026, 2026.acl-long.982. Equation numbers are not given: none were
@@ -52,8 +52,8 @@ def fri(
 ) -> CostTable:
     """Return frequency × interpolated loss (FRI-MxMoE, ACL 2026): a quarter of the cells measured.
 
-    Anchors are whole experts, chosen by depth; the target is the measured KL (theirs: ΔPPL or MSE),
-    interpolated by inverse distances.
+    Anchors are whole experts, chosen by depth; the target is the measured KL (in the
+    paper: ΔPPL or MSE), interpolated by inverse distances.
     """
     units, shape = evidence.units, (len(evidence.units), len(formats))
     count = max(2, round(RULE_BASE * shape[0] * shape[1]))

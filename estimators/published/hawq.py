@@ -2,7 +2,7 @@
 
     cost       Tr(H) / n × ‖ΔW‖² of a matrix in a format
     ties       none
-    allocator  the knapsack; theirs takes the least sum on a front of size and cost
+    allocator  the knapsack; the authors take the least sum on a front of size and cost
 
 Not reproduced: Hutchinson's estimate of the loss Hessian; the Fisher diagonal stands in for it.
 
@@ -47,7 +47,7 @@ class HessianTrace:
     Attributes:
         curvature: use recorded gradients; routed experts only.
 
-    Source: HAWQ-V2, arXiv 1911.03852; theirs is Hutchinson's estimate of the loss Hessian.
+    Source: HAWQ-V2, arXiv 1911.03852; the authors use Hutchinson's estimate of the loss Hessian.
     """
 
     curvature: bool = False

@@ -11,8 +11,8 @@ signals they belong on the data-free base only (methods.md#pitfalls, pitfalls 1 
 is in `bitknap.allocation.published.pmq`.
 
 Not reproduced: the authors sum routing weights before renormalisation, which a pass through the
-experts does not see; errors are measured with the quantizer that is deployed, theirs with min-max
-rounding in blocks of 128; pruning of tokens (ODP) is left out.
+experts does not see; errors are measured with the quantizer that is deployed, the authors' with
+min-max rounding in blocks of 128; pruning of tokens (ODP) is left out.
 
 Source: Huang et al., MC-MoE, ICLR 2025, arXiv 2410.06270, pre-loading mixed-precision quantization,
 and its code. Eq. 4 is what the program minimises, as reviews of the paper number it; the paper's

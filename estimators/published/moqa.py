@@ -11,8 +11,8 @@ and marked OURS.
 
 `bitknap.estimators.tables.several_texts` keeps the useful half: one cost table from several sets.
 
-Not reproduced: what is OURS, and the channels that MoQa keeps in 16 bits to switch between data
-sets; a plan here serves all data.
+Not reproduced: what is marked OURS, and the channels that MoQa keeps in 16 bits to switch between
+data sets; a plan here serves all data.
 
 Source: Zheng et al., MoQa, arXiv 2503.21135; its abstracts, and an account. Equation numbers are
 not given: the paper's text was not at hand.

@@ -5,7 +5,7 @@ Xie et al. replace Fisher information and condition numbers by cheap statistics 
     S_c = alpha K_c V_c + (1 − alpha) O_c,
 
 with a condition number K, a variance ratio V and an outlier ratio O. Their abstract defines none of
-the three, and the paper's text was not at hand, so what stands here is OUR definition:
+the three, and the paper's text was not at hand, so the definition here is Bitknap's:
 
     channel   an output row of the matrix: errors add over rows, and rows are stored one by one
     K_c       peak ratio, max |w| over the root mean square of the row
@@ -17,14 +17,14 @@ K V and O are each divided by their mean over the matrix before they are mixed; 
 would have no meaning. So S_c has mean 1 in every matrix.
 
     ties       none: rows are units of their own
-    allocator  the knapsack, for want of theirs
+    allocator  the knapsack, as the authors' is not known
 
 Not reproduced, for want of a definition: the three statistics, the axis of a channel, the widths
-and the allocator; all are ours.
+and the allocator; all are Bitknap's choices.
 
 Source: Xie et al., Findings of ACL 2025 (2025.findings-acl.1386), abstract, and a third-party
-note of the formula; definitions ours. Equation numbers are not given: the paper's text was not at
-hand.
+note of the formula; definitions by Bitknap. Equation numbers are not given: the paper's text was
+not at hand.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class ChannelScore:
         alpha: see `channel_scores`.
         k: see `channel_scores`.
 
-    Source: Xie et al., Findings of ACL 2025; definitions ours.
+    Source: Xie et al., Findings of ACL 2025; definitions by Bitknap.
     """
 
     alpha: float = 0.5

@@ -62,5 +62,5 @@ def test_only_keys_that_are_read_are_checked():
         check_shapes({"tokens": "x" * 1000}, {"tokens": int}, "file: header")
     line = str(error.value)
     assert line.startswith("file: header.tokens: 'xxxx")
-    assert line.endswith("is not what Bitknap writes there")
+    assert line.endswith("is not what Bitknap writes there; make it again")
     assert len(line) < 150

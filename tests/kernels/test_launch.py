@@ -117,4 +117,4 @@ def test_nothing_is_tuned_without_a_gpu(capsys):
         main(["--experts", "8", "--topk", "2", "--hidden", "64", "--intermediate", "64"])
     assert exit.value.code == 2
     said = capsys.readouterr().err
-    assert said == "tune: no GPU is at hand, and launches are measured on one\n"
+    assert said == "tune: no GPU is available, and launches are measured on one\n"

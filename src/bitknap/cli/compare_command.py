@@ -76,7 +76,7 @@ _PARTLY = 1
 @common.refine.but(
     default=None,
     usual="64, or 4 with --strategies quick",
-    help="Measure N plans for the strategy ours at each budget.",
+    help="Measure N plans for Bitknap's own strategy, ours, at each budget.",
 )
 @common.refine_tokens
 @option(

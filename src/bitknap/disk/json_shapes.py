@@ -79,7 +79,9 @@ def check_shapes(values: Mapping[str, Any], shapes: Mapping[str, Any], where: st
         if key in values and not fits(values[key], shape):
             said = repr(values[key])
             said = said if len(said) <= 60 else f"{said[:60]}…"
-            raise FileError(f"{where}.{key}: {said} is not what Bitknap writes there")
+            raise FileError(
+                f"{where}.{key}: {said} is not what Bitknap writes there; make it again"
+            )
 
 
 def fits(value: Any, shape: Any) -> bool:

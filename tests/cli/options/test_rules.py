@@ -100,7 +100,7 @@ CASES = [
     ((*STUDY, *BUDGET, "--sampler", "nsga2"), "--sampler tpe or cmaes with --budget"),
     (
         (*STUDY, "--budgets", "2bpw-4bpw", "--sampler", "tpe"),
-        "--sampler tpe: turns to one size; give --budget, or --sampler nsga2 with --budgets",
+        "--sampler tpe: searches at one size; give --budget, or --sampler nsga2 with --budgets",
     ),
     ((*STUDY, *BUDGET, "--knobs", "exponents"), "give at least one --feature TABLE"),
     (

@@ -105,4 +105,4 @@ def test_compare_takes_sizes_of_both_grammars():
 def test_a_study_takes_a_range_of_sizes(flag, refused):
     storage = ("--storage", "journal:s.log", "--table", "nowhere.safetensors", "--sampler", "tpe")
     line = refused("study", "create", "s", *storage, flag, "2bpw-4bpw")
-    assert "--sampler tpe: turns to one size" in line
+    assert "--sampler tpe: searches at one size" in line

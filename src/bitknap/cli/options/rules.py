@@ -305,7 +305,7 @@ _STUDIES = (
     Rule(
         commands=("study create",),
         broken=lambda a: a["sampler"] in ("tpe", "cmaes") and a["budgets"] is not None,
-        message="--sampler {sampler}: turns to one size; give --budget, or --sampler nsga2 with "
+        message="--sampler {sampler}: searches at one size; give --budget, or --sampler nsga2 with "
         "--budgets",
     ),
     Rule(
