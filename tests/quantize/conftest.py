@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bitknap.testing import tiny_model
+from bitknap.quantization.runtime import loading
+from bitknap.testing import packed_checkpoint, tiny_model
 
 
 @pytest.fixture(scope="session")
@@ -14,6 +15,18 @@ def plain(tmp_path_factory):
     model = tiny_model("qwen3_moe", num_hidden_layers=1, **sizes)
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def packed(tmp_path_factory):
+    """A packed Mixtral, attention and all; read only."""
+    return packed_checkpoint(tmp_path_factory.mktemp("mixtral"), include=("attention",))
+
+
+@pytest.fixture(scope="module")
+def exact(packed):
+    """The packed model dequantized; each file of tests has its own, and its own `packed` counts."""
+    return loading.load(packed)
 
 
 @pytest.fixture(scope="session")

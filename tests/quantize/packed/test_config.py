@@ -1,10 +1,8 @@
 """What config.json says of a packed checkpoint, and what cannot be read."""
 
-import json
 import shutil
 
 import pytest
-import torch
 from transformers import (
     AutoModelForCausalLM,
 )
@@ -18,34 +16,7 @@ from bitknap.quantization.packed.config import (
     stub,
 )
 from bitknap.quantization.runtime import loading
-from bitknap.testing import packed_checkpoint
-from bitknap.transformers_hook import install
-
-IDS = torch.arange(3, 19).view(2, 8) % 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    install()
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A packed Mixtral, attention and all; read only."""
-    return packed_checkpoint(tmp_path_factory.mktemp("mixtral"), include=("attention",))
-
-
-@pytest.fixture(scope="module")
-def exact(packed):
-    """The same model dequantized."""
-    return loading.load(packed)
-
-
-def edit(folder, **changes):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] |= changes
-    path.write_text(json.dumps(config))
+from bitknap.testing.comparing import change_quantization_config
 
 
 @pytest.mark.parametrize(
@@ -59,7 +30,7 @@ def edit(folder, **changes):
 )
 def test_what_this_library_cannot_read(change, message, packed, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "packed")
-    edit(folder, **change)
+    change_quantization_config(folder, **change)
     for load in (AutoModelForCausalLM.from_pretrained, loading.load):
         with pytest.raises(FileError, match=message) as error:
             load(folder)

@@ -62,12 +62,8 @@ def split(folder, shards):
     (folder / "bitknap.safetensors.index.json").write_text(json.dumps(index, indent=2))
 
 
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 @pytest.mark.parametrize("shards", [None, 3])
-def test_a_checkpoint_goes_there_and_back_byte_by_byte(tmp_path, shards):
+def test_a_checkpoint_goes_there_and_back_byte_by_byte(tmp_path, shards, contents):
     folder, plan = packed_folder(tmp_path, shard=shards)
     there = convert(folder, "tiles", tmp_path / "tiles")
     back = convert(tmp_path / "tiles", "plain", tmp_path / "back")
@@ -81,7 +77,7 @@ def test_a_checkpoint_goes_there_and_back_byte_by_byte(tmp_path, shards):
     assert back["plan"] == back["written"] == plan.total_bytes
 
 
-def test_what_changes_in_a_folder_of_tiles(tmp_path):
+def test_what_changes_in_a_folder_of_tiles(tmp_path, contents):
     folder, plan = packed_folder(tmp_path, shard=2)
     convert(folder, "tiles", tmp_path / "tiles")
     before, after = Checkpoint.open(folder), Checkpoint.open(tmp_path / "tiles")

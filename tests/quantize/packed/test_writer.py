@@ -20,6 +20,7 @@ from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.apply import apply
 from bitknap.testing import mixed_plan, tiny_model
+from bitknap.testing.comparing import logits
 
 OVER = bitknap.Resume(overwrite=True)
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
@@ -51,13 +52,6 @@ def plan_for(folder, include=(), dtype=torch.float32, seed=0):
     units = walk_headers(source.config, source.shapes, include).units
     options = (*GRIDS, keep_of(dtype))
     return mixed_plan(units, options, seed, model=source.fingerprint)
-
-
-def logits(model):
-    ids = torch.arange(3, 19).view(2, 8) % 64
-    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=ids, **extra).logits
 
 
 def stream_bytes(folder):

@@ -20,9 +20,8 @@ from bitknap.quantization.runtime.layers import PackedExperts, packed_modules
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks import grouping
 from bitknap.testing import tiny_model
-from bitknap.transformers_hook import install
+from bitknap.testing.comparing import logits
 
-IDS = torch.arange(3, 19).view(2, 8) % 64
 EIGHT = formats(8, (32, "row"), (False, True), ("fp16", "compact"))
 # Of each expert's gate, up and down in turn; of up and down the products are 1.
 SIZES = (1.0, 1e-7, 1e7, 1.0, 1e12, 1e-12, 1.0, 1e-9, 1e9, 1.0, 1e20, 1e-20)
@@ -56,11 +55,6 @@ def plan_of(source, options=EIGHT):
     return BitPlan.from_choice(units, options, choice, model=source.fingerprint)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    install()
-
-
 @pytest.fixture(scope="module")
 def source(tmp_path_factory):
     return scaled(tmp_path_factory.mktemp("scaled") / "source")
@@ -87,11 +81,6 @@ def distances(one, other):
         for name, stack in weights_of(one).items()
         for a, b in zip(stack, weights_of(other)[name], strict=True)
     ]
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def test_every_loader_reads_what_was_there(source, packed):

@@ -21,36 +21,19 @@ from bitknap.quantization.runtime.kernel_experts import activation_of, kernel_ex
 from bitknap.quantization.runtime.layers import PackedExperts, packed_modules, packed_weights
 from bitknap.quantization.runtime.packed_weight import PackedWeight, Piece
 from bitknap.testing import packed_checkpoint
-from bitknap.transformers_hook import install
+from bitknap.testing.comparing import IDS, logits
 
 pytestmark = pytest.mark.slow
 
-IDS = torch.arange(3, 19).view(2, 8) % 64
 GROUPS: tuple[int | Literal["row"], ...] = (32, "row")
 # Concatenated, interleaved with biases, transposed, without gate, beside shared experts.
 FAMILIES = ("mixtral", "gpt_oss", "aria_text", "nemotron_h", "deepseek_v2")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    install()
 
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
     """A packed Mixtral that kernels can run; read only."""
     return packed_checkpoint(tmp_path_factory.mktemp("mixtral"), group_sizes=GROUPS)
-
-
-@pytest.fixture(scope="module")
-def exact(packed):
-    """The same model dequantized."""
-    return loading.load(packed)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
 
 
 def by_kernels(model):

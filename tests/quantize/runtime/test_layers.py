@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import (
     AutoModelForCausalLM,
 )
@@ -16,40 +15,9 @@ from bitknap.quantization.packed.tiled_bytes import to_tiles
 from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.runtime.dequantized_cache import Cache
-from bitknap.testing import packed_checkpoint
-from bitknap.transformers_hook import install
+from bitknap.testing.comparing import logits, packed_tensors
 
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
-IDS = torch.arange(3, 19).view(2, 8) % 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    install()
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A packed Mixtral, attention and all; read only."""
-    return packed_checkpoint(tmp_path_factory.mktemp("mixtral"), include=("attention",))
-
-
-@pytest.fixture(scope="module")
-def exact(packed):
-    """The same model dequantized."""
-    return loading.load(packed)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def tensors_of(folder):
-    found: dict[str, torch.Tensor] = {}
-    for file in folder.glob("bitknap*.safetensors"):
-        found |= load_file(file)
-    return found
 
 
 def test_only_experts_that_are_hit_are_dequantized(packed):
@@ -81,7 +49,7 @@ def test_packed_weights_are_what_is_resident(packed, exact):
     found = loading.load(packed, packed=True, cache_bytes=0)
     logits(found)
     resident = sum(t.nbytes for t in (*found.parameters(), *found.buffers()))
-    stored = sum(t.nbytes for t in tensors_of(packed).values())
+    stored = sum(t.nbytes for t in packed_tensors(packed).values())
     beside = sum(b.nbytes for n, b in found.named_buffers() if "rotary" in n)
     assert resident == stored + beside
     assert resident < sum(t.nbytes for t in exact.parameters())

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,51 +20,10 @@ from bitknap.quantization.packed.convert_layout import convert
 from bitknap.quantization.packed.folder import PLAN, SOURCE
 from bitknap.quantization.runtime import loading, saving
 from bitknap.quantization.runtime.saving import Companions
-from bitknap.testing import packed_checkpoint
-from bitknap.transformers_hook import install
-
-IDS = torch.arange(3, 19).view(2, 8) % 64
+from bitknap.testing.comparing import change_quantization_config, logits, same_tensors
 
 
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    install()
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A packed Mixtral, attention and all; read only."""
-    return packed_checkpoint(tmp_path_factory.mktemp("mixtral"), include=("attention",))
-
-
-@pytest.fixture(scope="module")
-def exact(packed):
-    """The same model dequantized."""
-    return loading.load(packed)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def tensors_of(folder):
-    found: dict[str, torch.Tensor] = {}
-    for file in folder.glob("bitknap*.safetensors"):
-        found |= load_file(file)
-    return found
-
-
-def same_tensors(one, other):
-    one, other = tensors_of(one), tensors_of(other)
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
-
-
-def contents(folder):
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def test_saving_writes_what_was_loaded(packed, tmp_path):
+def test_saving_writes_what_was_loaded(packed, tmp_path, contents):
     one, two = tmp_path / "one", tmp_path / "two"
     AutoModelForCausalLM.from_pretrained(packed).save_pretrained(one)
     assert same_tensors(packed, one)
@@ -137,16 +95,9 @@ def test_streams_in_tiles(packed, exact, tmp_path):
     assert same_tensors(packed, tmp_path / "back")
 
 
-def edit(folder, **changes):
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    config["quantization_config"] |= changes
-    path.write_text(json.dumps(config))
-
-
 def test_a_newer_minor_version_is_read_with_a_warning_and_kept(packed, exact, tmp_path):
     folder = shutil.copytree(packed, tmp_path / "packed")
-    edit(folder, version="1.7", novelty=3)
+    change_quantization_config(folder, version="1.7", novelty=3)
     with pytest.warns(UserWarning, match=r"1\.7 is newer"):
         model = AutoModelForCausalLM.from_pretrained(folder)
     assert torch.equal(logits(model), logits(exact))
@@ -198,7 +149,7 @@ def test_files_of_ones_own_stay_beside_what_is_saved_again(kept_packed, tmp_path
     kept_packed.save_pretrained(tmp_path)
 
 
-def test_a_killed_run_leaves_nothing_unknown(kept_packed, tmp_path):
+def test_a_killed_run_leaves_nothing_unknown(kept_packed, tmp_path, contents):
     out = tmp_path / "out"
     kept_packed.save_pretrained(out)
     (out / "notes.txt").write_text("mine")

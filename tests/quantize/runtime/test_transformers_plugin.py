@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -28,46 +28,11 @@ from bitknap.quantization.runtime.layers import packed_weights
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.row_blocks import block_units
 from bitknap.testing import packed_checkpoint, random_plan, tiny_model
+from bitknap.testing.comparing import IDS, logits, packed_tensors, same_tensors
 from bitknap.transformers_hook import TABLE, install
 
 GRIDS = formats(range(1, 9), (8, 32, "row"), (False, True), ("fp16", "compact"))
 FAMILIES = ("mixtral", "gpt_oss", "nemotron_h", "llama4_text", "dbrx")
-IDS = torch.arange(3, 19).view(2, 8) % 64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def registered():
-    install()
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory):
-    """A packed Mixtral, attention and all; read only."""
-    return packed_checkpoint(tmp_path_factory.mktemp("mixtral"), include=("attention",))
-
-
-@pytest.fixture(scope="module")
-def exact(packed):
-    """The same model dequantized."""
-    return loading.load(packed)
-
-
-def logits(model):
-    extra = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=IDS, **extra).logits
-
-
-def tensors_of(folder):
-    found: dict[str, torch.Tensor] = {}
-    for file in folder.glob("bitknap*.safetensors"):
-        found |= load_file(file)
-    return found
-
-
-def same_tensors(one, other):
-    one, other = tensors_of(one), tensors_of(other)
-    return one.keys() == other.keys() and all(torch.equal(one[n], other[n]) for n in one)
 
 
 @pytest.mark.slow
@@ -189,7 +154,7 @@ def test_on_a_gpu(packed, exact):
 
 
 def drop_stream(folder):
-    tensors = tensors_of(folder)
+    tensors = packed_tensors(folder)
     tensors.pop("bitknap.1.routed.up")
     save_file(tensors, folder / "bitknap.safetensors", metadata={"format": "pt"})
 

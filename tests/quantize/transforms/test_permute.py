@@ -15,6 +15,7 @@ from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.transforms.permute import Permutation, order_neurons, permute, permuted
 from bitknap.quantization.transforms.rewritten_checkpoint import write
 from bitknap.testing import FAMILIES, tiny_model
+from bitknap.testing.comparing import logits
 
 MOE = [family for family in FAMILIES if family not in ("llama", "jetmoe")]
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
@@ -35,10 +36,8 @@ def with_biases(model):
     return model
 
 
-def logits(model):
-    more = {"decoder_input_ids": IDS} if model.config.is_encoder_decoder else {}
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False, **more).logits
+def computed(model):
+    return logits(model, IDS, use_cache=False)
 
 
 @pytest.mark.slow
@@ -47,10 +46,10 @@ def test_the_model_computes_what_it_did(family):
     model = with_biases(tiny_model(family))
     layout = walk(model)
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    wanted = logits(model)
+    wanted = computed(model)
     permutation = shuffled(layout)
     permute(model, layout, permutation)
-    torch.testing.assert_close(logits(model), wanted, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(computed(model), wanted, rtol=1e-4, atol=1e-4)
     after = dict(model.named_parameters())
     units = layout.units
     for unit in range(len(units)):
@@ -102,7 +101,7 @@ def test_shards_stay_shards(tmp_path):
     before, after = (json.loads((tmp_path / d / index).read_text()) for d in ("in", "out"))
     assert after["weight_map"] == before["weight_map"]
     assert after["metadata"]["total_size"] == source.nbytes
-    assert torch.isfinite(logits(load(tmp_path / "out"))).all()
+    assert torch.isfinite(computed(load(tmp_path / "out"))).all()
     with pytest.raises(InputError, match="out exists; choose another name"):
         write(permuted(source, shuffled(walk(tiny_model("mixtral")))), tmp_path / "out")
 

@@ -19,6 +19,7 @@ from bitknap.quantization.transforms.rotation import (
     unhadamard,
 )
 from bitknap.testing import tiny_model
+from bitknap.testing.comparing import logits
 
 IDS = torch.randint(3, 64, (2, 12), generator=torch.Generator().manual_seed(0))
 
@@ -34,9 +35,8 @@ def trained(family, **changes):
     return model
 
 
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=IDS, use_cache=False).logits
+def computed(model):
+    return logits(model, IDS, use_cache=False)
 
 
 def far(one, other):
@@ -75,10 +75,10 @@ def test_signs_are_drawn_by_the_seed():
 @pytest.mark.parametrize("family", KNOWN)
 def test_the_model_computes_what_it_did(family, tied):
     model = trained(family, tie_word_embeddings=tied)
-    wanted = logits(model)
+    wanted = computed(model)
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
     rotate_residual(model, seed=3)
-    assert far(logits(model), wanted) < 1e-5
+    assert far(computed(model), wanted) < 1e-5
     changed = turns(family, [*before, "lm_head.weight"])
     for name, tensor in before.items():
         assert torch.equal(model.get_parameter(name), tensor) == (name not in changed), name
@@ -93,11 +93,11 @@ def test_the_model_computes_what_it_did(family, tied):
 def test_a_checkpoint_is_rotated_as_its_live_model(family, tied, tmp_path):
     model = trained(family, hidden_size=24, tie_word_embeddings=tied)
     model.save_pretrained(tmp_path / "in", max_shard_size="20KB")
-    wanted = logits(model)
+    wanted = computed(model)
     rotated(tmp_path / "in", tmp_path / "out", seed=5)
     loaded = load(tmp_path / "out")
     assert type(loaded) is type(model)
-    assert far(logits(loaded), wanted) < 1e-5
+    assert far(computed(loaded), wanted) < 1e-5
     rotate_residual(model, seed=5)
     for name, tensor in model.named_parameters():
         torch.testing.assert_close(loaded.get_parameter(name), tensor, rtol=1e-5, atol=1e-6)
@@ -111,7 +111,7 @@ def test_weights_in_16_bits_stay_in_16_bits(tmp_path):
     trained("mixtral").bfloat16().save_pretrained(tmp_path / "in")
     rotated(tmp_path / "in", tmp_path / "out")
     assert {dtype for dtype, _ in Checkpoint.open(tmp_path / "out").shapes.values()} == {"BF16"}
-    found, wanted = (logits(load(tmp_path / d, torch.float32)) for d in ("out", "in"))
+    found, wanted = (computed(load(tmp_path / d, torch.float32)) for d in ("out", "in"))
     assert 1e-5 < far(found, wanted) < 0.05  # rounded once more
 
 
