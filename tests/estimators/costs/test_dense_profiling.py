@@ -2,7 +2,6 @@
 
 import contextlib
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,10 +20,10 @@ from bitknap.quantization.rounding.methods import round_trip
 from bitknap.quantization.stacks.apply import replaced
 from bitknap.quantization.stacks.grouping import stacks
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import UNSEEN, lopsided_case, random_windows
 
 # Rows of 16 and 24 weights: the third format stores gate and up as the second does, not down.
 FORMATS = (Format(2, 8), Format(3, 0), Format(3, 16), Format.keep("fp32"))
-UNSEEN = 4
 KINDS = (
     Measured(),
     Measured(kind="layer"),
@@ -36,15 +35,7 @@ KINDS = (
 
 @pytest.fixture(scope="module")
 def case():
-    model = tiny_model("mixtral", num_local_experts=5, num_experts=5)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            router[1], router[3], router[UNSEEN] = -router[0], -router[2], 0
-    layout = walk(model)
-    windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows, Recorded(traces=True))
-    return SimpleNamespace(model=model, layout=layout, windows=windows, evidence=evidence)
+    return lopsided_case(Recorded(traces=True))
 
 
 def rounding(format):
@@ -280,7 +271,7 @@ def test_a_super_expert_is_seen_in_outputs_and_in_tables():
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[3] *= 60
     layout = walk(model)
-    windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
+    windows = random_windows(6)
     evidence = calibrate(model, layout, windows, Recorded(traces=True))
     assert [(layer, expert) for layer, expert, _ in super_experts(evidence)] == [(1, 3)]
     for measured in (Measured(kind="layer"), Measured(kind="block", squared=True)):
@@ -308,7 +299,7 @@ def test_what_cannot_be_measured_is_said(case):
 def test_other_roles_have_a_kl():
     model = tiny_model("qwen2_moe")
     layout = walk(model, ("attention", "shared"))
-    windows = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    windows = random_windows(2)
     evidence = calibrate(model, layout, windows)
     assert (Measured().estimate(evidence, FORMATS[:1]).cost > 0).all()
     with pytest.raises(InputError, match=r"layer: layer=0 .* does not belong to a routed expert"):

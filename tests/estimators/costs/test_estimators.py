@@ -1,7 +1,5 @@
 """Every estimator on a tiny model, one of whose experts never sees a token."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -13,7 +11,7 @@ from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weighed_errors import format_bytes, plainest
 from bitknap.estimators.costs.weight_error import WeightError
-from bitknap.estimators.evidence.evidence import FEW_TOKENS, Evidence
+from bitknap.estimators.evidence.evidence import FEW_TOKENS
 from bitknap.estimators.group_kl.calibrated import Calibrated, anchors, gains, group_kl
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.sweep.in_memory import calibrate
@@ -22,31 +20,16 @@ from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.methods import round_trip
 from bitknap.quantization.stacks.apply import applied
 from bitknap.quantization.stacks.grouping import stacks
-from bitknap.quantization.stacks.reading import read_units
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import UNSEEN, lopsided_case, random_windows, weights_alone
 
 FORMATS = formats((1, 2, 3, 4, 6, 8), (8, "row"), (False, True), ("fp16", "compact"), keep="fp32")
 BASES = (SecondMoments(), SecondMoments(full=True), WeightError(), Fisher(), DataFree())
-UNSEEN = 4
-
-
-def lopsided(family="mixtral", **changes):
-    """Return a model whose last expert is never among the two with the largest logits."""
-    model = tiny_model(family, num_local_experts=5, num_experts=5, **changes)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            router[1], router[3], router[UNSEEN] = -router[0], -router[2], 0
-    return model
 
 
 @pytest.fixture(scope="module")
 def case():
-    model = lopsided()
-    layout = walk(model)
-    windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows, Recorded(full=True, curvature=True))
-    return SimpleNamespace(model=model, layout=layout, windows=windows, evidence=evidence)
+    return lopsided_case(Recorded(full=True, curvature=True))
 
 
 def families(columns):
@@ -254,16 +237,8 @@ def test_data_free_needs_weights_only(case):
     def never(*args, **kwargs):
         raise AssertionError("no model pass")
 
-    tensors = dict(case.model.named_parameters())
     handle = case.model.register_forward_pre_hook(never)
-    evidence = Evidence(
-        layout=case.layout,
-        layers={},
-        linears={},
-        weights=lambda which: read_units(case.layout, which, tensors).detach(),
-        replay=None,
-        provenance={},
-    )
+    evidence = weights_alone(case.model)
     assert DataFree().needs == frozenset()
     table = DataFree().estimate(evidence, FORMATS)
     handle.remove()
@@ -292,7 +267,7 @@ def test_what_was_not_recorded_is_asked_for(case):
 def test_other_roles_are_charged_too():
     model = tiny_model("qwen2_moe")
     layout = walk(model, ("attention", "shared"))
-    windows = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    windows = random_windows(2)
     evidence = calibrate(model, layout, windows, Recorded(curvature=True))
     options = [Format(2, 8), Format(5, 0)]
     for estimator in (SecondMoments(), WeightError(), DataFree(), Calibrated()):

@@ -1,7 +1,5 @@
 """Fisher costs in weight space and in output space, by hand on a tiny model."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
@@ -18,22 +16,14 @@ from bitknap.quantization.rounding.methods import round_trip
 from bitknap.quantization.stacks.apply import replaced
 from bitknap.quantization.stacks.grouping import stacks
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import UNSEEN, lopsided_case, random_windows
 
 FORMATS = (Format(2, 8), Format(3, 0), Format(4, 8), Format.keep("fp32"))
-UNSEEN = 4
 
 
 @pytest.fixture(scope="module")
 def case():
-    model = tiny_model("mixtral", num_local_experts=5, num_experts=5)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            router[1], router[3], router[UNSEEN] = -router[0], -router[2], 0
-    layout = walk(model)
-    windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows, Recorded(curvature=True, gradients=True))
-    return SimpleNamespace(model=model, layout=layout, windows=windows, evidence=evidence)
+    return lopsided_case(Recorded(curvature=True, gradients=True))
 
 
 def constant(value):
@@ -145,7 +135,7 @@ def test_what_was_not_recorded_is_asked_for(case):
 def test_other_roles_are_refused():
     model = tiny_model("mixtral")
     layout = walk(model, ("attention",))
-    windows = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    windows = random_windows(2)
     evidence = calibrate(model, layout, windows, Recorded(gradients=True))
     with pytest.raises(InputError, match="routed experts only"):
         Fisher("output").estimate(evidence, FORMATS)

@@ -19,6 +19,7 @@ from bitknap.estimators.tables.super_expert_floor import (
 )
 from bitknap.quantization.models.live_model import walk
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import random_windows
 
 FORMATS = formats((2, 3, 4, 6), "row", symmetric=True, metadata="fp16")
 FOUND = [(1, 3, 55.4)]
@@ -29,7 +30,7 @@ def evidence():
     model = tiny_model("mixtral", num_local_experts=8, num_experts=8)
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[3] *= 60
-    windows = torch.randint(0, 64, (6, 16), generator=torch.Generator().manual_seed(0))
+    windows = random_windows(6)
     return calibrate(model, walk(model, ("attention",)), windows)
 
 

@@ -7,9 +7,6 @@ from bitknap.allocation import Format
 from bitknap.estimators.published.autoround import AutoRoundScore
 from bitknap.quantization.rounding.methods import round_trip
 
-UNSEEN = 4
-
-
 NARROW = Format(3, 8)
 
 

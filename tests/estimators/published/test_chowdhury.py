@@ -8,7 +8,6 @@ import torch
 
 from bitknap.allocation import Format, formats
 from bitknap.errors import InputError, MismatchError
-from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.published.chowdhury import (
     MaxVar,
     Ranking,
@@ -21,24 +20,19 @@ from bitknap.estimators.published.chowdhury import (
 from bitknap.estimators.signals.scored import Scored, checked
 from bitknap.estimators.signals.unit_statistics import routed
 from bitknap.quantization.models.headers_only import walk_headers
-from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.stacks.reading import read_units
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import weights_alone
 
 
 def opened(model, include=()):
-    layout = walk(model, include)
-    tensors = dict(model.named_parameters())
-    evidence = Evidence(
-        layout=layout,
-        layers={},
-        linears={},
-        weights=lambda which: read_units(layout, which, tensors).detach(),
-        replay=None,
-        provenance={},
+    evidence = weights_alone(model, include)
+    return SimpleNamespace(
+        layout=evidence.layout,
+        tensors=dict(model.named_parameters()),
+        evidence=evidence,
+        units=evidence.units,
     )
-    return SimpleNamespace(layout=layout, tensors=tensors, evidence=evidence, units=layout.units)
 
 
 @pytest.fixture(scope="module")

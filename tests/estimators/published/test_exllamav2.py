@@ -8,9 +8,6 @@ from bitknap.allocation import Format
 from bitknap.estimators.published.exllamav2 import Exl2Score
 from bitknap.quantization.rounding.methods import round_trip
 
-UNSEEN = 4
-
-
 NARROW = Format(3, 8)
 
 

@@ -4,8 +4,6 @@ import pytest
 
 from bitknap.estimators.published.hawq import HessianTrace
 
-UNSEEN = 4
-
 
 def test_hessian_trace_by_its_definition(case):
     score = HessianTrace().score(case.evidence)

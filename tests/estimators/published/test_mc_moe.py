@@ -5,8 +5,7 @@ import pytest
 
 from bitknap.errors import InputError
 from bitknap.estimators.published.mc_moe import Frequency, McMoe, RoutingWeight
-
-UNSEEN = 4
+from bitknap.testing.evidence import UNSEEN
 
 
 def test_frequency_is_the_shrunk_share_of_tokens(case):

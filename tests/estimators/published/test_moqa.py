@@ -1,11 +1,9 @@
 """Several calibration sets: significances, fuzzy clusters, MoQa's plan."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 from skfuzzy.cluster import cmeans
 
 from bitknap.allocation import formats
@@ -19,38 +17,24 @@ from bitknap.estimators.published.moqa import (
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.models.live_model import walk
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import random_windows
 
 FORMATS = formats((2, 4, 6, 8), "row", keep="fp32")
-
-
-def calibrated(model, seed):
-    windows = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(seed))
-    return calibrate(model, walk(model), windows)
-
-
-@pytest.fixture(scope="module")
-def case():
-    model = tiny_model("mixtral", num_local_experts=8, num_experts=8)
-    with torch.no_grad():  # the last expert is never among the two with the largest logits
-        for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            router[1], router[3], router[7] = -router[0], -router[2], 0
-    return SimpleNamespace(model=model, sets=[calibrated(model, seed) for seed in range(3)])
 
 
 # significance
 
 
-def test_significance_is_a_share_and_never_zero(case):
-    for layer, share in expert_significance(case.sets[0]).items():
+def test_significance_is_a_share_and_never_zero(sets):
+    for layer, share in expert_significance(sets[0]).items():
         assert share.sum() == pytest.approx(1)
-        assert case.sets[0].layers[layer].count[7] == 0
+        assert sets[0].layers[layer].count[7] == 0
         assert share[7] > 0
         assert share.argmin() == 7
 
 
-def test_significance_by_hand(case):
-    evidence = case.sets[0]
+def test_significance_by_hand(sets):
+    evidence = sets[0]
     layer, units = evidence.layers[1], evidence.units
     total = []
     for expert in range(8):
@@ -63,31 +47,32 @@ def test_significance_by_hand(case):
     assert expert_significance(evidence)[1] == pytest.approx(wanted)
 
 
-def test_joint_significance_is_over_the_sets(case):
-    each = [expert_significance(x)[0] for x in case.sets]
-    joint = joint_significance(case.sets)[0]
+def test_joint_significance_is_over_the_sets(sets):
+    each = [expert_significance(x)[0] for x in sets]
+    joint = joint_significance(sets)[0]
     assert joint.mean == pytest.approx(np.mean(each, axis=0))
     assert joint.worst == pytest.approx(np.max(each, axis=0))
     assert joint.sd == pytest.approx(np.std(each, axis=0, ddof=1))
     assert joint.mean.sum() == pytest.approx(1)
 
 
-def test_one_set_is_not_several(case):
+def test_one_set_is_not_several(sets):
     with pytest.raises(InputError, match=r"sets: 1 is below 2; calibrate on two or more texts"):
-        joint_significance(case.sets[:1])
+        joint_significance(sets[:1])
     with pytest.raises(InputError, match="all 2 have the same text"):
-        joint_significance([case.sets[0], case.sets[0]])
+        joint_significance([sets[0], sets[0]])
 
 
-def test_sets_of_two_models_do_not_join(case):
-    other = calibrated(tiny_model("mixtral"), 1)
+def test_sets_of_two_models_do_not_join(sets):
+    model = tiny_model("mixtral")
+    other = calibrate(model, walk(model), random_windows(4, seed=1))
     with pytest.raises(MismatchError, match="its 24 units differ from the 48 of the first"):
-        joint_significance([case.sets[0], other])
+        joint_significance([sets[0], other])
 
 
-def test_weights_alone_have_no_significance(case):
+def test_weights_alone_have_no_significance(sets):
     with pytest.raises(InputError, match="no layer of experts was seen"):
-        expert_significance(replace(case.sets[0], layers={}))
+        expert_significance(replace(sets[0], layers={}))
 
 
 # clusters
@@ -161,9 +146,9 @@ def test_clusters_refuse():
 # plan
 
 
-def test_the_plan_gives_whole_experts_the_width_of_their_cluster(case):
-    plan = moqa_plan(case.sets, FORMATS)
-    joint = joint_significance(case.sets)
+def test_the_plan_gives_whole_experts_the_width_of_their_cluster(sets):
+    plan = moqa_plan(sets, FORMATS)
+    joint = joint_significance(sets)
     value = np.concatenate([8 * joint[layer].mean for layer in (0, 1)])
     wanted = fuzzy_clusters(value).bits.reshape(2, 8)
     bits = np.array([f.bits for f in FORMATS])[plan.choice]
@@ -174,24 +159,21 @@ def test_the_plan_gives_whole_experts_the_width_of_their_cluster(case):
     assert len(plan.header["texts"]) == 3
 
 
-def test_the_plan_refuses(case):
+def test_the_plan_refuses(sets):
     with pytest.raises(InputError, match="0 of 6 bits; the rule needs exactly one"):
-        moqa_plan(case.sets, formats((2, 4, 8), "row"))
+        moqa_plan(sets, formats((2, 4, 8), "row"))
     with pytest.raises(InputError, match="2 of 8 bits"):
-        moqa_plan(case.sets, formats((2, 4, 6, 8), ("row", 8)))
+        moqa_plan(sets, formats((2, 4, 6, 8), ("row", 8)))
     with pytest.raises(InputError, match="is below 2"):
-        moqa_plan(case.sets[:1], FORMATS)
+        moqa_plan(sets[:1], FORMATS)
     with pytest.raises(InputError, match="rule 'best' is unknown; one of mean, worst"):
-        moqa_plan(case.sets, FORMATS, rule="best")  # type: ignore[arg-type]
+        moqa_plan(sets, FORMATS, rule="best")  # type: ignore[arg-type]
 
 
 def test_units_beside_the_experts_are_kept():
     model = tiny_model("mixtral")
     layout = walk(model, include=("attention",))
-    sets = []
-    for seed in range(2):
-        windows = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(seed))
-        sets.append(calibrate(model, layout, windows))
+    sets = [calibrate(model, layout, random_windows(4, seed=seed)) for seed in range(2)]
     plan = moqa_plan(sets, FORMATS, precisions=(8, 4, 2))
     other = np.flatnonzero(plan.units.role != 0)
     assert len(other) > 0

@@ -8,9 +8,6 @@ from bitknap.errors import InputError
 from bitknap.estimators.published.owq import Owq
 from bitknap.quantization.rounding.methods import round_trip
 
-UNSEEN = 4
-
-
 NARROW = Format(3, 8)
 
 

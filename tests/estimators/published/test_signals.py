@@ -14,9 +14,7 @@ from bitknap.estimators.published.owq import Owq
 from bitknap.estimators.published.quantmoe_bench import OutlierRatio
 from bitknap.estimators.signals.plain import Kurtosis, RandomScore, Uniform
 from bitknap.estimators.signals.scored import Scored, checked
-
-UNSEEN = 4
-
+from bitknap.testing.evidence import UNSEEN
 
 ALONE = (Uniform(), RandomScore(), Kurtosis(), OutlierRatio(), AlphaQ(), AlphaQ(tile=4, most=5))
 

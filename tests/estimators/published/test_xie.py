@@ -10,7 +10,6 @@ from bitknap.allocation import Budget, CostTable, Format, Problem, formats, solv
 from bitknap.errors import InputError
 from bitknap.estimators.costs.data_free import distortion
 from bitknap.estimators.costs.fisher import Fisher
-from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.published.xie import (
     ChannelScore,
     channel_scores,
@@ -21,10 +20,9 @@ from bitknap.estimators.published.xie import (
 from bitknap.estimators.signals.scored import checked
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.recorded import Recorded
-from bitknap.quantization.models.live_model import walk
-from bitknap.quantization.stacks.reading import read_units
 from bitknap.quantization.stacks.row_blocks import block_units
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import random_windows, weights_alone
 
 FORMATS = formats((1, 3), (8, "row"), (False, True), ("fp16", "compact"), keep="fp32")
 
@@ -32,19 +30,9 @@ FORMATS = formats((1, 3), (8, "row"), (False, True), ("fp16", "compact"), keep="
 @pytest.fixture(scope="module")
 def case():
     model = tiny_model("mixtral")
-    layout = walk(model)
-    tensors = dict(model.named_parameters())
-    windows = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
-    bare = Evidence(
-        layout=layout,
-        layers={},
-        linears={},
-        weights=lambda which: read_units(layout, which, tensors).detach(),
-        replay=None,
-        provenance={"seed": 0},
-    )
-    curved = calibrate(model, layout, windows, Recorded(curvature=True))
-    return SimpleNamespace(layout=layout, bare=bare, curved=curved, units=layout.units)
+    bare = weights_alone(model, seed=0)
+    curved = calibrate(model, bare.layout, random_windows(4), Recorded(curvature=True))
+    return SimpleNamespace(layout=bare.layout, bare=bare, curved=curved, units=bare.units)
 
 
 def test_scores_by_hand():

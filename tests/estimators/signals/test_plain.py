@@ -8,8 +8,6 @@ from bitknap.errors import InputError
 from bitknap.estimators.signals.plain import Kurtosis, RandomScore, RowVariance, Uniform
 from bitknap.estimators.signals.scored import checked
 
-UNSEEN = 4
-
 
 def test_uniform_and_random(case):
     assert (Uniform().score(case.bare) == 1).all()

@@ -10,7 +10,6 @@ import torch
 from bitknap.allocation import Budget, Format, Problem, Units, formats, solve
 from bitknap.errors import InputError
 from bitknap.estimators.costs.data_free import DataFree
-from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.signals.scored import Scored, centred, checked, standardised
 from bitknap.estimators.signals.unit_statistics import (
     LEAST,
@@ -23,10 +22,9 @@ from bitknap.estimators.signals.unit_statistics import (
     routed,
 )
 from bitknap.estimators.sweep.in_memory import calibrate
-from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.stacks.grouping import stacks
-from bitknap.quantization.stacks.reading import read_units
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import random_windows, weights_alone
 
 FORMATS = formats((2, 3, 4), (8, "row"), keep="fp32")
 
@@ -46,20 +44,9 @@ class Given:
 @pytest.fixture(scope="module")
 def case():
     model = tiny_model("qwen2_moe")
-    layout = walk(model, ("shared",))
-    tensors = dict(model.named_parameters())
-    windows = torch.randint(0, 64, (3, 16), generator=torch.Generator().manual_seed(0))
-    bare = Evidence(
-        layout=layout,
-        layers={},
-        linears={},
-        weights=lambda which: read_units(layout, which, tensors).detach(),
-        replay=None,
-        provenance={"seed": 0},
-    )
-    return SimpleNamespace(
-        layout=layout, bare=bare, seen=calibrate(model, layout, windows), count=len(layout.units)
-    )
+    bare = weights_alone(model, ("shared",), seed=0)
+    seen = calibrate(model, bare.layout, random_windows(3))
+    return SimpleNamespace(layout=bare.layout, bare=bare, seen=seen, count=len(bare.units))
 
 
 def test_scored_multiplies_the_base(case):

@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from bitknap.allocation import Format, Units, formats
 from bitknap.errors import MismatchError
@@ -17,9 +16,7 @@ from bitknap.estimators.sparse.fuzzy import Fuzzy, features, unit_losses
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.predictors import Residual
-from bitknap.estimators.sweep.in_memory import calibrate
-from bitknap.quantization.models.live_model import walk
-from bitknap.testing import tiny_model
+from bitknap.testing.evidence import lopsided_case
 
 ORIGIN = {"model": "m", "method": "rtn", "text": "t", "tokens": 1, "seed": 0}
 FORMATS = formats((1, 2, 4), (8, "row"), False, "fp16")
@@ -27,27 +24,21 @@ FORMATS = formats((1, 2, 4), (8, "row"), False, "fp16")
 
 @pytest.fixture(scope="module")
 def case():
-    model = tiny_model("mixtral", num_local_experts=5, num_experts=5)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            router[1], router[3], router[4] = -router[0], -router[2], 0
-    layout = walk(model)
-    windows = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
-    evidence = calibrate(model, layout, windows)
-    free = np.ones((len(layout.units), len(FORMATS)), dtype=np.bool_)
-    cells = AtRandom().pick(layout.units, free, None, 60, 0)
+    evidence = lopsided_case(windows=4).evidence
+    units = evidence.units
+    free = np.ones((len(units), len(FORMATS)), dtype=np.bool_)
+    cells = AtRandom().pick(units, free, None, 60, 0)
     measure = unit_losses(evidence, FORMATS)
     unit, column = cells // len(FORMATS), cells % len(FORMATS)
     samples = LossSamples(
-        units=layout.units,
+        units=units,
         formats=FORMATS,
         unit=unit,
         column=column,
         loss=np.array([measure(int(u), int(c)) for u, c in zip(unit, column, strict=True)]),
         provenance=ORIGIN,
     )
-    return SimpleNamespace(evidence=evidence, samples=samples, units=layout.units)
+    return SimpleNamespace(evidence=evidence, samples=samples, units=units)
 
 
 WAYS = {

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-import torch
 
 from bitknap.allocation import formats
 from bitknap.errors import InputError, MismatchError
@@ -15,19 +14,14 @@ from bitknap.estimators.sparse.on_demand import Sampled
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.quantization.models.live_model import walk
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import lopsided_case
 
 FORMATS = formats((2, 3, 4), "row", symmetric=True, metadata="fp16")
 
 
 @pytest.fixture(scope="module")
 def evidence():
-    model = tiny_model("mixtral", num_local_experts=5, num_experts=5)
-    with torch.no_grad():  # the last expert is never among the two with the largest logits
-        for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            router[1], router[3], router[4] = -router[0], -router[2], 0
-    windows = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(0))
-    found = calibrate(model, walk(model), windows)
+    found = lopsided_case(windows=4).evidence
     return replace(found, provenance={**found.provenance, "model": "abc"})
 
 

@@ -15,6 +15,7 @@ from bitknap.estimators.sweep.linear_recording import recording_linears
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import lopsided_model
 
 IDS = torch.arange(2, 38).view(3, 12) * 7 % 64
 close = partial(torch.testing.assert_close, rtol=2e-3, atol=1e-5)
@@ -97,11 +98,7 @@ def test_inputs_are_moments_a_token_for_every_role():
 
 
 def test_an_expert_without_tokens_has_its_layers_moments():
-    model = tiny_model("mixtral", num_local_experts=5, num_experts=5)
-    with torch.no_grad():
-        for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            router[1], router[3], router[4] = -router[0], -router[2], 0
+    model = lopsided_model()
     evidence: Evidence = calibrate(model, walk(model), IDS, Recorded(full=True))
     units = evidence.units
     gate = (units.layer == 0) & (units.projection == units.projections.index("gate"))

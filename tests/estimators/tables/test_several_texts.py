@@ -1,44 +1,21 @@
 """Costs of several texts as one table."""
 
 from dataclasses import replace
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import torch
 
 from bitknap.allocation import Budget, CostTable, Knapsack, Problem, formats, solve
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.costs.moments import SecondMoments
-from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.tables.several_texts import robust
-from bitknap.quantization.models.live_model import walk
-from bitknap.testing import tiny_model
 
 FORMATS = formats((2, 4, 6, 8), "row", keep="fp32")
 
 
-def calibrated(model, seed):
-    windows = torch.randint(0, 64, (4, 16), generator=torch.Generator().manual_seed(seed))
-    return calibrate(model, walk(model), windows)
-
-
 @pytest.fixture(scope="module")
-def case():
-    model = tiny_model("mixtral", num_local_experts=8, num_experts=8)
-    with torch.no_grad():  # the last expert is never among the two with the largest logits
-        for layer in model.model.layers:
-            router = layer.mlp.gate.weight
-            router[1], router[3], router[7] = -router[0], -router[2], 0
-    return SimpleNamespace(model=model, sets=[calibrated(model, seed) for seed in range(3)])
-
-
-# significance
-
-
-@pytest.fixture(scope="module")
-def tables(case):
-    return [SecondMoments().estimate(x, FORMATS) for x in case.sets]
+def tables(sets):
+    return [SecondMoments().estimate(x, FORMATS) for x in sets]
 
 
 @pytest.mark.parametrize("rule", ["mean", "worst", "mean+sd"])
