@@ -19,19 +19,9 @@ from bitknap.kernels.launch import Launch, Tile
 from bitknap.kernels.layout.scale_words import Recipe
 from bitknap.kernels.random_experts import Structure, made_up_experts
 from bitknap.kernels.run_triton import Execution, run
+from bitknap.testing.recipes import GRIDS, KEPT, WIDTHS
 
 FLOAT, HALF = torch.float32, torch.float16
-KEPT = Recipe(bits=16, group=1, kept=1)
-WIDTHS = [Recipe(bits=bits, group=128) for bits in range(1, 9)]
-GRIDS = [
-    Recipe(bits=2, group=32),
-    Recipe(bits=3, group=64, share=6),
-    Recipe(bits=4, group=256, symmetric=True),
-    Recipe(bits=5, group=1 << 20),
-    Recipe(bits=8, group=32, share=8),
-    Recipe(bits=4, group=32, share=8, symmetric=True),
-    KEPT,
-]
 
 
 def decode(tokens=8, rows=64, split=1):

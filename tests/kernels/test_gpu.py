@@ -12,23 +12,14 @@ from bitknap.kernels.launch import Launch, Tile
 from bitknap.kernels.layout.scale_words import Recipe
 from bitknap.kernels.moe import moe
 from bitknap.kernels.random_experts import Structure, made_up_experts, made_up_table
+from bitknap.testing.recipes import GRIDS, WIDTHS
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DTYPES = [torch.bfloat16, torch.float16]
-WIDTHS = [Recipe(bits=bits, group=128) for bits in range(1, 9)]
-GRIDS = [
-    Recipe(bits=2, group=32),
-    Recipe(bits=3, group=64, share=6),
-    Recipe(bits=4, group=256, symmetric=True),
-    Recipe(bits=5, group=1 << 20),
-    Recipe(bits=8, group=32, share=8),
-    Recipe(bits=4, group=32, share=8, symmetric=True),
-    Recipe(bits=16, group=1, kept=1),
-    Recipe(bits=8, group=128),
-]
+EVERY = (*GRIDS, WIDTHS[-1])
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -86,7 +77,7 @@ def agrees(recipes, tokens, topk, hidden, inner, dtype, launch=None, **more):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 40, 200, 3000])
-@pytest.mark.parametrize("recipes", [WIDTHS, GRIDS], ids=["widths", "grids"])
+@pytest.mark.parametrize("recipes", [WIDTHS, EVERY], ids=["widths", "grids"])
 def test_every_path_agrees_with_the_reference(recipes, tokens, dtype):
     agrees(recipes, tokens, 2, 768, 1408, dtype)
 
@@ -97,26 +88,26 @@ def test_every_tile_agrees_with_the_reference(path, tokens):
     warps = 8 if tokens > 32 else 4
     tile = Tile(rows=64, warps=warps, stages=2)
     launch = Launch(path=path, tokens=tokens, gate_up=tile, down=tile)
-    agrees(GRIDS, 100, 3, 608, 352, torch.bfloat16, launch, biased=True)
+    agrees(EVERY, 100, 3, 608, 352, torch.bfloat16, launch, biased=True)
 
 
 @pytest.mark.parametrize("tokens", [1, 5, 40, 3000])
 def test_blocks_of_rows_agree_with_the_reference(tokens):
     # Two blocks of 304 and of 176 rows: neither is whole tiles.
-    recipes = (*GRIDS, *GRIDS[::-1])
+    recipes = (*EVERY, *EVERY[::-1])
     agrees(recipes, tokens, 2, 608, 352, torch.bfloat16, blocks=2, biased=True)
 
 
 def test_other_layers_agree_with_the_reference():
     for more in (
-        {"gate": GRIDS[::-1]},
+        {"gate": EVERY[::-1]},
         {"gated": False, "activation": "relu2"},
         {"biased": True, "activation": "swiglu_oai"},
         {"activation": "gelu"},
         {"activation": "gelu_tanh"},
     ):
         for tokens in (3, 50):
-            agrees(GRIDS, tokens, 2, 288, 224, torch.bfloat16, **more)
+            agrees(EVERY, tokens, 2, 288, 224, torch.bfloat16, **more)
 
 
 @pytest.mark.parametrize("tokens", [4, 100, 4000])

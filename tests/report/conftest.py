@@ -200,11 +200,5 @@ def plans():
     return {f"{bits:g}bpw": plan_of(bits) for bits in (2.0, 2.5, 3.0)}
 
 
-@pytest.fixture(name="document_of", scope="session")
-def _document_of():
-    return document_of
-
-
-@pytest.fixture(name="plan_of", scope="session")
-def _plan_of():
-    return plan_of
+_document_of = pytest.fixture(name="document_of", scope="session")(lambda: document_of)
+_plan_of = pytest.fixture(name="plan_of", scope="session")(lambda: plan_of)

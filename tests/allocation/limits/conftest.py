@@ -101,31 +101,9 @@ def table() -> CostTable:
     return table_of(model())
 
 
-@pytest.fixture(name="model", scope="session")
-def _model():
-    return model
-
-
-@pytest.fixture(name="table_of", scope="session")
-def _table_of():
-    return table_of
-
-
-@pytest.fixture(name="nbytes_of", scope="session")
-def _nbytes_of():
-    return nbytes_of
-
-
-@pytest.fixture(name="check", scope="session")
-def _check():
-    return check
-
-
-@pytest.fixture(name="message", scope="session")
-def _message():
-    return message
-
-
-@pytest.fixture(name="held", scope="session")
-def _held():
-    return held
+_model = pytest.fixture(name="model", scope="session")(lambda: model)
+_table_of = pytest.fixture(name="table_of", scope="session")(lambda: table_of)
+_nbytes_of = pytest.fixture(name="nbytes_of", scope="session")(lambda: nbytes_of)
+_check = pytest.fixture(name="check", scope="session")(lambda: check)
+_message = pytest.fixture(name="message", scope="session")(lambda: message)
+_held = pytest.fixture(name="held", scope="session")(lambda: held)

@@ -44,16 +44,6 @@ def journal(tmp_path):
     return f"journal:{tmp_path}/s.log"
 
 
-@pytest.fixture(name="design", scope="session")
-def _design():
-    return design
-
-
-@pytest.fixture(name="save", scope="session")
-def _save():
-    return save
-
-
-@pytest.fixture(name="loss", scope="session")
-def _loss():
-    return loss
+_design = pytest.fixture(name="design", scope="session")(lambda: design)
+_save = pytest.fixture(name="save", scope="session")(lambda: save)
+_loss = pytest.fixture(name="loss", scope="session")(lambda: loss)

@@ -1,6 +1,5 @@
 """`bitknap study` in process: from a table to a page and a plan."""
 
-import json
 import re
 import warnings
 from pathlib import Path
@@ -43,25 +42,6 @@ def journal(tmp_path):
     return f"journal:{tmp_path}/s.log"
 
 
-def document(capsys, *arguments):
-    capsys.readouterr()
-    main([*map(str, arguments), "--json"])
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    return json.loads(captured.out)
-
-
-def refused(capsys, *arguments):
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as exit:
-        main([str(argument) for argument in arguments])
-    captured = capsys.readouterr()
-    assert exit.value.code == 2
-    assert captured.out == ""
-    assert len(captured.err.splitlines()) == 1, captured.err
-    return captured.err.removeprefix("bitknap: ").strip()
-
-
 @pytest.mark.parametrize("command", ["create", "run", "show", "best"])
 def test_help_has_an_example(command, capsys):
     main(["study", command, "--help"])
@@ -72,7 +52,7 @@ def test_help_has_an_example(command, capsys):
     assert command in capsys.readouterr().out
 
 
-def test_the_whole_way_on_a_real_model(tmp_path, capsys):
+def test_the_whole_way_on_a_real_model(tmp_path, capsys, refused, document):
     table, url = tmp_path / "t.safetensors", f"journal:{tmp_path}/s.log"
     source = Checkpoint.open(resolve("reference:mixtral"))
     units = walk_headers(source.config, source.shapes, ()).units
@@ -91,35 +71,35 @@ def test_the_whole_way_on_a_real_model(tmp_path, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("trial 0: loss 0.")
     assert ", predicted " in lines[0]
-    told = document(capsys, *measuring, "--trials", "1")  # of as many tokens
+    told = document(*measuring, "--trials", "1")  # of as many tokens
     assert told["trials"] == {"complete": 3}
     assert told["measured"]["what"] == "KL, nats/token"
     assert told["measured"]["tokens"] == 64
-    assert "tokens was 64, now 128" in refused(capsys, *measuring, "--tokens", "128")
+    assert "tokens was 64, now 128" in refused(*measuring, "--tokens", "128")
     plan = tmp_path / "plan.json"
-    best = document(capsys, "study", "best", "s", "--storage", url, "-o", plan)["best"]
+    best = document("study", "best", "s", "--storage", url, "-o", plan)["best"]
     assert best == told["best"]
     header = BitPlan.load(plan).header
     assert (header["study"], header["trial"]) == ("s", best["number"])
     assert header["measured"] == {"loss": best["loss"], **told["measured"]}
     assert best["loss"] > 0
     held_out = ROOT / "benchmarks" / "reference" / "evaluation.txt"
-    assert refused(capsys, *measuring[:-2], "--text", held_out) == (
-        f"--text {held_out}: the evaluation text; a study must not see it"
+    assert refused(*measuring[:-2], "--text", held_out) == (
+        f"bitknap: --text {held_out}: the evaluation text; a study must not see it"
     )
     other = ("study", "run", "s", "--storage", url, "--model", "reference:qwen3moe")
     assert "reference:qwen3moe: not the model that the table of study 's' was made on" in refused(
-        capsys, *other
+        *other
     )
 
 
 @pytest.mark.parametrize("trials", [0, 1, 2, 15])
-def test_a_page_of_any_number_of_trials(table, journal, tmp_path, capsys, trials):
+def test_a_page_of_any_number_of_trials(table, journal, tmp_path, capsys, document, trials):
     made = create("<s> & co", journal, table, DESIGN)
     if trials:
         run(made, loss, trials)
     out = tmp_path / "page.html"
-    shown = document(capsys, "study", "show", "<s> & co", "--storage", journal, "-o", out)
+    shown = document("study", "show", "<s> & co", "--storage", journal, "-o", out)
     assert shown["trials"] == ({"complete": trials} if trials else {"waiting": 1})
     text = out.read_text()
     assert "<title>Study &lt;s&gt; &amp; co</title>" in text
@@ -136,21 +116,21 @@ def test_a_page_of_any_number_of_trials(table, journal, tmp_path, capsys, trials
     assert "4.5bpw" in capsys.readouterr().out
 
 
-def test_a_front(table, journal, tmp_path, capsys):
+def test_a_front(table, journal, tmp_path, capsys, refused, document):
     made = ("study", "create", "s", "--storage", journal, "--table", table, "--knobs", "tilts")
-    told = document(capsys, *made, "--budgets", "4.5bpw-8bpw", "--seed", "3")
+    told = document(*made, "--budgets", "4.5bpw-8bpw", "--seed", "3")
     assert told["about"]["sampler"] == "nsga2"
     run(load("s", journal), loss, 10)
-    told = document(capsys, "study", "best", "s", "--storage", journal)
+    told = document("study", "best", "s", "--storage", journal)
     sizes = [row["nbytes"] for row in told["front"]]
     assert sizes == sorted(set(sizes))
     assert len(sizes) > 1
     out = tmp_path / "plan.json"
     best = ("study", "best", "s", "--storage", journal, "-o", out)
-    assert refused(capsys, *best) == (
-        "the study has plans of several sizes; choose one with --budget, such as 3bpw"
+    assert refused(*best) == (
+        "bitknap: the study has plans of several sizes; choose one with --budget, such as 3bpw"
     )
-    row = document(capsys, *best, "--budget", "5bpw")["best"]
+    row = document(*best, "--budget", "5bpw")["best"]
     assert BitPlan.load(out).total_bytes == row["nbytes"] <= 5 / 8 * 16 * 16 * 12
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -161,10 +141,10 @@ def test_a_front(table, journal, tmp_path, capsys):
     assert "front of size and loss" in capsys.readouterr().out
 
 
-def test_default_knobs_are_what_there_is(table, journal, tmp_path, capsys):
+def test_default_knobs_are_what_there_is(table, journal, tmp_path, document):
     table.with_name("other.safetensors").write_bytes(table.read_bytes())
     made = ("study", "create", "s", "--storage", journal, "--table", table, "--budget", "4.5bpw")
-    told = document(capsys, *made, "--feature", tmp_path / "other.safetensors")
+    told = document(*made, "--feature", tmp_path / "other.safetensors")
     knobs = told["about"]["knobs"]
     assert knobs["tilts"] == ["layer", "proj"]
     assert knobs["risk"]
@@ -192,18 +172,18 @@ def test_default_knobs_are_what_there_is(table, journal, tmp_path, capsys):
         ),
     ],
 )
-def test_bad_words_are_one_line(table, journal, tmp_path, capsys, more, message):
+def test_bad_words_are_one_line(table, journal, tmp_path, refused, more, message):
     made = ("study", "create", "s", "--storage", journal, "--table", table, *more)
-    assert refused(capsys, *made) == message
+    assert refused(*made) == f"bitknap: {message}"
     assert list(tmp_path.iterdir()) == [table]
 
 
-def test_nothing_is_overwritten(table, journal, tmp_path, capsys):
+def test_nothing_is_overwritten(table, journal, tmp_path, refused):
     made = create("s", journal, table, DESIGN)
     run(made, loss, 1)
     out = tmp_path / "there"
     out.write_text("mine")
     for command in ("show", "best"):
-        line = refused(capsys, "study", command, "s", "--storage", journal, "-o", out)
-        assert line == f"{out} exists; choose another name or pass --overwrite"
+        line = refused("study", command, "s", "--storage", journal, "-o", out)
+        assert line == f"bitknap: {out} exists; choose another name or pass --overwrite"
     assert out.read_text() == "mine"
