@@ -108,20 +108,24 @@ def _modelled(program: Program) -> tuple[Any, list[Any]]:
     return model, picks
 
 
+def _options(gap: float, seconds: float) -> dict[str, Any]:
+    """Return what both solvers are told: silence, one thread, an absolute gap and a time limit."""
+    return {
+        "msg": False,
+        "gapRel": 0.0,
+        "gapAbs": max(gap, TOLERANCE),
+        "timeLimit": seconds,
+        "threads": 1,
+    }
+
+
 def _highs(program: Program, gap: float, seconds: float) -> Result:
     import highspy
     import pulp
 
     model, picks = _modelled(program)
-    solver = pulp.HiGHS(
-        msg=False,
-        gapRel=0.0,
-        gapAbs=max(gap, TOLERANCE),
-        timeLimit=seconds,
-        threads=1,
-        random_seed=0,
-        mip_feasibility_tolerance=1e-9,
-    )
+    options = _options(gap, seconds)
+    solver = pulp.HiGHS(**options, random_seed=0, mip_feasibility_tolerance=1e-9)
     # Does the work of `model.solve(solver)`, plus setting a start, which PuLP 3 does not offer.
     solver.createAndConfigureSolver(model)
     solver.buildSolverModel(model)
@@ -146,15 +150,8 @@ def _cbc(program: Program, gap: float, seconds: float) -> Result:
     with warnings.catch_warnings():
         # PuLP 3.3 announces that its bundled CBC will move to a package of its own.
         warnings.simplefilter("ignore", DeprecationWarning)
-        solver = pulp.PULP_CBC_CMD(
-            msg=False,
-            gapRel=0.0,
-            gapAbs=max(gap, TOLERANCE),
-            timeLimit=seconds,
-            threads=1,
-            warmStart=True,
-            options=["randomSeed 1", "integerTolerance 1e-9", "increment 1e-7"],
-        )
+        own = ["randomSeed 1", "integerTolerance 1e-9", "increment 1e-7"]
+        solver = pulp.PULP_CBC_CMD(**_options(gap, seconds), warmStart=True, options=own)
         if not solver.available():
             raise BitknapError("cbc: PuLP finds no CBC; pip install pulp[cbc], or use HiGHS")
         model.solve(solver)

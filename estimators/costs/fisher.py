@@ -9,7 +9,7 @@ tokens convert it to nats, methods.md#conversions). Squares are taken per token,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -23,9 +23,9 @@ from bitknap.errors import InputError
 from bitknap.estimators.costs.weighed_errors import (
     Charge,
     experts_of,
-    plainest,
     projection_of,
     role_of,
+    stored_alike,
     weighed_table,
 )
 from bitknap.estimators.evidence.evidence import Evidence, shrink, zeros
@@ -115,22 +115,22 @@ def row_costs(
             "its rows cannot be separated; use space='weight'"
         )
     weights = evidence.weights(run)
+    charge = _row_charge(evidence, run, weights, space)
     costs = np.zeros((*weights.shape[:2], len(formats)))
-    known: dict[Format, np.ndarray] = {}
-    block = block_of(evidence, _traced_layer(evidence, run)) if space == "output" else None
-    grid = _half_fisher(evidence, run) if block is None else None
-    for column, format in enumerate(formats):
-        if format.kind == "keep":
-            continue
-        same = plainest(format, weights.shape[2])
-        if same not in known:
-            changed = evidence.round_trip(run, weights, same)
-            if block is not None:
-                known[same] = _output_costs(block, evidence, run, changed).numpy()
-            elif grid is not None:
-                known[same] = weighed_squares(changed - weights, grid).sum(2).double().numpy()
-        costs[:, :, column] = known[same]
+    for format, columns in stored_alike(formats, weights.shape[2]).items():
+        costs[:, :, columns] = charge(evidence.round_trip(run, weights, format)).numpy()[:, :, None]
     return costs
+
+
+def _row_charge(
+    evidence: Evidence, run: np.ndarray, weights: Tensor, space: Space
+) -> Callable[[Tensor], Tensor]:
+    """Return the function from rounded weights to each row's cost, float64 [n, rows]."""
+    if space == "output":
+        block = block_of(evidence, _traced_layer(evidence, run))
+        return lambda changed: _output_costs(block, evidence, run, changed)
+    grid = _half_fisher(evidence, run)
+    return lambda changed: weighed_squares(changed - weights, grid).sum(2).double()
 
 
 def _check(space: str) -> None:

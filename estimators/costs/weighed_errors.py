@@ -50,15 +50,9 @@ def weighed_table(
     for run in runs:
         weights = evidence.weights(run)
         charge = weigh(run, weights)
-        known: dict[Format, np.ndarray] = {}
-        for column, format in enumerate(formats):
-            if format.kind == "keep":
-                continue
-            same = plainest(format, weights.shape[2])
-            if same not in known:
-                error = evidence.round_trip(run, weights, same) - weights
-                known[same] = charge(error).double().numpy()
-            cost[run, column] = known[same]
+        for grid, columns in stored_alike(formats, weights.shape[2]).items():
+            error = evidence.round_trip(run, weights, grid) - weights
+            cost[run[:, None], columns] = charge(error).double().numpy()[:, None]
     return CostTable.from_arrays(
         cost,
         format_bytes(units, formats),
@@ -91,6 +85,18 @@ def plainest(format: Format, cols: int) -> Format:
     size = 0 if format.group_size >= cols else format.group_size
     one_scale = format.symmetric and size == 0
     return replace(format, group_size=size, metadata="fp16" if one_scale else format.metadata)
+
+
+def stored_alike(formats: Sequence[Format], cols: int) -> dict[Format, list[int]]:
+    """Return the columns of the formats that store rows of `cols` weights alike, by `plainest`.
+
+    Each grid is rounded once for all its columns. Kept precisions round nothing and are left out.
+    """
+    alike: dict[Format, list[int]] = {}
+    for column, format in enumerate(formats):
+        if format.kind != "keep":
+            alike.setdefault(plainest(format, cols), []).append(column)
+    return alike
 
 
 def format_bytes(units: Units, formats: Sequence[Format]) -> np.ndarray:

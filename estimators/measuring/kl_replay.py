@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from bitknap.estimators.measuring.language_model import settle
+from bitknap.estimators.measuring.skipped_layers import answering
 from bitknap.estimators.measuring.windows import Windows, labels_of, logits_of, predicted, seen
 from bitknap.quantization.models.matrix_views import Layout
 
@@ -186,7 +187,8 @@ class Replay:
         """Yield (log-probabilities now, reference log-probabilities, labels) of each batch."""
         first = self._places.get(layer, 0) if layer is not None else 0
         for batch, log, outputs in zip(self._batches, self._logs, self._outputs, strict=True):
-            with self._remembering(outputs, first):
+            skipped = list(self._layers or ())[:first]
+            with answering(skipped, outputs[: len(skipped)]):
                 mine = log_probabilities(self.model, batch)
             yield mine, log, labels_of(self.model, batch)
 
@@ -201,18 +203,6 @@ class Replay:
         finally:
             for handle in handles:
                 handle.remove()
-
-    @contextlib.contextmanager
-    def _remembering(self, outputs: list[Any], first: int) -> Iterator[None]:
-        """Let layers before `first` return their stored outputs without computing."""
-        skipped = list(self._layers or ())[:first]
-        for layer, output in zip(skipped, outputs, strict=False):
-            layer.forward = lambda *args, _output=output, **kwargs: _output
-        try:
-            yield
-        finally:
-            for layer in skipped:
-                del layer.forward
 
 
 @torch.inference_mode()

@@ -33,11 +33,8 @@ from bitknap.estimators.published.rule import (
     each_format,
     solved,
 )
-from bitknap.estimators.signals.unit_statistics import by_stack, curvature, rounding_error
+from bitknap.estimators.signals.unit_statistics import USUAL, by_stack, curvature, rounding_error
 from bitknap.progress import Progress
-
-# The usual 3-bit format of weight-only papers.
-_USUAL = Format(3, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,7 +53,7 @@ class AutoRoundScore:
     Source: AutoRound's AutoScheme (delta loss).
     """
 
-    format: Format = _USUAL
+    format: Format = USUAL
     name = "autoround"
     needs = frozenset({"curvature"})
 

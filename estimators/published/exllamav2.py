@@ -41,11 +41,14 @@ from bitknap.estimators.published.rule import (
     each_format,
     solved,
 )
-from bitknap.estimators.signals.unit_statistics import by_stack, input_square, rounding_error, seen
+from bitknap.estimators.signals.unit_statistics import (
+    USUAL,
+    by_stack,
+    input_square,
+    rounding_error,
+    seen,
+)
 from bitknap.progress import Progress
-
-# The usual 3-bit format of weight-only papers.
-_USUAL = Format(3, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +67,7 @@ class Exl2Score:
     Source: ExLlamaV2's measurement pass.
     """
 
-    format: Format = _USUAL
+    format: Format = USUAL
     full: bool = False
     name = "exl2"
 

@@ -19,10 +19,7 @@ from bitknap.allocation import Format
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.signals.unit_statistics import by_stack, input_square, rounding_error
-
-# The usual 3-bit format of weight-only papers.
-_USUAL = Format(3, 128)
+from bitknap.estimators.signals.unit_statistics import USUAL, by_stack, input_square, rounding_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +36,7 @@ class Owq:
     Source: OWQ, arXiv 2306.02272.
     """
 
-    format: Format = _USUAL
+    format: Format = USUAL
     share: float = 0.01
     name = "owq"
     needs = frozenset({"moments"})

@@ -45,6 +45,7 @@ from bitknap.estimators.costs.weighed_errors import (
     format_bytes,
     plainest,
     projection_of,
+    stored_alike,
     token_share,
 )
 from bitknap.estimators.evidence.evidence import Evidence
@@ -235,15 +236,9 @@ def _fisher_rows(
     """Return ½ Σ F ΔW² of each row in each format, float64 [n, rows, F]."""
     grid = 0.5 * curvature(evidence, run).float()
     costs = torch.zeros(*weights.shape[:2], len(formats), dtype=torch.float64)
-    known: dict[Format, Tensor] = {}
-    for column, format in enumerate(formats):
-        if format.kind == "keep":
-            continue
-        same = plainest(format, weights.shape[2])
-        if same not in known:
-            delta = evidence.round_trip(run, weights, same) - weights
-            known[same] = (delta.square() * grid).sum(2).double()
-        costs[:, :, column] = known[same]
+    for format, columns in stored_alike(formats, weights.shape[2]).items():
+        delta = evidence.round_trip(run, weights, format) - weights
+        costs[:, :, columns] = (delta.square() * grid).sum(2).double()[:, :, None]
     return costs
 
 

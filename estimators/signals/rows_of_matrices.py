@@ -21,7 +21,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError
 from bitknap.estimators.costs.moments import error_weights
-from bitknap.estimators.costs.weighed_errors import format_bytes, plainest, projection_of
+from bitknap.estimators.costs.weighed_errors import format_bytes, projection_of, stored_alike
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.float_range import weighed_squares
 from bitknap.estimators.signals.unit_statistics import routed
@@ -111,10 +111,6 @@ def _row_costs(
         weights = evidence.weights(run)
         known = bool(evidence.layers or evidence.linears)
         grid = error_weights(evidence, run) if known else torch.ones(())
-        columns: dict[Format, list[int]] = {}
-        for column, format in enumerate(formats):
-            if format.kind != "keep":
-                columns.setdefault(plainest(format, weights.shape[2]), []).append(column)
-        for format, alike in columns.items():
+        for format, alike in stored_alike(formats, weights.shape[2]).items():
             error = evidence.round_trip(run, weights, format) - weights
             yield run, alike, weighed_squares(error, grid).sum(2).double().numpy()

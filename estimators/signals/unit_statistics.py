@@ -24,6 +24,8 @@ from bitknap.quantization.stacks.grouping import stacks
 
 # A score of 0 becomes this share of the mean.
 LEAST = 1e-6
+# The usual 3-bit format of weight-only papers.
+USUAL = Format(3, 128)
 # Number of weights that a statistic processes at a time, in float64: 32 MiB.
 _CHUNK = 1 << 22
 

@@ -7,8 +7,8 @@ the current layer. If a layer reads more than the previous layer's output, its o
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from bitknap.errors import ModelError
 from bitknap.estimators.measuring.kl_replay import log_probabilities
+from bitknap.estimators.measuring.skipped_layers import answering
 from bitknap.estimators.measuring.windows import Windows, logits_of
 from bitknap.estimators.sweep.disk_tensors import on_disk, read_back
 from bitknap.estimators.sweep.weightless_model import Skeleton
@@ -150,22 +151,16 @@ class Streamed:
             )
         return hidden
 
-    @contextlib.contextmanager
-    def _answering(self, place: int, before: Tensor | None) -> Iterator[None]:
+    def _answering(self, place: int, before: Tensor | None) -> AbstractContextManager[None]:
         """Let layers before `place` return without computing, the last of them with `before`."""
-        skipped = list(self.skeleton.layers)[:place]
-        for number, layer in enumerate(skipped):
+        answers: list[Any] = []
+        for number in range(place):
             answer = before
             if before is not None and number < place - 1:
                 answer = before.new_full((), torch.nan).expand(before.shape)
             after = self.after[number]
-            whole = answer if after is None else (answer, *[None] * after)
-            layer.forward = lambda *args, _answer=whole, **kwargs: _answer
-        try:
-            yield
-        finally:
-            for layer in skipped:
-                del layer.forward
+            answers.append(answer if after is None else (answer, *[None] * after))
+        return answering(list(self.skeleton.layers)[:place], answers)
 
     def _refused(self, place: int, why: str) -> ModelError:
         kind = type(self.skeleton.layers[place]).__name__

@@ -7,6 +7,7 @@ returns codes. Costs are measured and checkpoints written with the same method, 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import partial
 
@@ -22,19 +23,19 @@ from bitknap.quantization.rounding.magnitude import in_range
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
 
-@dataclass(frozen=True, slots=True)
-class Rtn:
-    """Round to nearest, each group by itself, with a clipping search; see `rtn`."""
+class _RowByRow(ABC):
+    """A method that rounds each row of weights by itself, and needs nothing else."""
 
-    @property
-    def name(self) -> str:
-        """The name of the method."""
-        return "rtn"
+    __slots__ = ()
 
     @property
     def needs_inputs(self) -> bool:
         """Weights are enough."""
         return False
+
+    @abstractmethod
+    def _rounded(self, rows: Tensor, format: Format) -> Quantized:
+        """Return the rows of all matrices quantized."""
 
     def quantize(
         self,
@@ -44,11 +45,28 @@ class Rtn:
         exponents: Tensor | None = None,
     ) -> Quantized:
         """Return n matrices [n, rows, cols] as n × rows quantized rows."""
-        return in_range(weights, lambda w: rtn.quantize(w.flatten(0, 1), format), exponents)
+
+        def rounded(ordinary: Tensor) -> Quantized:
+            return self._rounded(ordinary.flatten(0, 1), format)
+
+        return in_range(weights, rounded, exponents)
+
+
+@dataclass(frozen=True, slots=True)
+class Rtn(_RowByRow):
+    """Round to nearest, each group by itself, with a clipping search; see `rtn`."""
+
+    @property
+    def name(self) -> str:
+        """The name of the method."""
+        return "rtn"
+
+    def _rounded(self, rows: Tensor, format: Format) -> Quantized:
+        return rtn.quantize(rows, format)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Hqq:
+class Hqq(_RowByRow):
     """Half-quadratic quantization: fit each group's grid to most of its weights; see `hqq`.
 
     Attributes:
@@ -66,24 +84,8 @@ class Hqq:
         """The name of the method."""
         return "hqq"
 
-    @property
-    def needs_inputs(self) -> bool:
-        """Weights are enough."""
-        return False
-
-    def quantize(
-        self,
-        weights: Tensor,
-        format: Format,
-        inputs: Inputs | None = None,
-        exponents: Tensor | None = None,
-    ) -> Quantized:
-        """Return n matrices [n, rows, cols] as n × rows quantized rows."""
-
-        def rounded(ordinary: Tensor) -> Quantized:
-            return hqq.quantize(ordinary.flatten(0, 1), format, power=self.power)
-
-        return in_range(weights, rounded, exponents)
+    def _rounded(self, rows: Tensor, format: Format) -> Quantized:
+        return hqq.quantize(rows, format, power=self.power)
 
 
 # Steps of GPTQ's grids relative to the best ones for rounding to nearest, by width: errors of
