@@ -55,14 +55,14 @@ def solver_of(name: str, **settings: Any) -> Solver:
         if key != "seed":
             takers = [one.name for one in SOLVERS.rows if one.accepts(key)]
             raise InputError(
-                f"--{key.replace('_', '-')}: the solver {name} does not take it; "
-                f"{' and '.join(takers)} do"
+                f"`{key}`: the solver {name} does not take it; leave it out, or use "
+                f"{' or '.join(takers)}"
             )
         del given[key]
     solver: Solver = entry(**given)
     if not (callable(getattr(solver, "answer", None)) and isinstance(solver.name, str)):
         raise InputError(
-            f"solver {name!r}: {entry.place} of {entry.package} must have `name` and "
-            "`answer(problem)`; see bitknap.allocation.solvers.solver"
+            f"solver {name!r}: {entry.place} of {entry.package} must have name and "
+            "answer(problem); see bitknap.allocation.solvers.solver"
         )
     return solver

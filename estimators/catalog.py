@@ -139,8 +139,8 @@ def kind_of(entry: Entry) -> str:
     can = [kind for kind, verb in ((COST, "estimate"), (SIGNAL, "score")) if hasattr(made, verb)]
     if not can or not isinstance(getattr(made, "name", None), str) or not hasattr(made, "needs"):
         raise InputError(
-            f"estimator {entry.name!r}: {entry.place} of {entry.package} must have `name`, "
-            "`needs`, and `estimate(evidence, formats)` or `score(evidence)`; see "
+            f"estimator {entry.name!r}: {entry.place} of {entry.package} must have name, "
+            "needs, and estimate(evidence, formats) or score(evidence); see "
             "bitknap.estimators.costs.estimator"
         )
     for word in made.needs:

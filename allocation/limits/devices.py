@@ -76,7 +76,7 @@ def _contiguous(table: CostTable, ranks: int) -> Ints:
     units = table.units
     routed = (units.role == ROLES.index("routed")) & (units.expert >= 0)
     if not routed.any():
-        raise InputError("device_bytes: the table has no routed experts to place; give `device`")
+        raise InputError("device_bytes: the table has no routed experts to place; give device")
     experts = np.zeros(int(units.layer.max()) + 2, dtype=np.int64)
     np.maximum.at(experts, units.layer[routed] + 1, units.expert[routed] + 1)
     few = (experts > 0) & (experts < ranks)

@@ -18,9 +18,9 @@ _OPTIONS = {
 }
 # Arguments that have an option with the same name.
 _SAME = (
-    *("calibrate", "check", "estimator", "include", "journal", "keep", "max_memory"),
+    *("calibrate", "check", "estimator", "gap", "include", "journal", "keep", "max_memory"),
     *("max_shard_size", "measurements", "overwrite", "permute", "refine", "robust", "risk"),
-    *("rotate", "row_blocks", "samples", "seed", "text", "tokens", "uniform"),
+    *("rotate", "row_blocks", "samples", "seed", "text", "time_limit", "tokens", "uniform"),
 )
 _NAMES = {**_OPTIONS, **{name: name.replace("_", "-") for name in _SAME}}
 # Values that are written differently at the command line.

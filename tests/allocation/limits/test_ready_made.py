@@ -187,7 +187,7 @@ def test_devices_say_what_is_wrong(table, table_of, message):
         ),
         (
             lambda: device_bytes(bare, 2, at_most=1),
-            "the table has no routed experts to place; give `device`",
+            "the table has no routed experts to place; give device",
         ),
     ):
         assert text in message(make)
