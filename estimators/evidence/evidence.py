@@ -18,6 +18,7 @@ from torch import Tensor
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.errors import InputError
+from bitknap.estimators.evidence.variants import VariantSweep
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.quantization.models.matrix_views import Layout
@@ -166,6 +167,7 @@ class Evidence:
         linears: statistics of the other projections, by unit.
         weights: reads units' weights, float32 [n, rows, cols].
         replay: measures the live model's KL; None if there is no live model.
+        sweep: measures variants of a model that is not in memory; None if it is.
         provenance: text hash, tokens, seed, model fingerprint.
         traces: inputs and routing of the experts, by layer number; empty unless asked for.
         rounding: rounding method; costs are charged for this method.
@@ -181,6 +183,7 @@ class Evidence:
     traces: Mapping[int, LayerTrace] = field(default_factory=dict)
     rounding: Rounding = RTN
     readings: Readings = field(default_factory=Readings)
+    sweep: VariantSweep | None = None
 
     @property
     def mark(self) -> str:

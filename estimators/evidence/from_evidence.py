@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 # The kinds of statistics that a calibration pass can record.
-NEEDS = ("moments", "full", "curvature", "gradients", "traces", "replay")
+NEEDS = ("moments", "full", "curvature", "gradients", "traces", "kl", "replay")
 
 
 class FromEvidence(Protocol):
@@ -18,7 +18,8 @@ class FromEvidence(Protocol):
     * "curvature": squared gradients of each weight;
     * "gradients": gradients at the experts' outputs;
     * "traces": inputs and routing of the experts, token by token;
-    * "replay": the live model, to measure KL.
+    * "kl": the means to measure the KL of variants of the model (`evidence.variants.kl_of`);
+    * "replay": the live model, to measure anything else.
     """
 
     @property

@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 
 import numpy as np
 
@@ -25,10 +24,9 @@ from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weighed_errors import token_share
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.measuring.readings import key_of
+from bitknap.estimators.evidence.variants import Variant, kl_of
 from bitknap.estimators.signals.signal import Signal
 from bitknap.progress import Progress
-from bitknap.quantization.stacks.apply import replaced
 from bitknap.quantization.stacks.grouping import stacks
 
 # KL below this, in nats per token, is rounding noise of float32 logits.
@@ -73,18 +71,16 @@ class Calibrated:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Everything that the base and the proxies need, and a live model to measure."""
-        return self.base.needs.union({"replay"}, *(signal.needs for signal in self.signals))
+        """Everything that the base and the proxies need, and the KL of groups."""
+        return self.base.needs.union({"kl"}, *(signal.needs for signal in self.signals))
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
         """Return the costs of every unit in every format, nats per token.
 
         Raises:
-            InputError: the evidence has no live model to measure, there are more groups than
+            InputError: the evidence has no means to measure KL, there are more groups than
                 measurements, or too few plans differ to check the table.
         """
-        if evidence.replay is None:
-            raise InputError("group gains need the live model; calibrate it in this process")
         table = self.base.estimate(evidence, formats)
         chosen = anchors(formats, table.nbytes)
         runs = stacks(evidence.units)
@@ -92,16 +88,15 @@ class Calibrated:
         if self.measurements is not None:
             chosen = fewer(chosen, self.measurements - split, len(runs))
 
-        def measure(units: np.ndarray, column: int) -> float:
-            return group_kl(evidence, units, formats[column])
+        def measure(groups: Sequence[tuple[np.ndarray, int]]) -> list[float]:
+            asked = [Variant.group(units, formats[column]) for units, column in groups]
+            return group_kls(evidence, asked, self.progress)
 
         cost = table.cost.copy()
-        for done, run in enumerate(runs):
-            if self.progress:
-                self.progress("measure groups", done, len(runs))
+        read = measure([(run, column) for run in runs for column in chosen])
+        for run, measured in zip(runs, np.reshape(read, (len(runs), -1)), strict=True):
             sums = cost[run].sum(0)
-            measured = [measure(run, column) for column in chosen]
-            cost[run] *= gains(sums, sums[chosen], np.array(measured))
+            cost[run] *= gains(sums, sums[chosen], measured)
         provenance = {
             **table.provenance,
             "estimator": self.name,
@@ -177,30 +172,32 @@ def gains(sums: np.ndarray, anchor_sums: np.ndarray, anchor_kl: np.ndarray) -> n
     return ratio
 
 
-def group_kl(evidence: Evidence, run: np.ndarray, format: Format) -> float:
-    """Return the KL of the live model with a stack of units stored in `format`, nats per token.
+def group_kls(
+    evidence: Evidence, groups: Sequence[Variant], progress: Progress | None = None
+) -> list[float]:
+    """Return the KL of the model with groups of units in another format, nats per token.
 
-    It is read from the evidence's journal if present there; otherwise it is measured and kept
-    there.
+    Args:
+        evidence: of the model; its journal keeps the readings.
+        groups: of `Variant.group`.
+        progress: called with ("measure groups", done, of).
 
     Raises:
-        InputError: the evidence has no live model to measure.
-        ModelError: the KL is NaN or infinite.
+        InputError: the evidence has no means to measure KL.
+        ModelError: a KL is NaN or infinite.
     """
-    replay = evidence.replay
-    if replay is None:
-        raise InputError("group gains need the live model; calibrate it in this process")
-
-    def measure() -> float:
-        rounded = partial(evidence.round_trip, run, format=format)
-        with replaced(replay.model, evidence.layout, run, rounded):
-            return replay.kl(int(evidence.units.layer[run[0]]))
-
-    kl = evidence.readings.value(f"{evidence.mark} {key_of(run, [format])}", measure)
-    if not math.isfinite(kl):
-        raise ModelError(
-            f"{evidence.units.label(int(run[0]))} and its group in {format}: the KL is {kl}, as "
-            "the model's output overflows float32; leave that format out, or estimate without "
-            "calibration"
-        )
-    return kl
+    read = [math.nan] * len(groups)
+    if progress:
+        progress("measure groups", 0, len(groups))
+    for done, (number, kl) in enumerate(kl_of(evidence, groups), start=1):
+        if not math.isfinite(kl):
+            first, format = int(groups[number].units[0]), groups[number].formats[0]
+            raise ModelError(
+                f"{evidence.units.label(first)} and its group in {format}: the KL is {kl}, as "
+                "the model's output overflows float32; leave that format out, or estimate "
+                "without calibration"
+            )
+        read[number] = kl
+        if progress:
+            progress("measure groups", done, len(groups))
+    return read

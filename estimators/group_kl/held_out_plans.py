@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.budget import Budget
 from bitknap.allocation.problem.checks import number
 from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.evidence.variants import Variant, kl_of
 from bitknap.estimators.group_kl.rank_check import check_plans, plans_for_check
-from bitknap.estimators.measuring.kl_replay import Replay
-from bitknap.estimators.measuring.readings import key_of
 from bitknap.progress import Progress
-from bitknap.quantization.stacks.apply import applied
 
 # Bits per weight at which tables are checked if feasible: the middle of the range that this library
 # is meant for.
@@ -43,21 +39,16 @@ def on_held_out_plans(
 
     Args:
         table: the costs.
-        evidence: must have a live model.
+        evidence: with the means to measure KL.
         count: number of plans, at least 3.
         bits: the budget in bits per weight; when not given 2.5, or the middle of the feasible range
             if 2.5 is outside it.
         progress: called with (what, done, of).
 
     Raises:
-        InputError: there is no live model, `count` is below 3, or fewer than 3 plans differ.
+        InputError: nothing can measure KL, `count` is below 3, or fewer than 3 plans differ.
         InfeasibleError: no plan is that small.
     """
-    if evidence.replay is None:
-        raise InputError(
-            "checking plans needs the live model, which loaded evidence lacks; calibrate in this "
-            "process"
-        )
     budget = _bits(table) if bits is None else number("check_bits", bits)
     seed = int(evidence.provenance.get("seed", 0))
     plans = plans_for_check(Problem(table, Budget.bits(budget)), count, seed)
@@ -66,13 +57,14 @@ def on_held_out_plans(
             f"check: only {len(plans)} different plans exist at {budget:.4g} bpw, 3 are needed; "
             "add formats, or check at another budget"
         )
-    measured = []
-    for done, plan in enumerate(plans):
+    measured = [math.nan] * len(plans)
+    if progress:
+        progress("check plans", 0, len(plans))
+    variants = [Variant.plan(plan) for plan in plans]
+    for done, (which, kl) in enumerate(kl_of(evidence, variants), start=1):
+        measured[which] = max(kl, _FLOOR)
         if progress:
             progress("check plans", done, len(plans))
-        key = f"{evidence.mark} plan {key_of(plan.choice, plan.formats)}"
-        read = evidence.readings.value(key, partial(_plan_kl, evidence, evidence.replay, plan))
-        measured.append(max(read, _FLOOR))
     result = check_plans(table, plans, measured)
     numbers = {
         "spearman": result.spearman,
@@ -82,12 +74,6 @@ def on_held_out_plans(
     }
     known = {name: value if math.isfinite(value) else None for name, value in numbers.items()}
     return {"plans": len(plans), "bits": budget, **known}
-
-
-def _plan_kl(evidence: Evidence, replay: Replay, plan: BitPlan) -> float:
-    rounded = (evidence.rounding, evidence.inputs)
-    with applied(replay.model, evidence.layout, plan, *rounded):
-        return replay.kl()
 
 
 def _bits(table: CostTable) -> float:

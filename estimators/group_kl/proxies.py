@@ -25,8 +25,8 @@ from bitknap.estimators.signals.signal import Signal
 # is noise.
 _LEAST = 1e-7
 
-# Maps the units of a group and the column of a format to the KL in nats per token.
-Measure = Callable[[np.ndarray, int], float]
+# Maps groups, each its units and the column of a format, to the KL of each in nats per token.
+Measure = Callable[[Sequence[tuple[np.ndarray, int]]], Sequence[float]]
 
 
 def with_proxies(
@@ -45,13 +45,13 @@ def with_proxies(
         signals: at least one.
         runs: the groups, each int64 [n].
         column: the format in which halves are measured; two measurements per group.
-        measure: measures a KL.
+        measure: measures the KL of groups.
     """
     z = np.stack([standardised(x.score(evidence), table.units).values for x in signals])
+    cut = [half for i, run in enumerate(runs) for half in _halves(run, z[i % len(z)])]
     halves = [
-        MeasuredGroup(units=half, format=column, kl=measure(half, column))
-        for number, run in enumerate(runs)
-        for half in _halves(run, z[number % len(z)])
+        MeasuredGroup(units=half, format=column, kl=kl)
+        for half, kl in zip(cut, measure([(half, column) for half in cut]), strict=True)
     ]
     clear = [group for group in halves if group.kl > _LEAST]
     names = [signal.name for signal in signals]

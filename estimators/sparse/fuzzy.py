@@ -28,7 +28,8 @@ from bitknap.estimators.costs.weighed_errors import (
     token_share,
 )
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.group_kl.calibrated import group_kl
+from bitknap.estimators.evidence.variants import Variant
+from bitknap.estimators.group_kl.calibrated import group_kls
 from bitknap.estimators.sparse.cell_features import Antecedents, Predictor
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
@@ -179,7 +180,7 @@ def unit_losses(evidence: Evidence, formats: Sequence[Format]) -> Callable[[int,
         )
 
     def measure(unit: int, column: int) -> float:
-        return group_kl(evidence, np.array([unit]), formats[column])
+        return group_kls(evidence, [Variant.group(np.array([unit]), formats[column])])[0]
 
     return measure
 

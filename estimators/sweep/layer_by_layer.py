@@ -3,12 +3,13 @@
 Two sweeps over the layers. The first records, the second measures gains: for each MoE layer, a
 stream that noise in this layer changed is carried along with the unchanged one, so that each layer
 is loaded once for all streams. The arithmetic and the noise are those of `calibrate`. It cannot
-provide gradients, or a live model on which to measure plans or groups.
+provide gradients or a live model; `VariantStreams` measures groups and plans in further sweeps.
 
 While it runs, the disk holds the residual stream of all tokens in float32, once per MoE layer and
-twice more, and the embeddings and head. Whole moments and traces stay on disk as long as the
-evidence exists. With a journal these files have names, and every layer that a stream has passed is
-kept, so that a killed run can resume.
+twice more, and the embeddings and head; where variants are measured, also once per decoder layer.
+Those, whole moments and traces stay on disk as long as the evidence exists. With a journal these
+files have names, and every layer that a stream has passed is kept, so that a killed run can
+resume.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, kl_of
+from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.expert_recording import LayerSums, check_seen, recording
@@ -33,6 +35,7 @@ from bitknap.estimators.sweep.layer_gains import gain_of, noisy
 from bitknap.estimators.sweep.linear_recording import LinearSums, recording_linears
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.text_stream import Stream, Streamed
+from bitknap.estimators.sweep.variant_streams import VariantStreams, batch_divergences
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
 from bitknap.quantization.source.checkpoint import Checkpoint
@@ -63,7 +66,8 @@ def calibrate_by_layer(
         progress: called with (what, done, of).
 
     Returns:
-        The evidence that `calibrate` returns, up to rounding; `replay` is None.
+        The evidence that `calibrate` returns, up to rounding; `replay` is None. If
+        `recorded.streams` is set, `sweep` measures variants.
 
     Raises:
         InputError: gradients or curvature are asked for.
@@ -78,7 +82,7 @@ def calibrate_by_layer(
     text = Stream(windows.batches(BATCH_TOKENS), recorded.spilled)
     about = (source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
     shelf = Shelf.of(readings or Readings(), *about, *recorded.by_layer)
-    work = _Pass(Streamed(skeleton), shelf)
+    work = _Pass(Streamed(skeleton), shelf, [])
     with (
         recording(
             skeleton.model,
@@ -88,7 +92,7 @@ def calibrate_by_layer(
         ) as sums,
         recording_linears(skeleton.model, skeleton.layout, full=recorded.full) as linears,
     ):
-        work.record(text, sums, linears, progress)
+        work.record(text, sums, linears, progress, keep=recorded.streams)
     check_seen(sums)
     losses = work.losses(text, sums, seed, progress)
     skeleton.drop_rest()
@@ -100,15 +104,23 @@ def calibrate_by_layer(
         replay=None,
         provenance=provenance_of(windows.ids, seed),
         traces={number: kept for number, x in sums.items() if (kept := x.trace())},
+        sweep=work.sweep(text) if recorded.streams else None,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class _Pass:
-    """Runs streams through a model's layers; a step that is on the shelf is not run again."""
+    """Runs streams through a model's layers; a step that is on the shelf is not run again.
+
+    Attributes:
+        run: runs the layers.
+        shelf: the steps that are done.
+        outputs: the text's output of each layer, where it is kept.
+    """
 
     run: Streamed
     shelf: Shelf
+    outputs: list[Stream]
 
     def record(
         self,
@@ -116,8 +128,18 @@ class _Pass:
         sums: Mapping[int, LayerSums],
         linears: Mapping[int, LinearSums],
         progress: Progress | None,
+        *,
+        keep: bool,
     ) -> None:
-        """Run the text through all layers, which the caller records."""
+        """Run the text through all layers, which the caller records.
+
+        Args:
+            text: the text.
+            sums: receive the statistics of MoE layers, by number.
+            linears: receive those of other projections, by unit.
+            progress: called with (what, done, of).
+            keep: keep the output of every layer in `outputs`.
+        """
         skeleton, stream = self.run.skeleton, text
         for place in range(len(skeleton.layers)):
             if progress:
@@ -129,15 +151,24 @@ class _Pass:
                 if skeleton.holds(place, skeleton.layout.views[unit].tensor):
                     watched[f"linear {unit}"] = seen
             with self._loaded(place, [_FIRST]):
-                kept = partial(_finished, watched)
-                stream, finished = self._advanced(_FIRST, place, stream, kept)
+                sums_here = partial(_finished, watched)
+                stream, finished = self._advanced(_FIRST, place, stream, sums_here, keep=keep)
+            if keep:
+                self.outputs.append(stream)
             for name, watcher in watched.items():
                 start = f"{name}/"
                 parts = {
                     n.removeprefix(start): x for n, x in finished.items() if n.startswith(start)
                 }
                 watcher.restore(parts)
-        self._end([_FIRST])
+        if not keep:
+            self._end([_FIRST])
+
+    def sweep(self, text: Stream) -> VariantStreams:
+        """Return what measures variants from the outputs that were kept."""
+        skeleton = self.run.skeleton
+        places = [skeleton.place_of(view.tensor) for view in skeleton.layout.views]
+        return VariantStreams(run=self.run, text=text, plain=self.outputs, places=np.array(places))
 
     def losses(
         self, text: Stream, sums: Mapping[int, LayerSums], seed: int, progress: Progress | None
@@ -178,6 +209,8 @@ class _Pass:
         place: int,
         start: Stream,
         also: Callable[[], Mapping[str, Tensor]] = dict,
+        *,
+        keep: bool = False,
     ) -> tuple[Stream, Mapping[str, Tensor]]:
         """Return a layer's output for a stream, and the tensors kept with it.
 
@@ -186,6 +219,7 @@ class _Pass:
             place: the layer, which is loaded unless the step is done.
             start: output of the layer before.
             also: returns further tensors to keep, once the layer has run.
+            keep: keep the stream that came in, too.
         """
         step, after = _step(label, place), self.run.after
         if self.shelf.done(step):
@@ -202,7 +236,8 @@ class _Pass:
                 "after": torch.tensor(-1 if nones is None else nones),
             }
             finished = self.shelf.put(step, about | dict(also()))
-        self.shelf.clear(_step(label, place - 1))
+        if not keep:
+            self.shelf.clear(_step(label, place - 1))
         return stream, finished
 
     def _divergences(self, plain: Stream, changed: Mapping[int, Stream]) -> dict[int, float]:
@@ -213,25 +248,11 @@ class _Pass:
             if self.shelf.done(step):
                 finished = self.shelf.get(step)
             else:
-                finished = self.shelf.put(step, self._divergence(number, plain, changed))
+                sums, seen = batch_divergences(self.run, number, plain, list(changed.values()))
+                finished = self.shelf.put(step, {"loss": sums, "tokens": torch.tensor(seen)})
             total += finished["loss"]
             tokens += int(finished["tokens"])
         return dict(zip(changed, (total / tokens).tolist(), strict=True))
-
-    @torch.no_grad()
-    def _divergence(
-        self, number: int, plain: Stream, changed: Mapping[int, Stream]
-    ) -> dict[str, Tensor]:
-        """Return the summed KL of one batch, float64 [changed], and its tokens."""
-        total, tokens = torch.zeros(len(changed), dtype=torch.float64), 0
-        for row in range(len(plain.batches[number])):
-            here = slice(row, row + 1)
-            reference = self.run.log_probabilities(plain, number, here)
-            tokens += len(reference)
-            for place, other in enumerate(changed.values()):
-                log = self.run.log_probabilities(other, number, here)
-                total[place] += kl_of(log, reference).double().sum()
-        return {"loss": total, "tokens": torch.tensor(tokens)}
 
     def _end(self, labels: Collection[str]) -> None:
         """Delete streams that have passed the last layer and been read."""

@@ -19,6 +19,7 @@ from bitknap.quantization.models.headers_only import (
 )
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.stacks.grouping import stacks
 
 # Numbers of 4 bytes that the graph of one decoder layer keeps for each token, in sizes of the
 # residual stream and of the routed middle; without gradients of parameters about half. Measured
@@ -28,6 +29,8 @@ _LOGITS = 5
 # Numbers of 4 bytes that one MoE layer keeps for each token while it runs alone: in sizes of the
 # residual stream, and for each expert the token goes to in sizes of the middle and the stream.
 _STREAM, _ROUTED = 8, 4
+# Copies of a stack of units that live at once while it is rounded and put back.
+_STACK = 5
 
 # Needs that require the whole model in memory.
 WHOLE = frozenset({"curvature", "gradients", "replay"})
@@ -61,9 +64,9 @@ def way_to_calibrate(
         return "layers"
     if alone <= limit:
         raise InputError(
-            "memory: gradients and measured KL need the whole model in memory, about "
+            "memory: gradients and single measurements need the whole model in memory, about "
             f"{human(least)}, limit is {human(limit)}; raise the limit, or use an estimator that "
-            "works layer by layer, such as moments or weight-error, or one that reads weights "
+            "works layer by layer, such as calibrated or moments, or one that reads weights "
             "alone, such as data-free"
         )
     least = least if whole else alone
@@ -98,7 +101,7 @@ def peak_bytes(
     batch = min(tokens, BATCH_TOKENS)
     backward = bool({"curvature", "gradients"} & set(needs))
     numbers = {
-        "replay": tokens * (depth * hidden + vocabulary),
+        "replay": tokens * (depth * hidden + vocabulary),  # made by every pass in memory
         "logits": _LOGITS * batch * vocabulary,
         "rounding": int(np.bincount(units.layer - units.layer.min(), units.numel).max()),
         "graph": backward
@@ -117,9 +120,10 @@ def peak_bytes(
 def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collection[str]) -> int:
     """Return about how many bytes `calibrate_by_layer` and estimating take at most.
 
-    This is the largest of three parts: one decoder layer in float32 with its recordings and a
-    batch's activations; the logits of one window; one layer's experts while they are rounded. One
-    stored tensor while it is read and the sums of all layers are added. Files are not counted.
+    This is the largest of three parts: one decoder layer in float32 with its recordings, a batch's
+    activations and, where KL is measured, a stack of its units as they were and as rounded; the
+    logits of one window; one layer's experts while they are rounded. One stored tensor while it is
+    read and the sums of all layers are added. Files are not counted.
 
     Args:
         source: the checkpoint.
@@ -138,8 +142,10 @@ def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collecti
     )
     traced = 2 * ("traces" in needs) * tokens * hidden
     running = batch * (_STREAM * hidden + _ROUTED * routed * (hidden + middle))
+    stack = max((int(units.numel[run].sum()) for run in stacks(units)), default=0)
+    changed = ("kl" in needs) * _STACK * stack
     most = max(
-        _largest_layer(source) + recorded + traced + running,
+        _largest_layer(source) + max(recorded + traced, changed) + running,
         _LOGITS * window * vocabulary,
         int(np.bincount(units.layer - units.layer.min(), units.numel).max()),
     )

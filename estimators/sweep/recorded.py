@@ -20,6 +20,8 @@ class Recorded:
         traces: The experts' inputs and routing, token by token.
         gradients: The loss's gradients at the experts' output, with labels drawn from the model;
             keeps traces too.
+        streams: Every layer's output for the text, so that variants can start at any layer; only
+            passes that go layer by layer keep it.
         trace_tokens: Number of first tokens to keep in traces; all when not given.
         spilled: Dtype of activations on disk between layers, in passes that go layer by layer;
             bfloat16 takes half the disk, and its rounding is measured as noise too.
@@ -29,6 +31,7 @@ class Recorded:
     curvature: bool = False
     traces: bool = False
     gradients: bool = False
+    streams: bool = False
     trace_tokens: int | None = None
     spilled: torch.dtype = torch.float32
 
@@ -46,12 +49,14 @@ class Recorded:
             curvature="curvature" in needs,
             traces="traces" in needs,
             gradients="gradients" in needs,
+            streams="kl" in needs,
         )
 
     @property
-    def by_layer(self) -> tuple[torch.dtype, bool, bool, int | None]:
+    def by_layer(self) -> tuple[object, ...]:
         """The name of a layer-by-layer pass in a journal, in addition to model and text."""
-        return self.spilled, self.full, self.traces, self.trace_tokens
+        also = ("streams",) if self.streams else ()
+        return self.spilled, self.full, self.traces, self.trace_tokens, *also
 
     def traced(self, tokens: int) -> int:
         """Return the number of a text's tokens for which traces are kept."""

@@ -56,8 +56,7 @@ class Skeleton:
         self.layers: Any = self.model.get_submodule(self._list)
         self.numbers: dict[int, list[int]] = {}
         for layer in self.layout.layers:
-            place = layer.module.removeprefix(f"{self._list}.").partition(".")[0]
-            self.numbers.setdefault(int(place), []).append(layer.layer)
+            self.numbers.setdefault(self.place_of(layer.module), []).append(layer.layer)
         self._state: dict[str, Tensor] = self.model.state_dict()
         self._experts = _routed_tensors(self.layout)
         routed = _routed_tensors(self.on_disk)
@@ -85,6 +84,10 @@ class Skeleton:
     def holds(self, place: int, tensor: str) -> bool:
         """Return whether a tensor of the model belongs to a decoder layer."""
         return tensor.startswith(f"{self._list}.{place}.")
+
+    def place_of(self, tensor: str) -> int:
+        """Return the decoder layer that a tensor of the model belongs to."""
+        return int(tensor.removeprefix(f"{self._list}.").partition(".")[0])
 
     def drop_rest(self) -> None:
         """Drop the tensors that were read from outside the decoder layers."""

@@ -132,7 +132,7 @@ class _Job:
     @property
     def keeps(self) -> bool:
         """Whether the measurements are worth keeping in a journal."""
-        return "replay" in self.estimator.needs or (
+        return bool({"kl", "replay"} & self.estimator.needs) or (
             self.reads and self.asked[0].max_memory is not None
         )
 

@@ -14,7 +14,7 @@ from bitknap.allocation import ROLES, formats
 from bitknap.allocation.problem.table import storage
 from bitknap.api.quantizing import CALIBRATION_TOKENS, default_formats
 from bitknap.estimators.group_kl.calibrated import Calibrated
-from bitknap.estimators.sweep.peak_memory import peak_bytes
+from bitknap.estimators.sweep.peak_memory import WHOLE, layer_bytes, peak_bytes
 from bitknap.quantization.models.headers_only import experts_per_token, text_config, walk_headers
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.buildable import check_source
@@ -138,7 +138,9 @@ def steps(source: Checkpoint, layout: Layout) -> list[Step]:
 
     def calibrating(needs: Collection[str]) -> int:
         tokens = CALIBRATION_TOKENS
-        return peak_bytes(source, layout, tokens, needs, by_layer=True) + _LIBRARIES
+        if WHOLE & set(needs):
+            return peak_bytes(source, layout, tokens, needs, by_layer=True) + _LIBRARIES
+        return layer_bytes(source, layout, tokens, needs) + _LIBRARIES
 
     text = Calibrated().needs
     needed = [

@@ -12,7 +12,7 @@ from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weighed_errors import format_bytes, plainest
 from bitknap.estimators.costs.weight_error import WeightError
 from bitknap.estimators.evidence.evidence import FEW_TOKENS
-from bitknap.estimators.group_kl.calibrated import Calibrated, anchors, gains, group_kl
+from bitknap.estimators.group_kl.calibrated import Calibrated, anchors, gains
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.recorded import Recorded
@@ -135,7 +135,7 @@ def test_calibrated_groups_cost_what_was_measured(case):
             plan = table_plan(table, choice)
             with applied(case.model, case.layout, plan):
                 measured[column] = replay.kl()
-            kl = group_kl(case.evidence, run, FORMATS[column])
+            kl = group_kls(case.evidence, [Variant.group(run, FORMATS[column])])[0]
             assert kl == pytest.approx(measured[column], rel=1e-3, abs=1e-9)
         highest = 0.0
         for column in sorted(chosen, key=lambda c: sums[c]):
@@ -164,7 +164,7 @@ def table_plan(table, choice):
 def test_calibrated_makes_nats_of_any_base(base, case):
     estimator = Calibrated(base=base)
     assert estimator.name == f"calibrated({base.name})"
-    assert "replay" in estimator.needs
+    assert "kl" in estimator.needs
     found = estimator.estimate(case.evidence, FORMATS)
     ours = Calibrated().estimate(case.evidence, FORMATS)
     chosen = anchors(FORMATS, found.nbytes)

@@ -34,11 +34,11 @@ def case(groups: int = 6, experts: int = 16) -> tuple[CostTable, Floats, Floats,
 def test_a_signal_that_tells_is_used_and_totals_are_kept():
     table, score, weight, runs = case()
     truth = table.cost * weight[:, None]
-    readings = []
+    readings: list[int] = []
 
-    def measure(units, column):
-        readings.append(len(units))
-        return float(truth[units, column].sum() / weight.mean())
+    def measure(groups):
+        readings.extend(len(units) for units, _ in groups)
+        return [float(truth[units, column].sum() / weight.mean()) for units, column in groups]
 
     found = with_proxies(table, None, [Told("score", score)], runs, 0, measure)  # type: ignore[arg-type]
     assert readings == [8, 8] * 6
@@ -54,8 +54,8 @@ def test_a_signal_that_does_not_tell_changes_nothing():
     table, _, _, runs = case()
     noise = np.exp(np.random.default_rng(1).normal(size=len(table.units)))
 
-    def measure(units, column):
-        return float(table.cost[units, column].sum())
+    def measure(groups):
+        return [float(table.cost[units, column].sum()) for units, column in groups]
 
     found = with_proxies(table, None, [Told("noise", noise)], runs, 0, measure)  # type: ignore[arg-type]
     assert np.abs(np.log(found.cost / table.cost)).max() < 0.05
@@ -63,7 +63,11 @@ def test_a_signal_that_does_not_tell_changes_nothing():
 
 def test_halves_that_lose_nothing_are_no_evidence():
     table, score, _, runs = case()
-    found = with_proxies(table, None, [Told("score", score)], runs, 0, lambda units, column: 0.0)  # type: ignore[arg-type]
+
+    def measure(groups):
+        return [0.0] * len(groups)
+
+    found = with_proxies(table, None, [Told("score", score)], runs, 0, measure)  # type: ignore[arg-type]
     assert np.array_equal(found.cost, table.cost)
     assert found.provenance["proxies"] == {
         "exponents": {"score": 0.0},

@@ -3,6 +3,7 @@
 import pytest
 
 from bitknap.errors import InputError
+from bitknap.estimators.costs.dense_profiling import Measured
 from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.sweep import (
     peak_memory,
@@ -53,15 +54,21 @@ def test_gradients_one_layer_at_a_time(deep):
 
 
 def test_what_needs_the_whole_model_is_refused(deep):
-    needs = Calibrated().needs
+    needs = Measured().needs
     limit = alone(deep, needs)
     with pytest.raises(InputError) as caught:
         way(deep, needs, limit)
-    assert str(caught.value).startswith("memory: gradients and measured KL need the whole mode")
+    assert str(caught.value).startswith("memory: gradients and single measurements need the wh")
     assert str(caught.value).endswith(
-        "raise the limit, or use an estimator that works layer by layer, such as moments or "
-        "weight-error, or one that reads weights alone, such as data-free"
+        "raise the limit, or use an estimator that works layer by layer, such as calibrated or "
+        "moments, or one that reads weights alone, such as data-free"
     )
+
+
+def test_group_gains_are_measured_layer_by_layer(deep):
+    needs = Calibrated().needs
+    assert way(deep, needs, alone(deep, needs)) == "layers"
+    assert way(deep, needs, None) == "whole"
 
 
 def test_less_than_a_layer_is_refused(deep):
