@@ -18,7 +18,7 @@ class FromEvidence(Protocol):
     * "curvature": squared gradients of each weight;
     * "gradients": gradients at the experts' outputs;
     * "traces": inputs and routing of the experts, token by token;
-    * "kl": the means to measure the KL of variants of the model (`evidence.variants.kl_of`);
+    * "kl": the means to measure the KL of variants of the model (`evidence.variant_kl.kl_of`);
     * "replay": the live model, to measure anything else.
     """
 

@@ -24,7 +24,8 @@ from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weighed_errors import token_share
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.evidence.variants import Variant, kl_of
+from bitknap.estimators.evidence.variant_kl import check_measurable, kl_of
+from bitknap.estimators.evidence.variants import Variant
 from bitknap.estimators.signals.signal import Signal
 from bitknap.progress import Progress
 from bitknap.quantization.stacks.grouping import stacks
@@ -81,6 +82,7 @@ class Calibrated:
             InputError: the evidence has no means to measure KL, there are more groups than
                 measurements, or too few plans differ to check the table.
         """
+        check_measurable(evidence)
         table = self.base.estimate(evidence, formats)
         chosen = anchors(formats, table.nbytes)
         runs = stacks(evidence.units)

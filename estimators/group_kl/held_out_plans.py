@@ -13,7 +13,8 @@ from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.evidence.variants import Variant, kl_of
+from bitknap.estimators.evidence.variant_kl import kl_of
+from bitknap.estimators.evidence.variants import Variant
 from bitknap.estimators.group_kl.rank_check import check_plans, plans_for_check
 from bitknap.progress import Progress
 

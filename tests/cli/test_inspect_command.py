@@ -78,9 +78,10 @@ def test_steps_take_more_the_more_they_do(tmp_path):
     ]
     largest = 2 * 50304 * 2048  # the embedding
     assert steps["quantize --method rtn"]["memory_bytes"] == 3 * largest // 2 + (1 << 29)
-    # 4 bytes a weight, at the least.
-    assert steps["estimate, with a text"]["memory_bytes"] > 4 * 6.9e9
-    assert steps["quantize --method gptq"]["memory_bytes"] > 4 * 6.9e9
+    # 4 bytes a weight, of one layer in 16.
+    whole = 4 * 6.9e9
+    assert whole / 16 < steps["estimate, with a text"]["memory_bytes"] < whole / 4
+    assert whole / 16 < steps["quantize --method gptq"]["memory_bytes"] < whole / 2
     seconds = [step["seconds"] for step in steps.values()]
     assert seconds[0] < seconds[2] < seconds[4] < seconds[3] < seconds[1]
     assert seconds[2] == round(2 * 6_442_450_944 / 4e7) + 5

@@ -12,7 +12,8 @@ from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weighed_errors import format_bytes, plainest
 from bitknap.estimators.costs.weight_error import WeightError
 from bitknap.estimators.evidence.evidence import FEW_TOKENS
-from bitknap.estimators.group_kl.calibrated import Calibrated, anchors, gains
+from bitknap.estimators.evidence.variants import Variant
+from bitknap.estimators.group_kl.calibrated import Calibrated, anchors, gains, group_kls
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.recorded import Recorded

@@ -8,7 +8,8 @@ import torch
 
 from bitknap.allocation import formats
 from bitknap.errors import InputError
-from bitknap.estimators.evidence.variants import Variant, kl_of
+from bitknap.estimators.evidence.variant_kl import kl_of
+from bitknap.estimators.evidence.variants import Variant
 from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.measuring import kl_replay
 from bitknap.estimators.measuring.readings import Readings
@@ -112,14 +113,16 @@ def test_what_the_journal_has_is_not_measured_again(tmp_path, monkeypatch):
 
     with monkeypatch.context() as patched:
         patched.setattr(VariantStreams, "_together", measured)
-        for _ in range(whole.provenance["measurements"] // 6):
+        left = whole.provenance["measurements"]
+        while left > 6:
             together.clear()
             with pytest.raises(KeyboardInterrupt):
                 table()
             assert together == [3, 3]
+            left -= 6
         together.clear()
         np.testing.assert_array_equal(table().cost, whole.cost)
-    assert sum(together) == whole.provenance["measurements"] % 6
+    assert sum(together) == left
 
 
 def test_without_streams_nothing_is_measured(tmp_path):
