@@ -38,6 +38,8 @@ _TO_COME = (
     f"{WORK}/",
 )
 _NAMES = "|".join(re.escape(name.rstrip("/")) for name in (*_TO_COME, MANIFEST))
+# What is in the folder of working files.
+_WORKING = r"journal|tables|.*bpw\.json|refine\..*bpw\.journal"
 _PACKAGES = ("numpy", "torch", "transformers", "optuna", "highspy", "scikit-fuzzy")
 
 
@@ -120,7 +122,8 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
     """Yield the folder to work in, which is `out` itself or replaces it at the end.
 
     A stopped run continues in the same folder. When overwriting, the new folder is written to a
-    hidden one beside `out`, which stays until the new one is complete.
+    hidden one beside `out`, which stays until the new one is complete. At the end, what a stopped
+    run continues from leaves the folder in one step, so that no moment shows half of it.
 
     Args:
         out: the folder to write.
@@ -135,6 +138,7 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
         if overwrite and out.exists() and not _goes_on(out, about):
             part = beside(out, "partial")
             check_only(part, _NAMES)
+            _take_back(out, part)
             if not _goes_on(part, about):
                 drop(part, _NAMES)
         if not part.exists():  # never there without the folder that marks an unfinished run
@@ -146,9 +150,32 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
         (part / WORK).mkdir(exist_ok=True)
         sign(part, [*_written(part), *_TO_COME])
         yield part
-        sign(part, _written(part))
+        _drop_work(out)
+        sign(part, [name for name in _written(part) if not name.startswith(f"{WORK}/")])
+        (part / WORK).rename(_put_aside(out))
         if part != out:
             place(part, out, overwrite=overwrite)
+        _drop_work(out)
+
+
+def _put_aside(out: Path) -> Path:
+    """Return where a finished run's working files are until they are deleted."""
+    return beside(out, "work")
+
+
+def _take_back(out: Path, part: Path) -> None:
+    """Give a run that was killed before its folder took its place its working files again."""
+    aside = _put_aside(out)
+    check_only(aside, _WORKING)
+    if aside.exists() and part.exists() and not (part / WORK).exists():
+        aside.rename(part / WORK)
+
+
+def _drop_work(out: Path) -> None:
+    aside = _put_aside(out)
+    check_only(aside, _WORKING)
+    if aside.exists():
+        shutil.rmtree(aside)
 
 
 def _goes_on(folder: Path, about: Mapping[str, Any]) -> bool:
@@ -168,7 +195,7 @@ def _written(folder: Path) -> list[str]:
 
 
 def write(run: Comparison, folder: Path, command: str) -> dict[str, Any]:
-    """Write all files, delete those kept to resume a killed run, and return the document."""
+    """Write all files, and return the document."""
     from bitknap.report.run_files import write_report
 
     results = document(run, command)
@@ -179,7 +206,6 @@ def write(run: Comparison, folder: Path, command: str) -> dict[str, Any]:
     write_whole(folder / "compare.json", _bytes(results))
     write_report(results, plans, folder)
     write_whole(folder / "times.json", _bytes(times(run)))
-    shutil.rmtree(folder / WORK, ignore_errors=True)
     return results
 
 

@@ -1,12 +1,15 @@
 """Finished cells of a comparison: they come back as they were, or are refused."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 
+from bitknap.benchmarks.compare import output
 from bitknap.benchmarks.compare.output import writing_into
 from bitknap.benchmarks.compare.run import OK, WORK, Cell, _cells
+from bitknap.disk.append_log import open_lines
 from bitknap.errors import FileError
 
 CELL = Cell(
@@ -58,3 +61,41 @@ def test_a_kill_before_the_folder_has_its_place_leaves_no_folder(tmp_path, monke
         assert part == out
         assert (out / WORK).is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def compared(out, content, *, overwrite):
+    with writing_into(out, {}, overwrite=overwrite) as part:
+        open_lines(part / WORK / "journal", {})
+        (part / "rows.csv").write_text(content)
+
+
+def killed(*_, **__):
+    raise KeyboardInterrupt
+
+
+def test_a_kill_before_a_new_folder_replaces_the_old_one_loses_no_work(tmp_path, monkeypatch):
+    out, aside = tmp_path / "out", tmp_path / ".out.work"
+    compared(out, "old", overwrite=False)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(output, "place", killed)
+        compared(out, "new", overwrite=True)
+    assert (out / "rows.csv").read_text() == "old"
+    assert (aside / "journal").is_file()
+    with writing_into(out, {}, overwrite=True) as part:
+        assert (part / WORK / "journal").is_file()
+        assert (part / "rows.csv").read_text() == "new"
+    assert (out / "rows.csv").read_text() == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_kill_while_working_files_are_deleted_leaves_a_whole_folder(tmp_path, monkeypatch):
+    one, two, aside = tmp_path / "one", tmp_path / "two", tmp_path / ".two.work"
+    compared(one, "new", overwrite=False)
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(shutil, "rmtree", killed)
+        compared(two, "new", overwrite=False)
+    whole = {file.name: file.read_bytes() for file in one.iterdir()}
+    assert {file.name: file.read_bytes() for file in two.iterdir()} == whole
+    assert aside.is_dir()
+    compared(two, "new", overwrite=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
