@@ -9,7 +9,6 @@ Builds from the checkout that contains this module, with setuptools and without 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import shutil
@@ -23,7 +22,8 @@ from pathlib import Path
 from typing import Any
 from zipfile import ZipFile
 
-from bitknap.disk.atomic import write_whole
+from bitknap.arguments import add_output
+from bitknap.benchmarks.result_files import claim, write_report, write_results
 from bitknap.errors import InputError
 
 _HERE = Path(__file__).resolve()
@@ -157,11 +157,12 @@ def markdown(results: dict[str, Any]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """Measure and write from the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("-o", "--out", type=Path, required=True, help="folder to write into")
+    add_output(parser, "Folder to write.")
     out = parser.parse_args(argv).out
+    claim(parser, out, "packaging.json", "packaging.md")
     results = measured(checkout())
-    write_whole(out / "packaging.json", (json.dumps(results, indent=1) + "\n").encode())
-    write_whole(out / "packaging.md", markdown(results).encode())
+    write_results(out / "packaging.json", results)
+    write_report(out / "packaging.md", markdown(results))
 
 
 if __name__ == "__main__":
