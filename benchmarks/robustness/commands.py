@@ -70,6 +70,7 @@ def _study(name: str, storage: str) -> Long:
 _MODEL = ("model", "text.txt")
 _GPTQ = ("--method", "gptq")
 _LAYERED = ("--estimator", "moments", *_LAYERS)
+_GAINS = ("--group-size", "row", *_LAYERS)
 # Every reading of this one is a line of a journal; one group size makes them few.
 _KL = ("--estimator", "measured-kl", "--group-size", "row")
 _SORTED = (*_KL, "--row-blocks", "2", "--permute")
@@ -86,6 +87,7 @@ _WRITING = tuple(
         ("estimate, whole", _estimate(*_KL), _MODEL, ()),
         ("estimate, gptq", _estimate("--estimator", "moments", *_GPTQ), _MODEL, ()),
         ("estimate, by layer", _estimate(*_LAYERED), _MODEL, ()),
+        ("estimate, gains by layer", _estimate(*_GAINS), _MODEL, ()),
         ("estimate, sorted rows", _estimate(*_SORTED), _MODEL, ()),
         ("estimate, over another", _estimate(*_OVER), _MODEL, _estimate("--estimator", "moments")),
         ("quantize by a plan", _packed(*_SHARDS), _PLANNED, ()),
