@@ -119,28 +119,28 @@ def times(run: Comparison) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Iterator[Path]:
-    """Yield the folder to work in, which is `out` itself or replaces it at the end.
+    """Yield a hidden folder beside `out`, which takes its place at the end.
 
-    A stopped run continues in the same folder. When overwriting, the new folder is written to a
-    hidden one beside `out`, which stays until the new one is complete. At the end, what a stopped
-    run continues from leaves the folder in one step, so that no moment shows half of it.
+    A stopped run continues in the same hidden folder. At the end, what a stopped run continues
+    from leaves the folder in one step, so that `out` is never seen unfinished.
 
     Args:
         out: the folder to write.
         about: the inputs of the run.
-        overwrite: whether an existing output may be replaced, if Bitknap wrote it.
+        overwrite: whether an existing output, and a stopped run with other inputs, may be replaced
+            if Bitknap wrote them.
 
     Raises:
         InputError: another process is writing it.
+        MismatchError: a stopped run with other inputs is there.
+        FileError: its journal is damaged.
     """
     with writing(out):
-        part = out
-        if overwrite and out.exists() and not _goes_on(out, about):
-            part = beside(out, "partial")
-            check_only(part, _NAMES)
-            _take_back(out, part)
-            if not _goes_on(part, about):
-                drop(part, _NAMES)
+        part = beside(out, "partial")
+        check_only(part, _NAMES)
+        _take_back(out, part)
+        if not _goes_on(part, about, overwrite=overwrite):
+            drop(part, _NAMES)
         if not part.exists():  # never there without the folder that marks an unfinished run
             new = beside(part, "new")
             check_only(new, _NAMES)
@@ -153,8 +153,7 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
         _drop_work(out)
         sign(part, [name for name in _written(part) if not name.startswith(f"{WORK}/")])
         (part / WORK).rename(_put_aside(out))
-        if part != out:
-            place(part, out, overwrite=overwrite)
+        place(part, out, overwrite=overwrite)
         _drop_work(out)
 
 
@@ -178,14 +177,21 @@ def _drop_work(out: Path) -> None:
         shutil.rmtree(aside)
 
 
-def _goes_on(folder: Path, about: Mapping[str, Any]) -> bool:
-    """Return whether the folder belongs to a stopped run with the same inputs."""
+def _goes_on(folder: Path, about: Mapping[str, Any], *, overwrite: bool) -> bool:
+    """Return whether the folder belongs to a stopped run with the same inputs.
+
+    Raises:
+        MismatchError: it belongs to one with other inputs, and may not be replaced.
+        FileError: its journal is damaged, and may not be replaced.
+    """
     journal = folder / WORK / "journal"
-    if journal.parent.is_symlink() or not journal.is_file():
+    if not journal.is_file():
         return False
     try:
-        open_lines(journal, about)
+        open_lines(journal, about, way_out=f"pass `overwrite=True` or delete {folder}")
     except (FileError, MismatchError):
+        if not overwrite:
+            raise
         return False
     return True
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.benchmarks.robustness.forked import CRASHED, Ended, Limits, command, fork
-from bitknap.benchmarks.robustness.materials import COMPARED, stopped_comparison
+from bitknap.benchmarks.robustness.materials import COMPARING, stopped_comparison
 from bitknap.benchmarks.robustness.mutate import Edit, draw, shrunk
 from bitknap.benchmarks.robustness.subjects import LINK, SUBJECTS, Subject
 from bitknap.benchmarks.robustness.trees import difference, snapshot
@@ -88,7 +88,7 @@ def run_case(case: Case, materials: Path, scratch: Path) -> dict[str, Any] | Non
         materials: the sound files.
         scratch: an empty folder to work in, or one that is not there yet.
     """
-    if COMPARED in case.subject.needs:
+    if COMPARING in case.subject.needs:
         stopped_comparison(materials)
     fault = _tried(case, case.edits, materials, scratch)
     if fault is None:

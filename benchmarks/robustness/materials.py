@@ -23,6 +23,8 @@ BY_LAYER = (
     *("-o", "layered.safetensors"),
 )
 COMPARED = "out.compared"
+# Where a comparison is until it is finished.
+COMPARING = f".{COMPARED}.partial"
 COMPARE = (
     *("compare", "model", "--budgets", "4", "--formats", "2,4", "--group-size", "8,row", *_TEXT),
     *("--tokens", "128", "--refine", "2", "--refine-tokens", "256", "--evaluation-tokens", "128"),
@@ -68,7 +70,7 @@ def stopped_comparison(root: Path) -> None:
     Raises:
         BitknapError: the comparison fails.
     """
-    if not (root / COMPARED).exists():
+    if not (root / COMPARING).exists():
         _done(_compared, root)
 
 

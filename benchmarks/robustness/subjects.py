@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from bitknap.benchmarks.robustness.materials import BY_LAYER, COMPARE, COMPARED, FAST
+from bitknap.benchmarks.robustness.materials import BY_LAYER, COMPARE, COMPARING, FAST
 from bitknap.benchmarks.robustness.mutate import (
     BYTES,
     Edit,
@@ -264,11 +264,11 @@ SUBJECTS = (
     *(
         Subject(
             name=f"compare: {name}",
-            file=f"{COMPARED}/.work/{file}",
+            file=f"{COMPARING}/.work/{file}",
             damage=damage,
             kinds=kinds,
             commands=(COMPARE,),
-            needs=("model", "text.txt", COMPARED),
+            needs=("model", "text.txt", COMPARING),
             share=1,
             seconds=60,
         )

@@ -237,14 +237,9 @@ def _formats(options: dict[str, Any]) -> tuple[Format, ...]:
 
 
 def _free(out: Path, model: str, overwrite: bool, options: dict[str, Any]) -> Path:
-    """Return the folder if it may be written, or if it holds a stopped run."""
-    from bitknap.benchmarks.compare.run import WORK
-
+    """Return the folder if it may be written."""
     texts, tasks = (options["text"], *options["evaluation_text"]), options["task_path"]
-    unfinished = (out / WORK).is_dir()
-    return free_path(
-        out, overwrite or unfinished, kind="folder", model=model, inputs=[*texts, tasks]
-    )
+    return free_path(out, overwrite, kind="folder", model=model, inputs=[*texts, tasks])
 
 
 def _about(

@@ -10,7 +10,7 @@ from bitknap.benchmarks.compare import output
 from bitknap.benchmarks.compare.output import writing_into
 from bitknap.benchmarks.compare.run import OK, WORK, Cell, _cells
 from bitknap.disk.append_log import open_lines
-from bitknap.errors import FileError
+from bitknap.errors import FileError, MismatchError
 
 CELL = Cell(
     strategy="uniform",
@@ -57,10 +57,27 @@ def test_a_kill_before_the_folder_has_its_place_leaves_no_folder(tmp_path, monke
         with pytest.raises(KeyboardInterrupt), writing_into(out, {}, overwrite=False):
             pass
     assert not out.exists()
+    assert list(tmp_path.glob(".out.partial")) == []
     with writing_into(out, {}, overwrite=False) as part:
-        assert part == out
-        assert (out / WORK).is_dir()
+        assert (part / WORK).is_dir()
+        assert not out.exists()
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_stopped_run_of_other_inputs_is_replaced_on_request_alone(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), writing_into(out, {"seed": 0}, overwrite=False) as part:
+        open_lines(part / WORK / "journal", {"seed": 0})
+        raise KeyboardInterrupt
+    before = (part / WORK / "journal").read_bytes()
+    with (
+        pytest.raises(MismatchError, match=r"another seed; .* or pass `overwrite=True` or delete"),
+        writing_into(out, {"seed": 1}, overwrite=False),
+    ):
+        pass
+    assert (part / WORK / "journal").read_bytes() == before
+    with writing_into(out, {"seed": 1}, overwrite=True) as part:
+        assert not (part / WORK / "journal").exists()
 
 
 def compared(out, content, *, overwrite):

@@ -113,7 +113,7 @@ def test_two_runs_are_the_same_but_for_times(words, tmp_path):
 def test_a_killed_comparison_goes_on(words, tmp_path, background):
     some = ["--budgets", "3,4", "--strategies", "uniform,moments:knapsack,gemq,evolution"]
     one, two = tmp_path / "one", tmp_path / "two"
-    journal = two / running.WORK / "journal"
+    journal = tmp_path / ".two.partial" / running.WORK / "journal"
     worker = background([*words, *some, "-o", two], journal, 3)
     worker.kill()
     worker.wait()
@@ -126,7 +126,7 @@ def test_a_killed_comparison_goes_on(words, tmp_path, background):
         assert (one / name).read_bytes() == (two / name).read_bytes()
     timed = [json.loads((folder / "times.json").read_text()) for folder in (one, two)]
     assert timed[0]["tables"].keys() == timed[1]["tables"].keys()
-    assert not (two / running.WORK).exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
 def test_a_strategy_that_fails_is_reported_and_the_others_are_there(
@@ -202,10 +202,11 @@ def test_what_a_comparison_wrote_is_replaced_and_nothing_else(words, refused, tm
 
 
 def test_a_hidden_folder_of_somebody_else_is_no_stopped_run(words, refused, tmp_path):
-    (tmp_path / "out" / running.WORK).mkdir(parents=True)
-    (tmp_path / "out" / running.WORK / "thesis.txt").write_text("years of work")
+    for folder in ("out", ".other.partial"):
+        (tmp_path / folder / running.WORK).mkdir(parents=True)
+        (tmp_path / folder / running.WORK / "thesis.txt").write_text("years of work")
     assert "thesis.txt was not written" in refused(*words, "-o", tmp_path / "out", "--overwrite")
-    assert "thesis.txt was not written" in refused(*words, "-o", tmp_path / "out")
+    assert "out exists; choose another name" in refused(*words, "-o", tmp_path / "out")
 
 
 def test_tasks_without_lm_eval_name_the_extra(words, refused, tmp_path, monkeypatch):

@@ -179,7 +179,7 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
 
 def steps_table(steps: Sequence[Mapping[str, Any]]) -> Table:
     """Return the resources of each step of the work, one per row."""
-    table = Table(title="about what it takes, on two cores")
+    table = Table(title="about the least that it takes, on two cores")
     for head in ("step", "memory", "time"):
         table.add_column(head, justify="left" if head == "step" else "right")
     for step in steps:
