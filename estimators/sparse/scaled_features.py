@@ -119,7 +119,7 @@ def learned(points: Floats, antecedents: Antecedents, values: Floats) -> Frame:
         left = np.concatenate([design, ridge])
         right = np.concatenate([values - values.mean(), np.zeros(width)])
         solution = lsq_linear(left, right, bounds=(low, np.inf)).x
-        loose = np.linalg.lstsq(left, right)[0]
+        loose = np.linalg.lstsq(left, right, rcond=None)[0]
     slopes, at = [solution[: len(numbers)] / ranges], len(numbers)
     spans, tables = [ranges], []
     for which, known, _ in classes:

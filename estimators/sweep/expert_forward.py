@@ -108,7 +108,7 @@ def _interface(module: Any, layer: ExpertLayer) -> Experts:
         weights=_stacked(module, layer, first),
         biases=_rows(module, f"{first}_bias", "down_proj_bias") if module.has_bias else _none,
         activate=module._apply_gate if module.has_gate else module.act_fn,
-        finish=module.post_expert_norm if module.has_post_expert_norm else _same,
+        finish=module.post_expert_norm if getattr(module, "has_post_expert_norm", False) else _same,
     )
 
 

@@ -83,21 +83,17 @@ def calibrate_by_layer(
     about = (source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
     shelf = Shelf.of(readings or Readings(), *about, *recorded.by_layer)
     work = _Pass(Streamed(skeleton), shelf, [])
+    model, layout, traced = skeleton.model, skeleton.layout, recorded.traced(windows.ids.numel())
     with (
-        recording(
-            skeleton.model,
-            skeleton.layout,
-            full=recorded.full,
-            trace_tokens=recorded.traced(windows.ids.numel()),
-        ) as sums,
-        recording_linears(skeleton.model, skeleton.layout, full=recorded.full) as linears,
+        recording(model, layout, full=recorded.full, trace_tokens=traced) as sums,
+        recording_linears(model, layout, full=recorded.full) as linears,
     ):
         work.record(text, sums, linears, progress, keep=recorded.streams)
     check_seen(sums)
     losses = work.losses(text, sums, seed, progress)
     skeleton.drop_rest()
     return Evidence(
-        layout=skeleton.layout,
+        layout=layout,
         layers={n: layer_evidence(x, gain_of(losses[n], x)) for n, x in sums.items()},
         linears={unit: seen.evidence() for unit, seen in linears.items()},
         weights=skeleton.weights,
