@@ -142,7 +142,7 @@ def writing_into(out: Path, about: Mapping[str, Any], *, overwrite: bool) -> Ite
         if not _goes_on(part, about, overwrite=overwrite):
             drop(part, _NAMES)
         if not part.exists():  # never there without the folder that marks an unfinished run
-            new = beside(part, "new")
+            new = beside(out, "new")
             check_only(new, _NAMES)
             (new / WORK).mkdir(parents=True, exist_ok=True)
             sign(new, _TO_COME)
