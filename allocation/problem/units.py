@@ -16,6 +16,8 @@ from bitknap.names import check_name
 
 ROLES = ("routed", "shared", "dense", "attention", "embedding", "head")
 
+# Numbers of layers, experts and blocks go up to this, or to the number of units.
+_MOST = 1 << 16
 # Columns that `to_arrays` writes, in order; `projections` is stored separately.
 COLUMNS: Mapping[str, type[np.signedinteger[Any]]] = {
     "layer": np.int32,
@@ -84,12 +86,14 @@ class Units:
             raise InputError(
                 f"projections: {self.projections}: a name appears twice; give each once"
             )
+        # Arrays by layer or expert are made from these numbers, so a damaged one must not be huge.
+        most = max(_MOST, len(self))
         ranges = {
-            "layer": (-1, np.inf),
+            "layer": (-1, most),
             "role": (0, len(ROLES) - 1),
-            "expert": (-1, np.inf),
+            "expert": (-1, most),
             "projection": (0, len(self.projections) - 1),
-            "block": (0, np.inf),
+            "block": (0, most),
             "rows": (0, np.inf),
             "cols": (0, np.inf),
         }

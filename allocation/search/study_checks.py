@@ -46,7 +46,10 @@ def is_ours(study: optuna.Study) -> bool:
     if len(study.directions) != values:
         return False
     partly = {f"{key}?": shape for key, shape in _TRIAL.items()}
-    for trial in study.get_trials(deepcopy=False):
+    trials = study.get_trials(deepcopy=False)
+    if {trial.number for trial in trials} != set(range(len(trials))):
+        return False
+    for trial in trials:
         complete = trial.state.name == "COMPLETE"
         shape = {**(_TRIAL if complete else partly), **_TEXTS}
         sound = all(isinstance(name, str) for name in trial.params)

@@ -96,10 +96,12 @@ class Fuzzy:
         if self.base is not None:
             scale = np.maximum(self.base.estimate(evidence, samples.formats).cost, _LEAST)
             known = scale[samples.unit, samples.column]
-            error = None if samples.error is None else samples.error / known
+            with np.errstate(over="ignore"):  # `LossSamples` refuses what is not finite
+                relative = samples.loss / known
+                error = None if samples.error is None else samples.error / known
             if self.shrink:
                 predictor = Shrunk(inner=predictor, weight=np.sqrt(np.maximum(samples.loss, FLOOR)))
-            samples = replace(samples, loss=samples.loss / known, error=error)
+            samples = replace(samples, loss=relative, error=error)
         fitted = predictor.fit(samples, antecedents)
         mean, spread = (part * scale for part in fitted.predict(antecedents))
         cost = np.zeros((len(evidence.units), len(formats)))

@@ -82,7 +82,7 @@ def test_a_text_may_be_token_windows(model, live):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        (3, "a int; pass a path"),
+        (3, "int is not a text; pass a path"),
         ([], "0 items are neither strings nor"),
         (["a", 1], "2 items are neither strings nor"),
         ([[1, 2], [3]], "2 items are neither strings nor"),

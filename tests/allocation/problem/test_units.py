@@ -126,3 +126,12 @@ def test_anonymous_units_have_no_shapes():
     units = Units.anonymous(4)
     assert len(units) == 4
     assert not units.has_shapes
+
+
+@pytest.mark.parametrize("name", ["layer", "expert", "block"])
+def test_numbers_that_no_model_has_are_refused(name):
+    columns = {key: np.array([0, 1]) for key in ("layer", "expert", "block")}
+    columns |= {key: np.array([0, 0]) for key in ("role", "projection", "rows", "cols")}
+    columns[name][1] = 134_217_730
+    with pytest.raises(InputError, match=rf"{name}\[1\]: 134217730 is outside -?[01] to 65536"):
+        Units(**columns, projections=("gate",))

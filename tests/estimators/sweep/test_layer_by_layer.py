@@ -214,7 +214,7 @@ def test_a_pass_stopped_anywhere_goes_on(family, tmp_path, monkeypatch):
 
         return run
 
-    for kind, name in ((text_stream.Streamed, "_run"), (layer_by_layer._Pass, "_divergence")):
+    for kind, name in ((text_stream.Streamed, "_run"), (layer_by_layer, "batch_divergences")):
         monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
     again = None
     while again is None:
