@@ -6,12 +6,25 @@ import shutil
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Tests of what transformers arranges as Bitknap knows it since 5.20 alone.
+_SINCE_5_20 = ("aria", "test_a_token_beyond_the_capacity")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip what an older transformers, which pyproject.toml still allows, cannot do."""
+    major, minor = version("transformers").split(".")[:2]
+    if (int(major), int(minor)) >= (5, 20):
+        return
+    for item in items:
+        if any(word in item.name for word in _SINCE_5_20):
+            item.add_marker(pytest.mark.skip(reason="needs transformers 5.20"))
 
 
 @pytest.fixture(scope="session")
