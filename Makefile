@@ -13,7 +13,7 @@ demo: .venv/.demo
 test: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
-# What takes under two minutes on two cores, to run between two changes.
+# The tests that are not marked slow, to run between two changes.
 quick: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
 
