@@ -6,7 +6,6 @@ import contextlib
 import json
 import platform
 import re
-import shutil
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -173,8 +172,7 @@ def _take_back(out: Path, part: Path) -> None:
 def _drop_work(out: Path) -> None:
     aside = _put_aside(out)
     check_only(aside, _WORKING)
-    if aside.exists():
-        shutil.rmtree(aside)
+    drop(aside, _WORKING)
 
 
 def _goes_on(folder: Path, about: Mapping[str, Any], *, overwrite: bool) -> bool:

@@ -7,6 +7,7 @@ layer is loaded once for all of them. KL comes from the last layer's output, a w
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -67,7 +68,8 @@ class VariantStreams:
                 for number in np.flatnonzero(np.array(first) <= place).tolist():
                     before = streams.get(number) or self._before(place)
                     here = variants[number].among(self.places == place)
-                    with changing(self.run.skeleton.model, here):
+                    model = self.run.skeleton.model
+                    with changing(model, here) if len(here.units) else contextlib.nullcontext():
                         streams[number] = self.run.advance(place, before)
         return divergences(self.run, self.plain[-1], [streams[i] for i in range(len(variants))])
 
