@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -88,15 +88,6 @@ class Readings:
         if self.path is not None and np.isfinite(numbers).all():
             append_lines(self.path, [{"key": key, "values": numbers.tolist()}])
             self.lines[key] = _Line(0, numbers)
-
-    def value(self, key: str, measure: Callable[[], float]) -> float:
-        """Return one number from the journal; if missing, measure it and keep it there."""
-        kept = self.known(key)
-        if kept is not None:
-            return float(kept[0])
-        value = measure()
-        self.keep(key, value)
-        return value
 
 
 @contextlib.contextmanager
