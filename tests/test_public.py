@@ -37,6 +37,7 @@ def test_importing_loads_nothing_heavy():
     assert run(f"import sys, bitknap; print([m for m in {HEAVY!r} if m in sys.modules])") == "[]"
 
 
+@pytest.mark.slow
 def test_loading_may_be_the_first_that_is_asked_for():
     said = run("import bitknap; from bitknap.api import calibration; print(bitknap.load.__name__)")
     assert said == "load"

@@ -23,8 +23,13 @@ def files():
     }
 
 
-def functions(tree):
-    """Yield each function of a module: its name, and whether the first argument is given."""
+@cache
+def functions(path):
+    """Return each function of a module, and whether its first argument is given."""
+    return list(_functions(ast.parse(files()[path].read_text(encoding="utf-8"))))
+
+
+def _functions(tree):
     for parent in ast.walk(tree):
         for node in ast.iter_child_nodes(parent):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
@@ -36,15 +41,14 @@ def functions(tree):
 
 def longest(path):
     """Return the lines of each function that has too many, by path and name."""
-    tree = ast.parse(files()[path].read_text(encoding="utf-8"))
-    sizes = {f"{path}:{f.name}": f.end_lineno - f.lineno + 1 for f, _ in functions(tree)}
+    sizes = {f"{path}:{f.name}": f.end_lineno - f.lineno + 1 for f, _ in functions(path)}
     return {name: lines for name, lines in sizes.items() if lines > LINES_OF_A_FUNCTION}
 
 
 def many(path):
     """Return the arguments of each public function that has too many, by path and name."""
     counts = {}
-    for f, method in functions(ast.parse(files()[path].read_text(encoding="utf-8"))):
+    for f, method in functions(path):
         given = f.args.posonlyargs + f.args.args + f.args.kwonlyargs
         if not f.name.startswith("_") or f.name == "__init__":
             counts[f"{path}:{f.name}"] = len(given) - method

@@ -7,11 +7,13 @@ It stores where each object is, and imports an object only on request.
 from __future__ import annotations
 
 import inspect
+import sys
 from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from functools import cache
 from importlib import import_module
 from importlib.metadata import Distribution, EntryPoint, distributions
 from types import MappingProxyType
@@ -189,7 +191,7 @@ class Catalog:
 
     def entries(self) -> tuple[Entry, ...]:
         """Return every row: Bitknap's own first, then those of packages, sorted by name."""
-        return (*self.rows, *sorted(_offered(self.group), key=lambda one: (one.name, one.package)))
+        return (*self.rows, *_offered(self.group, tuple(sys.path)))
 
     def names(self) -> tuple[str, ...]:
         """Return every name once, in the order of `entries`."""
@@ -228,10 +230,18 @@ class Catalog:
         )
 
 
-def _offered(group: str) -> Iterator[Entry]:
-    """Yield the rows that installed packages offer in an entry point group."""
+@cache
+def _offered(group: str, path: tuple[str, ...]) -> tuple[Entry, ...]:
+    """Return the rows that packages on a path offer in an entry point group, sorted by name.
+
+    Reading the metadata of every package takes some 30 ms, and names are looked up often.
+    """
+    return tuple(sorted(_found(group, path), key=lambda one: (one.name, one.package)))
+
+
+def _found(group: str, path: tuple[str, ...]) -> Iterator[Entry]:
     seen: set[str] = set()
-    for distribution in distributions() if group else ():
+    for distribution in distributions(path=list(path)) if group else ():
         points = _points(distribution, group)
         name = str(distribution.metadata["Name"] or "an unnamed package") if points else ""
         if name.lower() in seen:  # an older copy, later on the path

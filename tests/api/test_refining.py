@@ -54,6 +54,7 @@ def test_windows_of_the_gate_are_read_by_nothing_else(loop):
     assert not any(bytes(window.numpy()) in known for window in loop.gate.windows)
 
 
+@pytest.mark.slow
 def test_layers_answered_from_memory_change_nothing(loop, table):
     ours = measures(loop, table, Readings())
     draw = np.random.default_rng(0)
@@ -139,6 +140,7 @@ def test_refine_needs_a_budget(made, refused, tmp_path):
     assert "give --budget" in said
 
 
+@pytest.mark.slow
 def test_the_command_says_what_refining_and_the_gate_came_to(model, document, tmp_path):
     out = tmp_path / "out"
     found = document(
@@ -154,6 +156,7 @@ def test_the_command_says_what_refining_and_the_gate_came_to(model, document, tm
         assert f"<h2>{heading}</h2>" in page
 
 
+@pytest.mark.slow
 def test_a_killed_loop_goes_on_and_ends_the_same(model, tmp_path, background):
     words = ["quantize", str(model), "--budget", "4bpw", *FAST]
     words += ["--refine", "8", "--refine-tokens", "512"]

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import bitknap
 from bitknap.benchmarks.robustness.mutate import BYTES, Edit, damaged_json, draw, shrunk
 from bitknap.benchmarks.robustness.mutate_database import KINDS as DATABASE_KINDS
@@ -28,6 +30,7 @@ run(Path(sys.argv[1]), counts, 1, print, [*commands, *CIRCUMSTANCES])
 """
 
 
+@pytest.mark.slow
 def test_a_short_campaign_finds_no_fault(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(bitknap.__file__).parent.parent)}
     subprocess.run(

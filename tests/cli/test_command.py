@@ -27,6 +27,7 @@ def test_help_names_every_command(capsys):
     assert all(command in text for command in COMMANDS)
 
 
+@pytest.mark.slow
 def test_end_to_end_in_steps_and_in_one_go(made, tmp_path, document):
     plan = BitPlan.load(made.plan)
     assert 2 < plan.bpw <= 4

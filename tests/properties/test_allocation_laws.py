@@ -210,6 +210,7 @@ def bracketed(problem: Problem, doubt: float = 1e-11) -> tuple[float, float]:
     return float(loose), float(tight)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", range(6))
 def test_thousands_of_tables_over_24_orders_of_magnitude_equal_brute_force(block):
     for seed in range(500 * block, 500 * (block + 1)):

@@ -39,6 +39,7 @@ def outside(text):
     return text[: text.index("<script>")] + text[text.index("<body>") :]
 
 
+@pytest.mark.slow
 def test_the_whole_page(document, plans):
     text = report(document, plans)
     assert heads(text) == HEADS

@@ -75,6 +75,7 @@ def test_with_one_limit_greedy_finds_a_plan_wherever_there_is_one(problem):
     assert solve(problem, Greedy()).gap >= 0
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(problems() | problems(limits=3), st.floats(0, 20, width=16))
 def test_a_larger_budget_only_upgrades(problem, extra):

@@ -23,6 +23,7 @@ def drawn(seed: int, rows: int = 40, limits: int = 1) -> Problem:
     return Problem(table, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("limits", [1, 3])
 def test_it_agrees_with_the_knapsack(backend, limits):

@@ -84,6 +84,7 @@ def test_the_same_problem_has_the_same_answer():
     assert np.array_equal(solve(problem).choice, solve(problem).choice)
 
 
+@pytest.mark.slow
 def test_two_limits_on_a_model():
     table = random_table(400)
     heat = np.random.default_rng(1).lognormal(0, 1, (400, 1))

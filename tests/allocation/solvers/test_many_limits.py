@@ -111,6 +111,7 @@ def limited(cost: Floats, weights: Floats, bounds: Floats, run: Runner, **more: 
     return answer(cost, weights, bounds, run, gap=0.0, time_limit=60.0, **more)
 
 
+@pytest.mark.slow
 def test_a_core_without_an_answer_proves_nothing():
     cost, weights, bounds = drawn(3, 3000, 3)
     dual = maximise(cost, weights, bounds).value

@@ -76,6 +76,7 @@ def rows(case, offered):
     return compared(case[1], offered, case[3], BUDGETS)
 
 
+@pytest.mark.slow
 def test_every_rule_is_there_at_every_budget(rows):
     assert {row["rule"] for row in rows} == RULES
     assert len(rows) == len(RULES) * len(BUDGETS)

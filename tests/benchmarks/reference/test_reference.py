@@ -53,6 +53,7 @@ def test_main_job_beats_the_best_uniform_recipe(tmp_path):
     assert summary(ours)["kl"] < 0.5 * summary(losses)["kl"]
 
 
+@pytest.mark.slow
 def test_full_moments_are_recorded_when_asked_for():
     options = bitknap.formats((2, 4), "row", True)
     diagonal, full = (

@@ -52,6 +52,7 @@ def test_help_has_an_example(command, capsys):
     assert command in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_whole_way_on_a_real_model(tmp_path, capsys, refused, document):
     table, url = tmp_path / "t.safetensors", f"journal:{tmp_path}/s.log"
     source = Checkpoint.open(resolve("reference:mixtral"))

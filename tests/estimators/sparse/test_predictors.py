@@ -169,6 +169,7 @@ def test_one_sample_is_the_answer_everywhere(predictor, table):
     assert np.isfinite(spread).all()
 
 
+@pytest.mark.slow
 def test_boosted_trees_learn_the_table(table):
     pytest.importorskip("sklearn")
     trees = GradientBoosting(trees=40)

@@ -214,6 +214,7 @@ def test_a_source_that_shrinks_is_one_line(case, tmp_path, monkeypatch):
         writer.save(source, case.plan, tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_two_processes_do_not_share_a_folder(case, tmp_path, contents):
     seen = []
 
@@ -237,6 +238,7 @@ pipeline.BATCH_BYTES = 1
 SLOWED = [("bitknap.quantization.packed.work_pieces.Work.make", 0.005)]
 
 
+@pytest.mark.slow
 def test_stopped_and_killed_anywhere_it_ends_with_the_same_bytes(
     case, tmp_path, small, background, contents
 ):

@@ -251,6 +251,7 @@ print(AUTO_QUANTIZER_MAPPING["bitknap"] is plugin.BitknapQuantizer)
 """
 
 
+@pytest.mark.slow
 def test_the_plug_in_can_be_imported_before_transformers():
     assert run(DIRECT) == ["True"]
 
@@ -264,6 +265,7 @@ def test_the_hook_is_there_once():
     assert str(inspect.getsourcefile(sys.modules[TABLE])).endswith("auto.py")
 
 
+@pytest.mark.slow
 def test_loading_may_be_the_first_to_import_transformers():
     # The plug-in's own import runs the hook, which must not meet it half made.
     code = """

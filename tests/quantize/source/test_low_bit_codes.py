@@ -113,6 +113,7 @@ def test_reads_what_the_16_bit_checkpoint_holds(name, include, request):
         assert torch.equal(read_stored(ours, which, packed), read_stored(theirs, which, plain))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek"])
 def test_counts_the_bytes_on_disk(name, request):
     folder, plain = request.getfixturevalue(name)
