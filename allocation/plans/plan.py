@@ -14,7 +14,7 @@ import numpy.typing as npt
 from bitknap.allocation.plans.plan_file import read_plan, write_plan
 from bitknap.allocation.problem.arrays import Ints, Longs, frozen
 from bitknap.allocation.problem.format import Format
-from bitknap.allocation.problem.table import storage
+from bitknap.allocation.problem.table import storage_of_shapes
 from bitknap.allocation.problem.units import Units
 from bitknap.errors import FileError, InputError
 
@@ -52,7 +52,8 @@ class BitPlan:
             raise InputError(
                 f"choice[{unit}]: {choice[unit]} is outside 0 to {len(self.formats) - 1}"
             )
-        stored = storage(self.units, self.formats)[np.arange(len(choice)), choice]
+        sizes, kind = storage_of_shapes(self.units, self.formats)
+        stored = sizes[kind, choice]
         nbytes = frozen("nbytes", stored if self.nbytes is None else self.nbytes, np.int64, shape)
         wrong = (nbytes < 0) | ((stored >= 0) & (stored != nbytes))
         if wrong.any():

@@ -91,11 +91,11 @@ def _columns(rows: list[Any], path: Path) -> dict[str, list[Any]]:
     for name, kind in kinds.items():
         try:
             columns[name] = [row[name] for row in rows]
-            # `type`, not `isinstance`, since a bool is an int.
-            sound = all(type(value) is kind for value in columns[name])
+            found = set(map(type, columns[name]))
         except (KeyError, TypeError):
-            sound = False
-        if not sound:
+            found = {type(None)}
+        # `type`, not `isinstance`, since a bool is an int.
+        if found - {kind}:
             index = next(i for i, row in enumerate(rows) if type(_get(row, name)) is not kind)
             value = _get(rows[index], name)
             fault = "missing" if value is None else f"{value!r} is not {json_kind(kind)}"

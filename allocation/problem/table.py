@@ -79,11 +79,17 @@ class CostTable:
             self._refuse("spread", ~(self.spread >= 0), "a spread is a number of at least 0")
 
     def _check_bytes(self) -> None:
-        stored = storage(self.units, self.formats)
-        wrong = (stored >= 0) & (stored != self.nbytes)
-        if wrong.any():
-            unit, column = np.unravel_index(int(wrong.argmax()), wrong.shape)
-            self._refuse("nbytes", wrong, f"the format stores {stored[unit, column]}")
+        stored, shape = storage_of_shapes(self.units, self.formats)
+        for column in range(len(self.formats)):  # one at a time: all take as much as the table
+            known = stored[shape, column]
+            wrong = (known >= 0) & (known != self.nbytes[:, column])
+            if wrong.any():
+                unit = int(wrong.argmax())
+                where = f"{self.units.label(unit)} {self.formats[column]}"
+                raise InputError(
+                    f"nbytes: {where} has {self.nbytes[unit, column]}; "
+                    f"the format stores {known[unit]}"
+                )
 
     def _refuse(self, name: str, wrong: npt.NDArray[np.bool_], why: str) -> None:
         if wrong.any():
@@ -268,15 +274,26 @@ def _between(
 
 def storage(units: Units, formats: Sequence[Format]) -> Longs:
     """Return the bytes of each unit in each format, int64[U,F]; -1 where unknown."""
-    # A model has few distinct shapes: compute each once, then copy to the units.
-    kind = numbered(units.rows, units.cols)
-    first = np.unique(kind, return_index=True)[1]
+    stored, shape = storage_of_shapes(units, formats)
+    return stored[shape]
+
+
+def storage_of_shapes(units: Units, formats: Sequence[Format]) -> tuple[Longs, Ints]:
+    """Return the bytes of each distinct shape in each format, and which shape each unit has.
+
+    A model has few shapes, so this takes no memory to speak of, however many its units are.
+
+    Returns:
+        int64[S,F], -1 where unknown; int32[U].
+    """
+    shape = numbered(units.rows, units.cols)
+    first = np.unique(shape, return_index=True)[1]
     rows, cols = units.rows[first], units.cols[first]
     stored = np.full((len(first), len(formats)), -1, dtype=np.int64)
     for column, item in enumerate(formats):
         if item.kind != "made-up":
             stored[:, column] = np.where(rows * cols > 0, item.nbytes(rows, cols), -1)
-    return stored[kind]
+    return stored, shape
 
 
 def _joined(first: Ints, second: Ints) -> Ints:

@@ -231,11 +231,11 @@ class Units:
 
 def kinds(units: Units) -> dict[str, Bools]:
     """Return a mask of the units of each projection; names include the role unless it is routed."""
+    codes = units.role.astype(np.int64) * len(units.projections) + units.projection
     masks = {}
-    for role, projection in sorted(
-        {*zip(units.role.tolist(), units.projection.tolist(), strict=True)}
-    ):
+    for code in np.unique(codes).tolist():
+        role, projection = divmod(code, len(units.projections))
         name = units.projections[projection]
         title = name if ROLES[role] == "routed" else f"{ROLES[role]} {name}"
-        masks[title] = (units.role == role) & (units.projection == projection)
+        masks[title] = codes == code
     return masks

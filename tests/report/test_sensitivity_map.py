@@ -47,7 +47,8 @@ def test_the_text_has_one_mark_an_expert():
     assert lines[:3] == ["gate: layers down, experts across", "   0 |*- |", "   1 |@*-|"]
     assert lines[-1] == "scale ' .:-=+*#%@': 10^-3.0 to 10^0.0, mean over formats"
     # With many experts several share a mark: that of the costliest one.
-    wide = text_of(heat(table(experts=130))).splitlines()[1]
+    head, wide = text_of(heat(table(experts=130))).splitlines()[:2]
+    assert head == "gate: layers down, experts across, about 2 a mark: the costliest of them"
     assert len(wide) == len("   0 ||") + 64
     assert wide.startswith("   0 |#:")
 
@@ -65,3 +66,11 @@ def test_pictures_are_the_same_every_time(tmp_path):
 def test_a_table_without_experts_has_no_map():
     with pytest.raises(InputError, match="no routed experts"):
         heat(table(role="dense"))
+
+
+def test_panels_of_many_experts_are_below_each_other():
+    def shape(experts):
+        axes = heat_figure(heat(table(experts)), "nats/token").axes[:2]
+        return len({round(one.get_position().x0, 2) for one in axes})
+
+    assert (shape(8), shape(256)) == (2, 1)

@@ -88,6 +88,8 @@ def read_columns(
     if not isinstance(header, dict):
         raise FileError(f"{path}: header: not a JSON object")
     check_version(header, kind, version, path)
+    for array in arrays.values():
+        array.setflags(write=False)  # so that a frozen value takes it as it is, without a copy
     for name, dtype in dtypes.items():
         if name not in arrays and name not in optional:
             raise FileError(f"{path}: {name}: missing")

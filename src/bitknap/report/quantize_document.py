@@ -7,10 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from bitknap.allocation import ROLES, BitPlan, CostTable, profile
+from bitknap.allocation import ROLES, BitPlan, CostTable
 from bitknap.allocation.refinement.history import Step
 from bitknap.allocation.tradeoffs.frontier_path import frontier
-from bitknap.allocation.tradeoffs.profile_price import Price, priced, under
+from bitknap.allocation.tradeoffs.profile_price import Price, priced
 
 # Points of the predicted frontier.
 POINTS = 60
@@ -47,9 +47,7 @@ def document_of(
         "budgets": [{"budget": name, "bytes": plan.total_bytes}],
     }
     if table is not None:
-        rule = profile(str(about.get("profile") or "free"))
         said["calibration_tokens"] = table.provenance.get("tokens")
-        document["frontier"] = frontier_points(under(table, rule))
         document["coverage"] = coverage_of(table)
     if prices:
         document |= priced(tuple(prices), str(about.get("profile")))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 _LEVELS = " .:-=+*#%@"
 # Columns in a terminal; with more experts, several share a column, which shows the largest cost.
 _COLUMNS = 64
+# Panels of a picture are side by side up to this many experts, and below each other with more.
+_BESIDE = 64
 # Costs more than this many powers of ten below the largest look the same.
 _DECADES = 4.0
 
@@ -73,8 +75,11 @@ def text_of(maps: tuple[Heat, ...]) -> str:
     low, high = _range(maps)
     lines = []
     for one in maps:
-        values = _binned(one.values)
-        lines.append(f"{one.projection}: layers down, experts across")
+        values, experts = _binned(one.values), one.values.shape[1]
+        shared = f", about {experts / _COLUMNS:.2g} a mark: the costliest of them"
+        lines.append(
+            f"{one.projection}: layers down, experts across{shared if experts > _COLUMNS else ''}"
+        )
         for layer, row in zip(one.layers.tolist(), values, strict=True):
             marks = "".join(_mark(value, low, high) for value in row.tolist())
             lines.append(f"{layer:4d} |{marks}|")
@@ -83,7 +88,7 @@ def text_of(maps: tuple[Heat, ...]) -> str:
 
 
 def heat_figure(maps: tuple[Heat, ...], unit: str) -> Figure:
-    """Draw the maps side by side on one scale.
+    """Draw the maps on one scale, side by side or, for many experts, below each other.
 
     Args:
         maps: from `heat`.
@@ -93,18 +98,25 @@ def heat_figure(maps: tuple[Heat, ...], unit: str) -> Figure:
 
     low, high = _range(maps)
     count, (tall, wide) = len(maps), maps[0].values.shape
-    size = (min(3 + count * max(1.6, wide / 16), 16), min(2 + tall / 6, 10))
+    if wide <= _BESIDE:
+        size = (min(3 + count * max(1.6, wide / 16), 16), min(2 + tall / 6, 10))
+        shape = (1, count)
+    else:
+        size = (min(3 + wide / 20, 20), count * min(1 + tall / 12, 5.5))
+        shape = (count, 1)
     figure = Figure(figsize=size, layout="constrained")
-    axes = figure.subplots(1, count, sharey=True, squeeze=False)[0]
+    axes = figure.subplots(*shape, sharex=True, sharey=True, squeeze=False).ravel()
     for place, one in zip(axes, maps, strict=True):
         image = place.imshow(
             one.values, aspect="auto", vmin=low, vmax=high, cmap="cividis", interpolation="nearest"
         )
         place.set_title(one.projection)
-        place.set_xlabel("expert")
         step = max(1, len(one.layers) // 12)
         place.set_yticks(range(0, len(one.layers), step), one.layers[::step].tolist())
-    axes[0].set_ylabel("layer")
+        if wide > _BESIDE or place is axes[0]:
+            place.set_ylabel("layer")
+        if wide <= _BESIDE or place is axes[-1]:
+            place.set_xlabel("expert")
     figure.colorbar(image, ax=axes, label=f"log10 of cost, {unit}")
     return figure
 

@@ -208,11 +208,11 @@ def _time(seconds: int) -> str:
 
 def plan_summary(plan: BitPlan) -> dict[str, Any]:
     """Return a summary of a plan as JSON values: totals, header, bits by layer and projection."""
-    units = plan.units
+    units, of_kinds = plan.units, kinds(plan.units)
     by_layer = {
         str(layer): {
             kind: _number(plan, of_kind & (units.layer == layer))
-            for kind, of_kind in kinds(units).items()
+            for kind, of_kind in of_kinds.items()
         }
         for layer in np.unique(units.layer)
     }
