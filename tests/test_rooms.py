@@ -48,6 +48,7 @@ bitknap.quantization
 bitknap.estimators.measuring bitknap.estimators.tables
 bitknap.estimators.evidence
 bitknap.estimators.sweep
+bitknap.estimators.judging
 bitknap.estimators.costs
 bitknap.estimators.signals
 bitknap.estimators.group_kl

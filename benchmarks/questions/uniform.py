@@ -23,6 +23,7 @@ from bitknap.api.quantizing import CALIBRATION_TOKENS, estimate
 from bitknap.api.requests import Calibration
 from bitknap.arguments import add_output
 from bitknap.benchmarks.result_files import claim, write_report, write_results
+from bitknap.estimators.evidence.variant_kl import Replayed
 from bitknap.estimators.measuring.kl_replay import Replay, standard_error
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.runtime.loading import load
@@ -47,7 +48,7 @@ def compare_model(name: str, tokens: int, calibration: int) -> list[dict[str, An
         solution = plan_for(table, Budget.bits(bits))
         with applied(model, layout, solution.plan):
             ours = replay.measure()
-        recipe, uniform, losses = best_uniform(replay, layout, solution.plan.total_bytes)
+        recipe, uniform, losses = best_uniform(Replayed(replay), layout, solution.plan.total_bytes)
         paired = losses.kl - ours.kl
         rows.append(
             {

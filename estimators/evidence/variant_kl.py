@@ -6,18 +6,16 @@ sweep over its layers. Both keep every reading in the evidence's journal.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
-from functools import partial
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
-
+from bitknap.allocation.problem.units import Units
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.evidence.variants import Variant
-from bitknap.quantization.stacks.apply import replaced
-from bitknap.quantization.stacks.grouping import stacks
+from bitknap.estimators.evidence.variants import Changing, Variant
+from bitknap.estimators.measuring.kl_replay import Losses, Replay
+from bitknap.quantization.stacks.quantize_plan import Watched
+from bitknap.quantization.stacks.row_blocks import inputs_of_blocks, layout_for
 
 
 def check_measurable(evidence: Evidence) -> None:
@@ -47,29 +45,53 @@ def kl_of(evidence: Evidence, variants: Sequence[Variant]) -> Iterator[tuple[int
         yield left[place], value
 
 
+def changing_of(evidence: Evidence, units: Units | None = None) -> Changing:
+    """Return how the model of evidence becomes a variant.
+
+    Args:
+        evidence: what a calibration pass recorded.
+        units: the units that variants number, where they are blocks of the evidence's.
+    """
+    cut = evidence.units if units is None else units
+    layout = layout_for(cut, evidence.layout)
+    inputs: Watched = evidence.inputs
+    if layout is not evidence.layout:
+        inputs = inputs_of_blocks(layout.units, evidence.units, evidence.inputs)
+    return Changing(layout=layout, rounding=evidence.rounding, inputs=inputs)
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """Measures variants of a model in memory; a `VariantSweep`.
+
+    Attributes:
+        replay: the model on a text.
+    """
+
+    replay: Replay
+
+    def losses(
+        self, variants: Sequence[Variant], changing: Changing
+    ) -> Iterator[tuple[int, Losses]]:
+        """Yield each variant's number and losses to the unchanged model."""
+        for number, variant in enumerate(variants):
+            with changing(self.replay.model, variant):
+                yield number, self.replay.measure(_first(variant, changing))
+
+
+def _first(variant: Variant, changing: Changing) -> int:
+    """Return the first MoE layer that a variant changes."""
+    return int(changing.layout.units.layer[variant.units].min())
+
+
 def _measured(evidence: Evidence, variants: Sequence[Variant]) -> Iterator[tuple[int, float]]:
-    changing = partial(_changed, evidence)
+    changing = changing_of(evidence)
     if evidence.sweep is not None:
-        yield from evidence.sweep.kl(variants, changing)
+        for number, losses in evidence.sweep.losses(variants, changing):
+            yield number, float(losses.kl.mean())
         return
     replay = evidence.replay
     assert replay is not None
     for number, variant in enumerate(variants):
         with changing(replay.model, variant):
-            yield number, replay.kl(int(evidence.units.layer[variant.units].min()))
-
-
-@contextlib.contextmanager
-def _changed(evidence: Evidence, model: Any, variant: Variant) -> Iterator[None]:
-    """Change the model's weights to the variant's while the block runs."""
-    chosen = np.full(len(evidence.units), -1, dtype=np.int64)
-    chosen[variant.units] = variant.choice
-    with contextlib.ExitStack() as blocks:
-        for stack in stacks(evidence.units):
-            for choice in np.unique(chosen[stack]).tolist():
-                if choice < 0 or variant.formats[choice].kind == "keep":
-                    continue
-                run = stack[chosen[stack] == choice]
-                rounded = partial(evidence.round_trip, run, format=variant.formats[choice])
-                blocks.enter_context(replaced(model, evidence.layout, run, rounded))
-        yield
+            yield number, replay.kl(_first(variant, changing))

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any, Protocol
 
 import numpy as np
+from torch import Tensor
 
 from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.arrays import Longs
 from bitknap.allocation.problem.format import Format
+from bitknap.estimators.measuring.kl_replay import Losses
 from bitknap.estimators.measuring.readings import key_of
+from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.rounding.methods import RTN, round_trip
+from bitknap.quantization.rounding.rounding import Rounding
+from bitknap.quantization.stacks.apply import replaced
+from bitknap.quantization.stacks.grouping import stacks
+from bitknap.quantization.stacks.quantize_plan import Watched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -49,7 +58,7 @@ class Variant:
         )
 
     def among(self, kept: np.ndarray) -> Variant:
-        """Return the part of the variant that changes units of a set.
+        """Return the part of the variant that changes the units of a set.
 
         Args:
             kept: whether each unit of the model is in the set, bool [U].
@@ -58,13 +67,50 @@ class Variant:
         return replace(self, units=self.units[here], choice=self.choice[here])
 
 
-# Enters a block in which a model's weights are those of a variant.
-Changing = Callable[[Any, Variant], AbstractContextManager[None]]
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Changing:
+    """How a model's weights become a variant's.
+
+    Attributes:
+        layout: the units that variants number; blocks of matrices if variants are of blocks.
+        rounding: how they are rounded.
+        inputs: statistics of their inputs, for rounding methods that need them.
+    """
+
+    layout: Layout
+    rounding: Rounding = RTN
+    inputs: Watched | None = None
+
+    @contextlib.contextmanager
+    def __call__(self, model: Any, variant: Variant) -> Iterator[None]:
+        """Change the model's weights to the variant's while the block runs."""
+        chosen = np.full(len(self.layout.units), -1, dtype=np.int64)
+        chosen[variant.units] = variant.choice
+        with contextlib.ExitStack() as blocks:
+            for stack in self._stacks:
+                for choice in np.unique(chosen[stack]).tolist():
+                    if choice < 0 or variant.formats[choice].kind == "keep":
+                        continue
+                    run = stack[chosen[stack] == choice]
+                    rounded = partial(self._rounded, run, variant.formats[choice])
+                    blocks.enter_context(replaced(model, self.layout, run, rounded))
+            yield
+
+    @cached_property
+    def _stacks(self) -> list[np.ndarray]:
+        return stacks(self.layout.units)
+
+    def _rounded(self, run: np.ndarray, format: Format, weights: Tensor) -> Tensor:
+        """Return equally shaped units [n, rows, cols] after a round trip through a format."""
+        known = self.inputs(run) if self.inputs and self.rounding.needs_inputs else None
+        return round_trip(weights, format, self.rounding, known)
 
 
 class VariantSweep(Protocol):
-    """Measures variants of a model that is not in memory."""
+    """Measures variants of a model."""
 
-    def kl(self, variants: Sequence[Variant], changing: Changing) -> Iterator[tuple[int, float]]:
-        """Yield each variant's number and KL in nats per token, in the order measured."""
+    def losses(
+        self, variants: Sequence[Variant], changing: Changing
+    ) -> Iterator[tuple[int, Losses]]:
+        """Yield each variant's number and losses to the unchanged model, in the order measured."""
         ...

@@ -37,6 +37,12 @@ class Losses:
     kl: np.ndarray
     top1: np.ndarray
 
+    @classmethod
+    def of(cls, means: Tensor) -> Losses:
+        """Return losses from nll, kl and top-1 agreement by window, float64 [3, windows]."""
+        nll, kl, top1 = means.numpy()
+        return cls(nll=nll, kl=kl, top1=top1)
+
     @property
     def perplexity(self) -> float:
         """Exp of the mean negative log-likelihood."""
@@ -170,8 +176,7 @@ class Replay:
             layer: the first MoE layer that differs from the reference pass; None for any.
         """
         parts = [losses_of(mine, log, labels) for mine, log, labels in self._runs(layer)]
-        nll, kl, top1 = torch.cat(parts, dim=1).numpy()
-        return Losses(nll=nll, kl=kl, top1=top1)
+        return Losses.of(torch.cat(parts, dim=1))
 
     @torch.inference_mode()
     def kl(self, layer: int | None = None) -> float:
@@ -213,5 +218,4 @@ def compare(model: Any, reference: Any, windows: Tensor | Windows) -> Losses:
         log = log_probabilities(reference, batch)
         mine = log if model is reference else log_probabilities(model, batch)
         parts.append(losses_of(mine, log, labels_of(model, batch)))
-    nll, kl, top1 = torch.cat(parts, dim=1).numpy()
-    return Losses(nll=nll, kl=kl, top1=top1)
+    return Losses.of(torch.cat(parts, dim=1))

@@ -19,7 +19,6 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +33,8 @@ from bitknap.estimators.sweep.in_memory import PLAIN, digest_of, layer_evidence,
 from bitknap.estimators.sweep.layer_gains import gain_of, noisy
 from bitknap.estimators.sweep.linear_recording import LinearSums, recording_linears
 from bitknap.estimators.sweep.recorded import Recorded
-from bitknap.estimators.sweep.text_stream import Stream, Streamed
-from bitknap.estimators.sweep.variant_streams import VariantStreams, batch_divergences
+from bitknap.estimators.sweep.text_stream import Stream, Streamed, batch_divergences
+from bitknap.estimators.sweep.variant_streams import VariantStreams
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
 from bitknap.quantization.source.checkpoint import Checkpoint
@@ -82,7 +81,7 @@ def calibrate_by_layer(
     text = Stream(windows.batches(BATCH_TOKENS), recorded.spilled)
     about = (source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
     shelf = Shelf.of(readings or Readings(), *about, *recorded.by_layer)
-    work = _Pass(Streamed(skeleton), shelf, [])
+    work = _Pass(Streamed(skeleton), shelf, {})
     model, layout, traced = skeleton.model, skeleton.layout, recorded.traced(windows.ids.numel())
     with (
         recording(model, layout, full=recorded.full, trace_tokens=traced) as sums,
@@ -111,12 +110,12 @@ class _Pass:
     Attributes:
         run: runs the layers.
         shelf: the steps that are done.
-        outputs: the text's output of each layer, where it is kept.
+        outputs: the text's output of each layer, by place, where it is kept.
     """
 
     run: Streamed
     shelf: Shelf
-    outputs: list[Stream]
+    outputs: dict[int, Stream]
 
     def record(
         self,
@@ -150,7 +149,7 @@ class _Pass:
                 sums_here = partial(_finished, watched)
                 stream, finished = self._advanced(_FIRST, place, stream, sums_here, keep=keep)
             if keep:
-                self.outputs.append(stream)
+                self.outputs[place] = stream
             for name, watcher in watched.items():
                 start = f"{name}/"
                 parts = {
@@ -162,9 +161,7 @@ class _Pass:
 
     def sweep(self, text: Stream) -> VariantStreams:
         """Return what measures variants from the outputs that were kept."""
-        skeleton = self.run.skeleton
-        places = [skeleton.place_of(view.tensor) for view in skeleton.layout.views]
-        return VariantStreams(run=self.run, text=text, plain=self.outputs, places=np.array(places))
+        return VariantStreams(run=self.run, text=text, outputs=self.outputs)
 
     def losses(
         self, text: Stream, sums: Mapping[int, LayerSums], seed: int, progress: Progress | None

@@ -18,14 +18,15 @@ from bitknap.quantization.models.headers_only import (
     text_config,
 )
 from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.checkpoint import DTYPES, Checkpoint
+from bitknap.quantization.source.source import Source
 from bitknap.quantization.stacks.grouping import stacks
 
 # Numbers of 4 bytes that the graph of one decoder layer keeps for each token, in sizes of the
 # residual stream and of the routed middle; without gradients of parameters about half. Measured
 # on the bundled Mixtral, as are the copies of a batch's logits that live at once.
 _GRAPH, _INPUTS_ONLY = 16, 8
-_LOGITS = 5
+LOGITS = 5
 # Numbers of 4 bytes that one MoE layer keeps for each token while it runs alone: in sizes of the
 # residual stream, and for each expert the token goes to in sizes of the middle and the stream.
 _STREAM, _ROUTED = 8, 4
@@ -97,12 +98,12 @@ def peak_bytes(
     layers, units = layout.layers, layout.units
     hidden, middle, routed = _widths(source, layout)
     depth = _size(config, len(layers), "num_hidden_layers", "n_layers", "num_layers")
-    vocabulary = _size(config, 0, "vocab_size")
+    vocabulary = vocabulary_of(source)
     batch = min(tokens, BATCH_TOKENS)
     backward = bool({"curvature", "gradients"} & set(needs))
     numbers = {
         "replay": tokens * (depth * hidden + vocabulary),  # made by every pass in memory
-        "logits": _LOGITS * batch * vocabulary,
+        "logits": LOGITS * batch * vocabulary,
         "rounding": int(np.bincount(units.layer - units.layer.min(), units.numel).max()),
         "graph": backward
         * (_INPUTS_ONLY if by_layer else _GRAPH)
@@ -117,7 +118,7 @@ def peak_bytes(
     return model + max(source.nbytes, 4 * sum(numbers.values()))
 
 
-def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collection[str]) -> int:
+def layer_bytes(source: Source, layout: Layout, tokens: int, needs: Collection[str]) -> int:
     """Return about how many bytes `calibrate_by_layer` and estimating take at most.
 
     This is the largest of three parts: one decoder layer in float32 with its recordings, a batch's
@@ -134,7 +135,7 @@ def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collecti
     layers, units = layout.layers, layout.units
     hidden, middle, routed = _widths(source, layout)
     config = text_config(source.config)
-    vocabulary = _size(config, 0, "vocab_size")
+    vocabulary = vocabulary_of(source)
     batch = min(tokens, BATCH_TOKENS)
     window = min(batch, _size(config, batch, "max_position_embeddings"))
     recorded = ("full" in needs) * max(
@@ -146,15 +147,15 @@ def layer_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collecti
     changed = ("kl" in needs) * _STACK * stack
     most = max(
         _largest_layer(source) + max(recorded + traced, changed) + running,
-        _LOGITS * window * vocabulary,
+        LOGITS * window * vocabulary,
         int(np.bincount(units.layer - units.layer.min(), units.numel).max()),
     )
     sums = 2 * sum(x.experts * (x.hidden + 3 * x.intermediate) for x in layers)
-    largest = max((info.stop - info.start for info in source.headers.values()), default=0)
+    largest = max(read_bytes(source).values(), default=0)
     return largest + 4 * (most + sums)
 
 
-def _largest_layer(source: Checkpoint) -> int:
+def _largest_layer(source: Source) -> int:
     """Return the elements of the largest decoder layer, grouping tensors by name prefix."""
     sizes: Counter[str] = Counter()
     for name, (_, shape) in source.shapes.items():
@@ -165,11 +166,25 @@ def _largest_layer(source: Checkpoint) -> int:
     return max(sizes.values(), default=0)
 
 
-def _widths(source: Checkpoint, layout: Layout) -> tuple[int, int, int]:
+def read_bytes(source: Source) -> dict[str, int]:
+    """Return the bytes of each tensor where it is read."""
+    return {
+        name: math.prod(shape) * (DTYPES[dtype].itemsize if dtype in DTYPES else 1)
+        for name, (dtype, shape) in source.shapes.items()
+    }
+
+
+def vocabulary_of(source: Source) -> int:
+    """Return the number of tokens that a model knows; 0 if its configuration does not say."""
+    return _size(text_config(source.config), 0, "vocab_size")
+
+
+def _widths(source: Source, layout: Layout) -> tuple[int, int, int]:
     """Return the sizes of the residual stream and of an expert's middle, and experts a token."""
     config = text_config(source.config)
-    hidden = max((x.hidden for x in layout.layers), default=0)
-    middle = max((x.intermediate for x in layout.layers), default=0)
+    of_experts = [x.hidden for x in layout.layers], [x.intermediate for x in layout.layers]
+    hidden = max(of_experts[0], default=_size(config, 0, "hidden_size", "d_model"))
+    middle = max(of_experts[1], default=_size(config, 0, "intermediate_size"))
     return hidden, middle, max(experts_per_token(config) or [0]) or 1
 
 

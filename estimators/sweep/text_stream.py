@@ -7,8 +7,9 @@ the current layer. If a layer reads more than the previous layer's output, its o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from bitknap.errors import ModelError
-from bitknap.estimators.measuring.kl_replay import log_probabilities
+from bitknap.estimators.measuring.kl_replay import Losses, kl_of, log_probabilities, losses_of
 from bitknap.estimators.measuring.skipped_layers import answering
-from bitknap.estimators.measuring.windows import Windows, logits_of
+from bitknap.estimators.measuring.windows import Windows, labels_of, logits_of
 from bitknap.estimators.sweep.disk_tensors import on_disk, read_back
 from bitknap.estimators.sweep.weightless_model import Skeleton
+from bitknap.progress import Progress
 
 
 class _Reached(Exception):
@@ -102,6 +104,7 @@ class Streamed:
 
         Raises:
             ModelError: the layer cannot be run alone.
+            BitknapError: the disk has no room for the output.
         """
         stream = Stream(start.batches, start.dtype, path=path)
         for number, batch in enumerate(start.batches):
@@ -165,6 +168,86 @@ class Streamed:
     def _refused(self, place: int, why: str) -> ModelError:
         kind = type(self.skeleton.layers[place]).__name__
         return ModelError(
-            f"decoder layer {place} ({kind}) {why}, so the model cannot be calibrated layer by "
-            "layer; raise `max_memory`, or use `estimator=DataFree()`"
+            f"decoder layer {place} ({kind}) {why}, so the model cannot be run layer by layer; "
+            f"{self.skeleton.otherwise}"
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Passed:
+    """A text that has passed all layers of a model.
+
+    Attributes:
+        run: the model.
+        end: output of its last layer.
+    """
+
+    run: Streamed
+    end: Stream
+
+    def log_probabilities(self, batch: int, row: int) -> Tensor:
+        """Return log-probabilities of one window's tokens, float32 [tokens, vocabulary]."""
+        return self.run.log_probabilities(self.end, batch, slice(row, row + 1))
+
+
+def passed(
+    run: Streamed, text: Stream, kept: Collection[int], progress: Progress | None = None
+) -> dict[int, Stream]:
+    """Return the output of some layers for a text that passes all of them.
+
+    Args:
+        run: runs the layers.
+        text: the text, before the first layer.
+        kept: the layers whose output is kept.
+        progress: called with ("evaluate", done, of).
+
+    Raises:
+        ModelError: a layer cannot be run alone.
+        FileError: a tensor of the model is missing or damaged.
+        BitknapError: the disk has no room for the activations.
+    """
+    stream, outputs = text, {}
+    for place in range(len(run.skeleton.layers)):
+        if progress:
+            progress("evaluate", place, len(run.skeleton.layers))
+        with run.skeleton.loaded(place):
+            stream = run.advance(place, stream)
+        if place in kept:
+            outputs[place] = stream
+    return outputs
+
+
+@torch.no_grad()
+def losses_between(reference: Passed, others: Sequence[Passed]) -> list[Losses]:
+    """Return the losses of a text that has passed several models, computed a window at a time.
+
+    Args:
+        reference: the text in the model that KL and top-1 agreement refer to.
+        others: the text in the models that are measured; the reference may be one of them.
+    """
+    parts = []
+    for number, batch in enumerate(reference.end.batches):
+        for row in range(len(batch)):
+            log = reference.log_probabilities(number, row)
+            labels = labels_of(reference.run.skeleton.model, batch[row : row + 1])
+            for other in others:
+                mine = log if other is reference else other.log_probabilities(number, row)
+                parts.append(losses_of(mine, log, labels))
+    by_window = torch.cat(parts, dim=1).view(3, -1, len(others))
+    return [Losses.of(by_window[:, :, at]) for at in range(len(others))]
+
+
+@torch.no_grad()
+def batch_divergences(
+    run: Streamed, number: int, plain: Stream, changed: Sequence[Stream]
+) -> tuple[Tensor, int]:
+    """Return the summed KL of one batch, float64 [changed], and its tokens."""
+    total, tokens = torch.zeros(len(changed), dtype=torch.float64), 0
+    for row in range(len(plain.batches[number])):
+        here = slice(row, row + 1)
+        reference = run.log_probabilities(plain, number, here)
+        tokens += len(reference)
+        for place, other in enumerate(changed):
+            log = run.log_probabilities(other, number, here)
+            total[place] += kl_of(log, reference).double().sum()
+    return total, tokens

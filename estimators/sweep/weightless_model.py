@@ -25,18 +25,23 @@ from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.buildable import stored_as
 from bitknap.quantization.source.architecture import align_experts, config_of, hollow
-from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.source import Stored
+
+# What to do about a model that cannot be calibrated layer by layer.
+OTHERWISE = "raise `max_memory`, or use `estimator=DataFree()`"
 
 
 class Skeleton:
     """A model whose parameters are on the meta device, except for the decoder layer in use.
 
     Args:
-        source: the checkpoint.
+        source: the checkpoint, plain or packed.
         include: roles that are units in addition to the routed experts.
+        otherwise: what to do about a model that cannot be run layer by layer, for messages.
 
     Attributes:
         source: the checkpoint.
+        otherwise: see above.
         model: the model, float32, in evaluation mode; it can run only layers that are `loaded`.
         layout: its units.
         on_disk: the same units in the checkpoint, in the same order.
@@ -47,12 +52,14 @@ class Skeleton:
         ModelError: the units are not all in one list of decoder layers.
     """
 
-    def __init__(self, source: Checkpoint, include: Collection[str] = ()) -> None:
-        self.source = source
-        self.model = _hollow(source)
+    def __init__(
+        self, source: Stored, include: Collection[str] = (), otherwise: str = OTHERWISE
+    ) -> None:
+        self.source, self.otherwise = source, otherwise
+        self.model = _hollow(source, otherwise)
         self.layout = walk(self.model, include)
         self.on_disk = walk_headers(source.config, source.shapes, include)
-        self._list = _list_of_layers(self.model, self.layout)
+        self._list = _list_of_layers(self.model, self.layout, otherwise)
         self.layers: Any = self.model.get_submodule(self._list)
         self.numbers: dict[int, list[int]] = {}
         for layer in self.layout.layers:
@@ -60,7 +67,7 @@ class Skeleton:
         self._state: dict[str, Tensor] = self.model.state_dict()
         self._experts = _routed_tensors(self.layout)
         routed = _routed_tensors(self.on_disk)
-        others = [name for name in source.headers if name not in routed]
+        others = [name for name in source.shapes if name not in routed]
         self._sources = stored_as(self.model, self._state, others)
         for name, module in self.model.named_modules():
             if not f"{name}.".startswith(f"{self._list}."):
@@ -159,13 +166,12 @@ class Skeleton:
             _put(self.model, name, self._state[name])
 
 
-def _hollow(source: Checkpoint) -> Any:
+def _hollow(source: Stored, otherwise: str) -> Any:
     """Return the model of a checkpoint in evaluation mode, its parameters on the meta device."""
     config = config_of(source.folder)
     if config.is_encoder_decoder:
         raise ModelError(
-            f"{source.folder}: an encoder-decoder cannot be calibrated layer by layer; "
-            "raise `max_memory`, or use `estimator=DataFree()`"
+            f"{source.folder}: an encoder-decoder cannot be run layer by layer; {otherwise}"
         )
     model = hollow(source.folder, config)
     for tensor in model.state_dict(keep_vars=True).values():
@@ -178,7 +184,7 @@ def _hollow(source: Checkpoint) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _list_of_layers(model: nn.Module, layout: Layout) -> str:
+def _list_of_layers(model: nn.Module, layout: Layout, otherwise: str) -> str:
     """Return the name of the one list of decoder layers that holds all units."""
     names = [x.module for x in layout.layers] or [view.tensor for view in layout.views]
     lists = set()
@@ -189,7 +195,7 @@ def _list_of_layers(model: nn.Module, layout: Layout) -> str:
     if len(lists) != 1 or "" in lists:
         raise ModelError(
             f"{type(model).__name__}: its units do not lie in one list of decoder layers, so it "
-            "cannot be calibrated layer by layer; raise `max_memory`, or use `estimator=DataFree()`"
+            f"cannot be run layer by layer; {otherwise}"
         )
     return lists.pop()
 

@@ -56,10 +56,9 @@ def check(folder: Path, *, reads_text: bool = False) -> None:
         check_loadable(Checkpoint.open(folder), reads_text=reads_text)
         return
     packed = open_packed(folder)
-    shapes = {n: x for n, x in packed.checkpoint.shapes.items() if not n.startswith(PREFIX)}
     model = hollow(folder, to_plain(config_of(folder)))
     roles = roles_of(packed.plan.units)
-    check_tensors(folder, model, {**shapes, **packed.shapes}, packed.whole, roles)
+    check_tensors(folder, model, packed.shapes, packed.whole, roles)
     if reads_text:
         check_head(folder, model)
 

@@ -32,6 +32,7 @@ text and `quantize` need the folder of a transformers model: write one, or conve
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -71,4 +72,13 @@ class Source(Protocol):
         Args:
             view: the tensor and the part of it to read.
         """
+        ...
+
+
+class Stored(Source, Protocol):
+    """A source in a folder whose `config.json` transformers reads."""
+
+    @property
+    def folder(self) -> Path:
+        """Where it is."""
         ...

@@ -39,8 +39,9 @@ if TYPE_CHECKING:
         solve,
     )
     from bitknap.api.estimation import estimate
+    from bitknap.api.evaluation import evaluate
     from bitknap.api.live import LiveModel
-    from bitknap.api.quantizing import evaluate, load, quantize
+    from bitknap.api.quantizing import load, quantize
     from bitknap.api.refining import Outcome, refine
     from bitknap.api.requests import Calibration, Formats, Packing, Refinement, Resume, TextSets
     from bitknap.estimators.costs.data_free import DataFree
@@ -81,7 +82,8 @@ _HOMES = {
     ),
     "bitknap.api.estimation": ("estimate",),
     "bitknap.api.live": ("LiveModel",),
-    "bitknap.api.quantizing": ("evaluate", "load", "quantize"),
+    "bitknap.api.evaluation": ("evaluate",),
+    "bitknap.api.quantizing": ("load", "quantize"),
     "bitknap.api.refining": ("Outcome", "refine"),
     "bitknap.api.requests": (
         "Calibration",

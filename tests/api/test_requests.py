@@ -194,6 +194,12 @@ def test_a_live_model_is_its_folder(model, live, table, tmp_path):
     assert np.array_equal(losses.kl, expected.kl)
 
 
+def test_a_live_model_is_in_memory_already(live, model):
+    for pair in ((live, model), (model, live)):
+        with pytest.raises(InputError, match=r"^`max_memory`: a live model is in memory already"):
+            bitknap.evaluate(*pair, text=TEXT, tokens=64, max_memory=1 << 40)
+
+
 def test_a_live_model_keeps_its_mode(live):
     live.model.train()
     bitknap.evaluate(live, text=TEXT, tokens=64)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,18 +13,135 @@ import torch
 
 from bitknap.allocation import BitPlan, uniform_plans
 from bitknap.api.calibration import evaluation_windows
-from bitknap.api.quantizing import evaluate
+from bitknap.api.live import LiveModel, Model, opened
 from bitknap.api.requests import default_formats
-from bitknap.errors import InputError
-from bitknap.estimators.measuring.kl_replay import Losses, Replay, standard_error
+from bitknap.errors import InputError, MismatchError
+from bitknap.estimators.evidence.variant_kl import Replayed
+from bitknap.estimators.evidence.variants import Changing, Variant, VariantSweep
+from bitknap.estimators.judging.by_layer import through
+from bitknap.estimators.judging.memory import Way, way_to_judge
+from bitknap.estimators.measuring.documents import TextLike, text_of
+from bitknap.estimators.measuring.kl_replay import Losses, Replay, compare, standard_error
+from bitknap.estimators.measuring.text import BUILTIN
 from bitknap.estimators.measuring.windows import Windows
+from bitknap.estimators.sweep.text_stream import losses_between
 from bitknap.progress import Progress
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.packed import writer
+from bitknap.quantization.packed.buildable import check
 from bitknap.quantization.packed.folder import PLAN, roles_of
+from bitknap.quantization.packed.opened import open_weights
 from bitknap.quantization.runtime.loading import load
-from bitknap.quantization.source.checkpoint import resolve
-from bitknap.quantization.stacks.apply import applied
+from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+
+EVALUATION_TOKENS = 32_768
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judged:
+    """Losses on one text, against one reference.
+
+    Attributes:
+        ours: those of the model that is measured.
+        original: those of the reference.
+        uniform: the best uniform recipe of the reference: its name, plan and losses, if requested.
+    """
+
+    ours: Losses
+    original: Losses
+    uniform: tuple[str, BitPlan, Losses] | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """Models that can be read, and a text for both.
+
+    Attributes:
+        model: the model to measure.
+        reference: the model that it is compared with; the same one if there is none.
+        windows: the text.
+    """
+
+    model: Path | LiveModel
+    reference: Path | LiveModel
+    windows: Windows
+
+    @classmethod
+    def of(cls, model: Model, reference: Model | None, text: TextLike, tokens: int) -> _Asked:
+        """Return what was asked for, after all checks that need no run of a model.
+
+        Raises:
+            MismatchError: the two have different tokenizers.
+            ModelError: a weight is NaN or infinite, or the model predicts no text.
+        """
+        asked, given = opened(model), text_of(text)
+        other = asked if reference is None else opened(reference)
+        folders = [one for one in dict.fromkeys((asked, other)) if isinstance(one, Path)]
+        sources = {folder: Checkpoint.open(folder) for folder in folders}
+        for folder in folders:
+            check(folder, reads_text=True)
+        windows = evaluation_windows(asked, given, tokens)
+        if isinstance(asked, Path):
+            writer.check_finite(sources[asked])
+        if reference is not None and not torch.equal(
+            windows.ids, evaluation_windows(other, given, tokens).ids
+        ):
+            raise MismatchError(
+                f"{_named(model)} and {_named(reference)} split the text differently; compare "
+                "models with the same tokenizer"
+            )
+        return cls(model=asked, reference=other, windows=windows)
+
+    def way(self, max_memory: int | None, needs: Collection[str] = ()) -> Way:
+        """Return whether the models are run whole or layer by layer.
+
+        Raises:
+            InputError: neither is within `max_memory`.
+        """
+        if max_memory is None:
+            return "whole"
+        if isinstance(self.model, LiveModel) or isinstance(self.reference, LiveModel):
+            raise InputError(
+                "`max_memory`: a live model is in memory already; leave it out, or pass folders"
+            )
+        folders = dict.fromkeys((self.model, self.reference))
+        sources = [open_weights(folder) for folder in folders]
+        return way_to_judge(sources, self.windows.ids.numel(), max_memory, needs)
+
+
+def evaluate(
+    model: Model,
+    reference: Model | None = None,
+    *,
+    text: TextLike = BUILTIN,
+    tokens: int = EVALUATION_TOKENS,
+    max_memory: int | None = None,
+    progress: Progress | None = None,
+) -> Losses:
+    """Measure a model on a text that calibration did not see, against a reference model.
+
+    Args:
+        model: The model to measure: a folder, a hub id, "reference:NAME", or a `LiveModel`, run
+            as it is.
+        reference: The model that KL and top-1 agreement refer to; `model` itself when not given.
+        text: Evaluation text: a path, "builtin", a list of strings, or token windows.
+        tokens: Number of tokens of it to use.
+        max_memory: Maximum bytes; models that would take more are run one decoder layer at a time,
+            with the same losses. None sets no bound.
+        progress: Called with (what, done, of).
+
+    Raises:
+        MismatchError: The two have different tokenizers.
+        ModelError: A weight is NaN or infinite, the model predicts no text, or it cannot be run
+            layer by layer.
+        InputError: `max_memory` is too low.
+        BitknapError: The disk has no room for the activations.
+    """
+    asked = _Asked.of(model, reference, text, tokens)
+    if asked.way(max_memory) == "layers":
+        return _by_layer(asked, None, progress).ours
+    return _in_memory(asked)
 
 
 def rows_for(
@@ -30,33 +151,37 @@ def rows_for(
     tokens: int,
     *,
     uniform: bool = False,
+    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return one row per model: the reference, the best uniform recipe if requested, and `model`.
 
     Raises:
-        InputError: a uniform recipe is requested, but `model` is not a packed checkpoint.
+        InputError: a uniform recipe is requested, but `model` is not a packed checkpoint; or
+            `max_memory` is too low.
     """
-    ours = evaluate(model, reference, text=text, tokens=tokens)
     if reference is None:
-        return {model: summary(ours)}
+        losses = evaluate(model, text=text, tokens=tokens, max_memory=max_memory, progress=progress)
+        return {model: summary(losses)}
     folder = resolve(model)
     plan = BitPlan.load(folder / PLAN) if (folder / PLAN).is_file() else None
-    original = evaluate(reference, text=text, tokens=tokens)
-    rows = {"original": summary(original)}
-    if uniform:
-        if plan is None:
-            raise InputError(
-                f"{model}: not a packed checkpoint, and `uniform` needs one to compare at its bytes"
-            )
-        windows = evaluation_windows(resolve(reference), text, tokens)
-        name, at, losses = best_uniform_of(reference, plan, windows, progress)
+    if uniform and plan is None:
+        raise InputError(
+            f"{model}: not a packed checkpoint, and `uniform` needs one to compare at its bytes"
+        )
+    asked, size = _Asked.of(model, reference, text, tokens), plan if uniform else None
+    if asked.way(max_memory, {"kl"} if uniform else ()) == "layers":
+        judged = _by_layer(asked, size, progress)
+    else:
+        judged = _all_in_memory(asked, size, progress)
+    rows = {"original": summary(judged.original)}
+    ours = summary(judged.ours, plan.total_bytes if plan else None)
+    if judged.uniform is not None:
+        name, at, losses = judged.uniform
         rows[f"uniform {name}"] = summary(losses, at.total_bytes)
-    rows["ours" if plan else model] = summary(ours, plan.total_bytes if plan else None)
-    if uniform and plan is not None:
-        paired = losses.kl - ours.kl
-        rows["ours"] |= {"kl_gain": float(paired.mean()), "kl_gain_se": standard_error(paired)}
-    return rows
+        paired = losses.kl - judged.ours.kl
+        ours |= {"kl_gain": float(paired.mean()), "kl_gain_se": standard_error(paired)}
+    return rows | {"ours" if plan else model: ours}
 
 
 def summary(losses: Losses, nbytes: int | None = None) -> dict[str, Any]:
@@ -70,38 +195,98 @@ def summary(losses: Losses, nbytes: int | None = None) -> dict[str, Any]:
     return row if nbytes is None else row | {"bytes": nbytes}
 
 
+def _in_memory(asked: _Asked) -> Losses:
+    """Return the losses of the model, with both models in memory."""
+    with _running(asked.model) as measured:
+        if asked.reference == asked.model:
+            return compare(measured, measured, asked.windows)
+        with _running(asked.reference) as original:
+            return compare(measured, original, asked.windows)
+
+
+def _all_in_memory(asked: _Asked, size: BitPlan | None, progress: Progress | None) -> Judged:
+    """Return all losses, with both models in memory; `size` asks for a recipe of its bytes."""
+    ours = _in_memory(asked)
+    original = _Asked(model=asked.reference, reference=asked.reference, windows=asked.windows)
+    uniform = None
+    if size is not None:
+        assert isinstance(asked.reference, Path)
+        uniform = best_uniform_of(asked.reference, size, asked.windows, progress)
+    return Judged(ours=ours, original=_in_memory(original), uniform=uniform)
+
+
+def _by_layer(asked: _Asked, size: BitPlan | None, progress: Progress | None) -> Judged:
+    """Return all losses, with one layer in memory; `size` asks for a recipe of its bytes."""
+    assert isinstance(asked.model, Path)
+    assert isinstance(asked.reference, Path)
+    original = through(
+        open_weights(asked.reference),
+        asked.windows,
+        None if size is None else roles_of(size.units),
+        varied=size is not None,
+        progress=progress,
+    )
+    ours = original
+    if asked.model != asked.reference:
+        ours = through(open_weights(asked.model), asked.windows, progress=progress)
+    known, measured = losses_between(original.reference, [original.reference, ours.reference])
+    uniform = None
+    if size is not None:
+        layout = original.run.skeleton.layout
+        uniform = best_uniform(original, layout, size.total_bytes, progress)
+    return Judged(ours=measured, original=known, uniform=uniform)
+
+
 def best_uniform_of(
-    reference: str, plan: BitPlan, windows: Windows, progress: Progress | None = None
+    reference: str | Path, plan: BitPlan, windows: Windows, progress: Progress | None = None
 ) -> tuple[str, BitPlan, Losses]:
     """Return the best uniform recipe for a model at a plan's bytes: name, plan, losses."""
     live = load(resolve(reference), torch.float32)
     layout = walk(live, roles_of(plan.units))
-    return best_uniform(
-        Replay(live, layout, windows, cache=False), layout, plan.total_bytes, progress
-    )
+    replay = Replay(live, layout, windows, cache=False)
+    return best_uniform(Replayed(replay), layout, plan.total_bytes, progress)
 
 
 def best_uniform(
-    replay: Replay, layout: Layout, nbytes: int, progress: Progress | None = None
+    sweep: VariantSweep, layout: Layout, nbytes: int, progress: Progress | None = None
 ) -> tuple[str, BitPlan, Losses]:
-    """Return the uniform recipe with the lowest KL on the replayed text, at about `nbytes`.
+    """Return the uniform recipe with the lowest KL on a text, at about `nbytes`.
 
     The recipe is chosen on the text that it is judged on, which favours the recipe.
+
+    Args:
+        sweep: measures variants of the model on the text.
+        layout: the model's units.
+        nbytes: bytes that a recipe may take.
+        progress: called with ("uniform recipes", done, of).
+
+    Raises:
+        InputError: no recipe is that small.
     """
     plans = uniform_plans(layout.units, default_formats(layout.units), nbytes)
     if not plans:
         raise InputError(f"no uniform recipe fits in {nbytes:,} bytes; evaluate without `uniform`")
-    divergence = []
-    for done, plan in enumerate(plans):
+    found: dict[int, Losses] = {}
+    for number, losses in sweep.losses(list(map(Variant.plan, plans)), Changing(layout=layout)):
+        found[number] = losses
         if progress:
-            progress("uniform recipes", done, len(plans))
-        with applied(replay.model, layout, plan):
-            divergence.append(replay.kl())
-    best = plans[int(np.argmin(np.nan_to_num(divergence, nan=np.inf)))]
-    with applied(replay.model, layout, best):
-        return name_of(best), best, replay.measure()
+            progress("uniform recipes", len(found), len(plans))
+    divergence = np.array([found[number].kl.mean() for number in range(len(plans))])
+    best = int(np.argmin(np.nan_to_num(divergence, nan=np.inf)))
+    return name_of(plans[best]), plans[best], found[best]
 
 
 def name_of(plan: BitPlan) -> str:
     """Return the formats that a plan uses, joined by "+"."""
     return "+".join(plan.formats[c].name for c in sorted({int(c) for c in plan.choice}))
+
+
+def _running(model: Path | LiveModel) -> contextlib.AbstractContextManager[Any]:
+    """Return a context that yields the model to run: loaded in float32, or live."""
+    if isinstance(model, LiveModel):
+        return model.evaluating()
+    return contextlib.nullcontext(load(model, torch.float32))
+
+
+def _named(model: Model) -> str:
+    return "the live model" if isinstance(model, LiveModel) else str(model)

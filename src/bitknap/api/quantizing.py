@@ -1,4 +1,4 @@
-"""The public verbs that need torch: estimate, quantize, load, evaluate."""
+"""The public verbs that need torch: estimate, quantize, load."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import torch
 
 from bitknap.allocation import BitPlan
 from bitknap.allocation.problem.format import GROUP_SIZES
-from bitknap.api.calibration import evaluation_windows, gather, readings_about, too_few_tokens
+from bitknap.api.calibration import gather, readings_about, too_few_tokens
 from bitknap.api.estimation import estimate
 from bitknap.api.former_keywords import former_keywords, group
-from bitknap.api.live import LiveModel, Model, check_named, on_disk, opened
+from bitknap.api.live import LiveModel, Model, check_named, on_disk
 from bitknap.api.requests import (
     CALIBRATION_TOKENS,
     Calibration,
@@ -24,14 +24,10 @@ from bitknap.api.requests import (
     default_formats,
 )
 from bitknap.disk.outputs import check_apart, check_output
-from bitknap.errors import MismatchError
-from bitknap.estimators.measuring.documents import TextLike, text_of
-from bitknap.estimators.measuring.kl_replay import Losses, compare
 from bitknap.estimators.measuring.readings import beside
-from bitknap.estimators.measuring.text import BUILTIN
 from bitknap.progress import Progress
 from bitknap.quantization.packed import writer
-from bitknap.quantization.packed.buildable import check, check_source
+from bitknap.quantization.packed.buildable import check_source
 from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.resume import Partial
 from bitknap.quantization.rounding.methods import Gptq, planned
@@ -43,16 +39,12 @@ from bitknap.quantization.transforms import transformed_model
 
 __all__ = [
     "CALIBRATION_TOKENS",
-    "EVALUATION_TOKENS",
     "GROUP_SIZES",
     "default_formats",
     "estimate",
-    "evaluate",
     "load",
     "quantize",
 ]
-
-EVALUATION_TOKENS = 32_768
 
 
 @former_keywords(
@@ -218,56 +210,3 @@ def load(
     return loading.load(
         resolve(model), dtype, device=device, packed=packed, cache_bytes=cache_bytes
     )
-
-
-def evaluate(
-    model: Model,
-    reference: Model | None = None,
-    *,
-    text: TextLike = BUILTIN,
-    tokens: int = EVALUATION_TOKENS,
-) -> Losses:
-    """Measure a model on a text that calibration did not see, against a reference model.
-
-    Args:
-        model: The model to measure: a folder, a hub id, "reference:NAME", or a `LiveModel`, run
-            as it is.
-        reference: The model that KL and top-1 agreement refer to; `model` itself when not given.
-        text: Evaluation text: a path, "builtin", a list of strings, or token windows.
-        tokens: Number of tokens of it to use.
-
-    Raises:
-        MismatchError: The two have different tokenizers.
-        ModelError: A weight is NaN or infinite, or the model predicts no text.
-    """
-    asked, given = opened(model), text_of(text)
-    other = asked if reference is None else opened(reference)
-    # Refuse unreadable inputs before the work starts.
-    folders = [one for one in dict.fromkeys((asked, other)) if isinstance(one, Path)]
-    sources = {folder: Checkpoint.open(folder) for folder in folders}
-    for folder in folders:
-        check(folder, reads_text=True)
-    windows = evaluation_windows(asked, given, tokens)
-    if isinstance(asked, Path):
-        writer.check_finite(sources[asked])
-    with _running(asked) as measured:
-        if reference is None:
-            return compare(measured, measured, windows)
-        if not torch.equal(windows.ids, evaluation_windows(other, given, tokens).ids):
-            raise MismatchError(
-                f"{_named(model)} and {_named(reference)} split the text differently; compare "
-                "models with the same tokenizer"
-            )
-        with _running(other) as original:
-            return compare(measured, original, windows)
-
-
-def _running(model: Path | LiveModel) -> contextlib.AbstractContextManager[Any]:
-    """Return a context that yields the model to run: loaded in float32, or live."""
-    if isinstance(model, LiveModel):
-        return model.evaluating()
-    return contextlib.nullcontext(loading.load(model, torch.float32))
-
-
-def _named(model: Model) -> str:
-    return "the live model" if isinstance(model, LiveModel) else str(model)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import click
 
 from bitknap.cli.options import common, completing, measuring
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import option
+from bitknap.cli.options.estimating import size_of
 from bitknap.cli.options.rules import check_options
 from bitknap.cli.options.solving import given
 from bitknap.cli.terminal import present, progress_bars
@@ -34,25 +37,26 @@ from bitknap.quiet import silence_transformers
 )
 @measuring.text.but(group="evaluation", help="Evaluation text: file or builtin.")
 @measuring.tokens.but(group="evaluation", usual="32768", help="Number of evaluation tokens.")
+@measuring.max_memory.but(group="evaluation", more="Larger models are run layer by layer.")
 @measuring.seed.but(group="evaluation")
 @common.as_json
 def evaluate(
-    model: str,
-    reference: str | None,
-    uniform: bool,
-    text: str,
-    tokens: int | None,
-    seed: int,
-    as_json: bool,
+    model: str, reference: str | None, uniform: bool, as_json: bool, **options: Any
 ) -> None:
     """Measure the perplexity of MODEL and, with --reference, its KL to that model."""
-    from bitknap.api import quantizing
-    from bitknap.api.evaluation import rows_for
+    from bitknap.api.evaluation import EVALUATION_TOKENS, rows_for
     from bitknap.cli.views.tables import losses_table
 
     check_options("evaluate")
     silence_transformers()
     with progress_bars() as progress:
-        count = given(tokens, quantizing.EVALUATION_TOKENS)
-        rows = rows_for(model, reference, text, count, uniform=uniform, progress=progress)
+        rows = rows_for(
+            model,
+            reference,
+            options["text"],
+            given(options["tokens"], EVALUATION_TOKENS),
+            uniform=uniform,
+            max_memory=size_of(options["max_memory"]),
+            progress=progress,
+        )
     present(as_json, rows, losses_table(rows))

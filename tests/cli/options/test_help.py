@@ -120,7 +120,7 @@ def test_shown_defaults_are_those_of_the_library():
     from typing import get_args
 
     from bitknap import Ilp, Knapsack
-    from bitknap.api import quantizing, requests
+    from bitknap.api import evaluation, quantizing, requests
     from bitknap.benchmarks.compare import models
     from bitknap.cli.options import common, measuring
     from bitknap.estimators.tables.several_texts import Rule
@@ -141,7 +141,7 @@ def test_shown_defaults_are_those_of_the_library():
     limits = f"{Knapsack().time_limit:g} for knapsack, {Ilp().time_limit:g} for ilp"
     assert shown(common.time_limit) == limits
     evaluated = next(one for one in options(LEAVES["evaluate"]) if one.name == "tokens")
-    assert evaluated.usual == str(quantizing.EVALUATION_TOKENS)
+    assert evaluated.usual == str(evaluation.EVALUATION_TOKENS)
     assert compared("group_size") == ",".join(map(str, models.SIZES))
 
 

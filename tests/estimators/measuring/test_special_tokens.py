@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import ByT5Tokenizer, PerceiverTokenizer, PreTrainedTokenizerFast
 
-from bitknap.api import quantizing
+from bitknap.api import evaluation, quantizing
 from bitknap.api.calibration import gather
 from bitknap.api.requests import Calibration
 from bitknap.errors import InputError
@@ -177,7 +177,7 @@ def needs_bos(tmp_path_factory):
 
 def test_a_model_that_needs_bos_gets_it(needs_bos, tmp_path):
     file = str(needs_bos / "text.txt")
-    losses = quantizing.evaluate(needs_bos, text=file, tokens=42 * LENGTH)
+    losses = evaluation.evaluate(needs_bos, text=file, tokens=42 * LENGTH)
     model = quantizing.load(needs_bos, torch.float32)
     ids = torch.tensor([2 + CYCLE.index(c) for c in CYCLE * 40]).split(LENGTH - 1)[:-1]
     batch = torch.stack([torch.cat((torch.tensor([1]), part)) for part in ids])
@@ -190,7 +190,7 @@ def test_a_model_that_needs_bos_gets_it(needs_bos, tmp_path):
     tokenizer = Tokenizer.from_file(str(without / "tokenizer.json"))
     tokenizer.post_processor = processors.TemplateProcessing(single="$A")
     tokenizer.save(str(without / "tokenizer.json"))
-    assert quantizing.evaluate(without, text=file, tokens=320).perplexity > 20
+    assert evaluation.evaluate(without, text=file, tokens=320).perplexity > 20
 
 
 def test_calibration_reads_bos_too(needs_bos):

@@ -275,7 +275,7 @@ def test_a_full_disk_under_a_shelf_is_an_error_of_the_system(tmp_path, monkeypat
 
 
 def test_an_encoder_decoder_is_refused(tmp_path):
-    with pytest.raises(ModelError, match=r": an encoder-decoder cannot be calibrated layer by"):
+    with pytest.raises(ModelError, match=r": an encoder-decoder cannot be run layer by"):
         calibrate_by_layer(stored(tmp_path, "switch_transformers"), windows())
 
 
@@ -290,7 +290,7 @@ def test_a_layer_that_gives_two_tensors_is_refused(tmp_path, monkeypatch):
         calibrate_by_layer(source, windows())
     assert str(caught.value) == (
         "decoder layer 0 (MixtralDecoderLayer) gives more than one tensor, so the model cannot be "
-        "calibrated layer by layer; raise `max_memory`, or use `estimator=DataFree()`"
+        "run layer by layer; raise `max_memory`, or use `estimator=DataFree()`"
     )
 
 

@@ -1,0 +1,1 @@
+"""Losses of whole models on a text, of models larger than memory too."""
