@@ -37,7 +37,7 @@ from bitknap.quiet import silence_transformers
 )
 @measuring.text.but(group="evaluation", help="Evaluation text: file or builtin.")
 @measuring.tokens.but(group="evaluation", usual="32768", help="Number of evaluation tokens.")
-@measuring.max_memory.but(group="evaluation", more="Larger models are run layer by layer.")
+@measuring.max_memory.but(group="evaluation")
 @measuring.seed.but(group="evaluation")
 @common.as_json
 def evaluate(

@@ -54,7 +54,7 @@ max_memory = option(
     usual="no limit",
     metavar="SIZE",
     help="Memory to use, such as 12GiB.",
-    more="Larger models are measured layer by layer.",
+    more="Larger models are run layer by layer.",
 )
 seed = option("--seed", group="measuring", default=0, metavar="N", help="Random seed.")
 calibrate = option(
