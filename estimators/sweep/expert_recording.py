@@ -6,8 +6,7 @@ caught on each projection's output; per-token squares are then a matrix product,
 (dL/dz)²ᵀ x², so nothing is squared after summing over tokens.
 
 For traces, the experts' inputs and routing are kept token by token, and with gradients also
-dL/d(output). Gradients can be caught for one layer per backward pass (`caught_alone`): then only
-that layer and later ones hold a graph.
+dL/d(output). Forward and backward pass may be two runs: `catching` keeps the sums of the first.
 """
 
 from __future__ import annotations
@@ -36,6 +35,9 @@ _SUMS = (
 class LayerSums:
     """Running sums over the tokens routed to each expert of one layer, and its trace.
 
+    Whole matrices are allocated when the first tokens come: those of all layers at once would take
+    as much memory as the model.
+
     Args:
         layer: the layer that is recorded.
         full: keep whole second-moment matrices.
@@ -57,15 +59,14 @@ class LayerSums:
     ) -> None:
         e, h, i = layer.experts, layer.hidden, layer.intermediate
         self.layer, self.curved, self.graded = layer, curvature, gradients
-        # Whether a call adds to the sums; catches gradients; makes its input a leaf.
-        self.summing, self.catching, self.rooted = True, True, False
-        self.root: Tensor | None = None
-        self.tracing, self.room = trace_tokens > 0, trace_tokens
+        self.summing = True  # whether a call adds to the sums
+        self.tracing = trace_tokens > 0
+        # Tokens of which the trace has room for inputs, and has asked for gradients.
+        self.trace_tokens = self.room = trace_tokens
+        self.asked = 0
         self.copies = copies
-        self.rows: list[Tensor] = []
         self.kept: list[tuple[Tensor, ...]] = []
-        self.gradients: dict[int, Tensor] = {}
-        self.backward_calls = 0
+        self.gradients: dict[int, Tensor] = {}  # by place in the trace
         self.calls = self.tokens = 0
         self.count = torch.zeros(e, dtype=torch.int64)
         self.gate_sum, self.gate_square, self.output_square = zeros(e), zeros(e), zeros(1)
@@ -73,12 +74,10 @@ class LayerSums:
         self.input_square, self.middle_square = zeros(e, h), zeros(e, i)
         names = ("gate", "up") if layer.gated else ("up",)
         self.slopes = {name: zeros(e, i) for name in names}
-        self.input_full = torch.zeros(e, h, h) if full else None
-        self.middle_full = torch.zeros(e, i, i) if full else None
+        self.full = full
+        self.input_full: Tensor | None = None
+        self.middle_full: Tensor | None = None
         self.curvature: dict[str, Tensor] = {}
-        if curvature:
-            self.curvature = {name: torch.zeros(e, i, h) for name in names}
-            self.curvature["down"] = torch.zeros(e, h, i)
 
     def first_projections(self, z: Tensor) -> dict[str, Tensor]:
         """Split the output of a fused gate_up [tokens, 2I] (or of up) by projection."""
@@ -98,17 +97,22 @@ class LayerSums:
         self.middle_square[expert] += square @ h.double().square()
         for name, part in self.first_projections(slope).items():
             self.slopes[name][expert] += square @ part.double().square()
-        if self.input_full is not None and self.middle_full is not None:
+        if self.full:
             weighted = x.float() * a.float()[:, None]
-            self.input_full = added(self.input_full, expert, second_moments(weighted))
+            self.input_full = self._added(self.input_full, expert, second_moments(weighted))
             weighted = h.float() * a.float()[:, None]
-            self.middle_full = added(self.middle_full, expert, second_moments(weighted))
+            self.middle_full = self._added(self.middle_full, expert, second_moments(weighted))
+
+    def _added(self, total: Tensor | None, expert: int, part: Tensor) -> Tensor:
+        """Return sums [E, rows, cols] with one expert's part [rows, cols] added."""
+        if total is None:
+            total = torch.zeros(self.layer.experts, *part.shape)
+        return added(total, expert, part)
 
     def keep(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
         """Keep the inputs [T, H] and the routing [T, k] of one call, as long as there is room."""
         rows = self._rows_of_tokens(index)[: self.room]
         self.room -= len(rows)
-        self.rows.append(rows)
         copied = hidden[rows].float(), index[rows].long(), weights[rows].float()
         self.kept.append(tuple(part.detach() for part in copied))
 
@@ -126,25 +130,26 @@ class LayerSums:
             )
         return rows[(rows % tokens).argsort()]
 
-    def catch_output(self, output: Tensor) -> None:
+    def catch_output(self, output: Tensor, index: Tensor) -> None:
         """Keep the gradient at the output [T, H] of one call, for the tokens in the trace."""
-        call = self.backward_calls
-        self.backward_calls += 1
-        rows = self.rows[call]
+        place = self.asked
+        rows = self._rows_of_tokens(index)[: self.trace_tokens - place]
+        self.asked += len(rows)
 
         def caught(gradient: Tensor) -> None:
-            self.gradients[call] = gradient[rows].detach().float()
+            self.gradients[place] = gradient[rows].detach().float()
 
         if len(rows):
             output.register_hook(caught)
 
     def trace(self) -> LayerTrace | None:
         """Return the trace; None if none was asked for."""
-        calls = [call for call, kept in enumerate(self.kept) if len(kept[0])]
-        if not calls:
+        kept = [parts for parts in self.kept if len(parts[0])]
+        if not kept:
             return None
-        hidden, index, weights = (_joined([self.kept[c][i] for c in calls]) for i in range(3))
-        gradient = _joined([self.gradients[c] for c in calls]) if self.graded else None
+        hidden, index, weights = (_joined([parts[i] for parts in kept]) for i in range(3))
+        gradients = [self.gradients[place] for place in sorted(self.gradients)]
+        gradient = _joined(gradients) if self.graded and gradients else None
         return LayerTrace(hidden=hidden, index=index, weights=weights, gradient=gradient)
 
     def finished(self) -> dict[str, Tensor]:
@@ -168,6 +173,20 @@ class LayerSums:
         self.slopes = {name: tensors[f"slopes.{name}"] for name in self.slopes}
         self.calls, self.tokens = tensors["seen"].tolist()
 
+    def caught(self) -> dict[str, Tensor]:
+        """Return the gradients, by name, for `restore_caught`."""
+        tensors = {f"curvature.{name}": squares for name, squares in self.curvature.items()}
+        if self.gradients:
+            places = sorted(self.gradients)
+            tensors["gradient"] = _joined([self.gradients[place] for place in places])
+        return tensors
+
+    def restore_caught(self, tensors: Mapping[str, Tensor]) -> None:
+        """Replace the present gradients by those that `caught` returned."""
+        start = "curvature."
+        self.curvature = {n.removeprefix(start): x for n, x in tensors.items() if start in n}
+        self.gradients = {0: tensors["gradient"]} if "gradient" in tensors else {}
+
     def catch(self, expert: int, name: str, z: Tensor, x: Tensor) -> None:
         """Add squared gradients of a projection, once backward reaches its output z [n, out]."""
         inputs = x.detach().float()
@@ -176,7 +195,7 @@ class LayerSums:
             split = self.first_projections(gradient) if name == "first" else {name: gradient}
             for part, g in split.items():
                 squares = squares_product(g.float(), inputs)
-                self.curvature[part] = added(self.curvature[part], expert, squares)
+                self.curvature[part] = self._added(self.curvature.get(part), expert, squares)
 
         z.register_hook(caught)
 
@@ -189,8 +208,6 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _recorded(experts: Experts, sums: LayerSums, *args: Tensor) -> Tensor:
     """Compute the output of the experts' forward one expert at a time, recording into `sums`."""
     hidden, index, weights = experts.routed(*args)
-    if sums.rooted:
-        hidden = sums.root = hidden.detach().requires_grad_()
     if sums.summing and sums.tracing:
         sums.keep(hidden, index, weights)
     output = torch.zeros_like(hidden)
@@ -199,7 +216,7 @@ def _recorded(experts: Experts, sums: LayerSums, *args: Tensor) -> Tensor:
         if len(token) == 0:
             continue
         added = _added(experts, sums, expert, hidden[token], weights[token, place])
-        output = output.index_add(0, token, added.to(output.dtype))
+        output.index_add_(0, token, added.to(output.dtype))
     if experts.identity:
         share = (weights * (index >= sums.layer.experts)).sum(1, keepdim=True)
         output = output + hidden * share.to(hidden.dtype)
@@ -207,8 +224,8 @@ def _recorded(experts: Experts, sums: LayerSums, *args: Tensor) -> Tensor:
         sums.calls += 1
         sums.tokens += len(hidden) // experts.copies
         sums.output_square += experts.summed(output.detach()).double().square().sum()
-    if sums.graded and sums.catching and output.requires_grad:
-        sums.catch_output(output)
+    if sums.graded and output.requires_grad:
+        sums.catch_output(output, index)
     return output.view(args[0].shape)
 
 
@@ -219,7 +236,7 @@ def _added(experts: Experts, sums: LayerSums, expert: int, x: Tensor, a: Tensor)
     z = nn.functional.linear(x, first, first_bias)
     h = experts.activate(z)
     down = experts.finish(nn.functional.linear(h, last, last_bias))
-    if sums.curved and sums.catching and z.requires_grad:
+    if sums.curved and z.requires_grad:
         sums.catch(expert, "first", z, x)
         sums.catch(expert, "down", down, h)
     added = down * a[:, None]
@@ -234,21 +251,15 @@ def _added(experts: Experts, sums: LayerSums, expert: int, x: Tensor, a: Tensor)
 
 
 @contextlib.contextmanager
-def caught_alone(sums: dict[int, LayerSums], number: int) -> Iterator[LayerSums]:
-    """Catch one layer's gradients while the block runs, with a graph from its input; sums stay.
-
-    Yields:
-        The layer's sums; after a forward pass, differentiate with respect to `root`.
-    """
+def catching(sums: Mapping[int, LayerSums]) -> Iterator[None]:
+    """Let calls catch gradients and add to no sums while the block runs."""
     for layer in sums.values():
-        layer.summing = layer.catching = False
-    sums[number].catching = sums[number].rooted = True
+        layer.summing = False
     try:
-        yield sums[number]
+        yield
     finally:
-        sums[number].rooted, sums[number].root = False, None
         for layer in sums.values():
-            layer.summing = layer.catching = True
+            layer.summing = True
 
 
 @contextlib.contextmanager

@@ -2,11 +2,13 @@
 
 Two sweeps over the layers. The first records, the second measures gains: for each MoE layer, a
 stream that noise in this layer changed is carried along with the unchanged one, so that each layer
-is loaded once for all streams. The arithmetic and the noise are those of `calibrate`. It cannot
-provide gradients or a live model; `VariantStreams` measures groups and plans in further sweeps.
+is loaded once for all streams. Gradients take a sweep in between, from the last layer to the first
+(`BackwardSweep`). The arithmetic, the noise and the labels are those of `calibrate`. It provides no
+live model; `VariantStreams` measures groups and plans in further sweeps.
 
 While it runs, the disk holds the residual stream of all tokens in float32, once per MoE layer and
-twice more, and the embeddings and head; where variants are measured, also once per decoder layer.
+twice more, and the embeddings and head; where variants are measured or gradients are recorded, also
+once per decoder layer.
 Those, whole moments and traces stay on disk as long as the evidence exists. With a journal these
 files have names, and every layer that a stream has passed is kept, so that a killed run can
 resume.
@@ -22,11 +24,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.windows import Windows
+from bitknap.estimators.sweep.backward_sweep import BackwardSweep
 from bitknap.estimators.sweep.expert_recording import LayerSums, check_seen, recording
 from bitknap.estimators.sweep.finished_layers import Shelf
 from bitknap.estimators.sweep.in_memory import PLAIN, digest_of, layer_evidence, provenance_of
@@ -58,9 +60,9 @@ def calibrate_by_layer(
     Args:
         source: the checkpoint; its weights are read twice, and again by estimators.
         windows: the text; a tensor int64 [windows, length] has no special tokens.
-        recorded: what to record; gradients and curvature cannot be.
+        recorded: what to record.
         include: roles that are units in addition to the routed experts.
-        seed: random seed of the noise that measures gains.
+        seed: random seed of the labels and of the noise that measures gains.
         readings: journal of finished layers, whose files the evidence reads; none by default.
         progress: called with (what, done, of).
 
@@ -69,27 +71,27 @@ def calibrate_by_layer(
         `recorded.streams` is set, `sweep` measures variants.
 
     Raises:
-        InputError: gradients or curvature are asked for.
         ModelError: the model cannot be run layer by layer, or an MoE layer saw no expert call.
         FileError: a tensor, or a file beside the journal, is missing or damaged.
         BitknapError: the disk has no room for the activations.
     """
-    if recorded.gradients or recorded.curvature:
-        raise InputError("gradients cannot be recorded layer by layer; run the model in one piece")
     skeleton = Skeleton(source, include)
     windows = Windows.of(windows)
     text = Stream(windows.batches(BATCH_TOKENS), recorded.spilled)
     about = (source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
     shelf = Shelf.of(readings or Readings(), *about, *recorded.by_layer)
     work = _Pass(Streamed(skeleton), shelf, {})
-    model, layout, traced = skeleton.model, skeleton.layout, recorded.traced(windows.ids.numel())
-    with (
-        recording(model, layout, full=recorded.full, trace_tokens=traced) as sums,
-        recording_linears(model, layout, full=recorded.full) as linears,
-    ):
-        work.record(text, sums, linears, progress, keep=recorded.streams)
-    check_seen(sums)
-    losses = work.losses(text, sums, seed, progress)
+    model, layout = skeleton.model, skeleton.layout
+    generator = torch.Generator().manual_seed(seed)
+    with recording(model, layout, **recorded.of_experts(windows.ids.numel())) as sums:
+        with recording_linears(model, layout, full=recorded.full) as linears:
+            work.record(text, sums, linears, progress, keep=recorded.keeps_streams)
+        check_seen(sums)
+        if recorded.differentiates:
+            work.backward(text).catch(sums, generator, progress)
+    if not recorded.streams:
+        work.forget()
+    losses = work.losses(text, sums, generator, progress)
     skeleton.drop_rest()
     return Evidence(
         layout=layout,
@@ -159,17 +161,30 @@ class _Pass:
         if not keep:
             self._end([_FIRST])
 
+    def backward(self, text: Stream) -> BackwardSweep:
+        """Return what differentiates the loss, from the outputs that were kept."""
+        return BackwardSweep(run=self.run, shelf=self.shelf, text=text, outputs=self.outputs)
+
+    def forget(self) -> None:
+        """Delete the outputs that were kept."""
+        for place in self.outputs:
+            self.shelf.clear(_step(_FIRST, place))
+        self.outputs.clear()
+
     def sweep(self, text: Stream) -> VariantStreams:
         """Return what measures variants from the outputs that were kept."""
         return VariantStreams(run=self.run, text=text, outputs=self.outputs)
 
     def losses(
-        self, text: Stream, sums: Mapping[int, LayerSums], seed: int, progress: Progress | None
+        self,
+        text: Stream,
+        sums: Mapping[int, LayerSums],
+        generator: torch.Generator,
+        progress: Progress | None,
     ) -> dict[int, float]:
         """Return the KL caused by noise at each MoE layer's expert output, nats per token."""
         skeleton, plain = self.run.skeleton, text
         changed: dict[int, Stream] = {}
-        generator = torch.Generator().manual_seed(seed)
         for place in range(len(skeleton.layers)):
             if progress:
                 progress("gains", place, len(skeleton.layers))

@@ -22,10 +22,10 @@ from bitknap.quantization.source.checkpoint import DTYPES, Checkpoint
 from bitknap.quantization.source.source import Source
 from bitknap.quantization.stacks.grouping import stacks
 
-# Numbers of 4 bytes that the graph of one decoder layer keeps for each token, in sizes of the
-# residual stream and of the routed middle; without gradients of parameters about half. Measured
-# on the bundled Mixtral, as are the copies of a batch's logits that live at once.
-_GRAPH, _INPUTS_ONLY = 16, 8
+# Numbers of 4 bytes that the graph of one decoder layer takes for each token, in sizes of the
+# residual stream and of the routed middle, and the copies of a batch's logits that live at once.
+# Measured, the first on layers of 32 experts, the second on the bundled Mixtral.
+_GRAPH = 12
 LOGITS = 5
 # Numbers of 4 bytes that one MoE layer keeps for each token while it runs alone: in sizes of the
 # residual stream, and for each expert the token goes to in sizes of the middle and the stream.
@@ -34,10 +34,10 @@ _STREAM, _ROUTED = 8, 4
 _STACK = 5
 
 # Needs that require the whole model in memory.
-WHOLE = frozenset({"curvature", "gradients", "replay"})
+WHOLE = frozenset({"replay"})
 
-# The whole model; its gradients layer by layer; or all of it layer by layer.
-Way = Literal["whole", "gradients", "layers"]
+# The whole model, or one decoder layer at a time.
+Way = Literal["whole", "layers"]
 
 
 def way_to_calibrate(
@@ -55,17 +55,15 @@ def way_to_calibrate(
     Raises:
         InputError: no way is within the limit; the message names estimators that are.
     """
-    if limit is None or peak_bytes(source, layout, tokens, needs, by_layer=False) <= limit:
+    least = peak_bytes(source, layout, tokens, needs)
+    if limit is None or least <= limit:
         return "whole"
-    least = peak_bytes(source, layout, tokens, needs, by_layer=True)
-    if least <= limit:
-        return "gradients"
     alone, whole = layer_bytes(source, layout, tokens, needs), bool(WHOLE & set(needs))
     if alone <= limit and not whole:
         return "layers"
     if alone <= limit:
         raise InputError(
-            "memory: gradients and single measurements need the whole model in memory, about "
+            "memory: single measurements need the whole model in memory, about "
             f"{human(least)}, limit is {human(limit)}; raise the limit, or use an estimator that "
             "works layer by layer, such as calibrated or moments, or one that reads weights "
             "alone, such as data-free"
@@ -77,9 +75,7 @@ def way_to_calibrate(
     )
 
 
-def peak_bytes(
-    source: Checkpoint, layout: Layout, tokens: int, needs: Collection[str], *, by_layer: bool
-) -> int:
+def peak_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collection[str]) -> int:
     """Return about how many bytes loading, calibrating and estimating take at most.
 
     This counts the float32 model plus the larger of two parts: the file while it is loaded; or the
@@ -92,7 +88,6 @@ def peak_bytes(
         layout: its units, from headers.
         tokens: number of tokens of the text.
         needs: what the estimator needs.
-        by_layer: gradients of one layer per backward pass, without those of parameters.
     """
     config = text_config(source.config)
     layers, units = layout.layers, layout.units
@@ -105,9 +100,7 @@ def peak_bytes(
         "replay": tokens * (depth * hidden + vocabulary),  # made by every pass in memory
         "logits": LOGITS * batch * vocabulary,
         "rounding": int(np.bincount(units.layer - units.layer.min(), units.numel).max()),
-        "graph": backward
-        * (_INPUTS_ONLY if by_layer else _GRAPH)
-        * (batch * depth * (hidden + routed * middle)),
+        "graph": backward * _GRAPH * (batch * depth * (hidden + routed * middle)),
         "full": ("full" in needs)
         * sum(x.experts * (x.hidden**2 + x.intermediate**2) for x in layers),
         "curvature": ("curvature" in needs) * int(units.numel.sum()),
@@ -121,10 +114,13 @@ def peak_bytes(
 def layer_bytes(source: Source, layout: Layout, tokens: int, needs: Collection[str]) -> int:
     """Return about how many bytes `calibrate_by_layer` and estimating take at most.
 
-    This is the largest of three parts: one decoder layer in float32 with its recordings, a batch's
-    activations and, where KL is measured, a stack of its units as they were and as rounded; the
-    logits of one window; one layer's experts while they are rounded. One stored tensor while it is
-    read and the sums of all layers are added. Files are not counted.
+    This is the largest of three parts: one decoder layer in float32 with what it takes at once
+    (below); the logits of one window; one layer's experts while they are rounded. One stored tensor
+    while it is read and the sums of all layers are added. Files are not counted.
+
+    A layer takes in turn: its recordings and a batch's activations; where KL is measured, a stack
+    of its units as they were and as rounded, with activations; where gradients are, those of the
+    layer, with the graph of a batch.
 
     Args:
         source: the checkpoint.
@@ -138,18 +134,21 @@ def layer_bytes(source: Source, layout: Layout, tokens: int, needs: Collection[s
     vocabulary = vocabulary_of(source)
     batch = min(tokens, BATCH_TOKENS)
     window = min(batch, _size(config, batch, "max_position_embeddings"))
+    routed_weights = int(np.bincount(units.layer - units.layer.min(), units.numel).max())
     recorded = ("full" in needs) * max(
         (x.experts * (x.hidden**2 + x.intermediate**2) for x in layers), default=0
     )
-    traced = 2 * ("traces" in needs) * tokens * hidden
+    traced = 2 * tokens * hidden
     running = batch * (_STREAM * hidden + _ROUTED * routed * (hidden + middle))
     stack = max((int(units.numel[run].sum()) for run in stacks(units)), default=0)
-    changed = ("kl" in needs) * _STACK * stack
-    most = max(
-        _largest_layer(source) + max(recorded + traced, changed) + running,
-        LOGITS * window * vocabulary,
-        int(np.bincount(units.layer - units.layer.min(), units.numel).max()),
+    graph = _GRAPH * batch * (hidden + routed * middle)
+    in_turn = (
+        recorded + bool({"traces", "gradients"} & set(needs)) * traced + running,
+        ("kl" in needs) * _STACK * stack + running,
+        ("curvature" in needs) * (routed_weights + graph),
+        ("gradients" in needs) * (traced + graph),
     )
+    most = max(_largest_layer(source) + max(in_turn), LOGITS * window * vocabulary, routed_weights)
     sums = 2 * sum(x.experts * (x.hidden + 3 * x.intermediate) for x in layers)
     largest = max(read_bytes(source).values(), default=0)
     return largest + 4 * (most + sums)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -53,11 +54,27 @@ class Recorded:
         )
 
     @property
+    def differentiates(self) -> bool:
+        """Whether the pass needs gradients of the loss."""
+        return self.curvature or self.gradients
+
+    @property
+    def keeps_streams(self) -> bool:
+        """Whether a pass that goes layer by layer keeps every layer's output while it runs."""
+        return self.streams or self.differentiates
+
+    @property
     def by_layer(self) -> tuple[object, ...]:
         """The name of a layer-by-layer pass in a journal, in addition to model and text."""
-        also = ("streams",) if self.streams else ()
+        also = [name for name in ("streams", "curvature", "gradients") if getattr(self, name)]
         return self.spilled, self.full, self.traces, self.trace_tokens, *also
 
-    def traced(self, tokens: int) -> int:
-        """Return the number of a text's tokens for which traces are kept."""
-        return (self.trace_tokens or tokens) if self.traces or self.gradients else 0
+    def of_experts(self, tokens: int) -> dict[str, Any]:
+        """Return the options of `recording` for a text of so many tokens."""
+        traced = (self.trace_tokens or tokens) if self.traces or self.gradients else 0
+        return {
+            "full": self.full,
+            "curvature": self.curvature,
+            "trace_tokens": traced,
+            "gradients": self.gradients,
+        }

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from bitknap.errors import ModelError
+from bitknap.estimators.measuring.drawn_loss import rooted
 from bitknap.estimators.measuring.kl_replay import Losses, kl_of, log_probabilities, losses_of
 from bitknap.estimators.measuring.skipped_layers import answering
 from bitknap.estimators.measuring.windows import Windows, labels_of, logits_of
@@ -110,6 +111,41 @@ class Streamed:
         for number, batch in enumerate(start.batches):
             stream.write(number, self._run(place, batch, start[number] if place else None))
         return stream
+
+    @torch.enable_grad()
+    def backward(
+        self, place: int, start: Stream, gradient: Stream, path: Path | None = None
+    ) -> Stream:
+        """Run a layer again with a graph of its own, and return the gradient at its input.
+
+        Args:
+            place: the layer, which must be loaded.
+            start: output of the layer before; ignored for the first layer, whose graph starts at
+                the embeddings and for which nothing is written.
+            gradient: gradient at the layer's output.
+            path: file for the gradient; a file without a name when not given.
+        """
+        stream = Stream(start.batches, start.dtype, path=path)
+        for number, batch in enumerate(start.batches):
+            if place:
+                before = start[number].detach().requires_grad_()
+                # The layer gets a copy, since it may write into its input.
+                output = self._run(place, batch, before.clone())
+                stream.write(number, torch.autograd.grad(output, before, gradient[number])[0])
+            else:
+                with rooted(self.skeleton.model) as root:
+                    torch.autograd.grad(self._run(0, batch, None), root, gradient[number])
+        return stream
+
+    def logits(self, hidden: Tensor, windows: Windows) -> Tensor:
+        """Return the logits of the tokens to predict, [tokens, vocabulary].
+
+        Args:
+            hidden: output of the last layer for these windows, [windows, tokens, ...].
+            windows: the windows.
+        """
+        with self._answering(len(self.skeleton.layers), hidden):
+            return logits_of(self.skeleton.model, windows)
 
     @torch.no_grad()
     def log_probabilities(self, end: Stream, batch: int, rows: slice) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from bitknap.allocation.problem.units import ROLES
 from bitknap.errors import FileError, ModelError
+from bitknap.estimators.measuring.freed_memory import give_back
 from bitknap.estimators.sweep.disk_tensors import moved
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
@@ -87,6 +88,7 @@ class Skeleton:
             yield
         finally:
             self._drop(names)
+            give_back()
 
     def holds(self, place: int, tensor: str) -> bool:
         """Return whether a tensor of the model belongs to a decoder layer."""

@@ -12,7 +12,7 @@ from bitknap.api.inspection import _active, inspect, report
 from bitknap.benchmarks.models.shapes import config, headers, shape_of
 from bitknap.cli import main
 from bitknap.errors import InputError
-from bitknap.estimators.sweep.peak_memory import peak_bytes
+from bitknap.estimators.sweep.peak_memory import layer_bytes, peak_bytes
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.low_bit_codes import logical
@@ -172,8 +172,8 @@ def test_experts_per_token_may_be_a_list_by_layer(tmp_path):
     assert _active(source, layout) == every - idle
     assert len(inspect(tmp_path)["steps"]) == len(report(source)["steps"])
     same = replace(source, config={**source.config, "moe_topk": 4})
-    for by_layer in (False, True):
-        peaks = [peak_bytes(x, layout, 64, {"moments"}, by_layer=by_layer) for x in (source, same)]
+    for bytes_of in (peak_bytes, layer_bytes):
+        peaks = [bytes_of(x, layout, 64, {"moments"}) for x in (source, same)]
         assert peaks[0] == peaks[1]
 
 

@@ -94,7 +94,6 @@ def _pass(
         walk(model, asked.include),
         windows,
         recorded,
-        by_layer=way == "gradients",
         seed=asked.seed,
         progress=progress,
     )

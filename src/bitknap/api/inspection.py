@@ -139,7 +139,7 @@ def steps(source: Checkpoint, layout: Layout) -> list[Step]:
     def calibrating(needs: Collection[str]) -> int:
         tokens = CALIBRATION_TOKENS
         if WHOLE & set(needs):
-            return peak_bytes(source, layout, tokens, needs, by_layer=True) + _LIBRARIES
+            return peak_bytes(source, layout, tokens, needs) + _LIBRARIES
         return layer_bytes(source, layout, tokens, needs) + _LIBRARIES
 
     text = Calibrated().needs

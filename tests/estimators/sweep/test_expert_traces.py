@@ -93,43 +93,6 @@ def test_gradients_are_those_at_the_experts_output(family):
         torch.testing.assert_close(trace.gradient, expected[:20], rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h", "dbrx", "llama4_text"])
-def test_one_layer_a_backward_pass_catches_the_same(family, monkeypatch):
-    monkeypatch.setattr("bitknap.estimators.sweep.in_memory.BATCH_TOKENS", 24)  # two batches
-    model = tiny_model(family, **OTHERS.get(family, {}))
-    layout = walk(model, ("attention",))
-    said = []
-    whole = calibrate(model, layout, IDS, Recorded(curvature=True, gradients=True, trace_tokens=25))
-    parts = calibrate(
-        model,
-        layout,
-        IDS,
-        Recorded(curvature=True, gradients=True, trace_tokens=25),
-        by_layer=True,
-        progress=lambda *args: said.append(args),
-    )
-    count = len(layout.layers)
-    assert [x for x in said if x[0] == "gradients"] == [
-        ("gradients", i, count) for i in range(count)
-    ]
-    for number, layer in whole.layers.items():
-        other = parts.layers[number]
-        assert layer.tokens == other.tokens
-        assert layer.gain == other.gain
-        assert torch.equal(layer.middle_square, other.middle_square)
-        for name, squares in layer.curvature.items():
-            assert squares.sum() > 0
-            torch.testing.assert_close(other.curvature[name], squares, rtol=1e-4, atol=1e-9)
-        trace, same = whole.traces[number], parts.traces[number]
-        assert torch.equal(trace.hidden, same.hidden)
-        assert len(trace.hidden) == 25
-        torch.testing.assert_close(same.gradient, trace.gradient, rtol=1e-4, atol=1e-7)
-    for unit, linear in whole.linears.items():
-        assert linear.tokens == parts.linears[unit].tokens
-    assert all(p.requires_grad and p.grad is None for p in model.parameters())
-
-
 def test_a_frozen_model_has_gradients_too():
     model = tiny_model("mixtral")
     layout = walk(model)

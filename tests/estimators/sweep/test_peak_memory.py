@@ -17,9 +17,9 @@ def stored(tmp_path_factory):
     return model, source, walk_headers(source.config, source.shapes, ())
 
 
-def peak(stored, *needs, tokens=1024, by_layer=False):
+def peak(stored, *needs, tokens=1024):
     _, source, layout = stored
-    return peak_bytes(source, layout, tokens, needs, by_layer=by_layer)
+    return peak_bytes(source, layout, tokens, needs)
 
 
 def test_moments_by_hand(stored):
@@ -40,13 +40,6 @@ def test_loading_counts_where_it_is_the_larger_part(stored):
 @pytest.mark.parametrize("need", ["full", "curvature", "traces", "gradients"])
 def test_whatever_is_recorded_takes_more(need, stored):
     assert peak(stored, "moments", need) > peak(stored, "moments")
-
-
-def test_gradients_by_layer_take_less(stored):
-    for need in ("curvature", "gradients"):
-        least = peak(stored, "moments")
-        assert least < peak(stored, need, by_layer=True) < peak(stored, need)
-    assert peak(stored, "moments", by_layer=True) == peak(stored, "moments")
 
 
 def test_a_batch_bounds_what_a_graph_takes(stored):

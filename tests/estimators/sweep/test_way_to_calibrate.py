@@ -1,4 +1,4 @@
-"""The whole model, gradients by layer, or layers: which of them fits a limit of memory."""
+"""The whole model, or layer by layer: which of them fits a limit of memory."""
 
 import pytest
 
@@ -31,9 +31,9 @@ def way(model, needs, limit):
     return way_to_calibrate(source, layout, 64, needs, limit)
 
 
-def peak(model, needs, *, by_layer):
+def peak(model, needs):
     source, layout = model
-    return peak_bytes(source, layout, 64, needs, by_layer=by_layer)
+    return peak_bytes(source, layout, 64, needs)
 
 
 def alone(model, needs, *, tokens=64):
@@ -43,14 +43,15 @@ def alone(model, needs, *, tokens=64):
 
 def test_the_whole_model_where_it_fits(deep):
     assert way(deep, {"moments"}, None) == "whole"
-    most = peak(deep, {"moments"}, by_layer=False)
+    most = peak(deep, {"moments"})
     assert way(deep, {"moments"}, most) == "whole"
     assert way(deep, {"moments"}, most - 1) == "layers"
 
 
 def test_gradients_one_layer_at_a_time(deep):
-    most = peak(deep, {"curvature"}, by_layer=True)
-    assert way(deep, {"curvature"}, most) == "gradients"
+    for needs in ({"curvature"}, {"traces", "gradients"}):
+        assert way(deep, needs, alone(deep, needs)) == "layers"
+        assert way(deep, needs, peak(deep, needs)) == "whole"
 
 
 def test_what_needs_the_whole_model_is_refused(deep):
@@ -58,7 +59,7 @@ def test_what_needs_the_whole_model_is_refused(deep):
     limit = alone(deep, needs)
     with pytest.raises(InputError) as caught:
         way(deep, needs, limit)
-    assert str(caught.value).startswith("memory: gradients and single measurements need the wh")
+    assert str(caught.value).startswith("memory: single measurements need the whole")
     assert str(caught.value).endswith(
         "raise the limit, or use an estimator that works layer by layer, such as calibrated or "
         "moments, or one that reads weights alone, such as data-free"
@@ -85,7 +86,7 @@ def test_more_layers_take_hardly_more(deep, tmp_path):
     assert more == 8 * sums
 
 
-@pytest.mark.parametrize("need", ["full", "traces"])
+@pytest.mark.parametrize("need", ["full", "traces", "curvature", "gradients"])
 def test_what_is_recorded_takes_more(need, deep):
     one = alone(deep, {"moments", need}, tokens=640)
     assert one > alone(deep, {"moments"}, tokens=640)
