@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -19,13 +20,14 @@ from torch import Tensor
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError
-from bitknap.estimators.costs.weighed_errors import (
-    Charge,
-    experts_of,
-    projection_of,
-    role_of,
-    weighed_table,
+from bitknap.estimators.costs.sampled_rows import (
+    Picked,
+    PickedCharge,
+    RowCharge,
+    part,
+    sampled_table,
 )
+from bitknap.estimators.costs.weighed_errors import experts_of, projection_of, role_of
 from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
 from bitknap.estimators.measuring.float_range import fits, narrowed, weighed_squares
 
@@ -33,6 +35,9 @@ from bitknap.estimators.measuring.float_range import fits, narrowed, weighed_squ
 @dataclass(frozen=True, slots=True)
 class SecondMoments:
     """Second moments of each projection's input × the layer's gain (ladder rung C).
+
+    Errors are estimated from a sample of each unit's rows (`sampled_rows`), unless the evidence
+    asks for a thorough table.
 
     Attributes:
         full: use whole matrices S, not only their diagonals, where the evidence has them.
@@ -53,13 +58,12 @@ class SecondMoments:
             InputError: full moments were not recorded.
         """
 
-        def weigh(run: np.ndarray, weights: Tensor) -> Charge:
+        def weigh(run: np.ndarray, weights: Tensor) -> PickedCharge:
             if self.full and role_of(evidence.units, run) == "routed":
                 return _full_charge(evidence, run)
-            grid = error_weights(evidence, run)
-            return lambda delta: weighed_squares(delta, grid).sum((1, 2))
+            return partial(_diagonal_charge, error_weights(evidence, run))
 
-        return weighed_table(evidence, formats, weigh, {"estimator": self.name})
+        return sampled_table(evidence, formats, weigh, {"estimator": self.name})
 
 
 def error_weights(evidence: Evidence, run: np.ndarray) -> Tensor:
@@ -105,7 +109,13 @@ def _down_column_square(evidence: Evidence, layer: int) -> Tensor:
     return evidence.weights(run).double().square().sum(1)
 
 
-def _full_charge(evidence: Evidence, run: np.ndarray) -> Charge:
+def _diagonal_charge(grid: Tensor, picked: Picked | None) -> RowCharge:
+    """Return the charge of picked rows, given the cost per squared error of each weight."""
+    here = part(grid, picked)
+    return lambda delta: weighed_squares(delta, here).sum(2)
+
+
+def _full_charge(evidence: Evidence, run: np.ndarray) -> PickedCharge:
     layer, experts = experts_of(evidence, run)
     name = projection_of(evidence.units, run)
     rows = _row_weights(evidence, layer, run, name)[experts]
@@ -115,13 +125,19 @@ def _full_charge(evidence: Evidence, run: np.ndarray) -> Charge:
     s = layer.shrunk(whole)[experts]
     if name != "down":
         s = s / _gate_mass(layer)[experts, None, None]
-    moments, weight = narrowed(s), narrowed(rows)
+    return partial(_whole_charge, narrowed(s), narrowed(rows))
+
+
+def _whole_charge(moments: Tensor, rows: Tensor, picked: Picked | None) -> RowCharge:
+    """Return the charge of picked rows, given whole second moments and the rows' weights."""
+    each = moments if picked is None else moments[picked.matrices]
+    weight = part(rows, picked)
 
     def charge(delta: Tensor) -> Tensor:
-        narrow = moments.dtype == weight.dtype == torch.float32 and fits(delta)
+        narrow = each.dtype == weight.dtype == torch.float32 and fits(delta)
         kind = torch.float32 if narrow else torch.float64
-        d, m, w = (x.to(kind) for x in (delta, moments, weight))
-        return ((d @ m * d).sum(2) * w).sum(1)
+        d, m, w = (x.to(kind) for x in (delta, each, weight))
+        return (d @ m * d).sum(2) * w
 
     return charge
 

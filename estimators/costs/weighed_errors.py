@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitknap.allocation.problem.arrays import Floats
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import ROLES, Units
@@ -53,10 +54,24 @@ def weighed_table(
         for grid, columns in stored_alike(formats, weights.shape[2]).items():
             error = evidence.round_trip(run, weights, grid) - weights
             cost[run[:, None], columns] = charge(error).double().numpy()[:, None]
+    return table_of(evidence, formats, cost, provenance)
+
+
+def table_of(
+    evidence: Evidence, formats: Sequence[Format], cost: Floats, provenance: Mapping[str, Any]
+) -> CostTable:
+    """Return the table of costs that were charged for rounding errors, float64 [U, F].
+
+    Args:
+        evidence: gives the units, the rounding and the share of tokens that use each.
+        formats: the columns.
+        cost: nats per token.
+        provenance: the table's provenance, in addition to the evidence's.
+    """
     return CostTable.from_arrays(
         cost,
-        format_bytes(units, formats),
-        units=units,
+        format_bytes(evidence.units, formats),
+        units=evidence.units,
         formats=tuple(formats),
         frequency=token_share(evidence),
         provenance={

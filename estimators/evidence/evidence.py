@@ -18,6 +18,7 @@ from torch import Tensor
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.errors import InputError
+from bitknap.estimators.evidence.effort import Effort
 from bitknap.estimators.evidence.variants import VariantSweep
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.readings import Readings
@@ -168,6 +169,7 @@ class Evidence:
         weights: reads units' weights, float32 [n, rows, cols].
         replay: measures the live model's KL; None if there is no live model.
         sweep: measures variants of a model that is not in memory; None if it is.
+        effort: how much estimators round and measure.
         provenance: text hash, tokens, seed, model fingerprint.
         traces: inputs and routing of the experts, by layer number; empty unless asked for.
         rounding: rounding method; costs are charged for this method.
@@ -184,6 +186,7 @@ class Evidence:
     rounding: Rounding = RTN
     readings: Readings = field(default_factory=Readings)
     sweep: VariantSweep | None = None
+    effort: Effort = field(default_factory=Effort)
 
     @property
     def mark(self) -> str:
@@ -234,10 +237,23 @@ class Evidence:
             "calibrate with full moments"
         )
 
-    def round_trip(self, run: np.ndarray, weights: Tensor, format: Format) -> Tensor:
-        """Return a stack's weights [n, rows, cols] after a round trip through `format`."""
+    def round_trip(
+        self,
+        run: np.ndarray,
+        weights: Tensor,
+        format: Format,
+        exponents: Tensor | None = None,
+    ) -> Tensor:
+        """Return a stack's weights [n, rows, cols] after a round trip through `format`.
+
+        Args:
+            run: the units.
+            weights: their weights, or some rows of them.
+            format: the format.
+            exponents: as in `Rounding.quantize`, if the weights are only some rows.
+        """
         known = self.inputs(run) if self.rounding.needs_inputs else None
-        return round_trip(weights, format, self.rounding, known)
+        return round_trip(weights, format, self.rounding, known, exponents)
 
     def coverage(self) -> list[tuple[int, int, int]]:
         """Return (layer, expert, tokens) of experts that saw fewer than FEW_TOKENS tokens."""

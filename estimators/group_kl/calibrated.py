@@ -94,11 +94,14 @@ class Calibrated:
             asked = [Variant.group(units, formats[column]) for units, column in groups]
             return group_kls(evidence, asked, self.progress)
 
-        cost = table.cost.copy()
+        cost, spread = table.cost.copy(), None if table.spread is None else table.spread.copy()
         read = measure([(run, column) for run in runs for column in chosen])
         for run, measured in zip(runs, np.reshape(read, (len(runs), -1)), strict=True):
             sums = cost[run].sum(0)
-            cost[run] *= gains(sums, sums[chosen], measured)
+            gain = gains(sums, sums[chosen], measured)
+            cost[run] *= gain
+            if spread is not None:
+                spread[run] *= gain
         provenance = {
             **table.provenance,
             "estimator": self.name,
@@ -106,7 +109,7 @@ class Calibrated:
             "measurements": len(runs) * len(chosen) + split,
         }
         frequency = token_share(evidence) if table.frequency is None else table.frequency
-        scaled = replace(table, cost=cost, frequency=frequency, provenance=provenance)
+        scaled = replace(table, cost=cost, spread=spread, frequency=frequency, provenance=provenance)
         if self.signals:
             from bitknap.estimators.group_kl.proxies import with_proxies
 

@@ -58,15 +58,18 @@ def with_proxies(
     fitted = fit_exponents(table, z, clear, names=names) if clear else None
     better = fitted is not None and fitted.report.error < fitted.report.error_without
     theta = dict(fitted.exponents) if fitted is not None and better else dict.fromkeys(names, 0.0)
-    cost = table.cost.copy()
+    cost, spread = table.cost.copy(), None if table.spread is None else table.spread.copy()
     if better:
         factor = np.exp(np.array([theta[name] for name in names]) @ z)[:, None]
         for run in runs:
             changed = cost[run] * factor[run]
             total = np.maximum(changed.sum(0), 1e-300)
-            cost[run] = changed * (cost[run].sum(0) / total)
+            same = cost[run].sum(0) / total
+            cost[run] = changed * same
+            if spread is not None:
+                spread[run] *= factor[run] * same
     proxies = {"exponents": theta, "halves": len(clear), **_report(fitted)}
-    return replace(table, cost=cost, provenance={**table.provenance, "proxies": proxies})
+    return replace(table, cost=cost, spread=spread, provenance={**table.provenance, "proxies": proxies})
 
 
 def _halves(run: np.ndarray, z: Floats) -> list[np.ndarray]:

@@ -204,9 +204,21 @@ def planned(plan: BitPlan, way: str | Rounding | None = None, *, force: bool = F
 
 
 def round_trip(
-    weights: Tensor, format: Format, rounding: Rounding = RTN, inputs: Inputs | None = None
+    weights: Tensor,
+    format: Format,
+    rounding: Rounding = RTN,
+    inputs: Inputs | None = None,
+    exponents: Tensor | None = None,
 ) -> Tensor:
-    """Return what `weights` [n, rows, cols] become when stored in `format`, float32."""
+    """Return what `weights` [n, rows, cols] become when stored in `format`, float32.
+
+    Args:
+        weights: the weights.
+        format: the format.
+        rounding: how they are rounded.
+        inputs: as in `Rounding.quantize`.
+        exponents: as in `Rounding.quantize`, if the weights are only some rows of matrices.
+    """
     if format.kind == "keep":
         return weights
-    return rounding.quantize(weights, format, inputs).dequantize().view_as(weights)
+    return rounding.quantize(weights, format, inputs, exponents).dequantize().view_as(weights)

@@ -63,7 +63,13 @@ def gather(
     kept = readings or Readings()
     evidence = _pass(source, needs, asked, kept, progress)
     provenance = {**evidence.provenance, "model": source.fingerprint}
-    return replace(evidence, provenance=provenance, rounding=asked.method, readings=kept)
+    return replace(
+        evidence,
+        provenance=provenance,
+        rounding=asked.method,
+        readings=kept,
+        effort=asked.effort,
+    )
 
 
 def _pass(

@@ -20,6 +20,7 @@ from bitknap.allocation.refinement.loop import EVALUATIONS, FORMER_DRIVERS
 from bitknap.deprecation import renamed_value
 from bitknap.errors import InputError
 from bitknap.estimators.costs.weighed_errors import plainest
+from bitknap.estimators.evidence.effort import Effort
 from bitknap.estimators.measuring.documents import TextLike, text_of
 from bitknap.estimators.measuring.text import BUILTIN
 from bitknap.estimators.signals import rows_of_matrices as blocks_of_rows
@@ -82,6 +83,8 @@ class Calibration:
             layer by layer. None sets no bound.
         robust: How costs of several texts are combined: "mean" (default), "worst" or "mean+sd".
         risk: Number of standard deviations that "mean+sd" adds.
+        thorough: Round all rows of every matrix, not a sample of them; takes many times as long on
+            large models.
     """
 
     text: TextLike | TextSets = BUILTIN
@@ -92,6 +95,7 @@ class Calibration:
     max_memory: int | None = None
     robust: Rule | None = None
     risk: float = 1.0
+    thorough: bool = False
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, TextSets):
@@ -106,6 +110,11 @@ class Calibration:
     def method(self) -> Rounding:
         """How weights will be rounded, as a value."""
         return method_of(self.rounding)
+
+    @property
+    def effort(self) -> Effort:
+        """How much estimators round and measure."""
+        return Effort(thorough=self.thorough)
 
     @property
     def each(self) -> tuple[Calibration, ...]:

@@ -44,7 +44,7 @@ def displayed(said: Mapping[str, Any]) -> dict[str, Any]:
 def notes(table: CostTable) -> str:
     """Return facts to check before trusting a table, one per line."""
     said = table.provenance
-    lines = [*_experts(said), *_repaired(said), *_rewritten(said)]
+    lines = [*_experts(said), *_sampled(table), *_repaired(said), *_rewritten(said)]
     for one in (said, *said.get("each", ())):
         lines += [*_check(one), *_proxies(one), *_samples(one)]
     if said.get("initial_router") is False:
@@ -98,6 +98,18 @@ def _experts(said: Mapping[str, Any]) -> list[str]:
             else "the model cannot do without them, and they are not protected (--protect-bits)"
         )
     return lines
+
+
+def _sampled(table: CostTable) -> list[str]:
+    share = table.provenance.get("rows", 1)
+    if table.spread is None or share == 1:
+        return []
+    known = np.isfinite(table.cost) & (table.cost > 0)
+    error = float(np.median(table.spread[known] / table.cost[known])) if known.any() else 0.0
+    return [
+        f"rounding errors are estimated from {100 * share:.0f} % of the rows, to {100 * error:.1f} "
+        "% in the middle (--thorough rounds all)"
+    ]
 
 
 def _repaired(said: Mapping[str, Any]) -> list[str]:

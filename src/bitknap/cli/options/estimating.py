@@ -29,6 +29,7 @@ estimating = options_of(
     measuring.texts,
     measuring.tokens,
     measuring.max_memory,
+    measuring.thorough,
     measuring.seed,
     measuring.calibrate,
     measuring.check,
@@ -193,6 +194,7 @@ def calibration_of(options: dict[str, Any], *, text: str | None = None) -> Calib
         max_memory=size_of(options["max_memory"]),
         robust=robust,
         risk=1.0 if options["risk"] is None else options["risk"],
+        thorough=options["thorough"],
     )
 
 

@@ -56,6 +56,13 @@ max_memory = option(
     help="Memory to use, such as 12GiB.",
     more="Larger models are run layer by layer.",
 )
+thorough = option(
+    "--thorough",
+    group="measuring",
+    is_flag=True,
+    help="Round all rows of every matrix, not a sample of them.",
+    more="It takes many times as long on large models.",
+)
 seed = option("--seed", group="measuring", default=0, metavar="N", help="Random seed.")
 calibrate = option(
     "--calibrate",
