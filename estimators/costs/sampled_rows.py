@@ -1,4 +1,4 @@
-"""Rounding errors of a sample of rows, with their standard errors, for costs that are sums over rows.
+"""Rounding errors of a sample of rows, for costs that are sums over rows, with standard errors.
 
 Rows are drawn for each unit by itself, from the seed and the unit's name. What a row costs in a
 format is nearly proportional to its size, what it would cost to lose the row altogether, and sizes

@@ -109,7 +109,9 @@ class Calibrated:
             "measurements": len(runs) * len(chosen) + split,
         }
         frequency = token_share(evidence) if table.frequency is None else table.frequency
-        scaled = replace(table, cost=cost, spread=spread, frequency=frequency, provenance=provenance)
+        scaled = replace(
+            table, cost=cost, spread=spread, frequency=frequency, provenance=provenance
+        )
         if self.signals:
             from bitknap.estimators.group_kl.proxies import with_proxies
 

@@ -69,7 +69,9 @@ def with_proxies(
             if spread is not None:
                 spread[run] *= factor[run] * same
     proxies = {"exponents": theta, "halves": len(clear), **_report(fitted)}
-    return replace(table, cost=cost, spread=spread, provenance={**table.provenance, "proxies": proxies})
+    return replace(
+        table, cost=cost, spread=spread, provenance={**table.provenance, "proxies": proxies}
+    )
 
 
 def _halves(run: np.ndarray, z: Floats) -> list[np.ndarray]:

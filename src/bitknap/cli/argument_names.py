@@ -20,7 +20,8 @@ _OPTIONS = {
 _SAME = (
     *("calibrate", "check", "estimator", "gap", "include", "journal", "keep", "max_memory"),
     *("max_shard_size", "measurements", "overwrite", "permute", "refine", "robust", "risk"),
-    *("rotate", "row_blocks", "samples", "seed", "text", "thorough", "time_limit", "tokens", "uniform"),
+    *("rotate", "row_blocks", "samples", "seed", "text", "thorough", "time_limit", "tokens"),
+    "uniform",
 )
 _NAMES = {**_OPTIONS, **{name: name.replace("_", "-") for name in _SAME}}
 # Values that are written differently at the command line.

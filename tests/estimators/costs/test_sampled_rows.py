@@ -1,4 +1,4 @@
-"""Costs from a sample of rows: what they estimate, how well they say so, and where they ask more."""
+"""Costs from a sample of rows: how close they come, how well they say so, where they ask more."""
 
 from dataclasses import replace
 
@@ -60,7 +60,7 @@ def test_a_sample_estimates_all_rows(full, rounding, case, few):
     assert 0.2 < np.median(np.abs(off)) < 1.2  # 0.67 for a normal error that is known exactly
 
 
-def test_rows_are_drawn_by_unit_and_seed(case, few):
+def test_rows_are_drawn_by_unit_and_seed(case, few, monkeypatch):
     units = case.layout.units
     order = row_order(units, 3, 0)
     assert sorted(order) == list(range(units.rows[3]))
@@ -69,12 +69,8 @@ def test_rows_are_drawn_by_unit_and_seed(case, few):
     assert not np.array_equal(order, row_order(units, 6, 0))
     # The rows of a unit, and so its costs, do not depend on which units are rounded with it.
     table = SecondMoments().estimate(case.evidence, FORMATS)
-    sampled_rows_piece = sampled_rows._PIECE
-    try:
-        sampled_rows._PIECE = 1
-        alone = SecondMoments().estimate(case.evidence, FORMATS)
-    finally:
-        sampled_rows._PIECE = sampled_rows_piece
+    monkeypatch.setattr(sampled_rows, "_PIECE", 1)
+    alone = SecondMoments().estimate(case.evidence, FORMATS)
     np.testing.assert_allclose(alone.cost, table.cost, rtol=1e-5)
     np.testing.assert_allclose(alone.spread, table.spread, rtol=1e-4)
 
@@ -114,7 +110,9 @@ def test_only_formats_near_the_hull_have_to_be_told_apart():
 
     def told(middle):
         noise = 1 + 0.5 * rng.standard_normal((8, 3))
-        return bool(told_apart([estimated(np.array([9.0, middle, 1.0]) * noise, size, 64.0, 64)], nbytes)[0])
+        return bool(
+            told_apart([estimated(np.array([9.0, middle, 1.0]) * noise, size, 64.0, 64)], nbytes)[0]
+        )
 
     assert not told(6.0)  # a little above the line from 9 to 1
     assert told(60.0)  # far above it
