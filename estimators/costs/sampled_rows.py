@@ -89,7 +89,8 @@ class Estimates(NamedTuple):
     @property
     def spread(self) -> Floats:
         """The standard error of each cost, float64 [G]."""
-        return np.sqrt(np.square(self.away).sum(0))
+        spread: Floats = np.sqrt(np.square(self.away).sum(0))
+        return spread
 
 
 def sampled_table(

@@ -40,6 +40,7 @@ WITH_PLAN = {
     "--journal x": "nothing is measured",
     "--samples x": "nothing is measured",
     "--measurements 30": "nothing is measured",
+    "--thorough": "nothing is measured",
 }
 CASES = [
     (("estimate", *MODEL, *HQQ), "--method hqq: the costs of --estimator data-free are"),
