@@ -11,7 +11,7 @@ from torch import Tensor
 
 from bitknap.allocation import BitPlan
 from bitknap.allocation.problem.arrays import Floats
-from bitknap.api.refining import stored
+from bitknap.api.plan_measures import stored
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import Losses, Replay

@@ -16,7 +16,8 @@ from bitknap.allocation import Format
 from bitknap.allocation import formats as make_formats
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.api.calibration import encoded, longest_of
-from bitknap.api.refining import Loop, open_loop
+from bitknap.api.plan_measures import Loop
+from bitknap.api.refining import open_loop
 from bitknap.api.requests import REFINE_TOKENS
 from bitknap.benchmarks.compare.judge import Judge, check_apart
 from bitknap.errors import InputError

@@ -23,7 +23,7 @@ from bitknap.allocation.problem.arrays import Ints
 from bitknap.allocation.published.evopress import Evolution
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.allocation.tradeoffs.uniform_recipes import uniform_plans_within
-from bitknap.api.refining import measures
+from bitknap.api.plan_measures import measures
 from bitknap.benchmarks.compare.hand_recipes import down_first, first_layers, offers
 from bitknap.benchmarks.compare.models import Setting
 from bitknap.benchmarks.compare.tables import CALIBRATED, ESTIMATORS, LADDER, SCORES, Tables

@@ -18,7 +18,7 @@ from typing import Any
 
 from bitknap.allocation import BitPlan
 from bitknap.api.calibration import tokenizer_of
-from bitknap.api.refining import stored
+from bitknap.api.plan_measures import stored
 from bitknap.benchmarks.compare.models import Setting
 from bitknap.errors import InputError
 from bitknap.names import guess

@@ -21,7 +21,7 @@ from bitknap.allocation import BitPlan, Budget, CostTable, Problem, profile, sol
 from bitknap.allocation.published.evopress import Evolution
 from bitknap.allocation.refinement.loop import Refine
 from bitknap.allocation.tradeoffs.profile_price import under
-from bitknap.api.refining import measures
+from bitknap.api.plan_measures import measures
 from bitknap.arguments import add_output
 from bitknap.benchmarks.compare.judge import bootstrap_error
 from bitknap.benchmarks.compare.models import Options, Setting, prepare

@@ -67,6 +67,12 @@ class Variant:
         return replace(self, units=self.units[here], choice=self.choice[here])
 
 
+# The variant that changes nothing.
+UNCHANGED = Variant(
+    units=np.zeros(0, dtype=np.int64), choice=np.zeros(0, dtype=np.int64), formats=(), key=""
+)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Changing:
     """How a model's weights become a variant's.

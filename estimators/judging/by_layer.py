@@ -7,7 +7,7 @@ uniform recipes, start from the outputs of earlier layers where these are kept.
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from bitknap.errors import ModelError
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
@@ -47,13 +47,33 @@ def through(
         FileError: a tensor is missing or damaged.
         BitknapError: the disk has no room for the activations.
     """
-    roles = units_of(source) if include is None else include
-    skeleton = Skeleton(source, roles, otherwise="raise `max_memory`")
-    run, text = Streamed(skeleton), Stream(windows.batches(BATCH_TOKENS))
-    kept = {len(skeleton.layers) - 1}
+    return all_through(source, [windows], include, varied=varied, progress=progress)[0]
+
+
+def all_through(
+    source: Stored,
+    texts: Sequence[Windows],
+    include: Collection[str] | None = None,
+    *,
+    varied: bool = False,
+    progress: Progress | None = None,
+) -> list[VariantStreams]:
+    """Return several texts that have passed a checkpoint's layers together; see `through`."""
+    skeleton = Skeleton(
+        source, units_of(source) if include is None else include, otherwise="raise `max_memory`"
+    )
+    run, last = Streamed(skeleton), len(skeleton.layers) - 1
+    batches = [text.batches(BATCH_TOKENS) for text in texts]
+    whole, kept = Stream([one for text in batches for one in text]), {last}
     if varied:
         kept.add(min(skeleton.place_of(view.tensor) for view in skeleton.layout.views) - 1)
-    return VariantStreams(run=run, text=text, outputs=passed(run, text, kept, progress))
+    outputs = passed(run, whole, kept, progress)
+    parts, start = [], 0
+    for text in batches:
+        here = slice(start, start := start + len(text))
+        some = {place: stream.some(here) for place, stream in outputs.items()}
+        parts.append(VariantStreams(run=run, text=whole.some(here), end=some[last], outputs=some))
+    return parts
 
 
 def units_of(source: Source) -> Collection[str]:

@@ -10,9 +10,17 @@ from bitknap.allocation.problem.budget import human
 from bitknap.errors import InputError
 from bitknap.estimators.judging.by_layer import units_of
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
-from bitknap.estimators.sweep.peak_memory import LOGITS, layer_bytes, read_bytes, vocabulary_of
+from bitknap.estimators.sweep.peak_memory import (
+    LOGITS,
+    layer_bytes,
+    peak_bytes,
+    read_bytes,
+    vocabulary_of,
+)
 from bitknap.quantization.models.headers_only import walk_headers
+from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.opened import PackedFolder
+from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.source import Stored
 
 # The whole models, or one layer at a time.
@@ -33,9 +41,36 @@ def way_to_judge(
     Raises:
         InputError: no way is within the limit; the message names the least.
     """
-    if limit is None or judging_bytes(sources, tokens, needs) <= limit:
+    if limit is None:
         return "whole"
-    least = judging_layer_bytes(sources, tokens, needs)
+    whole = judging_bytes(sources, tokens, needs)
+    return _within(limit, whole, judging_layer_bytes(sources, tokens, needs))
+
+
+def way_to_measure_plans(
+    source: Checkpoint, layout: Layout, tokens: int, limit: int | None, needs: Collection[str]
+) -> Way:
+    """Return the quickest way to measure plans of a model within a limit.
+
+    Args:
+        source: the model.
+        layout: its units, from headers.
+        tokens: number of tokens of all texts.
+        limit: bytes; None for any number.
+        needs: "kl", and "full" if rounding needs statistics of inputs.
+
+    Raises:
+        InputError: no way is within the limit; the message names the least.
+    """
+    if limit is None:
+        return "whole"
+    whole = peak_bytes(source, layout, tokens, {"replay", *needs}, by_layer=False)
+    return _within(limit, whole, layer_bytes(source, layout, tokens, needs))
+
+
+def _within(limit: int, whole: int, least: int) -> Way:
+    if whole <= limit:
+        return "whole"
     if least <= limit:
         return "layers"
     raise InputError(

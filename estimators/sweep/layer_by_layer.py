@@ -173,7 +173,8 @@ class _Pass:
 
     def sweep(self, text: Stream) -> VariantStreams:
         """Return what measures variants from the outputs that were kept."""
-        return VariantStreams(run=self.run, text=text, outputs=self.outputs)
+        end = self.outputs[len(self.run.skeleton.layers) - 1]
+        return VariantStreams(run=self.run, text=text, end=end, outputs=self.outputs)
 
     def losses(
         self,

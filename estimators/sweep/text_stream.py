@@ -73,6 +73,12 @@ class Stream:
             self._parts = self._split(on_disk(self._whole, self.dtype, path=self._path))
         self._parts[batch].copy_(hidden)
 
+    def some(self, batches: slice) -> Stream:
+        """Return the stream of some of the batches, which shares the file."""
+        part = Stream(self.batches[batches], self.dtype, shape=self.shape)
+        part._parts = self._parts[batches]
+        return part
+
     @property
     def _whole(self) -> tuple[int, ...]:
         return (sum(map(len, self.batches)), *self.shape)

@@ -1,21 +1,23 @@
 """Measures variants of a model layer by layer: each is a stream beside the text's own.
 
 A variant's stream starts at the first layer that it changes, from what the text's own stream was
-there, and passes every later layer while that layer is loaded. Variants that are alike up to a
-layer are one stream up to there. Several go together, so that a layer is loaded once for all of
-them. Losses come from the last layer's output, a window at a time.
+there, and passes every later layer while that layer is loaded. Where variants differ little from
+one of them, that one is the base, and they start where they differ from it. Variants that are
+alike up to a layer are one stream up to there. Several go together, so that a layer is loaded once
+for all of them. Losses come from the last layer's output, a window at a time.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import torch
+from torch import Tensor
 
-from bitknap.allocation.problem.arrays import Longs
-from bitknap.estimators.evidence.variants import Changing, Variant
+from bitknap.estimators.evidence.variants import UNCHANGED, Changing, Variant
 from bitknap.estimators.measuring.kl_replay import Losses
 from bitknap.estimators.sweep.text_stream import Passed, Stream, Streamed, losses_between
 
@@ -23,8 +25,8 @@ from bitknap.estimators.sweep.text_stream import Passed, Stream, Streamed, losse
 # that a kill loses is what these had passed.
 TOGETHER = 16
 
-# The stream of variants that have changed nothing yet.
-_UNCHANGED = 0
+# The stream of variants that are the base so far.
+_BASE = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,18 +36,26 @@ class VariantStreams:
     Attributes:
         run: runs the layers.
         text: the text, before the first layer.
-        outputs: the unchanged model's output of each layer at which variants may start, and of the
-            last.
+        end: the unchanged model's output of the last layer.
+        outputs: the base's output of each layer at which variants may start, by place.
+        base: the variant that `outputs` are of.
     """
 
     run: Streamed
     text: Stream
+    end: Stream
     outputs: Mapping[int, Stream]
+    base: Variant = UNCHANGED
 
     @property
     def reference(self) -> Passed:
         """The text in the unchanged model."""
-        return Passed(run=self.run, end=self.outputs[len(self.run.skeleton.layers) - 1])
+        return Passed(run=self.run, end=self.end)
+
+    @property
+    def windows(self) -> Tensor:
+        """Token ids, int64 [windows, length]."""
+        return torch.cat([batch.ids for batch in self.text.batches])
 
     def losses(
         self, variants: Sequence[Variant], changing: Changing
@@ -57,34 +67,65 @@ class VariantStreams:
             FileError: a tensor, or a file beside the journal, is missing or damaged.
             BitknapError: the disk has no room for the streams.
         """
-        places = places_of(self.run, changing)
+        parts = [self._parts(variant, changing) for variant in variants]
+        based = self._parts(self.base, changing)
+        first = [_differing(one, based) for one in parts]
         # Those that start late pass few layers; together with early ones they would wait.
-        first = [first_of(variant, places) for variant in variants]
         order = sorted(range(len(variants)), key=lambda number: first[number])
         for start in range(0, len(order), TOGETHER):
             chosen = order[start : start + TOGETHER]
-            ends = self._together([variants[i] for i in chosen], changing, places)
+            begin = self._begin(first[chosen[0]])
+            ends = self._together([parts[number] for number in chosen], based, begin, changing)
             yield from zip(chosen, losses_between(self.reference, ends), strict=True)
         self.run.skeleton.drop_rest()
 
+    def rebased(self, base: Variant, changing: Changing) -> VariantStreams:
+        """Return the same, for variants that differ little from another base.
+
+        The base's output of every layer is kept; a variant starts at the first layer in which it
+        differs.
+        """
+        outputs: dict[int, Stream] = {}
+        stream = self.text
+        for place, part in enumerate(self._parts(base, changing)):
+            with self.run.skeleton.loaded(place), _changed(self.run, part, changing):
+                stream = outputs[place] = self.run.advance(place, stream)
+        return replace(self, outputs=outputs, base=base)
+
     def _together(
-        self, variants: Sequence[Variant], changing: Changing, places: Longs
+        self,
+        variants: Sequence[Sequence[Variant]],
+        base: Sequence[Variant],
+        begin: int,
+        changing: Changing,
     ) -> list[Passed]:
-        """Return the text in each variant."""
-        begin = self._begin(min(first_of(variant, places) for variant in variants))
+        """Return the text in each variant.
+
+        Args:
+            variants: what each variant changes in each layer.
+            base: what the base changes in each layer.
+            begin: the layer to start at.
+            changing: how a variant is made.
+        """
         branches = _Branches(len(variants))
-        streams = {_UNCHANGED: self.outputs[begin - 1] if begin else self.text}
-        for place in range(begin, len(self.run.skeleton.layers)):
-            parts = [variant.among(places == place) for variant in variants]
+        streams = {_BASE: self.outputs[begin - 1] if begin else self.text}
+        for place in range(begin, len(base)):
             before, streams = streams, {}
+            parts = [variant[place] for variant in variants]
             with self.run.skeleton.loaded(place):
-                for branch, (origin, part) in branches.at(parts).items():
-                    if branch == _UNCHANGED and place in self.outputs:
+                for branch, (origin, part) in branches.at(parts, base[place]).items():
+                    if branch == _BASE and place in self.outputs:
                         streams[branch] = self.outputs[place]
                         continue
                     with _changed(self.run, part, changing):
                         streams[branch] = self.run.advance(place, before[origin])
         return [Passed(run=self.run, end=streams[branch]) for branch in branches.of]
+
+    def _parts(self, variant: Variant, changing: Changing) -> list[Variant]:
+        """Return what a variant changes in each layer."""
+        skeleton = self.run.skeleton
+        place = np.array([skeleton.place_of(view.tensor) for view in changing.layout.views])
+        return [variant.among(place == at) for at in range(len(skeleton.layers))]
 
     def _begin(self, first: int) -> int:
         """Return the last layer, up to `first`, whose input is kept."""
@@ -98,31 +139,37 @@ class _Branches:
         count: number of variants.
 
     Attributes:
-        of: number of each variant's stream; 0 for those that have changed nothing.
+        of: number of each variant's stream; 0 for those that are the base so far.
     """
 
     def __init__(self, count: int) -> None:
-        self.of = [_UNCHANGED] * count
+        self.of = [_BASE] * count
         self._made = 0
 
-    def at(self, parts: Sequence[Variant]) -> dict[int, tuple[int, Variant]]:
+    def at(self, parts: Sequence[Variant], base: Variant) -> dict[int, tuple[int, Variant]]:
         """Return the streams after a layer: where each comes from, and what it changes there.
 
         Args:
             parts: what each variant changes in the layer.
+            base: what the base changes there.
         """
-        numbers: dict[tuple[int, bytes], int] = {}
+        numbers = {(_BASE, _change(base)): _BASE}
         streams: dict[int, tuple[int, Variant]] = {}
         for at, part in enumerate(parts):
-            origin = self.of[at]
-            key = origin, _change(part)
+            key = self.of[at], _change(part)
             if key not in numbers:
-                alike = origin == _UNCHANGED and not len(part.units)
-                self._made += not alike
-                numbers[key] = _UNCHANGED if alike else self._made
-                streams[numbers[key]] = origin, part
+                self._made += 1
+                numbers[key] = self._made
+            streams[numbers[key]] = self.of[at], part
             self.of[at] = numbers[key]
         return streams
+
+
+def _differing(parts: Sequence[Variant], base: Sequence[Variant]) -> int:
+    """Return the first layer in which a variant differs from the base; the last if in none."""
+    pairs = enumerate(zip(parts, base, strict=True))
+    differing = (place for place, (part, of_base) in pairs if _change(part) != _change(of_base))
+    return next(differing, len(base) - 1)
 
 
 def _change(part: Variant) -> bytes:
@@ -135,13 +182,3 @@ def _changed(
     run: Streamed, part: Variant, changing: Changing
 ) -> contextlib.AbstractContextManager[None]:
     return changing(run.skeleton.model, part) if len(part.units) else contextlib.nullcontext()
-
-
-def places_of(run: Streamed, changing: Changing) -> Longs:
-    """Return the decoder layer that each unit is in, int64 [U]."""
-    return np.array([run.skeleton.place_of(view.tensor) for view in changing.layout.views])
-
-
-def first_of(variant: Variant, places: Longs) -> int:
-    """Return the first layer that a variant changes; the last one if it changes nothing."""
-    return int(places[variant.units].min(initial=int(places.max())))

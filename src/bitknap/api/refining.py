@@ -1,4 +1,4 @@
-"""The closed loop on a live model, and the gate that keeps its plan no worse than a uniform recipe.
+"""The closed loop on a model, and the gate that keeps its plan no worse than a uniform recipe.
 
 Plans are measured on calibration text. At the end, the best plan and the best uniform recipe of at
 most its bytes are measured on calibration text that neither calibration nor the loop has read. If
@@ -7,7 +7,6 @@ the recipe loses no more than the plan there, the recipe is written.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,51 +16,38 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from bitknap.allocation import ROLES, BitPlan, Budget, CostTable, Limit, Problem
-from bitknap.allocation.problem.arrays import Floats, Ints
-from bitknap.allocation.refinement.loop import Measure, Refine, Refined
+from bitknap.allocation import BitPlan, Budget, CostTable, Limit, Problem
+from bitknap.allocation.refinement.loop import Refine, Refined
 from bitknap.allocation.solvers.solving import within
 from bitknap.allocation.tradeoffs.uniform_recipes import uniform_plans_within
-from bitknap.api.calibration import encoded, gather
+from bitknap.api.calibration import encoded, gather, longest_of
 from bitknap.api.evaluation import name_of
 from bitknap.api.former_keywords import former_keywords, group
 from bitknap.api.live import Model, on_disk
+from bitknap.api.plan_measures import Loop, losses_of, measures
 from bitknap.api.requests import Calibration, Refinement, Resume
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.judging.by_layer import all_through
+from bitknap.estimators.judging.memory import way_to_measure_plans
 from bitknap.estimators.measuring.documents import Documents, TokenWindows, text_of
 from bitknap.estimators.measuring.kl_replay import Losses, Replay, standard_error
-from bitknap.estimators.measuring.readings import Readings, beside, key_of
+from bitknap.estimators.measuring.readings import Readings, beside
 from bitknap.estimators.measuring.text import Encoded, document_of
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.in_memory import digest_of
 from bitknap.progress import Progress
+from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.rounding.memo import Remembered
 from bitknap.quantization.rounding.methods import method as method_of
+from bitknap.quantization.source.architecture import config_of
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
-from bitknap.quantization.stacks.apply import applied
-from bitknap.quantization.stacks.row_blocks import inputs_of_blocks, layout_for
 
 # Tokens of the calibration text that the gate judges on.
 GATE_TOKENS = 8_192
 # A plan is measured on one part of the text after another, while it can still be the best.
 PARTS = 4
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Loop:
-    """A live model and the texts that plans are measured on.
-
-    Attributes:
-        evidence: how plans are rounded.
-        parts: the parts of the text that plans are measured on.
-        gate: text that nothing else has read.
-    """
-
-    evidence: Evidence
-    parts: tuple[Replay, ...]
-    gate: Replay
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -158,13 +144,10 @@ def open_loop(
         InputError: the text is too short.
     """
     windows, gate = loop_windows(encoded(folder, text, model.config), taken, tokens)
-    # Every part has windows from the whole text.
-    count = min(PARTS, len(windows))
-    parts = [windows[part::count] for part in range(count)]
     layout = evidence.layout
     return Loop(
         evidence=evidence,
-        parts=tuple(Replay(model, layout, part) for part in parts),
+        parts=tuple(Replay(model, layout, part) for part in _parts(windows)),
         gate=Replay(model, layout, gate, cache=False),
     )
 
@@ -204,8 +187,7 @@ def run_loop(
     )
     refined = refine.run(problem)
     plan = refined.solution.plan
-    ours = losses_of(loop, loop.gate, plan)
-    recipe, other, uniform = _best_uniform(loop, problem, plan, progress)
+    ours, recipe, other, uniform = _gate(loop, problem, plan, progress)
     passed = uniform is None or float(ours.kl.mean()) < float(uniform.kl.mean())
     return Outcome(
         plan=plan if passed or other is None else other,
@@ -217,102 +199,22 @@ def run_loop(
     )
 
 
-def measures(loop: Loop, table: CostTable, readings: Readings) -> tuple[Measure, ...]:
-    """Return functions that measure plans on each part of the text: KL per window, nats per token.
-
-    Layers before the first layer in which a plan differs from the first plan measured are read
-    from memory.
-    """
-    return tuple(
-        _Part(loop=loop, table=table, readings=readings, replay=replay, number=part)
-        for part, replay in enumerate(loop.parts)
-    )
-
-
-@dataclass(kw_only=True)
-class _Part:
-    """Measures plans on one part of the text.
-
-    Attributes:
-        loop: the model and the texts.
-        table: the table whose units and formats choices refer to.
-        readings: earlier measurements, and where to keep new ones.
-        replay: replay of the part.
-        number: number of the part.
-        base: the plan that produced the layers in memory.
-        name: name of the base in the replay.
-    """
-
-    loop: Loop
-    table: CostTable
-    readings: Readings
-    replay: Replay
-    number: int
-    base: Ints | None = None
-    name: str = "none"
-
-    def __call__(self, choice: Ints) -> Floats:
-        key = key_of([self.number, *choice.tolist()], ())
-        known = self.readings.known(key, len(self.replay.windows))
-        if known is None:
-            plan = BitPlan.from_choice(self.table.units, self.table.formats, choice)
-            with stored(self.replay, self.loop.evidence, plan):
-                if self.replay.base != self.name:
-                    # This is the first plan, or another caller has used the replay since.
-                    self.base, self.name = choice, f"{id(self)} {key}"
-                    self.replay.rebase(self.name)
-                known = self.replay.measure(self._first(choice)).kl
-            self.readings.keep(key, known)
-        return known
-
-    def _first(self, choice: Ints) -> int | None:
-        """Return the first MoE layer in which a plan differs from the base; None for any."""
-        units = self.table.units
-        other = (choice != self.base) & (units.role == ROLES.index("routed"))
-        elsewhere = (choice != self.base) & (units.role != ROLES.index("routed"))
-        if elsewhere.any():
-            return None
-        return int(units.layer[other].min()) if other.any() else int(units.layer.max())
-
-
-def losses_of(loop: Loop, replay: Replay, plan: BitPlan) -> Losses:
-    """Return the losses of the model on a replayed text when it is stored as a plan says."""
-    with stored(replay, loop.evidence, plan):
-        return replay.measure()
-
-
-def stored(
-    replay: Replay, evidence: Evidence, plan: BitPlan
-) -> contextlib.AbstractContextManager[None]:
-    """Return the context in which a replayed model is stored as a plan says.
-
-    Args:
-        replay: replay of the model that the evidence describes.
-        evidence: how it is rounded.
-        plan: plan of its units, or of blocks of their rows.
-    """
-    layout = layout_for(plan.units, evidence.layout)
-    inputs = None
-    if evidence.rounding.needs_inputs:
-        inputs = inputs_of_blocks(layout.units, evidence.units, evidence.inputs)
-    return applied(replay.model, layout, plan, evidence.rounding, inputs)
-
-
-def _best_uniform(
+def _gate(
     loop: Loop, problem: Problem, plan: BitPlan, progress: Progress | None
-) -> tuple[str, BitPlan | None, Losses | None]:
-    """Return the recipe with the least KL on the gate's text, within the plan's bytes."""
-    units = plan.units
-    offered = uniform_plans_within(units, problem.table.formats, plan.total_bytes, plan.model)
-    allowed = [one for one in offered if within(problem, one)]
-    best: tuple[str, BitPlan | None, Losses | None] = ("", None, None)
-    for done, one in enumerate(allowed):
-        if progress:
-            progress("gate", done, len(allowed))
-        losses = losses_of(loop, loop.gate, one)
-        if best[2] is None or losses.kl.mean() < best[2].kl.mean():
-            best = name_of(one), one, losses
-    return best
+) -> tuple[Losses, str, BitPlan | None, Losses | None]:
+    """Return what the plan loses on the gate's text, and the recipe that loses least there.
+
+    Recipes take at most the plan's bytes; there may be none within the limits.
+    """
+    offered = uniform_plans_within(plan.units, problem.table.formats, plan.total_bytes, plan.model)
+    recipes = [one for one in offered if within(problem, one)]
+    if progress:
+        progress("gate", 0, 1 + len(recipes))
+    ours, *losses = losses_of(loop.evidence, loop.gate, [plan, *recipes])
+    if not recipes:
+        return ours, "", None, None
+    best = min(range(len(recipes)), key=lambda number: float(losses[number].kl.mean()))
+    return ours, name_of(recipes[best]), recipes[best], losses[best]
 
 
 @former_keywords(
@@ -337,8 +239,9 @@ def refine(
         table: Costs of the model, tied as plans must be.
         limits: Limits on the plans.
         refinement: How many plans are measured, on how many tokens, and how they are proposed.
-        calibration: Text, tokens and seed that the table was calibrated with; roles and rounding
-            come from the table.
+        calibration: Text, tokens and seed that the table was calibrated with, and the memory to
+            use: a model that would take more is measured one decoder layer at a time. Roles and
+            rounding come from the table.
         resume: `journal` keeps measurements, so that a killed run can continue; `overwrite`
             replaces a journal that belongs to other inputs.
         progress: Called with (what, done, of).
@@ -346,7 +249,8 @@ def refine(
     Raises:
         InfeasibleError: No plan is within the limits.
         MismatchError: The table belongs to another model, or the journal to other inputs.
-        InputError: The text is too short.
+        InputError: The text is too short, or `calibration.max_memory` too low.
+        ModelError: The model does not fit in memory and cannot be run layer by layer.
     """
     how, kept = refinement or Refinement(), resume or Resume()
     with on_disk(model) as place:
@@ -375,14 +279,38 @@ def _opened(
     if known != source.fingerprint:
         raise MismatchError(f"{model}: the table belongs to another model; estimate it on this one")
     rounding = method_of(str(table.provenance.get("method", "rtn")))
-    asked = replace(
-        calibration, include=roles_of(table.units), rounding=Remembered(rounding=rounding)
-    )
+    asked = replace(calibration, include=roles_of(table.units), rounding=rounding)
+    layout = walk_headers(source.config, source.shapes, asked.include)
+    tokens, needs = asked.tokens + how.tokens + GATE_TOKENS, {"kl"}
+    if rounding.needs_inputs:
+        needs.add("full")
+    if way_to_measure_plans(source, layout, tokens, asked.max_memory, needs) == "layers":
+        return _by_layer(source, asked, how, progress)
+    asked = replace(asked, rounding=Remembered(rounding=rounding), max_memory=None)
     evidence = gather(source, frozenset({"replay"}), asked, progress=progress)
-    if evidence.replay is None:
-        raise InputError(
-            "`refine`: the model must fit in memory to be measured; leave out `max_memory`"
-        )
+    assert evidence.replay is not None
     live, taken = evidence.replay.model, evidence.replay.windows
     text = document_of(text_of(asked.only_text), "calibration")
     return open_loop(live, evidence, text, taken, how.tokens, source.folder)
+
+
+def _by_layer(
+    source: Checkpoint, asked: Calibration, how: Refinement, progress: Progress | None
+) -> Loop:
+    """Return the loop for a model of which one layer at a time is in memory."""
+    evidence = gather(source, frozenset(), asked, progress=progress)
+    config = config_of(source.folder)
+    text = encoded(source.folder, document_of(text_of(asked.only_text), "calibration"), config)
+    taken = text.windows(asked.tokens, longest_of(config))
+    windows, gate = loop_windows(text, taken.ids, how.tokens)
+    *parts, last = all_through(
+        source, [*_parts(windows), gate], asked.include, varied=True, progress=progress
+    )
+    evidence = replace(evidence, layout=last.run.skeleton.layout)
+    return Loop(evidence=evidence, parts=tuple(parts), gate=last)
+
+
+def _parts(windows: Windows) -> list[Windows]:
+    """Return the parts that plans are measured on, each with windows from the whole text."""
+    count = min(PARTS, len(windows))
+    return [windows[part::count] for part in range(count)]

@@ -74,10 +74,6 @@ CASES = [
         "leave out --permute",
     ),
     (("quantize", *MODEL, *BUDGET, "--refine", "2", "--rotate"), "leave out --rotate"),
-    (
-        ("quantize", *MODEL, *BUDGET, "--refine", "2", "--max-memory", "1GiB"),
-        "leave out --max-memory",
-    ),
     (("quantize", *MODEL, *BUDGET, "--refine", "2", *SEVERAL), "give one --text"),
     (("quantize", *MODEL, *BUDGET, "--refine-driver", "tpe"), "only --refine N takes it"),
     (("quantize", *MODEL, *BUDGET, "--refine-tokens", "9"), "only --refine N takes it"),

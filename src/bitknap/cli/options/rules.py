@@ -217,7 +217,7 @@ _QUANTIZES = (
         message="--refine: improves on what a budget gives; give --budget, not --plan",
     ),
     *(_not_with_plan(name, why) for name, why in _NOT_WITH_PLAN.items()),
-    *map(_not_with_refine, ("permute", "rotate", "max_memory")),
+    *map(_not_with_refine, ("permute", "rotate")),
     *map(_only_with_refine, ("refine_driver", "refine_tokens")),
     Rule(
         commands=("quantize",),
