@@ -17,6 +17,10 @@ from typing import Literal, NamedTuple
 from bitknap.errors import InputError
 
 DECODE_TOKENS = 16
+# Pairs of a token and an expert, for each expert, from which weights are written out once: above,
+# unpacking them costs more than reading them once in 16 bits (kernels.md#crossover computes 1.2 to
+# 5 thousand tokens for three models, whose pairs per expert agree).
+DENSE_PAIRS = 320
 Path = Literal["decode", "grouped", "dense"]
 
 
@@ -142,10 +146,7 @@ def heuristic(case: Case, device: Device) -> Launch:
     pairs = case.tokens * case.topk
     if case.tokens <= DECODE_TOKENS:
         return _few(case, device)
-    # Above this many pairs per expert, unpacking weights costs more than reading them once in 16
-    # bits: kernels.md#crossover computes 1.2 to 5 thousand tokens for three models, whose pairs per
-    # expert agree.
-    if pairs >= 320 * case.experts:
+    if pairs >= DENSE_PAIRS * case.experts:
         return Launch(path="dense", tokens=64, gate_up=Tile(), down=Tile())
     for tokens in (16, 32):
         if pairs <= tokens * case.experts:

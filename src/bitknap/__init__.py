@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from bitknap.api.estimation import estimate
     from bitknap.api.evaluation import evaluate
+    from bitknap.api.inspection import serving
     from bitknap.api.live import LiveModel
     from bitknap.api.quantizing import load, quantize
     from bitknap.api.refining import Outcome, refine
@@ -81,6 +82,7 @@ _HOMES = {
         "solve",
     ),
     "bitknap.api.estimation": ("estimate",),
+    "bitknap.api.inspection": ("serving",),
     "bitknap.api.live": ("LiveModel",),
     "bitknap.api.evaluation": ("evaluate",),
     "bitknap.api.quantizing": ("load", "quantize"),
@@ -156,6 +158,7 @@ __all__ = [
     "profile",
     "quantize",
     "refine",
+    "serving",
     "solve",
 ]
 

@@ -74,7 +74,7 @@ def test_pins_and_profiles_are_kept(made, tmp_path):
         (("--budget", "3bpw", "--time-limit", "0"), "time_limit: 0.0 must be above 0"),
         (("--budget", "3bpw", "--solver", "greedy", "--gap", "0.1"), "greedy does not take it"),
         (("--budget", "3bpw", "--limit", "missing.json"), "missing.json: cannot be read"),
-        (("--budget", "3bpw", "--frontier"), "give either --budget or --frontier"),
+        (("--budget", "3bpw", "--frontier"), "give one of --budget, --fit and --frontier"),
         (("--frontier", "--price"), "--frontier does not take --price"),
         (("--frontier", "--limit", "x.json"), "--frontier does not take --limit"),
         (("--frontier", "--solver", "ilp"), "--frontier does not take --solver"),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from bitknap.allocation import CostTable, Format
+from bitknap.allocation.problem.serving import KEY
 from bitknap.api.calibration import gather, readings_about
 from bitknap.api.former_keywords import former_keywords, group
 from bitknap.api.live import Model, on_disk
@@ -34,6 +35,7 @@ from bitknap.estimators.tables.super_expert_floor import protected
 from bitknap.progress import Progress
 from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check_source
+from bitknap.quantization.runtime.serving_needs import serving_of
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 from bitknap.quantization.transforms import transformed_model
 
@@ -154,7 +156,7 @@ class _Job:
             rule = first.robust or "mean"
             table = as_one(tables, rule, first.risk) if len(tables) > 1 else tables[0]
             table, _ = isotonic(table)
-            model_facts = self._facts(origin, source, recipe)
+            model_facts = self._facts(origin, source, recipe, table.formats)
         large = _union([seen for _, seen in passes], max)
         provenance = {
             **table.provenance,
@@ -165,11 +167,16 @@ class _Job:
         return protected(replace(table, provenance=provenance), large, self.formats.protect)
 
     def _facts(
-        self, origin: Checkpoint, source: Checkpoint, recipe: transformed_model.Recipe
+        self,
+        origin: Checkpoint,
+        source: Checkpoint,
+        recipe: transformed_model.Recipe,
+        formats: Sequence[Format],
     ) -> dict[str, object]:
         """Return the facts that a table records about the model and its bytes besides the units."""
         include = self.asked[0].include
-        fixed_bytes = writer.fixed_bytes(source, self.formats.layout(source, include))
+        layout = self.formats.layout(source, include)
+        fixed_bytes = writer.fixed_bytes(source, layout)
         rewritten = {}
         if source is not origin:
             rewritten = {transformed_model.KEY: recipe.to_dict(origin)}
@@ -180,6 +187,7 @@ class _Job:
             "fixed_bytes": fixed_bytes,
             "source_bytes": origin.folder_bytes,
             "include": sorted(include),
+            KEY: serving_of(source, layout, formats).to_dict(),
             **rewritten,
         }
 

@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from bitknap.allocation import ROLES, formats
+from bitknap.allocation import ROLES, Budget, formats
+from bitknap.allocation.problem.device_memory import Device
+from bitknap.allocation.problem.serving import Serving
 from bitknap.allocation.problem.table import storage
 from bitknap.api.quantizing import CALIBRATION_TOKENS, default_formats
 from bitknap.estimators.group_kl.calibrated import Calibrated
@@ -20,12 +22,15 @@ from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.buildable import check_source
 from bitknap.quantization.packed.config import architectures
 from bitknap.quantization.packed.writer import fixed_bytes
+from bitknap.quantization.runtime.serving_needs import serving_of
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.safetensors_header import DTYPES
 from bitknap.quantization.targets.shape_rules import fits
 
 # Formats in the table of uniform sizes: every width, in a common and in the smallest form.
 _SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")
+# Formats that bound the feasible range.
+_EVERY = formats(range(1, 9), (32, 64, 128, 256, "row"), (False, True), ("fp16", "compact"))
 # Bytes of bf16 weights per second rounded to one format and packed on one CPU core: the middle of
 # the range measured in benchmarks/results/quantize.md.
 _RATES = {"rtn": 4e7, "hqq": 2e6, "gptq": 4e6}
@@ -54,7 +59,9 @@ class Step:
     seconds: int
 
 
-def inspect(model: str | Path, include: Collection[str] = ()) -> dict[str, Any]:
+def inspect(
+    model: str | Path, include: Collection[str] = (), *, budget: Budget | None = None
+) -> dict[str, Any]:
     """Return which plans are possible for `model`, without reading weights.
 
     For a model on the hub, only `config.json` and headers are fetched.
@@ -62,16 +69,42 @@ def inspect(model: str | Path, include: Collection[str] = ()) -> dict[str, Any]:
     Args:
         model: a folder, a hub id, or "reference:NAME".
         include: roles to quantize besides routed experts.
+        budget: of `Budget.device`, to add "device": what it holds, and what it leaves for units.
 
     Returns:
         The result of `report`.
 
     Raises:
+        InputError: the size of the model's cache is not known, or the context is too long.
         ModelError: the model is already packed, has no units, or transformers could not load it.
     """
     source = Checkpoint.look(model)
     check_source(source, include)
-    return report(source, include)
+    found = report(source, include)
+    if budget is not None and budget.serves is not None:
+        found["device"] = room_on(source, include, budget.serves)
+    return found
+
+
+def serving(model: str | Path, include: Collection[str] = ()) -> Serving:
+    """Return what a model needs in memory beside its weights, for `Budget.device(needs=…)`.
+
+    Args:
+        model: a folder, a hub id, or "reference:NAME"; its weights are not read.
+        include: roles that are quantized besides routed experts.
+    """
+    source = Checkpoint.look(model)
+    return serving_of(source, walk_headers(source.config, source.shapes, include))
+
+
+def room_on(source: Checkpoint, include: Collection[str], device: Device) -> dict[str, int]:
+    """Return what a device holds beside units, what it leaves for them, and its size, in bytes."""
+    layout = walk_headers(source.config, source.shapes, include)
+    kept = fixed_bytes(source, layout) + source.elsewhere
+    needs = serving_of(source, layout)
+    left = device.room(needs, kept, layout.units, int(storage(layout.units, _EVERY).min(1).sum()))
+    entries = device.entries(needs, kept, layout.units)
+    return {**entries, "left for units": left, "device": device.size}
 
 
 def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
@@ -84,8 +117,7 @@ def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
     """
     layout = walk_headers(source.config, source.shapes, include)
     units = layout.units
-    every = formats(range(1, 9), (32, 64, 128, 256, "row"), (False, True), ("fp16", "compact"))
-    sizes = storage(units, every)
+    sizes = storage(units, _EVERY)
     least, most = int(sizes.min(1).sum()), int(sizes.max(1).sum())
     weights = int(units.numel.sum())
     fixed = fixed_bytes(source, layout) + source.elsewhere

@@ -30,6 +30,7 @@ from bitknap.cli.options.refining import check_refining, refine_journal, refinin
 from bitknap.cli.options.rules import check_options
 from bitknap.cli.options.solving import (
     check_solving,
+    device_of,
     free_path,
     listed,
     run_solve,
@@ -55,6 +56,7 @@ class _Choice:
         prices: prices of all profiles, if asked for.
         table: the costs, if they were estimated.
         outcome: outcome of the closed loop, if it ran.
+        device: what a device holds with the plan, bytes by name, if it was to fit one.
     """
 
     plan: BitPlan
@@ -63,6 +65,7 @@ class _Choice:
     prices: tuple[Any, ...] = ()
     table: CostTable | None = None
     outcome: Outcome | None = None
+    device: dict[str, int] = field(default_factory=dict)
 
 
 # What `quantize` returns, and what it is called on the terminal and in JSON.
@@ -93,7 +96,7 @@ _SHOWN = {
     ),
 )
 @common.model
-@common.budget
+@common.sized
 @option(
     "--plan",
     group="limits",
@@ -165,6 +168,7 @@ def quantize(
     readings.forget(refine_journal(path))
     facts = choice.facts | {shown: sizes[name] for name, shown in _SHOWN.items()}
     document = facts | priced(choice.prices, options["profile"]) | {"path": out}
+    document |= {"device": choice.device} if choice.device else {}
     if page is not None:
         _write_page(page, model, budget, choice, sizes["method"], options)
         document["report"] = report
@@ -202,7 +206,7 @@ def _choose(
     """Return the plan of a file, or what estimating, solving and refining come to."""
     from bitknap.allocation import BitPlan
     from bitknap.api.room import check_checkpoint_room
-    from bitknap.cli.views.tables import facts_table, price_table
+    from bitknap.cli.views.tables import facts_table, ledger_table, price_table
     from bitknap.estimators.measuring.readings import telling
     from bitknap.quantization.packed.buildable import check_source
     from bitknap.quantization.source.checkpoint import Checkpoint, resolve
@@ -225,6 +229,9 @@ def _choose(
         chosen, loop = outcome.plan, outcome.facts()
         said.append(facts_table("refined by measuring plans", loop))
         facts |= {f"refine_{name}": value for name, value in loop.items()}
+    device = device_of(table, str(budget), chosen.choice).get("device", {})
+    if device:
+        said.append(ledger_table(device))
     return _Choice(
         plan=chosen,
         facts=facts,
@@ -232,6 +239,7 @@ def _choose(
         prices=prices,
         table=table,
         outcome=outcome,
+        device=device,
     )
 
 
@@ -257,4 +265,5 @@ def _write_page(
     }
     steps = None if choice.outcome is None else choice.outcome.refined.steps
     document = document_of(name, choice.plan, about, choice.table, choice.prices, steps)
+    document["device"] = choice.device
     write_whole(page, report(document, {name: choice.plan}).encode())

@@ -13,6 +13,7 @@ from bitknap.cli.options.declare import argument, option
 from bitknap.cli.options.rules import check_options
 from bitknap.cli.options.solving import (
     check_solving,
+    device_of,
     free_path,
     pinned,
     run_solve,
@@ -30,6 +31,8 @@ from bitknap.errors import InputError
     usual=(
         "table",
         "budget",
+        "fit",
+        "context",
         "frontier",
         "profile",
         "pin",
@@ -41,7 +44,7 @@ from bitknap.errors import InputError
     ),
 )
 @argument("table", "Cost table that bitknap estimate wrote.", type=click.Path(path_type=Path))
-@common.budget
+@common.sized
 @option(
     "--frontier",
     group="limits",
@@ -65,7 +68,13 @@ def solve(
     """Choose the format of each matrix in TABLE so that the plan fits a budget."""
     from bitknap.allocation import CostTable
     from bitknap.allocation.tradeoffs.profile_price import priced
-    from bitknap.cli.views.tables import bits_table, facts_table, limits_table, price_table
+    from bitknap.cli.views.tables import (
+        bits_table,
+        facts_table,
+        ledger_table,
+        limits_table,
+        price_table,
+    )
 
     check_options("solve")
     inputs = [table, *options["limits"]]
@@ -74,13 +83,16 @@ def solve(
         _solve_frontier(table, path, overwrite, as_json, options)
         return
     check_solving(budget, options)
-    solution, prices = run_solve(CostTable.load(table), budget, options)
+    costs = CostTable.load(table)
+    solution, prices = run_solve(costs, budget, options)
     solution.plan.save(path)
     facts = solved(solution)
     tables = [bits_table(solution.plan), facts_table("solution", facts)]
-    facts |= uses(solution)
+    facts |= uses(solution) | device_of(costs, budget, solution.choice)
     if len(solution.used) > 1:
         tables.append(limits_table(facts["limits"]))
+    if "device" in facts:
+        tables.append(ledger_table(facts["device"]))
     if prices:
         tables.append(price_table(prices, options["profile"]))
     present(as_json, facts | priced(prices, options["profile"]) | {"path": out}, *tables)

@@ -33,6 +33,7 @@ _SAID: dict[str, Any] = {
     "samples": {"spearman?": [float]},
     "spearman": [float],
     "measurements": int,
+    "serving": {"family": str},
     "tokens": int,
 }
 _PROVENANCE = {**_SAID, "each": [{f"{key}?": shape for key, shape in _SAID.items()}]}

@@ -7,6 +7,7 @@ from html import escape
 from typing import Any
 
 from bitknap.allocation import BitPlan
+from bitknap.allocation.problem.budget import human
 from bitknap.report.comparison_rows import budgets_of
 from bitknap.report.html import drawn, folded, section, shell, table
 from bitknap.report.maps import bits_range, coverage_figure, plan_figure
@@ -63,6 +64,7 @@ def report(document: Mapping[str, Any], plans: Mapping[str, BitPlan]) -> str:
             480,
         ),
         _plans(plans),
+        _device(document.get("device") or {}),
         _coverage(document.get("coverage") or {}),
         _prices(document.get("price") or ()),
         _refinements(document.get("refine") or {}),
@@ -111,6 +113,16 @@ def _plans(plans: Mapping[str, BitPlan]) -> str:
         "across. All plans have the same colour scale."
     )
     return section("Plan", note, *parts) if parts else ""
+
+
+def _device(ledger: Mapping[str, int]) -> str:
+    if not ledger:
+        return ""
+    size = ledger["device"]
+    rows = [[name, human(count), f"{100 * count / size:.1f} %"] for name, count in ledger.items()]
+    view = table(rows, ["", "memory", "share"], numbers=(1, 2))
+    note = "What the device holds while it generates; all but the weights is a forecast."
+    return section("Memory of the device", note, view)
 
 
 def _coverage(coverage: Mapping[str, Any]) -> str:

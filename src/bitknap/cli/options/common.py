@@ -6,13 +6,15 @@ later is shown with `usual`; tests compare it with the constant of the library.
 
 from __future__ import annotations
 
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 import click
 
 from bitknap.cli.options import completing
-from bitknap.cli.options.declare import Declared, OneOf, argument, option
+from bitknap.cli.options.declare import Declared, OneOf, argument, option, options_of
+from bitknap.errors import InputError
 
 _PATH: Any = click.Path(path_type=Path)
 
@@ -43,6 +45,31 @@ budget = option(
     more="bpw counts bits per weight of the quantized matrices; a size, and a share of the source "
     "checkpoint, count the whole checkpoint.",
 )
+fit = option(
+    "--fit",
+    group="limits",
+    default=None,
+    metavar="SIZE",
+    help="Fit a GPU of this memory instead, such as 24GiB.",
+    more="Cache, activations, the kernels' scratch and the runtime's own share are left room for.",
+)
+context = option(
+    "--context",
+    group="limits",
+    type=int,
+    default=None,
+    metavar="N",
+    help="Tokens of a sequence that --fit leaves room for, prompt and answer.",
+)
+batch = option(
+    "--batch",
+    group="limits",
+    type=int,
+    default=None,
+    usual="1",
+    metavar="N",
+    help="Sequences at once that --fit leaves room for.",
+)
 profile = option(
     "--profile",
     group="limits",
@@ -71,6 +98,43 @@ limit = option(
     help="JSON file with further limits.",
     more="Can be repeated.",
 )
+
+
+def fitted(function: Any) -> Any:
+    """Add --fit with --context and --batch; the command gets them as `budget`, a text or None."""
+
+    @wraps(function)
+    def with_budget(*words: Any, **values: Any) -> Any:
+        asked = [values.pop(name) for name in ("fit", "context", "batch")]
+        values["budget"] = _budget_of(values.get("budget"), *asked)
+        # Rules on options ask whether there is a budget.
+        click.get_current_context().params["budget"] = values["budget"]
+        return function(*words, **values)
+
+    return options_of(fit, context, batch)(with_budget)
+
+
+def sized(function: Any) -> Any:
+    """Add --budget, and --fit as another way to say it; the command gets `budget`, or None."""
+    return budget(fitted(function))
+
+
+def _budget_of(
+    given: str | None, size: str | None, tokens: int | None, sequences: int | None
+) -> str | None:
+    if size is None:
+        for name, value in (("context", tokens), ("batch", sequences)):
+            if value is not None:
+                raise InputError(f"--{name} {value}: only --fit takes it; give one, such as 24GiB")
+        return given
+    if given is not None:
+        raise InputError(f"--fit {size}: --budget {given} is a limit too; give one of the two")
+    if tokens is None:
+        raise InputError(f"--fit {size}: say for how many tokens with --context, such as 32768")
+    from bitknap.allocation import Budget
+
+    return str(Budget.device(size, tokens, 1 if sequences is None else sequences))
+
 
 # solving
 solver = option(

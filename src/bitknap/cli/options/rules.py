@@ -209,7 +209,7 @@ _QUANTIZES = (
     Rule(
         commands=("quantize",),
         broken=lambda a: (a["plan"] is None) == (a["budget"] is None),
-        message="give either --plan or --budget",
+        message="give one of --plan, --budget and --fit",
     ),
     Rule(
         commands=("quantize",),
@@ -249,7 +249,7 @@ _SOLVES = (
     Rule(
         commands=("solve",),
         broken=lambda a: a["frontier"] == (a["budget"] is not None),
-        message="give either --budget or --frontier",
+        message="give one of --budget, --fit and --frontier",
     ),
     *map(_not_with_frontier, ("solver", "gap", "time_limit", "limits", "price")),
 )

@@ -163,6 +163,14 @@ def uses(solution: Any) -> dict[str, Any]:
     }
 
 
+def device_of(table: Any, budget: str, choice: Any) -> dict[str, Any]:
+    """Return what a device holds with a plan, JSON values under "device"; empty without --fit."""
+    from bitknap.allocation import Budget
+
+    ledger = Budget.parse(budget).ledger(table, choice)
+    return {"device": ledger} if ledger else {}
+
+
 def free_path(
     path: str | Path,
     overwrite: bool,

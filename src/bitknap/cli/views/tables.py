@@ -93,6 +93,19 @@ def limits_table(limits: Mapping[str, Mapping[str, Any]]) -> Table:
     return view
 
 
+def ledger_table(ledger: Mapping[str, int]) -> Table:
+    """Return what a device holds, one entry a row, with its share of the device."""
+    view = Table(title="memory of the device")
+    for head in ("", "memory", "share"):
+        view.add_column(head, justify="left" if not head else "right")
+    size = ledger["device"]
+    for name, count in ledger.items():
+        if name in ("left", "left for units"):
+            view.add_section()
+        view.add_row(name, human(count), f"{100 * count / size:.1f} %")
+    return view
+
+
 def losses_table(rows: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return perplexity, KL and agreement of named models, one per row."""
     table = Table(title="on held-out text")
