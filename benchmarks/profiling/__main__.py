@@ -56,7 +56,7 @@ from bitknap.estimators.signals.plain import Kurtosis, RandomScore, RowVariance,
 from bitknap.estimators.signals.scored import Scored
 from bitknap.estimators.signals.signal import Signal
 from bitknap.estimators.sparse.cell_choice import AtRandom
-from bitknap.estimators.sparse.fuzzy import Fuzzy, unit_losses
+from bitknap.estimators.sparse.fuzzy import Fuzzy, measured
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.predictors import GradientBoosting, LogLinear
@@ -276,12 +276,11 @@ def _cells(dense: CostTable) -> int:
 
 def _seconds_a_cell(setting: Setting) -> float:
     """Return the mean seconds of one measurement in this process."""
-    measure = unit_losses(setting.evidence, FORMATS)
     samples = drawn(setting.dense, SEEDS)
     count = min(_TIMED, len(samples))
     start = time.perf_counter()
-    for unit, column in zip(samples.unit[:count], samples.column[:count], strict=True):
-        measure(int(unit), int(column))
+    cells = samples.unit[:count] * len(FORMATS) + samples.column[:count]
+    measured(setting.evidence, FORMATS, cells)
     return (time.perf_counter() - start) / count
 
 

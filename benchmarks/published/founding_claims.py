@@ -30,7 +30,7 @@ from bitknap.estimators.measuring.kl_replay import standard_error
 from bitknap.estimators.published.moqa import expert_significance
 from bitknap.estimators.signals.scored import Scored
 from bitknap.estimators.sparse.cell_features import Antecedents
-from bitknap.estimators.sparse.fuzzy import features, unit_losses
+from bitknap.estimators.sparse.fuzzy import features, measured
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.quiet import silence_transformers
@@ -55,8 +55,7 @@ def antecedents_matter(evidence: Evidence) -> dict[str, Any]:
     draw = np.random.default_rng(0)
     every = (seen[:, None] * len(FORMATS) + np.arange(len(FORMATS))).ravel()
     cells = draw.choice(every, min(_CELLS, len(every)), replace=False)
-    measure = unit_losses(evidence, FORMATS)
-    loss = np.array([measure(int(c) // len(FORMATS), int(c) % len(FORMATS)) for c in cells])
+    loss = measured(evidence, FORMATS, cells)
     whole = features(evidence, FORMATS)
     without = {name: _dropped(whole, name) for name in whole.names}
     harm: dict[str, list[float]] = {name: [] for name in without}

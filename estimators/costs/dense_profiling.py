@@ -11,17 +11,16 @@ quantizer is the one that is deployed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from bitknap.allocation.problem.arrays import Floats
+from bitknap.allocation.problem.arrays import Floats, Longs
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import ROLES, Units
@@ -30,20 +29,20 @@ from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weighed_errors import format_bytes, plainest, token_share
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.evidence.super_experts import super_experts
-from bitknap.estimators.measuring.kl_replay import Replay
-from bitknap.estimators.measuring.layer_output import LayerOutput, window_norms
+from bitknap.estimators.evidence.variant_kl import check_measurable, kl_of, square_changes
+from bitknap.estimators.evidence.variants import Variant
+from bitknap.estimators.measuring.layer_output import window_norms
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.sweep.expert_traces import Block, block_of, runs
 from bitknap.names import check_name
 from bitknap.progress import Progress
-from bitknap.quantization.stacks.apply import replaced
 from bitknap.quantization.stacks.grouping import stacks
 
 Kind = Literal["kl", "layer", "block"]
 
 
 class _Part(NamedTuple):
-    """One unit of measuring and journalling: a stack, or a layer's experts, in one format."""
+    """A stack, or a layer's experts, in one format, and the columns that store as it does."""
 
     key: str
     layer: int
@@ -52,8 +51,8 @@ class _Part(NamedTuple):
     columns: np.ndarray
 
 
-# Maps a part to the measurement of each of its units, float64 [n].
-Measure = Callable[[_Part], Floats]
+# A part, the places of some of its units in it, int64 [n], and their measurements, float64 [n].
+_Reading = tuple[_Part, Longs, Floats]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,7 +72,7 @@ class Measured:
             measured at the experts' output, so "layer" assumes that it is added to the residual
             stream unscaled.
         progress: called with (what, done, of).
-        journal: file that keeps each finished stack × format; resuming with the same inputs gives a
+        journal: file that keeps each measurement; resuming with the same inputs gives a
             bit-identical table.
     """
 
@@ -94,23 +93,28 @@ class Measured:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Moments, for units that cannot be measured, and the live model; traces for blocks."""
-        return frozenset({"moments", "replay"} | ({"traces"} if self.kind == "block" else set()))
+        """Moments, for units that cannot be measured; traces for blocks, else measured variants."""
+        return frozenset({"moments", "traces" if self.kind == "block" else "kl"})
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
         """Return the costs of every unit in every format: nats per token, or a score.
 
         Raises:
-            InputError: the evidence has no live model or no trace, or this kind cannot measure a
-                unit.
+            InputError: the evidence has no means to measure or no trace, or this kind cannot
+                measure a unit.
             MismatchError: the journal belongs to other inputs.
             FileError: the journal is damaged.
         """
-        replay = _checked(evidence, self.kind)
+        _check(evidence, self.kind)
         parts = _parts(evidence.units, formats, whole=self.kind == "block")
-        raw = self._raw(evidence, replay, formats, parts)
-        scale = self._scale(evidence, replay, squared=self.squared)
-        cost, filled = self._filled(evidence, replay, formats, raw * scale[:, None])
+        if self.journal is not None:
+            readings = Readings.open(self.journal, self._about(evidence, formats))
+            measured = replace(evidence, readings=readings)
+        else:
+            measured = evidence
+        raw = self._raw(measured, formats, parts)
+        scale = self._scale(evidence, squared=self.squared)
+        cost, filled = self._filled(evidence, formats, raw * scale[:, None])
         seen = token_share(evidence) > 0
         hit = [part.run[seen[part.run]] for part in parts]
         table = CostTable.from_arrays(
@@ -133,40 +137,57 @@ class Measured:
             table, provenance={**table.provenance, "super_experts": super_experts(table)}
         )
 
-    def _raw(
-        self,
-        evidence: Evidence,
-        replay: Replay,
-        formats: Sequence[Format],
-        parts: Sequence[_Part],
-    ) -> Floats:
+    def _raw(self, evidence: Evidence, formats: Sequence[Format], parts: Sequence[_Part]) -> Floats:
         """Return the measurements, float64 [U, F]; 0 for a kept precision."""
         raw = np.zeros((len(evidence.units), len(formats)))
-        squared = " squared" if self.squared else ""
-        readings, mark = evidence.readings, f"{evidence.mark} {self.name}{squared} "
-        if self.journal is not None:
-            about, mark = self._about(evidence, replay, formats), ""
-            readings = Readings.open(self.journal, about)
-        measured = self._values(evidence, replay, parts, readings, mark)
-        for number, (part, values) in enumerate(measured, start=1):
-            if self.progress:
-                self.progress("measure units", number, len(parts))
-            raw[np.ix_(part.run, part.columns)] = values[:, None]
+        values = self._blocks if self.kind == "block" else self._variants
+        for part, chosen, value in values(evidence, parts):
+            raw[np.ix_(part.run[chosen], part.columns)] = value[:, None]
         return raw
+
+    def _variants(self, evidence: Evidence, parts: Sequence[_Part]) -> Iterator[_Reading]:
+        """Yield the measurement of each unit in each part's format.
+
+        An expert without tokens changes nothing, so it is not measured.
+        """
+        seen = token_share(evidence) > 0
+        cells = [(part, i) for part in parts for i in np.flatnonzero(seen[part.run]).tolist()]
+        variants = [Variant.group(part.run[i : i + 1], part.format) for part, i in cells]
+        measure = kl_of if self.kind == "kl" else square_changes
+        for done, (number, value) in enumerate(measure(evidence, variants), start=1):
+            part, i = cells[number]
+            norm = value if self.kind == "kl" or self.squared else math.sqrt(value)
+            yield part, np.array([i]), np.array([norm])
+            if self.progress:
+                self.progress("measure units", done, len(cells))
+
+    def _blocks(self, evidence: Evidence, parts: Sequence[_Part]) -> Iterator[_Reading]:
+        """Yield the measurements of each part's units, read from the journal if it has them."""
+        mark = f"{evidence.mark} {self.name}{' squared' if self.squared else ''} "
+        block: Block | None = None
+        for done, part in enumerate(parts, start=1):
+            values = evidence.readings.known(mark + part.key, len(part.run))
+            if values is None:
+                if block is None or block.layer.layer != part.layer:
+                    block = None  # one layer's outputs at a time
+                    block = block_of(evidence, part.layer)
+                values = _of_block(evidence, block, part, self.squared)
+                evidence.readings.keep(mark + part.key, values)
+            yield part, np.arange(len(part.run)), values
+            if self.progress:
+                self.progress("measure units", done, len(parts))
 
     def _unit(self) -> str:
         return "nats/token" if self.kind == "kl" or self.squared else "score"
 
-    def _about(
-        self, evidence: Evidence, replay: Replay, formats: Sequence[Format]
-    ) -> dict[str, Any]:
+    def _about(self, evidence: Evidence, formats: Sequence[Format]) -> dict[str, Any]:
         """Return everything that the journal's numbers depend on."""
         columns = b"".join(a.tobytes() for a in evidence.units.to_arrays().values())
         return {
             "kind": self.kind,
             "squared": self.squared,
-            "model": _fingerprint(replay.model),
-            "text": hashlib.sha256(replay.windows.numpy().tobytes()).hexdigest()[:32],
+            "model": _fingerprint(evidence),
+            "text": evidence.provenance["text"],
             "units": hashlib.sha256(columns).hexdigest()[:32],
             "formats": [format.name for format in formats],
             "traced": [len(trace.hidden) for _, trace in sorted(evidence.traces.items())]
@@ -174,47 +195,18 @@ class Measured:
             else [],
         }
 
-    def _values(
-        self,
-        evidence: Evidence,
-        replay: Replay,
-        parts: Sequence[_Part],
-        readings: Readings,
-        mark: str,
-    ) -> Iterator[tuple[_Part, Floats]]:
-        """Yield each part with its units' measurements, read from the journal if it has them."""
-        for layer, group in groupby(parts, key=lambda part: part.layer):
-            measure: Measure | None = None
-            for part in group:
-                values = readings.known(mark + part.key, len(part.run))
-                if values is None:
-                    measure = measure or self._measure(evidence, replay, layer)
-                    values = measure(part)
-                    readings.keep(mark + part.key, values)
-                yield part, values
-
-    def _measure(self, evidence: Evidence, replay: Replay, layer: int) -> Measure:
-        """Return the function that measures the parts of one layer."""
-        if self.kind == "block":
-            block, window = block_of(evidence, layer), replay.span
-            return lambda part: _blocks(evidence, block, part, window, self.squared)
-        if self.kind == "layer":
-            output, power = LayerOutput(replay, evidence.layout, layer), 2 if self.squared else 1
-            return lambda part: _each(evidence, replay, part, lambda: output.change() ** power)
-        return lambda part: _each(evidence, replay, part, lambda: replay.kl(layer))
-
-    def _scale(self, evidence: Evidence, replay: Replay, *, squared: bool) -> Floats:
+    def _scale(self, evidence: Evidence, *, squared: bool) -> Floats:
         """Return nats per token per unit of squared norm, float64 [U]; 1 if not squared."""
         if not squared:
             return np.ones(len(evidence.units))
-        tokens = dict.fromkeys(evidence.layers, len(replay.windows) * replay.span)
+        tokens = {number: layer.tokens for number, layer in evidence.layers.items()}
         if self.kind == "block":
             tokens |= {number: len(trace.hidden) for number, trace in evidence.traces.items()}
         scale = {n: layer.gain / tokens[n] for n, layer in evidence.layers.items()}
         return np.array([scale[number] for number in evidence.units.layer.tolist()])
 
     def _filled(
-        self, evidence: Evidence, replay: Replay, formats: Sequence[Format], cost: Floats
+        self, evidence: Evidence, formats: Sequence[Format], cost: Floats
     ) -> tuple[Floats, int]:
         """Return costs above 0 for all formats but kept precisions, and how many were filled in."""
         grids = np.array([format.kind != "keep" for format in formats])
@@ -227,18 +219,16 @@ class Measured:
         if lost.any():
             moments = SecondMoments().estimate(evidence, formats).cost
             if self._unit() == "score":  # a norm over the text, like the measured ones
-                scale = self._scale(evidence, replay, squared=True)
+                scale = self._scale(evidence, squared=True)
                 moments = np.sqrt(moments / scale[:, None])
             filled[lost] = moments[lost]
         return filled, int(missing.sum())
 
 
-def _checked(evidence: Evidence, kind: str) -> Replay:
-    if evidence.replay is None:
-        raise InputError(
-            "dense profiling needs the live model, which loaded evidence lacks; calibrate in "
-            "this process"
-        )
+def _check(evidence: Evidence, kind: str) -> None:
+    """Raise InputError if a kind cannot be measured, or not on one of the units."""
+    if kind != "block":
+        check_measurable(evidence)
     units = evidence.units
     other = np.flatnonzero(units.role != ROLES.index("routed"))
     if kind != "kl" and len(other):
@@ -246,7 +236,6 @@ def _checked(evidence: Evidence, kind: str) -> Replay:
             f"{kind}: {units.label(int(other[0]))} does not belong to a routed expert; with "
             "`include`, measure kl"
         )
-    return evidence.replay
 
 
 def _parts(units: Units, formats: Sequence[Format], *, whole: bool) -> list[_Part]:
@@ -274,26 +263,7 @@ def _parts(units: Units, formats: Sequence[Format], *, whole: bool) -> list[_Par
     return parts
 
 
-def _each(evidence: Evidence, replay: Replay, part: _Part, measure: Callable[[], float]) -> Floats:
-    """Measure each unit by itself in the part's format, float64 [n].
-
-    An expert without tokens changes nothing, so it needs no run.
-    """
-    seen = token_share(evidence)[part.run] > 0
-    rounded = evidence.round_trip(part.run, evidence.weights(part.run), part.format)
-    values = np.zeros(len(part.run))
-    for i in np.flatnonzero(seen):
-        change = _constant(rounded[i : i + 1])
-        with replaced(replay.model, evidence.layout, [int(part.run[i])], change):
-            values[i] = measure()
-    return values
-
-
-def _constant(value: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda _: value
-
-
-def _blocks(evidence: Evidence, block: Block, part: _Part, window: int, squared: bool) -> Floats:
+def _of_block(evidence: Evidence, block: Block, part: _Part, squared: bool) -> Floats:
     """Return each matrix's share of its whole expert's effect on the output, float64 [n]."""
     units = evidence.units
     changed = {
@@ -302,7 +272,7 @@ def _blocks(evidence: Evidence, block: Block, part: _Part, window: int, squared:
     }
     whole = np.zeros(block.layer.experts)
     for expert, token, change in block.changes(changed):
-        norms = window_norms(change, token // window)
+        norms = window_norms(change, token // evidence.span)
         whole[expert] = float((norms.square() if squared else norms).sum())
     weights = np.bincount(units.expert[part.run], units.numel[part.run])
     expert = units.expert[part.run]
@@ -310,10 +280,12 @@ def _blocks(evidence: Evidence, block: Block, part: _Part, window: int, squared:
     return share
 
 
-def _fingerprint(model: Any) -> str:
-    """Return a hash of every parameter of a live model."""
+def _fingerprint(evidence: Evidence) -> str:
+    """Return a hash of a model: of every parameter of a live one, else its checkpoint's."""
+    if evidence.replay is None:
+        return str(evidence.provenance.get("model", ""))
     digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
+    for name, parameter in evidence.replay.model.named_parameters():
         digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}".encode())
         flat = parameter.detach().cpu().contiguous().flatten()
         digest.update(flat.view(torch.uint8).numpy().tobytes())

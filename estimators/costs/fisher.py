@@ -60,10 +60,8 @@ class Fisher:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Squared gradients; in output space traces with gradients, and the live model."""
-        return frozenset(
-            {"curvature"} if self.space == "weight" else {"traces", "gradients", "replay"}
-        )
+        """Squared gradients; in output space traces with gradients."""
+        return frozenset({"curvature"} if self.space == "weight" else {"traces", "gradients"})
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
         """Return the costs of every unit in every format, nats per token.

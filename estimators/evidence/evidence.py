@@ -20,9 +20,10 @@ from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.effort import Effort
 from bitknap.estimators.evidence.variants import VariantSweep
+from bitknap.estimators.measuring.expert_forward import Experts
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.readings import Readings
-from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 from bitknap.quantization.rounding.methods import RTN, round_trip
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
@@ -170,6 +171,9 @@ class Evidence:
         replay: measures the live model's KL; None if there is no live model.
         sweep: measures variants of a model that is not in memory; None if it is.
         effort: how much estimators round and measure.
+        experts: returns the experts of a layer, to run them again with weights of one's own; None
+            if no model was run.
+        span: tokens of a window of the text that each layer sees.
         provenance: text hash, tokens, seed, model fingerprint.
         traces: inputs and routing of the experts, by layer number; empty unless asked for.
         rounding: rounding method; costs are charged for this method.
@@ -187,6 +191,8 @@ class Evidence:
     readings: Readings = field(default_factory=Readings)
     sweep: VariantSweep | None = None
     effort: Effort = field(default_factory=Effort)
+    experts: Callable[[ExpertLayer], Experts] | None = None
+    span: int = 0
 
     @property
     def mark(self) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Protocol
 
 # The kinds of statistics that a calibration pass can record.
-NEEDS = ("moments", "full", "curvature", "gradients", "traces", "kl", "replay")
+NEEDS = ("moments", "full", "curvature", "gradients", "traces", "kl")
 
 
 class FromEvidence(Protocol):
@@ -18,8 +18,7 @@ class FromEvidence(Protocol):
     * "curvature": squared gradients of each weight;
     * "gradients": gradients at the experts' outputs;
     * "traces": inputs and routing of the experts, token by token;
-    * "kl": the means to measure the KL of variants of the model (`evidence.variant_kl.kl_of`);
-    * "replay": the live model, to measure anything else.
+    * "kl": the means to measure variants of the model (`evidence.variant_kl.kl_of`).
     """
 
     @property

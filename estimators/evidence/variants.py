@@ -120,3 +120,9 @@ class VariantSweep(Protocol):
     ) -> Iterator[tuple[int, Losses]]:
         """Yield each variant's number and losses to the unchanged model, in the order measured."""
         ...
+
+    def square_changes(
+        self, variants: Sequence[Variant], changing: Changing
+    ) -> Iterator[tuple[int, float]]:
+        """Yield each variant's number and the squared change of its one layer's output."""
+        ...

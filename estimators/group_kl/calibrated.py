@@ -11,7 +11,7 @@ does not grow with the number of formats or experts.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -196,7 +196,16 @@ def group_kls(
     read = [math.nan] * len(groups)
     if progress:
         progress("measure groups", 0, len(groups))
-    for done, (number, kl) in enumerate(kl_of(evidence, groups), start=1):
+    for done, (number, kl) in enumerate(finite_kls(evidence, groups), start=1):
+        read[number] = kl
+        if progress:
+            progress("measure groups", done, len(groups))
+    return read
+
+
+def finite_kls(evidence: Evidence, groups: Sequence[Variant]) -> Iterator[tuple[int, float]]:
+    """Yield each group's number and KL, as `group_kls` returns them, in the order measured."""
+    for number, kl in kl_of(evidence, groups):
         if not math.isfinite(kl):
             first, format = int(groups[number].units[0]), groups[number].formats[0]
             raise ModelError(
@@ -204,7 +213,4 @@ def group_kls(
                 "the model's output overflows float32; leave that format out, or estimate "
                 "without calibration"
             )
-        read[number] = kl
-        if progress:
-            progress("measure groups", done, len(groups))
-    return read
+        yield number, kl

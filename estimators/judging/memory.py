@@ -64,7 +64,7 @@ def way_to_measure_plans(
     """
     if limit is None:
         return "whole"
-    whole = peak_bytes(source, layout, tokens, {"replay", *needs})
+    whole = peak_bytes(source, layout, tokens, needs)
     return _within(limit, whole, layer_bytes(source, layout, tokens, needs))
 
 

@@ -43,13 +43,13 @@ class LayerOutput:
             handle.remove()
 
     @torch.inference_mode()
-    def change(self) -> float:
-        """Return the Frobenius norm of the present change of its output over the whole text."""
+    def square_change(self) -> float:
+        """Return the squared Frobenius norm of the present change of its output over the text."""
         square = torch.zeros((), dtype=torch.float64)
         for args, kwargs, reference in self._calls:
             output = _tensor(self._module(*args, **kwargs))
             square += (output.double() - reference.double()).square().sum()
-        return float(square.sqrt())
+        return float(square)
 
 
 def window_norms(change: Tensor, window: Tensor) -> Tensor:

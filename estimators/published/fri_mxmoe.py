@@ -38,7 +38,7 @@ from bitknap.estimators.published.rule import (
     solved,
 )
 from bitknap.estimators.sparse.cell_choice import ByDepth
-from bitknap.estimators.sparse.fuzzy import Fuzzy, unit_losses
+from bitknap.estimators.sparse.fuzzy import Fuzzy, measured
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.progress import Progress
@@ -58,18 +58,12 @@ def fri(
     units, shape = evidence.units, (len(evidence.units), len(formats))
     count = max(2, round(RULE_BASE * shape[0] * shape[1]))
     cells = ByDepth().pick(units, np.ones(shape, dtype=np.bool_), None, count, seed=0)
-    measure = unit_losses(evidence, formats)
-    loss = []
-    for done, cell in enumerate(cells.tolist()):
-        if progress:
-            progress("measure rules", done, len(cells))
-        loss.append(measure(cell // shape[1], cell % shape[1]))
     samples = LossSamples(
         units=units,
         formats=tuple(formats),
         unit=cells // shape[1],
         column=cells % shape[1],
-        loss=np.array(loss),
+        loss=measured(evidence, formats, cells, progress),
         provenance={
             "model": "",
             "text": "",

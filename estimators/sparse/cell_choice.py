@@ -7,7 +7,7 @@ ranking of held-out cells stops improving.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,8 +23,9 @@ from bitknap.estimators.sparse.cell_features import Antecedents, Predictor
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.progress import Progress
 
-# Maps a unit and the column of a format to the loss in nats per token.
-Measure = Callable[[int, int], float]
+# Measures units [n] in the columns [n] of formats; yields places in these lists and losses in nats
+# per token, in any order.
+Measure = Callable[[Longs, Longs], Iterable[tuple[int, float]]]
 
 # Growing stops unless two rounds add this much held-out rank correlation; Bitknap's choice.
 _GAIN = 0.005
@@ -206,7 +207,7 @@ class Grown:
 
     @property
     def measurements(self) -> int:
-        """Number of calls of `measure`."""
+        """Number of cells that were measured."""
         return len(self.samples)
 
 
@@ -224,7 +225,7 @@ def grow(
     at least 10 cells, is drawn at random and measured first as the held-out cells.
 
     Args:
-        measure: maps unit and column to nats per token.
+        measure: measures cells; all those of a round together.
         space: the cells.
         predictor: learns from the measurements.
         growth: number of cells to measure, and the way to pick them.
@@ -240,10 +241,11 @@ def grow(
 
     def take(anchors: Anchors, spread: Floats | None, count: int) -> Longs:
         cells = anchors.pick(space.units, free, spread, count, growth.seed)
-        for cell in cells.tolist():
+        width = len(space.formats)
+        for place, loss in measure(cells // width, cells % width):
+            known[int(cells[place])] = loss
             if progress:
                 progress("measure cells", len(known), budget)
-            known[cell] = measure(cell // len(space.formats), cell % len(space.formats))
         free.ravel()[cells] = False
         return cells
 

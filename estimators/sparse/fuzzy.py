@@ -7,15 +7,15 @@ loss.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from bitknap.allocation.problem.arrays import Floats, Longs
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
 from bitknap.allocation.problem.units import Units
-from bitknap.errors import InputError
 from bitknap.estimators.costs.data_free import distortion
 from bitknap.estimators.costs.estimator import Estimator
 from bitknap.estimators.costs.fisher import Fisher
@@ -28,12 +28,15 @@ from bitknap.estimators.costs.weighed_errors import (
     token_share,
 )
 from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.evidence.variant_kl import check_measurable
 from bitknap.estimators.evidence.variants import Variant
-from bitknap.estimators.group_kl.calibrated import group_kls
+from bitknap.estimators.group_kl.calibrated import finite_kls
+from bitknap.estimators.sparse.cell_choice import Measure
 from bitknap.estimators.sparse.cell_features import Antecedents, Predictor
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
 from bitknap.estimators.sparse.shrunk_predictor import Shrunk
+from bitknap.progress import Progress
 from bitknap.quantization.stacks.grouping import stacks
 
 # Smaller values are raised to this before taking the logarithm.
@@ -168,23 +171,41 @@ def features(evidence: Evidence, formats: Sequence[Format]) -> Antecedents:
     )
 
 
-def unit_losses(evidence: Evidence, formats: Sequence[Format]) -> Callable[[int, int], float]:
-    """Return a function that measures one unit in one format, nats per token, for `grow`.
+def unit_losses(evidence: Evidence, formats: Sequence[Format]) -> Measure:
+    """Return what measures single units in formats, nats per token, for `grow`.
 
     Raises:
-        InputError: the evidence has no live model to measure.
+        InputError: the evidence has no means to measure.
     """
-    replay = evidence.replay
-    if replay is None:
-        raise InputError(
-            "measuring samples needs the live model, which loaded evidence lacks; calibrate in "
-            "this process"
+    check_measurable(evidence)
+
+    def measure(units: Longs, columns: Longs) -> Iterator[tuple[int, float]]:
+        pairs = zip(units.tolist(), columns.tolist(), strict=True)
+        yield from finite_kls(
+            evidence, [Variant.group(np.array([u]), formats[c]) for u, c in pairs]
         )
 
-    def measure(unit: int, column: int) -> float:
-        return group_kls(evidence, [Variant.group(np.array([unit]), formats[column])])[0]
-
     return measure
+
+
+def measured(
+    evidence: Evidence,
+    formats: Sequence[Format],
+    cells: Longs,
+    progress: Progress | None = None,
+) -> Floats:
+    """Return the losses of cells, unit × F + format, in nats per token, float64 [n].
+
+    Raises:
+        InputError: the evidence has no means to measure.
+    """
+    losses, measure = np.zeros(len(cells)), unit_losses(evidence, formats)
+    found = measure(cells // len(formats), cells % len(formats))
+    for done, (place, loss) in enumerate(found, start=1):
+        losses[place] = loss
+        if progress:
+            progress("measure cells", done, len(cells))
+    return losses
 
 
 def _seen(evidence: Evidence, run: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:

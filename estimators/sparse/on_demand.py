@@ -62,9 +62,9 @@ class Sampled:
 
     @property
     def needs(self) -> frozenset[str]:
-        """Moments, everything that the base needs, and the live model if cells must be measured."""
+        """Moments, all that the base needs, and measured variants if cells must be measured."""
         known = self.file is not None and self.file.exists()
-        own = {"moments"} if known else {"moments", "replay"}
+        own = {"moments"} if known else {"moments", "kl"}
         return frozenset(own) | (self.base.needs if self.base else frozenset())
 
     def estimate(self, evidence: Evidence, formats: Sequence[Format]) -> CostTable:
@@ -73,7 +73,7 @@ class Sampled:
         Raises:
             MismatchError: the samples belong to another model, quantizer or set of formats.
             FileError: the file cannot be read.
-            InputError: there is no live model, or there are too few cells to measure.
+            InputError: there are no means to measure, or there are too few cells to measure.
         """
         if self.file is not None and self.file.exists():
             samples = _known(self.file, evidence, formats)
@@ -84,7 +84,7 @@ class Sampled:
         return Fuzzy(samples, base=self.base).estimate(evidence, formats)
 
     def _measured(self, evidence: Evidence, formats: Sequence[Format]) -> LossSamples:
-        """Measure cells on the live model, picked where rules are least certain."""
+        """Measure cells, picked where rules are least certain."""
         # An expert that no token reaches changes nothing.
         reached = token_share(evidence) > 0
         cells = int(reached.sum()) * sum(f.kind != "keep" for f in formats)

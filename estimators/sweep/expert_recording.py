@@ -21,8 +21,8 @@ from torch import Tensor, nn
 
 from bitknap.errors import ModelError
 from bitknap.estimators.evidence.evidence import LayerTrace, zeros
+from bitknap.estimators.measuring.expert_forward import Experts, experts_at
 from bitknap.estimators.measuring.float_range import added, second_moments, squares_product
-from bitknap.estimators.sweep.expert_forward import Experts, experts_at
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 
 # Attributes of `LayerSums` that `finished` returns and `restore` takes under their own names.

@@ -17,7 +17,7 @@ from torch import Tensor
 from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence, LayerTrace
-from bitknap.estimators.sweep.expert_forward import Experts, experts_at
+from bitknap.estimators.measuring.expert_forward import Experts
 from bitknap.quantization.models.matrix_views import ExpertLayer
 
 
@@ -80,17 +80,14 @@ def block_of(evidence: Evidence, layer: int) -> Block:
     """Return the experts of one layer with their trace.
 
     Raises:
-        InputError: no trace of the layer was recorded, or the evidence has no live model.
+        InputError: no trace of the layer was recorded, or the evidence has no model.
     """
     if layer not in evidence.traces:
         raise InputError(f"layer {layer}: no inputs were kept; calibrate with traces=True")
-    if evidence.replay is None:
-        raise InputError(
-            "running experts again needs the live model, which loaded evidence lacks; calibrate "
-            "in this process"
-        )
+    if evidence.experts is None:
+        raise InputError("running experts again needs the model that was calibrated")
     experts_layer = next(x for x in evidence.layout.layers if x.layer == layer)
-    experts = experts_at(evidence.replay.model, experts_layer)
+    experts = evidence.experts(experts_layer)
     trace = evidence.traces[layer]
     weights = {name: evidence.weights(run) for name, run in runs(evidence.units, layer).items()}
     seen = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from bitknap.estimators.evidence.evidence import Evidence, LayerEvidence
 from bitknap.estimators.measuring.drawn_loss import drawn_labels, loss_of, rooted
+from bitknap.estimators.measuring.expert_forward import experts_at
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay
 from bitknap.estimators.measuring.language_model import settle
 from bitknap.estimators.measuring.windows import Windows, logits_of
@@ -69,6 +71,8 @@ def calibrate(
         replay=replay,
         provenance=provenance_of(windows.ids, seed),
         traces={number: kept for number, layer in sums.items() if (kept := layer.trace())},
+        experts=partial(experts_at, model),
+        span=replay.span,
     )
 
 

@@ -28,6 +28,7 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.windows import Windows
+from bitknap.estimators.measuring.windows import seen as seen_by_layers
 from bitknap.estimators.sweep.backward_sweep import BackwardSweep
 from bitknap.estimators.sweep.expert_recording import LayerSums, check_seen, recording
 from bitknap.estimators.sweep.finished_layers import Shelf
@@ -102,6 +103,8 @@ def calibrate_by_layer(
         provenance=provenance_of(windows.ids, seed),
         traces={number: kept for number, x in sums.items() if (kept := x.trace())},
         sweep=work.sweep(text) if recorded.streams else None,
+        experts=skeleton.experts,
+        span=seen_by_layers(model, windows.shape[1]),
     )
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from bitknap.errors import ModelError
-from bitknap.estimators.sweep.expert_forward import experts_at
+from bitknap.estimators.measuring.expert_forward import experts_at
 from bitknap.estimators.sweep.expert_recording import LayerSums
 
 # Noise that measures a layer's gain, relative to its output's size: small enough for KL to be

@@ -30,11 +30,9 @@ LOGITS = 5
 # Numbers of 4 bytes that one MoE layer keeps for each token while it runs alone: in sizes of the
 # residual stream, and for each expert the token goes to in sizes of the middle and the stream.
 _STREAM, _ROUTED = 8, 4
-# Copies of a stack of units that live at once while it is rounded and put back.
-_STACK = 5
-
-# Needs that require the whole model in memory.
-WHOLE = frozenset({"replay"})
+# Copies of a stack of units that live at once: while it is rounded and put back, while experts run
+# again with it, and while its squared gradients are averaged in float64.
+_STACK, _AGAIN, _FISHER = 5, 5, 8
 
 # The whole model, or one decoder layer at a time.
 Way = Literal["whole", "layers"]
@@ -53,22 +51,13 @@ def way_to_calibrate(
         limit: bytes; None for any number.
 
     Raises:
-        InputError: no way is within the limit; the message names estimators that are.
+        InputError: no way is within the limit.
     """
-    least = peak_bytes(source, layout, tokens, needs)
-    if limit is None or least <= limit:
+    if limit is None or peak_bytes(source, layout, tokens, needs) <= limit:
         return "whole"
-    alone, whole = layer_bytes(source, layout, tokens, needs), bool(WHOLE & set(needs))
-    if alone <= limit and not whole:
+    least = layer_bytes(source, layout, tokens, needs)
+    if least <= limit:
         return "layers"
-    if alone <= limit:
-        raise InputError(
-            "memory: single measurements need the whole model in memory, about "
-            f"{human(least)}, limit is {human(limit)}; raise the limit, or use an estimator that "
-            "works layer by layer, such as calibrated or moments, or one that reads weights "
-            "alone, such as data-free"
-        )
-    least = least if whole else alone
     raise InputError(
         f"memory: calibrating takes about {human(least)}, limit is {human(limit)}; raise the "
         "limit, take fewer tokens, or use an estimator of weights alone, such as data-free"
@@ -115,8 +104,9 @@ def layer_bytes(source: Source, layout: Layout, tokens: int, needs: Collection[s
     """Return about how many bytes `calibrate_by_layer` and estimating take at most.
 
     This is the largest of three parts: one decoder layer in float32 with what it takes at once
-    (below); the logits of one window; one layer's experts while they are rounded. One stored tensor
-    while it is read and the sums of all layers are added. Files are not counted.
+    (below); the logits of one window; one layer's experts while they are rounded, and run again if
+    there are traces. One stored tensor while it is read and the sums of all layers are added. Files
+    are not counted.
 
     A layer takes in turn: its recordings and a batch's activations; where KL is measured, a stack
     of its units as they were and as rounded, with activations; where gradients are, those of the
@@ -142,13 +132,19 @@ def layer_bytes(source: Source, layout: Layout, tokens: int, needs: Collection[s
     running = batch * (_STREAM * hidden + _ROUTED * routed * (hidden + middle))
     stack = max((int(units.numel[run].sum()) for run in stacks(units)), default=0)
     graph = _GRAPH * batch * (hidden + routed * middle)
+    traces = bool({"traces", "gradients"} & set(needs))
     in_turn = (
-        recorded + bool({"traces", "gradients"} & set(needs)) * traced + running,
+        recorded + traces * traced + running,
         ("kl" in needs) * _STACK * stack + running,
         ("curvature" in needs) * (routed_weights + graph),
         ("gradients" in needs) * (traced + graph),
     )
-    most = max(_largest_layer(source) + max(in_turn), LOGITS * window * vocabulary, routed_weights)
+    again = traces * (_AGAIN * stack + tokens * (hidden + routed * (hidden + middle)))
+    most = max(
+        _largest_layer(source) + max(in_turn),
+        LOGITS * window * vocabulary,
+        routed_weights + max(again, ("curvature" in needs) * _FISHER * stack),
+    )
     sums = 2 * sum(x.experts * (x.hidden + 3 * x.intermediate) for x in layers)
     largest = max(read_bytes(source).values(), default=0)
     return largest + 4 * (most + sums)

@@ -260,6 +260,13 @@ def passed(
 
 
 @torch.no_grad()
+def square_distance(one: Stream, other: Stream) -> float:
+    """Return the squared Frobenius norm of the difference of two streams of a text."""
+    differences = (one[i].double() - other[i].double() for i in range(len(one.batches)))
+    return sum(float(difference.square().sum()) for difference in differences)
+
+
+@torch.no_grad()
 def losses_between(reference: Passed, others: Sequence[Passed]) -> list[Losses]:
     """Return the losses of a text that has passed several models, computed a window at a time.
 

@@ -19,7 +19,13 @@ from torch import Tensor
 
 from bitknap.estimators.evidence.variants import UNCHANGED, Changing, Variant
 from bitknap.estimators.measuring.kl_replay import Losses
-from bitknap.estimators.sweep.text_stream import Passed, Stream, Streamed, losses_between
+from bitknap.estimators.sweep.text_stream import (
+    Passed,
+    Stream,
+    Streamed,
+    losses_between,
+    square_distance,
+)
 
 # Variants that pass the layers together: more take more disk, fewer load layers more often. All
 # that a kill loses is what these had passed.
@@ -91,6 +97,28 @@ class VariantStreams:
             with self.run.skeleton.loaded(place), _changed(self.run, part, changing):
                 stream = outputs[place] = self.run.advance(place, stream)
         return replace(self, outputs=outputs, base=base)
+
+    def square_changes(
+        self, variants: Sequence[Variant], changing: Changing
+    ) -> Iterator[tuple[int, float]]:
+        """Yield each variant's number and the squared change of its one layer's output.
+
+        The outputs of the layers and of those before them must be kept.
+
+        Raises:
+            ModelError: a layer's output is NaN or infinite for a variant.
+            FileError: a tensor, or a file beside the journal, is missing or damaged.
+            BitknapError: the disk has no room for a layer's output.
+        """
+        plain = self._parts(UNCHANGED, changing)
+        first = np.array([_differing(self._parts(one, changing), plain) for one in variants])
+        for place in np.unique(first).tolist():
+            before = self.outputs[place - 1] if place else self.text
+            with self.run.skeleton.loaded(place):
+                for number in np.flatnonzero(first == place).tolist():
+                    with _changed(self.run, variants[number], changing):
+                        output = self.run.advance(place, before)
+                    yield number, square_distance(output, self.outputs[place])
 
     def _together(
         self,

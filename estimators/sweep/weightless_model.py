@@ -19,11 +19,12 @@ from torch import Tensor, nn
 
 from bitknap.allocation.problem.units import ROLES
 from bitknap.errors import FileError, ModelError
+from bitknap.estimators.measuring.expert_forward import Experts, experts_at
 from bitknap.estimators.measuring.freed_memory import give_back
 from bitknap.estimators.sweep.disk_tensors import moved
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
-from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 from bitknap.quantization.packed.buildable import stored_as
 from bitknap.quantization.source.architecture import align_experts, config_of, hollow
 from bitknap.quantization.source.source import Stored
@@ -101,6 +102,18 @@ class Skeleton:
     def drop_rest(self) -> None:
         """Drop the tensors that were read from outside the decoder layers."""
         self._drop([name for name in self._state if not name.startswith(f"{self._list}.")])
+
+    def experts(self, layer: ExpertLayer) -> Experts:
+        """Return the experts of a layer, with all that they hold except their matrices.
+
+        What they hold, such as biases, stays until the layer is loaded again.
+
+        Raises:
+            FileError: a tensor is missing or damaged.
+        """
+        names = [name for name in self._state if name.startswith(f"{layer.module}.")]
+        self._fill([name for name in names if name not in self._experts])
+        return experts_at(self.model, layer)
 
     def weights(self, which: np.ndarray) -> Tensor:
         """Return the weights of equally shaped units, float32 [n, rows, cols], from the disk."""

@@ -16,7 +16,7 @@ from bitknap.allocation.problem.serving import Serving
 from bitknap.allocation.problem.table import storage
 from bitknap.api.quantizing import CALIBRATION_TOKENS, default_formats
 from bitknap.estimators.group_kl.calibrated import Calibrated
-from bitknap.estimators.sweep.peak_memory import WHOLE, layer_bytes, peak_bytes
+from bitknap.estimators.sweep.peak_memory import layer_bytes
 from bitknap.quantization.models.headers_only import experts_per_token, text_config, walk_headers
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.buildable import check_source
@@ -169,10 +169,7 @@ def steps(source: Checkpoint, layout: Layout) -> list[Step]:
     options = len(default_formats(units))
 
     def calibrating(needs: Collection[str]) -> int:
-        tokens = CALIBRATION_TOKENS
-        if WHOLE & set(needs):
-            return peak_bytes(source, layout, tokens, needs) + _LIBRARIES
-        return layer_bytes(source, layout, tokens, needs) + _LIBRARIES
+        return layer_bytes(source, layout, CALIBRATION_TOKENS, needs) + _LIBRARIES
 
     text = Calibrated().needs
     needed = [

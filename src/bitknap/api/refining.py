@@ -287,7 +287,7 @@ def _opened(
     if way_to_measure_plans(source, layout, tokens, asked.max_memory, needs) == "layers":
         return _by_layer(source, asked, how, progress)
     asked = replace(asked, rounding=Remembered(rounding=rounding), max_memory=None)
-    evidence = gather(source, frozenset({"replay"}), asked, progress=progress)
+    evidence = gather(source, frozenset({"moments"}), asked, progress=progress)
     assert evidence.replay is not None
     live, taken = evidence.replay.model, evidence.replay.windows
     text = document_of(text_of(asked.only_text), "calibration")

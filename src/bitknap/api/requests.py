@@ -79,8 +79,8 @@ class Calibration:
         include: Roles besides routed experts: "attention", "shared", "dense".
         seed: Random seed for noise, labels and rotation.
         rounding: How weights will be rounded; costs are measured for this method.
-        max_memory: Maximum bytes; if more would be needed, gradients or the whole pass are computed
-            layer by layer. None sets no bound.
+        max_memory: Maximum bytes; if more would be needed, the model is calibrated layer by layer.
+            None sets no bound.
         robust: How costs of several texts are combined: "mean" (default), "worst" or "mean+sd".
         risk: Number of standard deviations that "mean+sd" adds.
         thorough: Round all rows of every matrix, not a sample of them; takes many times as long on

@@ -1,6 +1,7 @@
 """Dense profiling against measurements taken by hand, and its journal."""
 
 import contextlib
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -151,7 +152,7 @@ def test_an_unseen_expert_costs_what_the_cheapest_does(case):
 def test_where_nothing_was_measured_the_moments_answer(measured, case, monkeypatch):
     target = "bitknap.estimators.measuring.kl_replay.Replay.kl"
     if measured.kind == "layer":
-        target = "bitknap.estimators.costs.dense_profiling.LayerOutput.change"
+        target = "bitknap.estimators.measuring.layer_output.LayerOutput.square_change"
     monkeypatch.setattr(target, lambda *args: 0.0)
     table = measured.estimate(case.evidence, FORMATS[:1])
     expected = SecondMoments().estimate(case.evidence, FORMATS[:1]).cost
@@ -191,7 +192,9 @@ def test_a_killed_run_continues_to_the_same_table(measured, case, tmp_path):
     said = []
     last = replace(measured, journal=path, progress=lambda *args: said.append(args))
     assert same(last.estimate(case.evidence, FORMATS), whole)
-    count = 6 if measured.kind == "block" else 14  # 2 layers × 3 formats; × (2 + 2 + 3)
+    # 2 layers × 3 formats; or 4 experts that tokens reach × 2 layers × (2 + 2 + 3).
+    count = 6 if measured.kind == "block" else 56
+    assert whole.provenance["measurements"] == (24 if measured.kind == "block" else 56)
     assert said == [("measure units", i + 1, count) for i in range(count)]
     content = path.read_bytes()
     assert len(content.splitlines()) == 1 + count
@@ -252,7 +255,7 @@ def test_files_that_are_no_journal_are_kept(case, tmp_path, content, message):
     [
         b"{}",
         b"nonsense",
-        b'{"key": "0 int2-g8-asym", "values": [1]}',
+        b'{"key": "KEY", "values": [1, 2]}',
         b'{"key": "a", "values": [1' + b"0" * 400 + b"]}",
         b"[" * 100_000,
     ],
@@ -261,6 +264,7 @@ def test_a_damaged_line_is_named(case, tmp_path, line):
     path = tmp_path / "journal.jsonl"
     Measured(journal=path).estimate(case.evidence, FORMATS[:1])
     lines = path.read_bytes().splitlines()
+    line = line.replace(b"KEY", json.loads(lines[2])["key"].encode())
     path.write_bytes(b"\n".join([lines[0], lines[1], line, *lines[3:]]) + b"\n")
     with pytest.raises(FileError, match="line 3 is damaged"):
         Measured(journal=path).estimate(case.evidence, FORMATS[:1])

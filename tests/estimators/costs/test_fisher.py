@@ -34,7 +34,7 @@ def test_names_and_needs():
     assert Fisher().name == "fisher"
     assert Fisher().needs == {"curvature"}
     assert Fisher("output").name == "fisher-output"
-    assert Fisher("output").needs == {"traces", "gradients", "replay"}
+    assert Fisher("output").needs == {"traces", "gradients"}
     with pytest.raises(InputError, match="'both' is unknown; one of weight, output"):
         Fisher("both")  # type: ignore[arg-type]
 

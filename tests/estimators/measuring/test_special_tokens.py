@@ -195,7 +195,7 @@ def test_a_model_that_needs_bos_gets_it(needs_bos, tmp_path):
 
 def test_calibration_reads_bos_too(needs_bos):
     asked = Calibration(text=str(needs_bos / "text.txt"), tokens=64)
-    evidence = gather(Checkpoint.open(needs_bos), frozenset({"replay"}), asked)
+    evidence = gather(Checkpoint.open(needs_bos), frozenset({"moments"}), asked)
     assert evidence.replay is not None
     windows = evidence.replay.windows
     assert (windows[:, 0] == 1).all() and (windows[:, 1:] > 1).all()

@@ -90,13 +90,18 @@ def space(units, antecedents, formats=FORMATS):
     return CellSpace(units=units, formats=formats, antecedents=antecedents, provenance=ORIGIN)
 
 
+def read_off(truth):
+    """Return what measures cells by reading a table."""
+    return lambda units, columns: enumerate(truth[units, columns].tolist())
+
+
 @pytest.mark.parametrize("anchors", [AtRandom(), ByDepth(), LeastSure()], ids=repr)
 def test_growing_stops_when_the_ranking_is_as_good_as_it_gets(anchors, units, truth, antecedents):
-    calls = []
+    calls: list[tuple[int, int]] = []
 
-    def measure(unit, column):
-        calls.append((unit, column))
-        return truth[unit, column]
+    def measure(units, columns):
+        calls.extend(zip(units.tolist(), columns.tolist(), strict=True))
+        return enumerate(truth[units, columns].tolist())
 
     def grown(seed):
         growth = Growth(start=60, step=60, stop=900, anchors=anchors, seed=seed)
@@ -121,7 +126,7 @@ def columns(samples):
 
 def test_growing_keeps_within_the_budget(units, truth, antecedents):
     growth = Growth(start=20, step=15, stop=47)
-    found = grow(lambda u, c: truth[u, c], space(units, antecedents), LogLinear(), growth)
+    found = grow(read_off(truth), space(units, antecedents), LogLinear(), growth)
     assert not found.saturated
     assert found.measurements == 47  # 10 to judge by, 20, 15, and the 2 that are left
     assert len(found.spearman) == 3
@@ -130,14 +135,14 @@ def test_growing_keeps_within_the_budget(units, truth, antecedents):
 def test_kept_precisions_are_not_measured(units, truth, antecedents):
     kept = space(units, antecedents, (*FORMATS[:2], Format.keep("bf16")))
     growth = Growth(start=20, step=20, stop=60)
-    found = grow(lambda u, c: truth[u, c], kept, LogLinear(), growth)
+    found = grow(read_off(truth), kept, LogLinear(), growth)
     assert found.samples.column.max() == 1
 
 
 def test_a_budget_without_a_start_is_refused(units, truth, antecedents):
     with pytest.raises(InputError) as error:
         grow(
-            lambda unit, column: 1.0,
+            read_off(truth),
             space(units, antecedents),
             LogLinear(),
             Growth(start=20, step=10, stop=25),

@@ -12,7 +12,7 @@ from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weighed_errors import token_share
 from bitknap.estimators.sparse.cell_choice import AtRandom
 from bitknap.estimators.sparse.cell_features import nats
-from bitknap.estimators.sparse.fuzzy import Fuzzy, features, unit_losses
+from bitknap.estimators.sparse.fuzzy import Fuzzy, features, measured
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.predictors import Residual
@@ -28,14 +28,13 @@ def case():
     units = evidence.units
     free = np.ones((len(units), len(FORMATS)), dtype=np.bool_)
     cells = AtRandom().pick(units, free, None, 60, 0)
-    measure = unit_losses(evidence, FORMATS)
     unit, column = cells // len(FORMATS), cells % len(FORMATS)
     samples = LossSamples(
         units=units,
         formats=FORMATS,
         unit=unit,
         column=column,
-        loss=np.array([measure(int(u), int(c)) for u, c in zip(unit, column, strict=True)]),
+        loss=measured(evidence, FORMATS, cells),
         provenance=ORIGIN,
     )
     return SimpleNamespace(evidence=evidence, samples=samples, units=units)

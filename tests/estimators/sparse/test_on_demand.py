@@ -34,7 +34,7 @@ def test_what_is_measured_is_kept_and_used_again(evidence, tmp_path):
         base=SecondMoments(),
         progress=lambda *what: told.append(what),
     )
-    assert ours.needs == {"moments", "replay"}
+    assert ours.needs == {"moments", "kl"}
     table = ours.estimate(evidence, FORMATS)
     samples = LossSamples.load(file)
     assert 20 <= len(samples) <= 24
@@ -89,7 +89,7 @@ def test_too_few_to_learn_from(evidence):
     seen = calibrate(small, walk(small), evidence.replay.windows)
     with pytest.raises(InputError, match="samples: 6 cells can be measured, 20 are needed; add"):
         Sampled(base=None).estimate(seen, FORMATS[:1])
-    with pytest.raises(InputError, match="samples needs the live model"):
+    with pytest.raises(InputError, match="KL needs the live model"):
         Sampled(base=None).estimate(replace(evidence, replay=None), FORMATS)
 
 

@@ -1,11 +1,18 @@
 """Gradients caught one decoder layer at a time: those of the whole model, also after kills."""
 
+import functools
+
+import numpy as np
 import pytest
 import torch
 
+from bitknap.allocation import formats
+from bitknap.estimators.costs.dense_profiling import Measured
+from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.measuring import kl_replay
 from bitknap.estimators.measuring.drawn_loss import drawn_labels
 from bitknap.estimators.measuring.readings import Readings, folder_of
+from bitknap.estimators.sparse.on_demand import Sampled
 from bitknap.estimators.sweep import backward_sweep, in_memory, layer_by_layer, text_stream
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
@@ -16,6 +23,7 @@ from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.testing import tiny_model
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "qwen3_next", "longcat_flash")
+OPTIONS = formats((2, 4), (16,), (False,), ("fp16",))
 GRADIENTS = Recorded(curvature=True, gradients=True, trace_tokens=100)
 
 
@@ -61,6 +69,39 @@ def test_the_same_gradients_as_in_memory(family, tmp_path):
         assert same.gradient is not None
         assert len(same.gradient) == len(same.hidden) == 100
         close(trace.gradient, same.gradient)
+
+
+ESTIMATORS = (
+    *(Fisher(), Fisher("output"), Sampled(measurements=20, base=None)),
+    *(Measured(), Measured(kind="layer"), Measured(kind="layer", squared=True)),
+    *(Measured(kind="block"), Measured(kind="block", squared=True)),
+)
+
+
+@pytest.fixture(scope="module")
+def both_ways(tmp_path_factory):
+    """Return evidence in memory and layer by layer of a family, with all that estimators need."""
+    needs = frozenset().union(*(estimator.needs for estimator in ESTIMATORS))
+
+    @functools.cache
+    def of(family):
+        source = stored(tmp_path_factory.mktemp(family), family)
+        recorded = Recorded.of(needs)
+        return in_one_piece(source, recorded), calibrate_by_layer(source, windows(), recorded)
+
+    return of
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "estimator", ESTIMATORS, ids=lambda e: f"{e.name}{' squared' * getattr(e, 'squared', False)}"
+)
+def test_the_same_table_in_both_ways(estimator, family, both_ways):
+    one, other = (estimator.estimate(evidence, OPTIONS) for evidence in both_ways(family))
+    tight = not isinstance(estimator, Sampled) and "kl" not in estimator.name
+    np.testing.assert_allclose(other.cost, one.cost, rtol=1e-5 if tight else 1e-3)
+    assert other.provenance == one.provenance
 
 
 def test_a_batchs_labels_are_those_that_torch_draws():

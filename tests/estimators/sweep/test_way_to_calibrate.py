@@ -4,14 +4,19 @@ import pytest
 
 from bitknap.errors import InputError
 from bitknap.estimators.costs.dense_profiling import Measured
+from bitknap.estimators.costs.fisher import Fisher
+from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.group_kl.calibrated import Calibrated
-from bitknap.estimators.sweep import (
-    peak_memory,
-)
+from bitknap.estimators.sparse.on_demand import Sampled
 from bitknap.estimators.sweep.peak_memory import layer_bytes, peak_bytes, way_to_calibrate
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.testing import tiny_model
+
+ESTIMATORS = (
+    *(Calibrated(), SecondMoments(), Fisher(), Fisher("output"), Sampled()),
+    *(Measured(), Measured(kind="layer"), Measured(kind="block")),
+)
 
 
 def model_of(folder, layers):
@@ -54,22 +59,11 @@ def test_gradients_one_layer_at_a_time(deep):
         assert way(deep, needs, peak(deep, needs)) == "whole"
 
 
-def test_what_needs_the_whole_model_is_refused(deep):
-    needs = Measured().needs
-    limit = alone(deep, needs)
-    with pytest.raises(InputError) as caught:
-        way(deep, needs, limit)
-    assert str(caught.value).startswith("memory: single measurements need the whole")
-    assert str(caught.value).endswith(
-        "raise the limit, or use an estimator that works layer by layer, such as calibrated or "
-        "moments, or one that reads weights alone, such as data-free"
-    )
-
-
-def test_group_gains_are_measured_layer_by_layer(deep):
-    needs = Calibrated().needs
-    assert way(deep, needs, alone(deep, needs)) == "layers"
+@pytest.mark.parametrize("estimator", ESTIMATORS, ids=lambda estimator: estimator.name)
+def test_every_estimator_works_layer_by_layer(estimator, deep):
+    needs = estimator.needs
     assert way(deep, needs, None) == "whole"
+    assert way(deep, needs, alone(deep, needs)) == "layers"
 
 
 def test_less_than_a_layer_is_refused(deep):
@@ -90,4 +84,3 @@ def test_more_layers_take_hardly_more(deep, tmp_path):
 def test_what_is_recorded_takes_more(need, deep):
     one = alone(deep, {"moments", need}, tokens=640)
     assert one > alone(deep, {"moments"}, tokens=640)
-    assert need not in peak_memory.WHOLE

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn.functional import linear
 
-from bitknap.estimators.sweep.expert_forward import experts_at
+from bitknap.estimators.measuring.expert_forward import experts_at
 from bitknap.quantization.models.live_model import walk
 from bitknap.testing import FAMILIES, tiny_model
 
