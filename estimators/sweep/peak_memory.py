@@ -32,7 +32,7 @@ LOGITS = 5
 _STREAM, _ROUTED = 8, 4
 # Copies of a stack of units that live at once: while it is rounded and put back, while experts run
 # again with it, and while its squared gradients are averaged in float64.
-_STACK, _AGAIN, _FISHER = 5, 5, 8
+_STACK, _AGAIN, _FISHER = 5, 7, 8
 
 # The whole model, or one decoder layer at a time.
 Way = Literal["whole", "layers"]
@@ -139,11 +139,12 @@ def layer_bytes(source: Source, layout: Layout, tokens: int, needs: Collection[s
         ("curvature" in needs) * (routed_weights + graph),
         ("gradients" in needs) * (traced + graph),
     )
-    again = traces * (_AGAIN * stack + tokens * (hidden + routed * (hidden + middle)))
+    tokens_again = tokens * (hidden + routed * (hidden + middle))
     most = max(
         _largest_layer(source) + max(in_turn),
         LOGITS * window * vocabulary,
-        routed_weights + max(again, ("curvature" in needs) * _FISHER * stack),
+        routed_weights + traces * (_AGAIN * stack + tokens_again),
+        ("curvature" in needs) * _FISHER * stack,
     )
     sums = 2 * sum(x.experts * (x.hidden + 3 * x.intermediate) for x in layers)
     largest = max(read_bytes(source).values(), default=0)
