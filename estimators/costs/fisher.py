@@ -73,7 +73,7 @@ class Fisher:
 
         def weigh(run: np.ndarray, weights: Tensor) -> Charge:
             if self.space == "weight":
-                grid = _half_fisher(evidence, run)
+                grid = _half_fisher(evidence, run).to(weights.device)
                 return lambda delta: weighed_squares(delta, grid).sum((1, 2))
             layer = _traced_layer(evidence, run)
             if layer not in blocks:
@@ -127,7 +127,7 @@ def _row_charge(
     if space == "output":
         block = block_of(evidence, _traced_layer(evidence, run))
         return lambda changed: _output_costs(block, evidence, run, changed)
-    grid = _half_fisher(evidence, run)
+    grid = _half_fisher(evidence, run).to(weights.device)
     return lambda changed: weighed_squares(changed - weights, grid).sum(2).double()
 
 
@@ -179,5 +179,5 @@ def _output_costs(block: Block, evidence: Evidence, run: np.ndarray, changed: Te
     total = zeros(block.layer.experts, block.layer.hidden)
     for expert, token, change in block.changes({name: whole}):
         total[expert] = (square[token] * change.square()).double().sum(0)
-    count = block.trace.count(block.layer.experts)
+    count = block.trace.count(block.layer.experts).cpu()
     return 0.5 * shrink(total, count, len(square))[experts]

@@ -60,8 +60,8 @@ class SecondMoments:
 
         def weigh(run: np.ndarray, weights: Tensor) -> PickedCharge:
             if self.full and role_of(evidence.units, run) == "routed":
-                return _full_charge(evidence, run)
-            return partial(_diagonal_charge, error_weights(evidence, run))
+                return _full_charge(evidence, run, weights.device)
+            return partial(_diagonal_charge, error_weights(evidence, run).to(weights.device))
 
         return sampled_table(evidence, formats, weigh, {"estimator": self.name})
 
@@ -115,7 +115,7 @@ def _diagonal_charge(grid: Tensor, picked: Picked | None) -> RowCharge:
     return lambda delta: weighed_squares(delta, here).sum(2)
 
 
-def _full_charge(evidence: Evidence, run: np.ndarray) -> PickedCharge:
+def _full_charge(evidence: Evidence, run: np.ndarray, device: torch.device) -> PickedCharge:
     layer, experts = experts_of(evidence, run)
     name = projection_of(evidence.units, run)
     rows = _row_weights(evidence, layer, run, name)[experts]
@@ -125,7 +125,7 @@ def _full_charge(evidence: Evidence, run: np.ndarray) -> PickedCharge:
     s = layer.shrunk(whole)[experts]
     if name != "down":
         s = s / _gate_mass(layer)[experts, None, None]
-    return partial(_whole_charge, narrowed(s), narrowed(rows))
+    return partial(_whole_charge, narrowed(s).to(device), narrowed(rows).to(device))
 
 
 def _whole_charge(moments: Tensor, rows: Tensor, picked: Picked | None) -> RowCharge:

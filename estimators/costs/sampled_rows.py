@@ -71,7 +71,7 @@ def part(stack: Tensor, picked: Picked | None) -> Tensor:
 RowCharge = Callable[[Tensor], Tensor]
 # Maps picked rows, None for all rows of all matrices, to their charge.
 PickedCharge = Callable[[Picked | None], RowCharge]
-# Maps a stack of units and their weights to what charges their rows.
+# Maps a stack of units and their weights to what charges their rows, on the weights' device.
 WeighRows = Callable[[np.ndarray, Tensor], PickedCharge]
 
 
@@ -115,7 +115,7 @@ def sampled_table(
     cost, spread = (np.zeros((len(units), len(formats))) for _ in range(2))
     rounded = 0
     for run in stack_pieces(units, _PIECE):
-        weights = evidence.weights(run)
+        weights = evidence.weights(run).to(evidence.device)
         alike = stored_alike(formats, weights.shape[2])
         stack = _Stack(evidence, run, weights, weigh(run, weights), list(alike))
         columns = [same[0] for same in alike.values()]
@@ -161,7 +161,7 @@ class _Stack:
         if first >= every:
             costs[:] = self._errors(None).sum(1)
             return costs, errors, count * every
-        sizes = self.charge(None)(self.weights).double().numpy()
+        sizes = self.charge(None)(self.weights).double().cpu().numpy()
         seed = int(self.evidence.provenance.get("seed", 0))
         order = np.stack([row_order(self.evidence.units, unit, seed) for unit in self.run])
         parts: list[list[Floats]] = [[] for _ in range(count)]
@@ -190,7 +190,7 @@ class _Stack:
             charge(self.evidence.round_trip(run, weights, grid, exponents) - weights).double()
             for grid in self.grids
         ]
-        together: Floats = torch.stack(costs, dim=2).numpy()
+        together: Floats = torch.stack(costs, dim=2).cpu().numpy()
         return together
 
 

@@ -26,7 +26,7 @@ _PIECE = 1 << 28
 
 # Maps rounding errors ΔW [n, out, in] to costs in nats per token [n].
 Charge = Callable[[Tensor], Tensor]
-# Maps a stack of units and their weights to their charge.
+# Maps a stack of units and their weights to their charge, on the weights' device.
 Weigh = Callable[[np.ndarray, Tensor], Charge]
 
 
@@ -49,11 +49,11 @@ def weighed_table(
     # With traces a layer's weights are in memory anyway, and each charge runs all its experts.
     runs = stacks(units) if evidence.traces else stack_pieces(units, _PIECE)
     for run in runs:
-        weights = evidence.weights(run)
+        weights = evidence.weights(run).to(evidence.device)
         charge = weigh(run, weights)
         for grid, columns in stored_alike(formats, weights.shape[2]).items():
             error = evidence.round_trip(run, weights, grid) - weights
-            cost[run[:, None], columns] = charge(error).double().numpy()[:, None]
+            cost[run[:, None], columns] = charge(error).double().cpu().numpy()[:, None]
     return table_of(evidence, formats, cost, provenance)
 
 

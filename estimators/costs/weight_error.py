@@ -34,6 +34,7 @@ class WeightError:
                 white = size / layer.input_square.shape[1]
                 mass = layer.shrunk(layer.gate_square)[experts] * white * layer.gain
             one = torch.ones(())
-            return lambda delta: weighed_squares(delta, one).sum((1, 2)).double() * mass
+            there = mass.to(weights.device)
+            return lambda delta: weighed_squares(delta, one).sum((1, 2)).double() * there
 
         return weighed_table(evidence, formats, weigh, {"estimator": self.name})

@@ -27,6 +27,7 @@ from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 from bitknap.quantization.rounding.methods import RTN, round_trip
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
+CPU = torch.device("cpu")
 # Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens both count equally.
 PRIOR_TOKENS = 16
 # Only weights of another magnitude explain this ratio of an expert's squared inputs to its layer's.
@@ -138,6 +139,15 @@ class LayerTrace:
     weights: Tensor
     gradient: Tensor | None
 
+    def to(self, device: torch.device) -> LayerTrace:
+        """Return the trace on a device."""
+        parts = (self.hidden, self.index, self.weights, self.gradient)
+        hidden, index, weights, gradient = (None if x is None else x.to(device) for x in parts)
+        assert hidden is not None
+        assert index is not None
+        assert weights is not None
+        return LayerTrace(hidden=hidden, index=index, weights=weights, gradient=gradient)
+
     def count(self, experts: int) -> Tensor:
         """Return how many tokens were routed to each expert, int64 [experts]."""
         routed = self.index[(self.index >= 0) & (self.index < experts)]
@@ -178,6 +188,7 @@ class Evidence:
         traces: inputs and routing of the experts, by layer number; empty unless asked for.
         rounding: rounding method; costs are charged for this method.
         readings: the journal that keeps measurements.
+        device: where weights are rounded, and experts run again; all tensors here are on the CPU.
     """
 
     layout: Layout
@@ -193,6 +204,7 @@ class Evidence:
     effort: Effort = field(default_factory=Effort)
     experts: Callable[[ExpertLayer], Experts] | None = None
     span: int = 0
+    device: torch.device = CPU
 
     @property
     def mark(self) -> str:

@@ -9,12 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import torch
+
 from bitknap.errors import ModelError
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.text_stream import Stream, Streamed, passed
 from bitknap.estimators.sweep.variant_streams import VariantStreams
-from bitknap.estimators.sweep.weightless_model import Skeleton
+from bitknap.estimators.sweep.weightless_model import CPU, Skeleton
 from bitknap.progress import Progress
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.source import Source, Stored
@@ -29,6 +31,7 @@ def through(
     include: Collection[str] | None = None,
     *,
     varied: bool = False,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> VariantStreams:
     """Return a text that has passed a checkpoint's layers.
@@ -40,6 +43,7 @@ def through(
             are needed to find the layers.
         varied: keep what variants start from: the output of the layer before the first that holds
             units.
+        device: where layers are loaded and computed.
         progress: called with ("evaluate", done, of).
 
     Raises:
@@ -47,7 +51,8 @@ def through(
         FileError: a tensor is missing or damaged.
         BitknapError: the disk has no room for the activations.
     """
-    return all_through(source, [windows], include, varied=varied, progress=progress)[0]
+    texts = [windows]
+    return all_through(source, texts, include, varied=varied, device=device, progress=progress)[0]
 
 
 def all_through(
@@ -56,12 +61,12 @@ def all_through(
     include: Collection[str] | None = None,
     *,
     varied: bool = False,
+    device: torch.device = CPU,
     progress: Progress | None = None,
 ) -> list[VariantStreams]:
     """Return several texts that have passed a checkpoint's layers together; see `through`."""
-    skeleton = Skeleton(
-        source, units_of(source) if include is None else include, otherwise="raise `max_memory`"
-    )
+    roles = units_of(source) if include is None else include
+    skeleton = Skeleton(source, roles, otherwise="raise `max_memory`", device=device)
     run, last = Streamed(skeleton), len(skeleton.layers) - 1
     batches = [text.batches(BATCH_TOKENS) for text in texts]
     whole, kept = Stream([one for text in batches for one in text]), {last}

@@ -22,7 +22,7 @@ def drawn_labels(logits: Tensor, race: Tensor) -> Tensor:
 
     Args:
         logits: logits of each token, [tokens, vocabulary].
-        race: exponential variates of mean 1, of the same shape.
+        race: exponential variates of mean 1, of the same shape, on any device.
 
     Raises:
         ModelError: the model's output is NaN or infinite.
@@ -32,7 +32,7 @@ def drawn_labels(logits: Tensor, race: Tensor) -> Tensor:
             "calibration: the model's output is NaN or infinite on this text; repair its weights, "
             "or use `estimator=DataFree()`"
         )
-    return (logits.detach().softmax(-1) / race).argmax(-1)
+    return (logits.detach().softmax(-1) / race.to(logits.device)).argmax(-1)
 
 
 def loss_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -50,7 +50,7 @@ def rooted(model: nn.Module) -> Iterator[Tensor]:
     root = torch.zeros((), requires_grad=True)
     frozen = [p for p in model.parameters() if p.requires_grad]
     handles = [
-        module.register_forward_hook(lambda module, args, output: output + root.to(output.dtype))
+        module.register_forward_hook(lambda module, args, output: output + root.to(output))
         for module in model.modules()
         if isinstance(module, nn.Embedding)
     ]

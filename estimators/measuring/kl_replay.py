@@ -75,12 +75,12 @@ def losses_of(model_log: Tensor, reference_log: Tensor, labels: Tensor) -> Tenso
     Args:
         model_log: log-probabilities, float32 [tokens, vocabulary].
         reference_log: those of the reference.
-        labels: the tokens, int64 [windows, predicted].
+        labels: the tokens, int64 [windows, predicted], on any device.
     """
-    nll = -model_log.gather(1, labels.reshape(-1, 1))[:, 0]
+    nll = -model_log.gather(1, labels.reshape(-1, 1).to(model_log.device))[:, 0]
     top1 = (model_log.argmax(1) == reference_log.argmax(1)).float()
     kl = kl_of(model_log.clone(), reference_log)
-    return torch.stack([nll, kl, top1]).double().view(3, len(labels), -1).mean(2)
+    return torch.stack([nll, kl, top1]).double().view(3, len(labels), -1).mean(2).cpu()
 
 
 def decoder_layers(model: nn.Module, layout: Layout) -> tuple[nn.ModuleList | None, dict[int, int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from bitknap.errors import ModelError
@@ -18,9 +19,22 @@ from bitknap.quantization.source.transformers_calls import calling_transformers
 
 # Set on a model whose own forward failed, so that it is not tried again for every batch.
 _INSIDE = "_bitknap_calls_inside"
+# Set on a model of which only the layer in use is on the device where it computes.
+_DEVICE = "_bitknap_computes_on"
 # Settings by which a wrapper changes logits after its head; without them the logits are wrong.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 _PROBE_TOKENS = 8
+
+
+def compute_on(model: Any, device: torch.device) -> None:
+    """Say where a model computes; by default that is where its parameters are."""
+    setattr(model, _DEVICE, device)
+
+
+def device_of(model: Any) -> torch.device:
+    """Return the device on which a model computes."""
+    device: torch.device | None = getattr(model, _DEVICE, None)
+    return next(model.parameters()).device if device is None else device
 
 
 def token_logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
@@ -28,11 +42,12 @@ def token_logits(model: Any, given: Mapping[str, Tensor]) -> Tensor:
 
     Args:
         model: a transformers model.
-        given: token ids under the names of `forward`, int64 [windows, tokens].
+        given: token ids under the names of `forward`, int64 [windows, tokens], on any device.
 
     Raises:
         ModelError: transformers cannot run it on text, or it does not predict tokens.
     """
+    given = {name: ids.to(device_of(model)) for name, ids in given.items()}
     inside = getattr(model, _INSIDE, None)
     if inside is None:
         try:

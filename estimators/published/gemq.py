@@ -44,9 +44,10 @@ def gemq(evidence: Evidence, formats: Sequence[Format]) -> CostTable:
     uses the text's.
     """
     cost = np.zeros((len(evidence.units), len(formats)))
-    for number, trace in evidence.traces.items():
+    for number in evidence.traces:
         block, by_projection = block_of(evidence, number), runs(evidence.units, number)
-        square = trace.gradient.square() if trace.gradient is not None else torch.ones(1)
+        gradient = block.trace.gradient
+        square = torch.ones(len(block.trace.hidden), 1) if gradient is None else gradient.square()
         for column, format in enumerate(formats):
             changed = {
                 name: evidence.round_trip(run, block.weights[name], format)

@@ -25,6 +25,7 @@ from bitknap.estimators.measuring.expert_forward import Experts, experts_at
 from bitknap.estimators.measuring.float_range import added, second_moments, squares_product
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 
+_CPU = torch.device("cpu")
 # Attributes of `LayerSums` that `finished` returns and `restore` takes under their own names.
 _SUMS = (
     *("count", "gate_sum", "gate_square", "output_square", "output_max"),
@@ -35,8 +36,8 @@ _SUMS = (
 class LayerSums:
     """Running sums over the tokens routed to each expert of one layer, and its trace.
 
-    Whole matrices are allocated when the first tokens come: those of all layers at once would take
-    as much memory as the model.
+    While the layer runs they are on its device, traces on the CPU. Whole matrices are allocated
+    when the first tokens come: those of all layers at once would take as much memory as the model.
 
     Args:
         layer: the layer that is recorded.
@@ -79,6 +80,16 @@ class LayerSums:
         self.middle_full: Tensor | None = None
         self.curvature: dict[str, Tensor] = {}
 
+    def move(self, device: torch.device) -> None:
+        """Move the sums to a device."""
+        if self.count.device == device:
+            return
+        for name in _SUMS:
+            if getattr(self, name) is not None:
+                setattr(self, name, getattr(self, name).to(device))
+        self.slopes = {name: slope.to(device) for name, slope in self.slopes.items()}
+        self.curvature = {name: squares.to(device) for name, squares in self.curvature.items()}
+
     def first_projections(self, z: Tensor) -> dict[str, Tensor]:
         """Split the output of a fused gate_up [tokens, 2I] (or of up) by projection."""
         if not self.layer.gated:
@@ -106,7 +117,7 @@ class LayerSums:
     def _added(self, total: Tensor | None, expert: int, part: Tensor) -> Tensor:
         """Return sums [E, rows, cols] with one expert's part [rows, cols] added."""
         if total is None:
-            total = torch.zeros(self.layer.experts, *part.shape)
+            total = torch.zeros(self.layer.experts, *part.shape, device=part.device)
         return added(total, expert, part)
 
     def keep(self, hidden: Tensor, index: Tensor, weights: Tensor) -> None:
@@ -114,7 +125,7 @@ class LayerSums:
         rows = self._rows_of_tokens(index)[: self.room]
         self.room -= len(rows)
         copied = hidden[rows].float(), index[rows].long(), weights[rows].float()
-        self.kept.append(tuple(part.detach() for part in copied))
+        self.kept.append(tuple(part.detach().cpu() for part in copied))
 
     def _rows_of_tokens(self, index: Tensor) -> Tensor:
         """Return the one row of each token that goes to an expert, in the order of tokens."""
@@ -137,7 +148,7 @@ class LayerSums:
         self.asked += len(rows)
 
         def caught(gradient: Tensor) -> None:
-            self.gradients[place] = gradient[rows].detach().float()
+            self.gradients[place] = gradient[rows].detach().float().cpu()
 
         if len(rows):
             output.register_hook(caught)
@@ -154,6 +165,7 @@ class LayerSums:
 
     def finished(self) -> dict[str, Tensor]:
         """Return everything except gradients, by name, for `restore`."""
+        self.move(_CPU)
         tensors = {name: getattr(self, name) for name in _SUMS if getattr(self, name) is not None}
         tensors |= {f"slopes.{name}": slope for name, slope in self.slopes.items()}
         trace = self.trace()
@@ -175,6 +187,7 @@ class LayerSums:
 
     def caught(self) -> dict[str, Tensor]:
         """Return the gradients, by name, for `restore_caught`."""
+        self.move(_CPU)
         tensors = {f"curvature.{name}": squares for name, squares in self.curvature.items()}
         if self.gradients:
             places = sorted(self.gradients)
@@ -208,6 +221,7 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 def _recorded(experts: Experts, sums: LayerSums, *args: Tensor) -> Tensor:
     """Compute the output of the experts' forward one expert at a time, recording into `sums`."""
     hidden, index, weights = experts.routed(*args)
+    sums.move(hidden.device)
     if sums.summing and sums.tracing:
         sums.keep(hidden, index, weights)
     output = torch.zeros_like(hidden)

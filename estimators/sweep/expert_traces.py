@@ -77,7 +77,7 @@ class Block:
 
 
 def block_of(evidence: Evidence, layer: int) -> Block:
-    """Return the experts of one layer with their trace.
+    """Return the experts of one layer with their trace, on the evidence's device.
 
     Raises:
         InputError: no trace of the layer was recorded, or the evidence has no model.
@@ -88,8 +88,11 @@ def block_of(evidence: Evidence, layer: int) -> Block:
         raise InputError("running experts again needs the model that was calibrated")
     experts_layer = next(x for x in evidence.layout.layers if x.layer == layer)
     experts = evidence.experts(experts_layer)
-    trace = evidence.traces[layer]
-    weights = {name: evidence.weights(run) for name, run in runs(evidence.units, layer).items()}
+    trace = evidence.traces[layer].to(evidence.device)
+    weights = {
+        name: evidence.weights(run).to(evidence.device)
+        for name, run in runs(evidence.units, layer).items()
+    }
     seen = []
     for expert in range(experts_layer.experts):
         routed = trace.index == expert

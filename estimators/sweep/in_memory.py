@@ -77,9 +77,9 @@ def calibrate(
 
 
 def _weights_of(model: Any, layout: Layout) -> Callable[[np.ndarray], Tensor]:
-    """Return what reads the weights of units, [n, rows, cols], off a live model."""
+    """Return what reads the weights of units, [n, rows, cols], off a live model, to the CPU."""
     tensors = dict(model.named_parameters())
-    return lambda which: read_units(layout, which, tensors).detach()
+    return lambda which: read_units(layout, which, tensors).detach().cpu()
 
 
 def digest_of(windows: Tensor) -> str:
@@ -115,7 +115,8 @@ def _run(
             continue
         with rooted(model) as root, torch.enable_grad():
             logits = logits_of(model, batch)
-            race = torch.empty_like(logits).exponential_(generator=generator)
+            # Drawn on the CPU, so that labels are the same on every device.
+            race = torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=generator)
             # Hooks on the way see the gradients.
             torch.autograd.grad(loss_of(logits, drawn_labels(logits, race)), [root])
 
@@ -141,7 +142,8 @@ def _layers(
 
 
 def layer_evidence(sums: LayerSums, gain: float) -> LayerEvidence:
-    """Return the evidence of one layer from its sums and gain."""
+    """Return the evidence of one layer from its sums and gain; the sums move to the CPU."""
+    sums.move(torch.device("cpu"))
     return LayerEvidence(
         tokens=sums.tokens,
         count=sums.count,

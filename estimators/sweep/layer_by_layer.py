@@ -40,18 +40,16 @@ from bitknap.estimators.sweep.text_stream import Stream, Streamed, batch_diverge
 from bitknap.estimators.sweep.variant_streams import VariantStreams
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
-from bitknap.quantization.source.checkpoint import Checkpoint
 
 # Labels of streams without noise: the first sweep's, and the second sweep's unchanged one.
 _FIRST, _PLAIN = "first", "plain"
 
 
 def calibrate_by_layer(
-    source: Checkpoint,
+    skeleton: Skeleton,
     windows: Tensor | Windows,
     recorded: Recorded = PLAIN,
     *,
-    include: Collection[str] = (),
     seed: int = 0,
     readings: Readings | None = None,
     progress: Progress | None = None,
@@ -59,10 +57,9 @@ def calibrate_by_layer(
     """Run `windows` through a checkpoint layer by layer and record statistics of its experts.
 
     Args:
-        source: the checkpoint; its weights are read twice, and again by estimators.
+        skeleton: the model; its weights are read twice, and again by estimators.
         windows: the text; a tensor int64 [windows, length] has no special tokens.
         recorded: what to record.
-        include: roles that are units in addition to the routed experts.
         seed: random seed of the labels and of the noise that measures gains.
         readings: journal of finished layers, whose files the evidence reads; none by default.
         progress: called with (what, done, of).
@@ -76,10 +73,9 @@ def calibrate_by_layer(
         FileError: a tensor, or a file beside the journal, is missing or damaged.
         BitknapError: the disk has no room for the activations.
     """
-    skeleton = Skeleton(source, include)
     windows = Windows.of(windows)
     text = Stream(windows.batches(BATCH_TOKENS), recorded.spilled)
-    about = (source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
+    about = (skeleton.source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
     shelf = Shelf.of(readings or Readings(), *about, *recorded.by_layer)
     work = _Pass(Streamed(skeleton), shelf, {})
     model, layout = skeleton.model, skeleton.layout

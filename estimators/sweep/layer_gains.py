@@ -32,7 +32,8 @@ def noisy(model: Any, sums: LayerSums, generator: torch.Generator) -> Iterator[N
 
     def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         shape = experts.summed(output).shape
-        return experts.moved(output, torch.randn(shape, generator=generator) * scale)
+        noise = torch.randn(shape, generator=generator) * scale  # the same on every device
+        return experts.moved(output, noise.to(output.device))
 
     handle = experts.module.register_forward_hook(add_noise)
     try:

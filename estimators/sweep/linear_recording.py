@@ -16,7 +16,7 @@ from bitknap.quantization.models.matrix_views import Layout
 
 
 class LinearSums:
-    """Running sums over the tokens that one projection sees.
+    """Running sums over the tokens that one projection sees, on the device where it computes.
 
     Args:
         cols: number of columns of its weight.
@@ -31,16 +31,17 @@ class LinearSums:
         """Add the inputs of a call; a forward pre-hook."""
         x = args[0].detach().flatten(0, -2)
         self.tokens += len(x)
-        self.square.add_(x.double().square().sum(0))
+        self.square = self.square.to(x.device) + x.double().square().sum(0)
         if self.full is not None:
             moments = second_moments(x.float())
-            self.full = self.full.to(torch.promote_types(self.full.dtype, moments.dtype))
+            kind = torch.promote_types(self.full.dtype, moments.dtype)
+            self.full = self.full.to(x.device, kind)
             self.full += moments
 
     def finished(self) -> dict[str, Tensor]:
         """Return all sums by name, for `restore`."""
-        whole = {} if self.full is None else {"full": self.full}
-        return {"square": self.square, "tokens": torch.tensor(self.tokens)} | whole
+        whole = {} if self.full is None else {"full": self.full.cpu()}
+        return {"square": self.square.cpu(), "tokens": torch.tensor(self.tokens)} | whole
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
         """Replace the present sums by those that `finished` returned."""
@@ -49,7 +50,8 @@ class LinearSums:
 
     def evidence(self) -> LinearEvidence:
         """Return the sums as evidence."""
-        return LinearEvidence(tokens=self.tokens, input_square=self.square, input_full=self.full)
+        full = None if self.full is None else self.full.cpu()
+        return LinearEvidence(tokens=self.tokens, input_square=self.square.cpu(), input_full=full)
 
 
 @contextlib.contextmanager

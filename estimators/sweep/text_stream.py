@@ -115,7 +115,9 @@ class Streamed:
         """
         stream = Stream(start.batches, start.dtype, path=path)
         for number, batch in enumerate(start.batches):
-            stream.write(number, self._run(place, batch, start[number] if place else None))
+            stream.write(
+                number, self._run(place, batch, self._at(start, number) if place else None)
+            )
         return stream
 
     @torch.enable_grad()
@@ -134,13 +136,15 @@ class Streamed:
         stream = Stream(start.batches, start.dtype, path=path)
         for number, batch in enumerate(start.batches):
             if place:
-                before = start[number].detach().requires_grad_()
+                before = self._at(start, number).detach().requires_grad_()
                 # The layer gets a copy, since it may write into its input.
                 output = self._run(place, batch, before.clone())
-                stream.write(number, torch.autograd.grad(output, before, gradient[number])[0])
+                after = self._at(gradient, number)
+                stream.write(number, torch.autograd.grad(output, before, after)[0])
             else:
                 with rooted(self.skeleton.model) as root:
-                    torch.autograd.grad(self._run(0, batch, None), root, gradient[number])
+                    after = self._at(gradient, number)
+                    torch.autograd.grad(self._run(0, batch, None), root, after)
         return stream
 
     def logits(self, hidden: Tensor, windows: Windows) -> Tensor:
@@ -150,7 +154,8 @@ class Streamed:
             hidden: output of the last layer for these windows, [windows, tokens, ...].
             windows: the windows.
         """
-        with self._answering(len(self.skeleton.layers), hidden):
+        there = hidden.to(self.skeleton.device)
+        with self._answering(len(self.skeleton.layers), there):
             return logits_of(self.skeleton.model, windows)
 
     @torch.no_grad()
@@ -162,8 +167,13 @@ class Streamed:
             batch: number of the batch.
             rows: windows of the batch.
         """
-        with self._answering(len(self.skeleton.layers), end[batch][rows]):
+        hidden = end[batch][rows].to(self.skeleton.device)
+        with self._answering(len(self.skeleton.layers), hidden):
             return log_probabilities(self.skeleton.model, end.batches[batch][rows])
+
+    def _at(self, stream: Stream, number: int) -> Tensor:
+        """Return a batch of a stream where the model computes."""
+        return stream[number].to(self.skeleton.device)
 
     def _run(self, place: int, batch: Windows, before: Tensor | None) -> Tensor:
         def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -298,5 +308,5 @@ def batch_divergences(
         tokens += len(reference)
         for place, other in enumerate(changed):
             log = run.log_probabilities(other, number, here)
-            total[place] += kl_of(log, reference).double().sum()
+            total[place] += float(kl_of(log, reference).double().sum())
     return total, tokens

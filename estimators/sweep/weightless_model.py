@@ -21,6 +21,7 @@ from bitknap.allocation.problem.units import ROLES
 from bitknap.errors import FileError, ModelError
 from bitknap.estimators.measuring.expert_forward import Experts, experts_at
 from bitknap.estimators.measuring.freed_memory import give_back
+from bitknap.estimators.measuring.language_model import compute_on
 from bitknap.estimators.sweep.disk_tensors import moved
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
@@ -30,6 +31,7 @@ from bitknap.quantization.source.architecture import align_experts, config_of, h
 from bitknap.quantization.source.source import Stored
 
 # What to do about a model that cannot be calibrated layer by layer.
+CPU = torch.device("cpu")
 OTHERWISE = "raise `max_memory`, or use `estimator=DataFree()`"
 
 
@@ -40,10 +42,12 @@ class Skeleton:
         source: the checkpoint, plain or packed.
         include: roles that are units in addition to the routed experts.
         otherwise: what to do about a model that cannot be run layer by layer, for messages.
+        device: where layers are loaded and computed.
 
     Attributes:
         source: the checkpoint.
         otherwise: see above.
+        device: see above.
         model: the model, float32, in evaluation mode; it can run only layers that are `loaded`.
         layout: its units.
         on_disk: the same units in the checkpoint, in the same order.
@@ -55,10 +59,14 @@ class Skeleton:
     """
 
     def __init__(
-        self, source: Stored, include: Collection[str] = (), otherwise: str = OTHERWISE
+        self,
+        source: Stored,
+        include: Collection[str] = (),
+        otherwise: str = OTHERWISE,
+        device: torch.device = CPU,
     ) -> None:
-        self.source, self.otherwise = source, otherwise
-        self.model = _hollow(source, otherwise)
+        self.source, self.otherwise, self.device = source, otherwise, device
+        self.model = _hollow(source, otherwise, device)
         self.layout = walk(self.model, include)
         self.on_disk = walk_headers(source.config, source.shapes, include)
         self._list = _list_of_layers(self.model, self.layout, otherwise)
@@ -71,6 +79,7 @@ class Skeleton:
         routed = _routed_tensors(self.on_disk)
         others = [name for name in source.shapes if name not in routed]
         self._sources = stored_as(self.model, self._state, others)
+        self._before = -1  # the layer that was loaded last
         for name, module in self.model.named_modules():
             if not f"{name}.".startswith(f"{self._list}."):
                 module.register_forward_pre_hook(partial(self._fill_on_use, name))
@@ -79,17 +88,34 @@ class Skeleton:
     def loaded(self, place: int) -> Iterator[None]:
         """Load the weights of one decoder layer while the block runs.
 
+        Meanwhile the system reads the next one's, in the direction in which layers are loaded.
+
         Raises:
             FileError: a tensor is missing or damaged.
         """
-        prefix = f"{self._list}.{place}."
-        names = [name for name in self._state if name.startswith(prefix)]
+        names = self._in_layer(place)
         try:
             self._fill(names)
+            self.source.read_ahead(self._stored_in(2 * place - self._before))
+            self._before = place
             yield
         finally:
             self._drop(names)
             give_back()
+
+    def _in_layer(self, place: int) -> list[str]:
+        """Return the model's tensors in a decoder layer; none if there is no such layer."""
+        return [name for name in self._state if name.startswith(f"{self._list}.{place}.")]
+
+    def _stored_in(self, place: int) -> set[str]:
+        """Return the checkpoint's tensors that a decoder layer is made of."""
+        names = self._in_layer(place)
+        experts = {
+            self.on_disk.views[unit].tensor
+            for name in names
+            for unit in self._experts.get(name, ())
+        }
+        return experts | {stored for name in names for stored, *_ in self._sources.get(name, ())}
 
     def holds(self, place: int, tensor: str) -> bool:
         """Return whether a tensor of the model belongs to a decoder layer."""
@@ -122,7 +148,10 @@ class Skeleton:
         return read_stored(self.on_disk, which, self.source)
 
     def _fill_on_use(self, name: str, module: nn.Module, args: Any) -> None:
-        """Read a module's own tensors, into files: embeddings and heads are as large as layers."""
+        """Read a module's own tensors: embeddings and heads are as large as layers.
+
+        On the CPU they lie in files.
+        """
         own = [f"{name}.{leaf}".lstrip(".") for leaf in (*module._parameters, *module._buffers)]
         wanted = [x for x in own if x in self._state and _at(self.model, x).is_meta]
         self._fill(wanted, spilled=True)
@@ -137,13 +166,15 @@ class Skeleton:
         for first in (name for name in names if name not in self._experts):
             for name, value in self._converted(first).items():
                 dtype = self._state[name].dtype
-                _put(self.model, name, moved(value, dtype) if spilled else value.to(dtype))
+                spill = spilled and self.device == CPU
+                placed = moved(value, dtype) if spill else value.to(self.device, dtype)
+                _put(self.model, name, placed)
         for name in names:
             if _at(self.model, name).is_meta:
                 self._tie(name)
 
     def _fill_experts(self, names: Collection[str]) -> None:
-        tensors = {name: torch.zeros(self._state[name].shape) for name in names}
+        tensors = {name: torch.zeros(self._state[name].shape, device=self.device) for name in names}
         for name, tensor in tensors.items():
             for unit in self._experts[name]:
                 matrix = self.source.read_matrix(self.on_disk.views[unit])
@@ -181,8 +212,11 @@ class Skeleton:
             _put(self.model, name, self._state[name])
 
 
-def _hollow(source: Stored, otherwise: str) -> Any:
-    """Return the model of a checkpoint in evaluation mode, its parameters on the meta device."""
+def _hollow(source: Stored, otherwise: str, device: torch.device) -> Any:
+    """Return the model of a checkpoint in evaluation mode, its parameters on the meta device.
+
+    What is computed and not stored is on the device that the model will run on.
+    """
     config = config_of(source.folder)
     if config.is_encoder_decoder:
         raise ModelError(
@@ -195,7 +229,10 @@ def _hollow(source: Stored, otherwise: str) -> Any:
     for name, buffer in list(model.named_non_persistent_buffers()):
         _put(model, name, torch.empty_like(buffer, device="cpu"))
     model.initialize_weights()
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        _put(model, name, buffer.to(device))
     align_experts(model)
+    compute_on(model, device)
     return model.eval().requires_grad_(False)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -114,6 +115,13 @@ class PackedFolder:
         for unit, part in zip(units, matrix.split(rows), strict=True):
             self._decode(unit, part)
         return matrix
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the system read tensors from the disk while something else is computed."""
+        wanted = list(names)
+        kept = [name for name in wanted if name not in self.replaced]
+        units = [unit for name in wanted for unit in self._inside.get(name, ())]
+        self.checkpoint.read_ahead({*kept, *(self._places[unit][0] for unit in units)})
 
     def _decode(self, unit: int, out: Tensor) -> None:
         """Write a unit's weights, float32 [rows, cols], where they belong."""

@@ -37,6 +37,7 @@ from bitknap.quantization.stacks.grouping import PIECE, plan_pieces
 from bitknap.quantization.stacks.quantize_plan import Watched
 from bitknap.quantization.stacks.reading import all_finite, read_stored
 
+CPU = torch.device("cpu")
 # Bytes copied at a time; a multiple of every dtype's width.
 COPY = 1 << 24
 # Bytes of a kept tensor decoded at a time, as float32.
@@ -95,6 +96,7 @@ class Work:
         unit_places: where each unit's bytes begin in the output.
         rounding: how units are rounded.
         inputs: statistics of units' inputs, for rounding methods that need them.
+        device: where units are rounded and their bits are packed.
         exponents: exponents (`magnitude`) of units cut into blocks of rows, as they become known.
     """
 
@@ -106,6 +108,7 @@ class Work:
     unit_places: tuple[Place, ...]
     rounding: Rounding
     inputs: Watched | None
+    device: torch.device = CPU
     exponents: dict[int, int] = field(default_factory=dict)
 
     def pieces(self) -> list[Piece]:
@@ -204,6 +207,7 @@ class Work:
             return [Span(Place(file, start + before), given)]
         if piece.format.kind == "keep":
             return self._kept_spans(piece, given)
+        given = given.to(self.device)
         asks = self.inputs is not None and self.rounding.needs_inputs
         known = self.inputs(piece.which) if self.inputs is not None and asks else None
         if self._is_part(piece):

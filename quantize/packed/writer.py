@@ -23,6 +23,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+
 from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.budget import parse_size
 from bitknap.disk.atomic import check_space, folder_bytes, write_whole
@@ -50,6 +52,7 @@ from bitknap.quantization.packed.resume import Partial
 from bitknap.quantization.packed.shards import MAX_SHARD_SIZE, Shards
 from bitknap.quantization.packed.work_pieces import (
     COPY,
+    CPU,
     Decoded,
     Piece,
     Work,
@@ -82,11 +85,13 @@ class Rounded:
     Attributes:
         rounding: How to round.
         inputs: Statistics of units' inputs, for rounding methods that need them.
+        device: Where units are rounded and their bits are packed.
         about: Origin of `inputs`, such as text, tokens and seed; JSON values.
     """
 
     rounding: Rounding = RTN
     inputs: Watched | None = None
+    device: torch.device = CPU
     about: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
 
@@ -181,6 +186,7 @@ def _work(source: Checkpoint, plan: BitPlan, rounded: Rounded, limit: int) -> tu
         unit_places=planned.unit_places,
         rounding=rounded.rounding,
         inputs=rounded.inputs,
+        device=rounded.device,
     )
     return work, planned.shards
 

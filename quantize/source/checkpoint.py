@@ -25,7 +25,12 @@ from bitknap.quantization.source import foreign_formats, hub, low_bit_codes
 from bitknap.quantization.source.bundled import PREFIX, folder_of
 from bitknap.quantization.source.companions import Companions, check_content
 from bitknap.quantization.source.low_bit_codes import LowBit
-from bitknap.quantization.source.partial_reads import read_slabs, read_tensor, read_view
+from bitknap.quantization.source.partial_reads import (
+    read_ahead,
+    read_slabs,
+    read_tensor,
+    read_view,
+)
 from bitknap.quantization.source.safetensors_header import DTYPES, PACKED, PLAIN, TensorInfo
 from bitknap.quantization.source.weight_files import read_weights, weights_of
 
@@ -276,6 +281,10 @@ class Checkpoint:
         if info is None:
             raise InputError(f"{self.folder}: no tensor {name!r}")
         return read_tensor(name, info)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the system read tensors from the disk while something else is computed."""
+        read_ahead(self.stored(names).values())
 
     def read_slabs(self, name: str, first: int, last: int) -> torch.Tensor:
         """Return elements first .. last - 1 of a low-bit tensor's first dimension, bfloat16.

@@ -31,7 +31,7 @@ text and `quantize` need the folder of a transformers model: write one, or conve
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,7 +76,11 @@ class Source(Protocol):
 
 
 class Stored(Source, Protocol):
-    """A source in a folder whose `config.json` transformers reads."""
+    """A source in a folder whose `config.json` transformers reads, and which reads ahead."""
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Let the system read tensors from the disk while something else is computed."""
+        ...
 
     @property
     def folder(self) -> Path:

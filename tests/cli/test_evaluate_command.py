@@ -50,7 +50,7 @@ def test_what_excludes_each_other(made, tmp_path, refused):
     both = ("--plan", made.plan, "--budget", "4bpw")
     for options in (both, ()):
         arguments = ("quantize", made.model, *options, "-o", tmp_path / "out")
-        assert "--plan or --budget" in refused(*arguments)
+        assert "give one of --plan, --budget and --fit" in refused(*arguments)
     assert "--reference" in refused("evaluate", made.out, "--uniform")
     arguments = (
         "evaluate",

@@ -36,7 +36,7 @@ PAGES = sorted(
 )
 # Blocks that no test can run here, by reason; a page that adds one says so here as well.
 NOT_RUN = {
-    "needs a GPU": 2,
+    "needs a GPU": 3,
     "fetches a model": 1,
     "installs packages": 3,
     "takes minutes": 3,

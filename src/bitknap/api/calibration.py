@@ -22,6 +22,7 @@ from bitknap.estimators.sweep.in_memory import calibrate, provenance_of
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
 from bitknap.estimators.sweep.peak_memory import way_to_calibrate
 from bitknap.estimators.sweep.recorded import Recorded
+from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
@@ -69,6 +70,7 @@ def gather(
         rounding=asked.method,
         readings=kept,
         effort=asked.effort,
+        device=asked.on_device,
     )
 
 
@@ -81,20 +83,19 @@ def _pass(
 ) -> Evidence:
     """Return the evidence from a pass over the text, in one piece or layer by layer."""
     layout = walk_headers(source.config, source.shapes, asked.include)
-    way = way_to_calibrate(source, layout, asked.tokens, needs, asked.max_memory)
+    way = way_to_calibrate(source, layout, asked.tokens, needs, asked.memory)
     windows, recorded = _windows(source, asked), Recorded.of(needs)
     writer.check_finite(source)
     if way == "layers":
         return calibrate_by_layer(
-            source,
+            Skeleton(source, asked.include, device=asked.on_device),
             windows,
             recorded,
-            include=asked.include,
             seed=asked.seed,
             readings=readings,
             progress=progress,
         )
-    model = loading.load(source.folder, torch.float32)
+    model = loading.load(source.folder, torch.float32, device=asked.on_device)
     return calibrate(
         model,
         walk(model, asked.include),

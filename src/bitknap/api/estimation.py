@@ -134,7 +134,7 @@ class _Job:
     @property
     def keeps(self) -> bool:
         """Whether the measurements are worth keeping in a journal."""
-        return "kl" in self.estimator.needs or (self.reads and self.asked[0].max_memory is not None)
+        return "kl" in self.estimator.needs or (self.reads and self.asked[0].memory is not None)
 
     def table(self, origin: Checkpoint, resume: Resume) -> CostTable:
         """Return the table of a model, which is first transformed if requested."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,29 @@ from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check
 from bitknap.quantization.packed.folder import PLAN, roles_of
 from bitknap.quantization.packed.opened import open_weights
+from bitknap.quantization.runtime.devices import AUTO, device_of, memory_limit
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 
 EVALUATION_TOKENS = 32_768
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Judging:
+    """What models are measured on, and where.
+
+    Attributes:
+        text: evaluation text: a path, "builtin", a list of strings, or token windows.
+        tokens: number of tokens of it to use.
+        device: where models in folders run: "auto", "cpu", "cuda" or "cuda:N".
+        max_memory: maximum bytes; None sets no bound.
+    """
+
+    text: TextLike = BUILTIN
+    tokens: int = EVALUATION_TOKENS
+    device: str | torch.device = AUTO
+    max_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,53 +80,61 @@ class _Asked:
         model: the model to measure.
         reference: the model that it is compared with; the same one if there is none.
         windows: the text.
+        device: where models in folders run.
+        most: maximum bytes; None sets no bound.
     """
 
     model: Path | LiveModel
     reference: Path | LiveModel
     windows: Windows
+    device: torch.device
+    most: int | None
 
     @classmethod
-    def of(cls, model: Model, reference: Model | None, text: TextLike, tokens: int) -> _Asked:
+    def of(cls, model: Model, reference: Model | None, on: Judging) -> _Asked:
         """Return what was asked for, after all checks that need no run of a model.
 
         Raises:
             MismatchError: the two have different tokenizers.
             ModelError: a weight is NaN or infinite, or the model predicts no text.
+            InputError: the device is not there.
         """
-        asked, given = opened(model), text_of(text)
+        device = device_of(on.device)
+        asked, given = opened(model), text_of(on.text)
         other = asked if reference is None else opened(reference)
         folders = [one for one in dict.fromkeys((asked, other)) if isinstance(one, Path)]
         sources = {folder: Checkpoint.open(folder) for folder in folders}
         for folder in folders:
             check(folder, reads_text=True)
-        windows = evaluation_windows(asked, given, tokens)
+        windows = evaluation_windows(asked, given, on.tokens)
         if isinstance(asked, Path):
             writer.check_finite(sources[asked])
         if reference is not None and not torch.equal(
-            windows.ids, evaluation_windows(other, given, tokens).ids
+            windows.ids, evaluation_windows(other, given, on.tokens).ids
         ):
             raise MismatchError(
                 f"{_named(model)} and {_named(reference)} split the text differently; compare "
                 "models with the same tokenizer"
             )
-        return cls(model=asked, reference=other, windows=windows)
+        return cls(model=asked, reference=other, windows=windows, device=device, most=on.max_memory)
 
-    def way(self, max_memory: int | None, needs: Collection[str] = ()) -> Way:
+    def way(self, needs: Collection[str] = ()) -> Way:
         """Return whether the models are run whole or layer by layer.
 
         Raises:
             InputError: neither is within `max_memory`.
         """
-        if max_memory is None:
-            return "whole"
-        if isinstance(self.model, LiveModel) or isinstance(self.reference, LiveModel):
+        limit = memory_limit(self.device, self.most, None)
+        live = isinstance(self.model, LiveModel) or isinstance(self.reference, LiveModel)
+        if live and self.most is not None:
             raise InputError(
                 "`max_memory`: a live model is in memory already; leave it out, or pass folders"
             )
+        if live or limit is None:
+            return "whole"
         folders = dict.fromkeys((self.model, self.reference))
-        sources = [open_weights(folder) for folder in folders]
-        return way_to_judge(sources, self.windows.ids.numel(), max_memory, needs)
+        sources = [open_weights(folder) for folder in folders if isinstance(folder, Path)]
+        return way_to_judge(sources, self.windows.ids.numel(), limit, needs)
 
 
 def evaluate(
@@ -116,6 +143,7 @@ def evaluate(
     *,
     text: TextLike = BUILTIN,
     tokens: int = EVALUATION_TOKENS,
+    device: str = AUTO,
     max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> Losses:
@@ -127,19 +155,26 @@ def evaluate(
         reference: The model that KL and top-1 agreement refer to; `model` itself when not given.
         text: Evaluation text: a path, "builtin", a list of strings, or token windows.
         tokens: Number of tokens of it to use.
+        device: Where models in folders run: "auto" (a GPU if there is one), "cpu", "cuda" or
+            "cuda:N". A live model runs where it is.
         max_memory: Maximum bytes; models that would take more are run one decoder layer at a time,
-            with the same losses. None sets no bound.
+            with the same losses. None sets no bound on the CPU; a GPU's is what is free there.
         progress: Called with (what, done, of).
 
     Raises:
         MismatchError: The two have different tokenizers.
         ModelError: A weight is NaN or infinite, the model predicts no text, or it cannot be run
             layer by layer.
-        InputError: `max_memory` is too low.
+        InputError: `max_memory` is too low, or the device is not there.
         BitknapError: The disk has no room for the activations.
     """
-    asked = _Asked.of(model, reference, text, tokens)
-    if asked.way(max_memory) == "layers":
+    on = Judging(text=text, tokens=tokens, device=device, max_memory=max_memory)
+    return _measured(_Asked.of(model, reference, on), progress)
+
+
+def _measured(asked: _Asked, progress: Progress | None) -> Losses:
+    """Return the losses of the model, with the models in memory or layer by layer."""
+    if asked.way() == "layers":
         return _by_layer(asked, None, progress).ours
     return _in_memory(asked)
 
@@ -147,11 +182,9 @@ def evaluate(
 def rows_for(
     model: str,
     reference: str | None,
-    text: str,
-    tokens: int,
+    on: Judging,
     *,
     uniform: bool = False,
-    max_memory: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, dict[str, Any]]:
     """Return one row per model: the reference, the best uniform recipe if requested, and `model`.
@@ -161,16 +194,15 @@ def rows_for(
             `max_memory` is too low.
     """
     if reference is None:
-        losses = evaluate(model, text=text, tokens=tokens, max_memory=max_memory, progress=progress)
-        return {model: summary(losses)}
+        return {model: summary(_measured(_Asked.of(model, None, on), progress))}
     folder = resolve(model)
     plan = BitPlan.load(folder / PLAN) if (folder / PLAN).is_file() else None
     if uniform and plan is None:
         raise InputError(
             f"{model}: not a packed checkpoint, and `uniform` needs one to compare at its bytes"
         )
-    asked, size = _Asked.of(model, reference, text, tokens), plan if uniform else None
-    if asked.way(max_memory, {"kl"} if uniform else ()) == "layers":
+    asked, size = _Asked.of(model, reference, on), plan if uniform else None
+    if asked.way({"kl"} if uniform else ()) == "layers":
         judged = _by_layer(asked, size, progress)
     else:
         judged = _all_in_memory(asked, size, progress)
@@ -197,21 +229,21 @@ def summary(losses: Losses, nbytes: int | None = None) -> dict[str, Any]:
 
 def _in_memory(asked: _Asked) -> Losses:
     """Return the losses of the model, with both models in memory."""
-    with _running(asked.model) as measured:
+    with _running(asked.model, asked.device) as measured:
         if asked.reference == asked.model:
             return compare(measured, measured, asked.windows)
-        with _running(asked.reference) as original:
+        with _running(asked.reference, asked.device) as original:
             return compare(measured, original, asked.windows)
 
 
 def _all_in_memory(asked: _Asked, size: BitPlan | None, progress: Progress | None) -> Judged:
     """Return all losses, with both models in memory; `size` asks for a recipe of its bytes."""
     ours = _in_memory(asked)
-    original = _Asked(model=asked.reference, reference=asked.reference, windows=asked.windows)
+    original = replace(asked, model=asked.reference)
     uniform = None
     if size is not None:
         assert isinstance(asked.reference, Path)
-        uniform = best_uniform_of(asked.reference, size, asked.windows, progress)
+        uniform = best_uniform_of(asked.reference, size, asked.windows, asked.device, progress)
     return Judged(ours=ours, original=_in_memory(original), uniform=uniform)
 
 
@@ -224,11 +256,14 @@ def _by_layer(asked: _Asked, size: BitPlan | None, progress: Progress | None) ->
         asked.windows,
         None if size is None else roles_of(size.units),
         varied=size is not None,
+        device=asked.device,
         progress=progress,
     )
     ours = original
     if asked.model != asked.reference:
-        ours = through(open_weights(asked.model), asked.windows, progress=progress)
+        ours = through(
+            open_weights(asked.model), asked.windows, device=asked.device, progress=progress
+        )
     known, measured = losses_between(original.reference, [original.reference, ours.reference])
     uniform = None
     if size is not None:
@@ -238,10 +273,14 @@ def _by_layer(asked: _Asked, size: BitPlan | None, progress: Progress | None) ->
 
 
 def best_uniform_of(
-    reference: str | Path, plan: BitPlan, windows: Windows, progress: Progress | None = None
+    reference: str | Path,
+    plan: BitPlan,
+    windows: Windows,
+    device: torch.device = CPU,
+    progress: Progress | None = None,
 ) -> tuple[str, BitPlan, Losses]:
     """Return the best uniform recipe for a model at a plan's bytes: name, plan, losses."""
-    live = load(resolve(reference), torch.float32)
+    live = load(resolve(reference), torch.float32, device=device)
     layout = walk(live, roles_of(plan.units))
     replay = Replay(live, layout, windows, cache=False)
     return best_uniform(Replayed(replay), layout, plan.total_bytes, progress)
@@ -281,11 +320,13 @@ def name_of(plan: BitPlan) -> str:
     return "+".join(plan.formats[c].name for c in sorted({int(c) for c in plan.choice}))
 
 
-def _running(model: Path | LiveModel) -> contextlib.AbstractContextManager[Any]:
+def _running(
+    model: Path | LiveModel, device: torch.device
+) -> contextlib.AbstractContextManager[Any]:
     """Return a context that yields the model to run: loaded in float32, or live."""
     if isinstance(model, LiveModel):
         return model.evaluating()
-    return contextlib.nullcontext(load(model, torch.float32))
+    return contextlib.nullcontext(load(model, torch.float32, device=device, packed=False))
 
 
 def _named(model: Model) -> str:

@@ -150,10 +150,10 @@ def _rounded(
 ) -> tuple[writer.Rounded, list[tuple[int, int, str, int]]]:
     """Return the rounding, the inputs if it needs them, and the units that saw too few tokens."""
     if not asked.method.needs_inputs:
-        return writer.Rounded(rounding=asked.method), []
+        return writer.Rounded(rounding=asked.method, device=asked.on_device), []
     writer.check_plan(source, plan)
     # A pass in one piece is quick, and none of it is kept.
-    journal = resume.journal if asked.max_memory is not None else None
+    journal = resume.journal if asked.memory is not None else None
     about = {} if journal is None else _depends_on(origin, asked, plan)
     with beside(journal, about, overwrite=resume.overwrite) as readings:
         evidence = gather(source, frozenset(), asked, readings=readings, progress=progress)
@@ -163,6 +163,7 @@ def _rounded(
         rounding=rounding,
         inputs=inputs_of_blocks(cut.units, evidence.units, evidence.inputs),
         about={name: evidence.provenance[name] for name in ("text", "tokens", "seed")},
+        device=asked.on_device,
     )
     return rounded, too_few_tokens(evidence, rounding) if isinstance(rounding, Gptq) else []
 

@@ -284,7 +284,7 @@ def _opened(
     tokens, needs = asked.tokens + how.tokens + GATE_TOKENS, {"kl"}
     if rounding.needs_inputs:
         needs.add("full")
-    if way_to_measure_plans(source, layout, tokens, asked.max_memory, needs) == "layers":
+    if way_to_measure_plans(source, layout, tokens, asked.memory, needs) == "layers":
         return _by_layer(source, asked, how, progress)
     asked = replace(asked, rounding=Remembered(rounding=rounding), max_memory=None)
     evidence = gather(source, frozenset({"moments"}), asked, progress=progress)
@@ -304,7 +304,12 @@ def _by_layer(
     taken = text.windows(asked.tokens, longest_of(config))
     windows, gate = loop_windows(text, taken.ids, how.tokens)
     *parts, last = all_through(
-        source, [*_parts(windows), gate], asked.include, varied=True, progress=progress
+        source,
+        [*_parts(windows), gate],
+        asked.include,
+        varied=True,
+        device=asked.on_device,
+        progress=progress,
     )
     evidence = replace(evidence, layout=last.run.skeleton.layout)
     return Loop(evidence=evidence, parts=tuple(parts), gate=last)

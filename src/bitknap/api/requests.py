@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
+import torch
 
 from bitknap.allocation import Format, Units
 from bitknap.allocation import formats as make_formats
@@ -33,6 +34,7 @@ from bitknap.quantization.packed.shards import MAX_SHARD_SIZE
 from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.rounding.rounding import Rounding
+from bitknap.quantization.runtime.devices import AUTO, device_of, memory_limit
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.row_blocks import split_rows
 
@@ -79,8 +81,11 @@ class Calibration:
         include: Roles besides routed experts: "attention", "shared", "dense".
         seed: Random seed for noise, labels and rotation.
         rounding: How weights will be rounded; costs are measured for this method.
-        max_memory: Maximum bytes; if more would be needed, the model is calibrated layer by layer.
-            None sets no bound.
+        device: Where models run and weights are rounded: "auto" (a GPU if there is one), "cpu",
+            "cuda" or "cuda:N".
+        max_memory: Maximum bytes; a model that needs more is run layer by layer. None sets no
+            bound. It holds for the CPU.
+        device_memory: Maximum bytes on a GPU; what is free there when not given.
         robust: How costs of several texts are combined: "mean" (default), "worst" or "mean+sd".
         risk: Number of standard deviations that "mean+sd" adds.
         thorough: Round all rows of every matrix, not a sample of them; takes many times as long on
@@ -92,7 +97,9 @@ class Calibration:
     include: Collection[str] = ()
     seed: int = 0
     rounding: Rounding | str = RTN
+    device: str | torch.device = AUTO
     max_memory: int | None = None
+    device_memory: int | None = None
     robust: Rule | None = None
     risk: float = 1.0
     thorough: bool = False
@@ -102,6 +109,7 @@ class Calibration:
             object.__setattr__(self, "text", text_of(self.text))
         object.__setattr__(self, "include", tuple(self.include))
         object.__setattr__(self, "rounding", method_of(self.rounding))
+        object.__setattr__(self, "device", device_of(self.device))
         number("risk", self.risk)
         if self.robust is not None:
             check_name("robust", self.robust, get_args(Rule))
@@ -115,6 +123,16 @@ class Calibration:
     def effort(self) -> Effort:
         """How much estimators round and measure."""
         return Effort(thorough=self.thorough)
+
+    @property
+    def on_device(self) -> torch.device:
+        """Where models run and weights are rounded, as a value."""
+        return device_of(self.device)
+
+    @property
+    def memory(self) -> int | None:
+        """Maximum bytes on the device; None for any number."""
+        return memory_limit(self.on_device, self.max_memory, self.device_memory)
 
     @property
     def each(self) -> tuple[Calibration, ...]:

@@ -38,25 +38,24 @@ from bitknap.quiet import silence_transformers
 @measuring.text.but(group="evaluation", help="Evaluation text: file or builtin.")
 @measuring.tokens.but(group="evaluation", usual="32768", help="Number of evaluation tokens.")
 @measuring.max_memory.but(group="evaluation")
+@measuring.device.but(group="evaluation")
 @measuring.seed.but(group="evaluation")
 @common.as_json
 def evaluate(
     model: str, reference: str | None, uniform: bool, as_json: bool, **options: Any
 ) -> None:
     """Measure the perplexity of MODEL and, with --reference, its KL to that model."""
-    from bitknap.api.evaluation import EVALUATION_TOKENS, rows_for
+    from bitknap.api.evaluation import EVALUATION_TOKENS, Judging, rows_for
     from bitknap.cli.views.tables import losses_table
 
     check_options("evaluate")
     silence_transformers()
     with progress_bars() as progress:
-        rows = rows_for(
-            model,
-            reference,
-            options["text"],
-            given(options["tokens"], EVALUATION_TOKENS),
-            uniform=uniform,
+        on = Judging(
+            text=options["text"],
+            tokens=given(options["tokens"], EVALUATION_TOKENS),
+            device=options["device"],
             max_memory=size_of(options["max_memory"]),
-            progress=progress,
         )
+        rows = rows_for(model, reference, on, uniform=uniform, progress=progress)
     present(as_json, rows, losses_table(rows))

@@ -17,6 +17,7 @@ from bitknap.estimators.measuring.text import encode
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
+from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.testing import tiny_model
@@ -224,7 +225,7 @@ def test_layer_by_layer_is_the_same_with_special_tokens(saved, tmp_path):
     windows = Windows(ids=ids, prefix=3)
     model = quantizing.load(source.folder, torch.float32)
     whole = calibrate(model, walk(model), windows)
-    alone = calibrate_by_layer(source, windows)
+    alone = calibrate_by_layer(Skeleton(source), windows)
     for number, layer in whole.layers.items():
         assert alone.layers[number].gain == pytest.approx(layer.gain, rel=1e-3)
         assert alone.layers[number].tokens == layer.tokens == 3 * 11

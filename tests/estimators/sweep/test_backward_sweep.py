@@ -17,6 +17,7 @@ from bitknap.estimators.sweep import backward_sweep, in_memory, layer_by_layer, 
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
 from bitknap.estimators.sweep.recorded import Recorded
+from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.checkpoint import Checkpoint
@@ -55,7 +56,7 @@ def close(one, other):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_same_gradients_as_in_memory(family, tmp_path):
     source = stored(tmp_path, family)
-    one, other = in_one_piece(source), calibrate_by_layer(source, windows(), GRADIENTS)
+    one, other = in_one_piece(source), calibrate_by_layer(Skeleton(source), windows(), GRADIENTS)
     assert list(other.layers) == list(one.layers)
     for number, layer in one.layers.items():
         mine = other.layers[number]
@@ -87,7 +88,9 @@ def both_ways(tmp_path_factory):
     def of(family):
         source = stored(tmp_path_factory.mktemp(family), family)
         recorded = Recorded.of(needs)
-        return in_one_piece(source, recorded), calibrate_by_layer(source, windows(), recorded)
+        return in_one_piece(source, recorded), calibrate_by_layer(
+            Skeleton(source), windows(), recorded
+        )
 
     return of
 
@@ -115,8 +118,8 @@ def test_a_batchs_labels_are_those_that_torch_draws():
 
 def test_the_noise_of_gains_is_drawn_after_the_labels(tmp_path):
     source = stored(tmp_path)
-    plain = calibrate_by_layer(source, windows())
-    for number, layer in calibrate_by_layer(source, windows(), GRADIENTS).layers.items():
+    plain = calibrate_by_layer(Skeleton(source), windows())
+    for number, layer in calibrate_by_layer(Skeleton(source), windows(), GRADIENTS).layers.items():
         assert layer.gain != plain.layers[number].gain
 
 
@@ -124,7 +127,10 @@ def test_progress_goes_from_the_last_layer_to_the_first_with_experts(tmp_path):
     said = []
     source = stored(tmp_path, "deepseek_v2", num_hidden_layers=3)
     calibrate_by_layer(
-        source, windows(), Recorded(curvature=True), progress=lambda *told: said.append(told)
+        Skeleton(source),
+        windows(),
+        Recorded(curvature=True),
+        progress=lambda *told: said.append(told),
     )
     assert [told for told in said if told[0] == "gradients"] == [
         ("gradients", done, 2)
@@ -134,8 +140,10 @@ def test_progress_goes_from_the_last_layer_to_the_first_with_experts(tmp_path):
 
 def test_gradients_in_half_the_disk(tmp_path):
     source = stored(tmp_path)
-    one = calibrate_by_layer(source, windows(), Recorded(curvature=True))
-    half = calibrate_by_layer(source, windows(), Recorded(curvature=True, spilled=torch.bfloat16))
+    one = calibrate_by_layer(Skeleton(source), windows(), Recorded(curvature=True))
+    half = calibrate_by_layer(
+        Skeleton(source), windows(), Recorded(curvature=True, spilled=torch.bfloat16)
+    )
     for number, layer in one.layers.items():
         for name, squares in layer.curvature.items():
             rough = half.layers[number].curvature[name]
@@ -161,7 +169,7 @@ def test_a_backward_sweep_stopped_anywhere_goes_on(family, tmp_path, monkeypatch
     source, path = stored(tmp_path / "model", family), tmp_path / "work" / "journal"
 
     def found(readings=None):
-        return calibrate_by_layer(source, windows(), GRADIENTS, readings=readings)
+        return calibrate_by_layer(Skeleton(source), windows(), GRADIENTS, readings=readings)
 
     whole, left, stops = found(), [0], 0
 

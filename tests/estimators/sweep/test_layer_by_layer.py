@@ -53,7 +53,7 @@ def windows(count=5):
 def both(source, include=(), **recorded):
     model = loading.load(source.folder, torch.float32)
     one = calibrate(model, walk(model, include), windows(), Recorded(**recorded))
-    return one, calibrate_by_layer(source, windows(), Recorded(**recorded), include=include)
+    return one, calibrate_by_layer(Skeleton(source, include), windows(), Recorded(**recorded))
 
 
 @pytest.mark.slow
@@ -128,8 +128,8 @@ def test_a_tied_head(tmp_path):
 
 def test_half_the_disk(tmp_path):
     source = stored(tmp_path)
-    one = calibrate_by_layer(source, windows())
-    half = calibrate_by_layer(source, windows(), Recorded(spilled=torch.bfloat16))
+    one = calibrate_by_layer(Skeleton(source), windows())
+    half = calibrate_by_layer(Skeleton(source), windows(), Recorded(spilled=torch.bfloat16))
     first, last = one.layers
     assert torch.equal(half.layers[first].input_square, one.layers[first].input_square)
     assert not torch.equal(half.layers[last].input_square, one.layers[last].input_square)
@@ -149,21 +149,23 @@ def test_one_layer_is_held_at_a_time(tmp_path):
 
 
 def test_the_evidence_holds_no_weights(tmp_path):
-    weights: Any = calibrate_by_layer(stored(tmp_path), windows()).weights
+    weights: Any = calibrate_by_layer(Skeleton(stored(tmp_path)), windows()).weights
     assert all(p.is_meta for p in weights.__self__.model.parameters())
 
 
 def test_fewer_traces(tmp_path):
     source = stored(tmp_path)
-    found = calibrate_by_layer(source, windows(), Recorded(traces=True, trace_tokens=40))
+    found = calibrate_by_layer(Skeleton(source), windows(), Recorded(traces=True, trace_tokens=40))
     assert {len(trace.hidden) for trace in found.traces.values()} == {40}
     with pytest.raises(InputError, match=r"^trace_tokens: 0 is below 1; leave it out to keep all$"):
-        calibrate_by_layer(source, windows(), Recorded(traces=True, trace_tokens=0))
+        calibrate_by_layer(Skeleton(source), windows(), Recorded(traces=True, trace_tokens=0))
 
 
 def test_progress(tmp_path):
     said = []
-    calibrate_by_layer(stored(tmp_path), windows(1), progress=lambda *told: said.append(told))
+    calibrate_by_layer(
+        Skeleton(stored(tmp_path)), windows(1), progress=lambda *told: said.append(told)
+    )
     assert said == [(what, i, 2) for what in ("calibrate", "gains") for i in range(2)]
 
 
@@ -200,7 +202,10 @@ def test_a_pass_stopped_anywhere_goes_on(family, tmp_path, monkeypatch):
 
     def found(readings=None):
         return calibrate_by_layer(
-            source, windows(), Recorded(full=True, traces=True), include=INCLUDE, readings=readings
+            Skeleton(source, INCLUDE),
+            windows(),
+            Recorded(full=True, traces=True),
+            readings=readings,
         )
 
     whole, left, stops = found(), [0], 0
@@ -234,11 +239,11 @@ def test_a_pass_stopped_anywhere_goes_on(family, tmp_path, monkeypatch):
 
 def test_files_beside_a_journal_are_needed(tmp_path):
     source, path = stored(tmp_path / "model"), tmp_path / "journal"
-    calibrate_by_layer(source, windows(), readings=Readings.open(path, {}))
+    calibrate_by_layer(Skeleton(source), windows(), readings=Readings.open(path, {}))
     for file in folder_of(path).iterdir():
         file.write_bytes(b"no tensors")
     with pytest.raises(FileError, match=r"cannot be read .*; delete .*journal to start anew$"):
-        calibrate_by_layer(source, windows(), readings=Readings.open(path, {}))
+        calibrate_by_layer(Skeleton(source), windows(), readings=Readings.open(path, {}))
 
 
 def test_a_file_that_was_damaged_since_is_no_finished_step(tmp_path):
@@ -276,7 +281,7 @@ def test_a_full_disk_under_a_shelf_is_an_error_of_the_system(tmp_path, monkeypat
 
 def test_an_encoder_decoder_is_refused(tmp_path):
     with pytest.raises(ModelError, match=r": an encoder-decoder cannot be run layer by"):
-        calibrate_by_layer(stored(tmp_path, "switch_transformers"), windows())
+        calibrate_by_layer(Skeleton(stored(tmp_path, "switch_transformers")), windows())
 
 
 def test_a_layer_that_gives_two_tensors_is_refused(tmp_path, monkeypatch):
@@ -287,7 +292,7 @@ def test_a_layer_that_gives_two_tensors_is_refused(tmp_path, monkeypatch):
     kind = type(Skeleton(source).layers[0])
     monkeypatch.setattr(kind, "forward", twice(kind.forward))
     with pytest.raises(ModelError) as caught:
-        calibrate_by_layer(source, windows())
+        calibrate_by_layer(Skeleton(source), windows())
     assert str(caught.value) == (
         "decoder layer 0 (MixtralDecoderLayer) gives more than one tensor, so the model cannot be "
         "run layer by layer; raise `max_memory`, or use `estimator=DataFree()`"
@@ -314,7 +319,7 @@ def test_a_model_that_reads_layers_far_before_is_refused(tmp_path, monkeypatch):
     with pytest.raises(
         ModelError, match=r"^decoder layer 2 .* it needs more than the output of the layer befor"
     ):
-        calibrate_by_layer(source, windows())
+        calibrate_by_layer(Skeleton(source), windows())
 
 
 def test_a_missing_tensor(tmp_path):
@@ -323,4 +328,4 @@ def test_a_missing_tensor(tmp_path):
     del headers["model.layers.1.input_layernorm.weight"]
     broken = Checkpoint(folder=source.folder, config=source.config, headers=headers)
     with pytest.raises(FileError, match=r"model\.layers\.1\.input_layernorm\.weight of the model"):
-        calibrate_by_layer(broken, windows())
+        calibrate_by_layer(Skeleton(broken), windows())

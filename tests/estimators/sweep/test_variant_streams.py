@@ -18,6 +18,7 @@ from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.variant_streams import VariantStreams
+from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.checkpoint import Checkpoint
@@ -50,7 +51,7 @@ def in_one_piece(source, include=()):
 
 def by_layer(source, include=(), **more):
     recorded = Recorded(full=True, streams=True)
-    return calibrate_by_layer(source, windows(), recorded, include=include, **more)
+    return calibrate_by_layer(Skeleton(source, include), windows(), recorded, **more)
 
 
 @pytest.mark.slow
@@ -126,6 +127,6 @@ def test_what_the_journal_has_is_not_measured_again(tmp_path, monkeypatch):
 
 
 def test_without_streams_nothing_is_measured(tmp_path):
-    evidence = calibrate_by_layer(stored(tmp_path), windows())
+    evidence = calibrate_by_layer(Skeleton(stored(tmp_path)), windows())
     with pytest.raises(InputError, match="needs the live model"):
         Calibrated().estimate(evidence, OPTIONS)

@@ -63,6 +63,15 @@ thorough = option(
     help="Round all rows of every matrix, not a sample of them.",
     more="It takes many times as long on large models.",
 )
+device = option(
+    "--device",
+    group="measuring",
+    default="auto",
+    usual="auto",
+    metavar="NAME",
+    help="Where to compute: auto, cpu, cuda or cuda:N.",
+    more="auto is the first GPU, if there is one.",
+)
 seed = option("--seed", group="measuring", default=0, metavar="N", help="Random seed.")
 calibrate = option(
     "--calibrate",

@@ -1,0 +1,58 @@
+"""Devices by name: where a computation runs, and how much memory is there."""
+
+from __future__ import annotations
+
+import torch
+
+from bitknap.allocation.problem.budget import human
+from bitknap.errors import InputError
+
+AUTO = "auto"
+
+
+def device_of(name: str | torch.device) -> torch.device:
+    """Return the device with a name.
+
+    Args:
+        name: "auto" is the first CUDA device, or the CPU if there is none; "cpu"; "cuda"; "cuda:1";
+            or another device that torch knows.
+
+    Raises:
+        InputError: the name is none of these, or the device is not there.
+    """
+    if name == AUTO:
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise InputError(f"device: {name!r} is no device; give auto, cpu, cuda or cuda:N") from None
+    if device.type != "cuda":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    number = device.index or 0
+    if number >= count:
+        there = [f"cuda:{at} with {human(_total(at))}" for at in range(count)]
+        raise InputError(f"device: {name} is not there; this machine has cpu{_listed(there)}")
+    return torch.device("cuda", number)
+
+
+def memory_limit(device: torch.device, host: int | None, own: int | None) -> int | None:
+    """Return how many bytes a computation may take on its device; None for any number.
+
+    Args:
+        device: where it runs.
+        host: limit on the memory of this machine, which holds for the CPU.
+        own: limit on the memory of another device; what is free on a GPU is one, too.
+    """
+    if device.type == "cpu":
+        return host
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
+    return min((limit for limit in (own, free) if limit is not None), default=None)
+
+
+def _total(number: int) -> int:
+    return int(torch.cuda.get_device_properties(number).total_memory)
+
+
+def _listed(names: list[str]) -> str:
+    return "".join(f", {name}" for name in names)

@@ -1,0 +1,106 @@
+"""Runs whole jobs on a device that is not there and on the CPU; prints what differs as JSON.
+
+A process of its own, as `pretend_device` asks. Run as `python pretended.py FOLDER [FAMILY …]`.
+"""
+
+import json
+import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import bitknap
+from bitknap.allocation import Budget, Problem, formats, solve
+from bitknap.api.calibration import _windows
+from bitknap.estimators.named import Settings, named
+from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
+from bitknap.estimators.sweep.recorded import Recorded
+from bitknap.estimators.sweep.weightless_model import Skeleton
+from bitknap.estimators.tables.monotone import isotonic
+from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.testing import tiny_model
+from bitknap.testing.pretend_device import NAME, install, pretending
+
+ROOT = Path(__file__).parent.parent.parent
+MENU = formats((2, 4), (8, "row"), (True, False))
+TEXT = ROOT / "benchmarks" / "reference" / "calibration.txt"
+ESTIMATORS = ("calibrated", "fisher", "fisher-output", "moments", "weight-error", "data-free")
+FAMILIES = ("mixtral", "deepseek_v2", "gpt_oss")
+
+
+def asked(device, **more):
+    return bitknap.Calibration(text=TEXT, tokens=128, include=("attention",), device=device, **more)
+
+
+def saved(folder, family):
+    tiny_model(family, vocab_size=4096).save_pretrained(folder)
+    for file in (ROOT / "benchmarks" / "reference" / "mixtral").glob("tokenizer*.json"):
+        shutil.copy(file, folder / file.name)
+    return folder
+
+
+def estimated(model, name, device, **more):
+    made = named([name], Settings(routers=None))
+    include = () if name.startswith("fisher") else ("attention",)
+    given = bitknap.Calibration(text=TEXT, tokens=128, include=include, device=device, **more)
+    return bitknap.estimate(model, made, MENU, calibration=given)
+
+
+def by_layer(model, name):
+    """Return the costs from a pass over one layer at a time on the device."""
+    made, source = named([name], Settings(routers=None)), Checkpoint.open(model)
+    given = asked(NAME) if name == "calibrated" else bitknap.Calibration(text=TEXT, tokens=128)
+    evidence = calibrate_by_layer(
+        Skeleton(source, given.include, device=torch.device(NAME, 0)),
+        _windows(source, given),
+        Recorded.of(made.needs),
+    )
+    table = made.estimate(replace(evidence, device=torch.device(NAME, 0)), MENU)
+    return isotonic(table)[0].cost
+
+
+def packed(model, device, rounding, out):
+    table = estimated(model, "data-free", "cpu")
+    plan = solve(Problem(table, Budget.bits(3.5))).plan
+    how = bitknap.Packing(rounding=rounding, force=True)
+    bitknap.quantize(model, plan, out, packing=how, calibration=asked(device))
+    return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
+
+
+def apart(a, b):
+    """Return the largest difference of two arrays, relative to the second."""
+    a, b = np.asarray(a), np.asarray(b)
+    return float((np.abs(a - b) / np.maximum(np.abs(b), 1e-300)).max())
+
+
+def differences(folder, family):
+    """Yield what was compared, and how far the two devices are apart."""
+    model = saved(folder / "model", family)
+    for name in ESTIMATORS:
+        here = estimated(model, name, "cpu").cost
+        yield name, apart(estimated(model, name, NAME).cost, here)
+        if name in ("calibrated", "fisher"):
+            yield f"{name}, layer by layer", apart(by_layer(model, name), here)
+    for rounding in ("rtn", "hqq", "gptq"):
+        wrote = [packed(model, on, rounding, folder / f"{rounding}-{on}") for on in ("cpu", NAME)]
+        yield f"quantize, {rounding}", float(wrote[0] != wrote[1])
+    out = folder / "rtn-cpu"
+    losses = [
+        bitknap.evaluate(out, model, text=TEXT, tokens=256, device=on).kl for on in ("cpu", NAME)
+    ]
+    yield "evaluate", apart(*losses)
+
+
+if __name__ == "__main__":
+    install()
+    root = Path(sys.argv[1])
+    with pretending():
+        found = {
+            f"{family}: {what}": value
+            for family in sys.argv[2:] or FAMILIES
+            for what, value in differences(root / family, family)
+        }
+    print(json.dumps(found))
