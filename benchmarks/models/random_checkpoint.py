@@ -20,6 +20,8 @@ from bitknap.errors import InputError
 _SHARD = 4 << 30
 # Typical of trained weights of this size; norms are ones.
 _SPREAD = 0.02
+# Standard deviation of the logarithm of a matrix's scale, where scales are unequal.
+_UNEQUAL = 0.5
 
 
 def generate(
@@ -28,6 +30,8 @@ def generate(
     layers: int | None = None,
     seed: int = 0,
     shard: int = _SHARD,
+    *,
+    unequal: bool = False,
 ) -> Path:
     """Write a checkpoint of random bf16 weights in a model's shapes, one tensor in memory at once.
 
@@ -37,6 +41,9 @@ def generate(
         layers: number of decoder layers to keep; all when not given.
         seed: random seed of the weights.
         shard: maximum bytes of tensors per file, except for a single larger tensor.
+        unequal: give each matrix a scale of its own, about that at which its output is as large as
+            its input: then tokens are spread over the experts, and layers and experts matter
+            unequally, as they do in trained models.
 
     Raises:
         InputError: there is no such model, or the folder exists.
@@ -52,7 +59,13 @@ def generate(
 
     def random(size: Shape) -> Tensor:
         weight = torch.empty(size, dtype=torch.bfloat16)
-        return weight.normal_(0, _SPREAD, generator=generator) if len(size) > 1 else weight.fill_(1)
+        if len(size) < 2:
+            return weight.fill_(1)
+        if not unequal:
+            return weight.normal_(0, _SPREAD, generator=generator)
+        scales = torch.randn((*size[:-2], 1, 1), generator=generator)
+        weight.normal_(0, size[-1] ** -0.5, generator=generator)
+        return weight.mul_(scales.mul_(_UNEQUAL).exp_())
 
     where: dict[str, str] = {}
     for number, part in enumerate(parts, 1):
@@ -98,8 +111,9 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--layers", type=int, default=None)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--unequal", action="store_true", help="matrices of unequal scales")
     given = parser.parse_args()
-    generate(given.name, given.folder, given.layers, given.seed)
+    generate(given.name, given.folder, given.layers, given.seed, unequal=given.unequal)
 
 
 if __name__ == "__main__":

@@ -6,10 +6,7 @@ Each command runs in its own process, whose peak resident memory is read while i
 from __future__ import annotations
 
 import math
-import resource
 import shutil
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -18,13 +15,13 @@ from typing import Any
 
 from bitknap.benchmarks.models.random_checkpoint import generate
 from bitknap.benchmarks.models.shapes import ModelShape, headers
+from bitknap.benchmarks.watched import watched
 from bitknap.disk.atomic import check_space
-from bitknap.errors import BitknapError, InputError
+from bitknap.errors import InputError
 
 MODEL = "OLMoE-1B-7B"
 BUDGET = "3bpw"
 _FORMATS = ("--formats", "2,3,4", "--group-size", "64", "--metadata", "fp16")
-_POLL = 0.05  # seconds
 # Target for peak memory, bytes.
 MOST_MEMORY = 3 << 30
 
@@ -64,7 +61,7 @@ def measured(
         steps = {}
         for verb, options in commands.items():
             given = table if verb == "solve" else str(source)
-            steps[verb] = _watched([verb, given, *options])
+            steps[verb] = watched([verb, given, *options])
         written = sum(file.stat().st_size for file in out.iterdir())
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -72,38 +69,6 @@ def measured(
     facts = {"model": name, "layers": layers, "estimator": estimator, "budget": BUDGET}
     sizes = {"source_bytes": nbytes, "written_bytes": written, "generate_seconds": spent}
     return {**facts, **sizes, "steps": steps}
-
-
-def _watched(arguments: Sequence[str]) -> dict[str, float]:
-    """Run a command; return its seconds and its peak of resident memory in bytes."""
-    start, peak = time.perf_counter(), 0
-    with subprocess.Popen(
-        [sys.executable, "-m", "bitknap", *arguments],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    ) as child:
-        while child.poll() is None:
-            peak = max(peak, _peak(child.pid))
-            time.sleep(_POLL)
-        errors = child.stderr.read() if child.stderr else ""
-    if child.returncode:
-        last = (errors.strip().splitlines() or [f"exit status {child.returncode}"])[-1]
-        raise BitknapError(f"bitknap {arguments[0]}: {last}")
-    if not peak:  # no /proc: use the largest child so far
-        usage = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-        peak = usage * (1 if sys.platform == "darwin" else 1024)
-    return {"seconds": time.perf_counter() - start, "peak_bytes": peak}
-
-
-def _peak(process: int) -> int:
-    """Return the peak resident memory of a process in bytes; 0 if it is not reported."""
-    try:
-        status = Path(f"/proc/{process}/status").read_text()
-    except OSError:
-        return 0
-    lines = [line for line in status.splitlines() if line.startswith("VmHWM")]
-    return int(lines[0].split()[1]) * 1024 if lines else 0
 
 
 def small(shape: ModelShape) -> ModelShape:

@@ -1,0 +1,1 @@
+"""The main job on a model that does not fit in memory: memory, time, kills, forecasts."""
