@@ -8,7 +8,9 @@ import pytest
 from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
 from bitknap.allocation import Units
-from bitknap.api.inspection import _active, inspect, report
+from bitknap.api.forecasting import STEPS, active_weights
+from bitknap.api.inspection import inspect, report
+from bitknap.api.machine import TYPICAL
 from bitknap.benchmarks.models.shapes import config, headers, shape_of
 from bitknap.cli import main
 from bitknap.errors import InputError
@@ -83,8 +85,9 @@ def test_steps_take_more_the_more_they_do(tmp_path):
     assert whole / 16 < steps["estimate, with a text"]["memory_bytes"] < whole / 4
     assert whole / 16 < steps["quantize --method gptq"]["memory_bytes"] < whole / 2
     seconds = [step["seconds"] for step in steps.values()]
-    assert seconds[0] < seconds[2] < seconds[4] < seconds[3] < seconds[1]
-    assert seconds[2] == round(2 * 6_442_450_944 / 4e7) + 5
+    assert seconds[0] < seconds[2] < seconds[4] < seconds[3]
+    read = 2 * 6_442_450_944 / TYPICAL.reads
+    assert seconds[2] == round(6_442_450_944 / TYPICAL.rtn + read) + 5
 
 
 def units(rows, cols):
@@ -169,7 +172,7 @@ def test_experts_per_token_may_be_a_list_by_layer(tmp_path):
     layout = walk_headers(source.config, source.shapes)
     idle = 3 * (3 * SIZES["hidden_size"] * SIZES["intermediate_size"])  # of layer 0
     every = sum(math.prod(info.shape) for info in source.headers.values())
-    assert _active(source, layout) == every - idle
+    assert active_weights(source, layout) == every - idle
     assert len(inspect(tmp_path)["steps"]) == len(report(source)["steps"])
     same = replace(source, config={**source.config, "moe_topk": 4})
     for bytes_of in (peak_bytes, layer_bytes):
@@ -182,3 +185,51 @@ def test_everything_is_plain_json(made, document):
     assert found["units"] > 24
     assert {type(step["seconds"]) for step in found["steps"]} == {int}
     assert np.isfinite(found["least_bpw"])
+
+
+def test_the_forecast_has_every_part_in_both_residencies(tmp_path):
+    source = seen("OLMoE-1B-7B", tmp_path)
+    found = report(source)
+    rows = {(row["residency"], row["step"]): row for row in found["forecast"]}
+    assert list(rows) == [(way, step) for way in ("whole", "by layer") for step in STEPS]
+    assert rows["by layer", "gains"]["memory_bytes"] < rows["whole", "gains"]["memory_bytes"]
+    assert (
+        rows["by layer", "group readings"]["seconds"] > rows["whole", "group readings"]["seconds"]
+    )
+    assert {row["fits"] for row in rows.values()} == {None}
+    main_job = next(x for x in found["steps"] if x["name"] == "estimate, with a text")
+    parts = [rows["by layer", step] for step in STEPS[:5]]
+    assert main_job["seconds"] == pytest.approx(sum(x["seconds"] for x in parts) + 5, abs=5)
+    assert main_job["memory_bytes"] == max(x["memory_bytes"] for x in parts)
+
+
+def test_a_named_machine_is_faster_with_more_cores_and_may_be_too_small(tmp_path):
+    source = seen("OLMoE-1B-7B", tmp_path)
+    large = report(source, machine=TYPICAL.named(16, 8 << 30))
+    few = report(source, machine=TYPICAL.named(1, None))
+    for one, other in zip(large["forecast"], few["forecast"], strict=True):
+        assert one["seconds"] <= other["seconds"]
+        assert one["fits"] == (one["memory_bytes"] <= 8 << 30)
+    assert {row["residency"] for row in large["forecast"] if not row["fits"]} == {"whole"}
+
+
+def test_a_probe_measures_this_machine(made, monkeypatch, document):
+    for name in ("_PRODUCTS", "_ROUNDING", "_HQQ"):
+        monkeypatch.setattr(f"bitknap.api.machine.{name}", 0.01)
+    monkeypatch.setattr("bitknap.api.machine._FILE", 1 << 20)
+    found = document("inspect", made.model, "--probe", "--cores", "3", "--device-memory", "2GiB")
+    machine = found["machine"]
+    assert machine["probed"]
+    assert (machine["cores"], machine["memory"]) == (3, 2 << 30)
+    assert min(machine[name] for name in ("flops", "rtn", "hqq", "gptq", "reads", "streams")) > 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--cores", "0"), "--cores 0: must be a whole number of at least 1"),
+        (("--device-memory", "much"), "'much' is not a size"),
+    ],
+)
+def test_machines_that_cannot_be_are_refused(made, refused, words, said):
+    assert said in refused("inspect", made.model, *words)

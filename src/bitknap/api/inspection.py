@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,34 +13,23 @@ from bitknap.allocation import ROLES, Budget, formats
 from bitknap.allocation.problem.device_memory import Device
 from bitknap.allocation.problem.serving import Serving
 from bitknap.allocation.problem.table import storage
-from bitknap.api.quantizing import CALIBRATION_TOKENS, default_formats
-from bitknap.estimators.group_kl.calibrated import Calibrated
+from bitknap.api.forecasting import LIBRARIES, Forecast, estimating, forecast
+from bitknap.api.machine import TYPICAL, Machine, probe
+from bitknap.api.requests import CALIBRATION_TOKENS
 from bitknap.estimators.sweep.peak_memory import layer_bytes
-from bitknap.quantization.models.headers_only import experts_per_token, text_config, walk_headers
+from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.buildable import check_source
 from bitknap.quantization.packed.config import architectures
 from bitknap.quantization.packed.writer import fixed_bytes
 from bitknap.quantization.runtime.serving_needs import serving_of
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.source.safetensors_header import DTYPES
 from bitknap.quantization.targets.shape_rules import fits
 
 # Formats in the table of uniform sizes: every width, in a common and in the smallest form.
 _SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")
 # Formats that bound the feasible range.
 _EVERY = formats(range(1, 9), (32, 64, 128, 256, "row"), (False, True), ("fp16", "compact"))
-# Bytes of bf16 weights per second rounded to one format and packed on one CPU core: the middle of
-# the range measured in benchmarks/results/quantize.md.
-_RATES = {"rtn": 4e7, "hqq": 2e6, "gptq": 4e6}
-# Bytes per second when reading and summing weights, as data-free estimators do.
-_READ_RATE = 2e8
-# Float32 matrix operations (products and sums) per second on two cores.
-_FLOPS = 1e11
-# Cost of calibrating on a text, in forward passes: one pass and its gradients.
-_PASSES = 3
-# Memory of the interpreter with torch and transformers.
-_LIBRARIES = 1 << 29
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,7 +39,7 @@ class Step:
     Attributes:
         name: the command with its options.
         memory_bytes: peak resident memory.
-        seconds: time on two CPU cores, accurate to about a factor of two.
+        seconds: time, accurate to about a factor of two.
     """
 
     name: str
@@ -60,7 +48,11 @@ class Step:
 
 
 def inspect(
-    model: str | Path, include: Collection[str] = (), *, budget: Budget | None = None
+    model: str | Path,
+    include: Collection[str] = (),
+    *,
+    budget: Budget | None = None,
+    machine: Machine | None = None,
 ) -> dict[str, Any]:
     """Return which plans are possible for `model`, without reading weights.
 
@@ -70,6 +62,8 @@ def inspect(
         model: a folder, a hub id, or "reference:NAME".
         include: roles to quantize besides routed experts.
         budget: of `Budget.device`, to add "device": what it holds, and what it leaves for units.
+        machine: the machine that "steps" and "forecast" are for; a typical one of two cores when
+            not given. `probe_of` measures this one.
 
     Returns:
         The result of `report`.
@@ -80,7 +74,7 @@ def inspect(
     """
     source = Checkpoint.look(model)
     check_source(source, include)
-    found = report(source, include)
+    found = report(source, include, machine or TYPICAL)
     if budget is not None and budget.serves is not None:
         found["device"] = room_on(source, include, budget.serves)
     return found
@@ -107,13 +101,26 @@ def room_on(source: Checkpoint, include: Collection[str], device: Device) -> dic
     return {**entries, "left for units": left, "device": device.size}
 
 
-def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
+def probe_of(model: str | Path) -> Machine:
+    """Measure this machine at a model's shapes, for about 20 seconds.
+
+    Args:
+        model: a folder, a hub id, or "reference:NAME".
+    """
+    source = Checkpoint.look(model)
+    return probe(source, walk_headers(source.config, source.shapes))
+
+
+def report(
+    source: Checkpoint, include: Collection[str] = (), machine: Machine = TYPICAL
+) -> dict[str, Any]:
     """Return which plans are possible for an opened checkpoint.
 
     Returns:
         Counts, the feasible range in bits per weight and in bytes of the whole checkpoint, the
         weights missing from the last groups of rows, "uniform_bytes" of all units in some
-        formats, the "steps" with their memory and time, and which "exports" the shapes allow.
+        formats, the "steps" with their memory and time, a "forecast" of the parts of the main job
+        in each residency, the rates of the "machine", and which "exports" the shapes allow.
     """
     layout = walk_headers(source.config, source.shapes, include)
     units = layout.units
@@ -142,7 +149,12 @@ def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
         "uniform_bytes": {
             f.name: int(size) for f, size in zip(_SHOWN, storage(units, _SHOWN).sum(0), strict=True)
         },
-        "steps": [asdict(step) for step in steps(source, layout)],
+        "steps": [asdict(step) for step in steps(source, layout, machine)],
+        "forecast": [
+            {**asdict(one), "seconds": round(one.seconds), "fits": _fits(one, machine)}
+            for one in forecast(source, layout, machine)
+        ],
+        "machine": asdict(machine),
         "exports": {
             fit.target.name: {
                 "possible": fit.possible,
@@ -156,67 +168,46 @@ def report(source: Checkpoint, include: Collection[str] = ()) -> dict[str, Any]:
     }
 
 
-def steps(source: Checkpoint, layout: Layout) -> list[Step]:
-    """Return the resources that estimating and quantizing need, for each method.
+def steps(source: Checkpoint, layout: Layout, machine: Machine = TYPICAL) -> list[Step]:
+    """Return the least that estimating and quantizing need, for each method, layer by layer.
 
     Besides the weights being rounded, the writer holds 1.5 times the largest tensor (measured).
-    Rounding to all default formats takes most of the time of an estimate.
+
+    Args:
+        source: the model.
+        layout: its units.
+        machine: rates of the machine.
     """
-    units = layout.units
-    weights = int(units.numel.sum())
-    streaming = 3 * _largest(source) // 2 + _LIBRARIES
-    passes = 2 * _active(source, layout) * CALIBRATION_TOKENS * _PASSES / _FLOPS
-    options = len(default_formats(units))
-
-    def calibrating(needs: Collection[str]) -> int:
-        return layer_bytes(source, layout, CALIBRATION_TOKENS, needs) + _LIBRARIES
-
-    text = Calibrated().needs
+    parts = forecast(source, layout, machine)
+    weights = int(layout.units.numel.sum())
+    reading = 2 * weights / machine.reads
+    (packing,) = {one.memory_bytes for one in parts if one.step == "pack"}
+    memory, seconds = estimating(parts, "by layer")
     needed = [
-        Step(
-            name="estimate --estimator data-free",
-            memory_bytes=streaming,
-            seconds=_seconds(2 * weights / _READ_RATE),
-        ),
-        Step(
-            name="estimate, with a text",
-            memory_bytes=calibrating(text),
-            seconds=_seconds(passes + options * 2 * weights / _RATES["rtn"]),
-        ),
+        _step("estimate --estimator data-free", packing, reading),
+        _step("estimate, with a text", memory, seconds),
     ]
-    for method, rate in _RATES.items():
+    inputs = layer_bytes(source, layout, CALIBRATION_TOKENS, {"full"}) + LIBRARIES
+    passes = sum(x.seconds for x in parts if x.residency == "by layer" and x.step == "calibrate")
+    for method in ("rtn", "hqq", "gptq"):
         asks = method == "gptq"
+        rounding = weights / getattr(machine, method)
         needed.append(
-            Step(
-                name=f"quantize --method {method}",
-                memory_bytes=max(streaming, calibrating({"full"}) if asks else 0),
-                seconds=_seconds(2 * weights / rate + (passes if asks else 0)),
+            _step(
+                f"quantize --method {method}",
+                max(packing, inputs if asks else 0),
+                rounding + reading + (passes if asks else 0),
             )
         )
     return needed
 
 
-def _seconds(work: float) -> int:
-    return round(work) + 5  # time to load libraries
+def _step(name: str, memory: int, seconds: float) -> Step:
+    return Step(name=name, memory_bytes=memory, seconds=round(seconds) + 5)  # to load libraries
 
 
-def _active(source: Checkpoint, layout: Layout) -> int:
-    """Return the number of weights that process one token."""
-    config = text_config(source.config)
-    top_k = experts_per_token(config) or [0]
-    every = sum(math.prod(info.shape) for info in source.headers.values())
-    routed = [(3 if x.gated else 2) * x.hidden * x.intermediate for x in layout.layers]
-    met = [top_k[x.layer if x.layer < len(top_k) else -1] or x.experts for x in layout.layers]
-    idle = [x.experts - min(n, x.experts) for n, x in zip(met, layout.layers, strict=True)]
-    return every - sum(size * count for size, count in zip(routed, idle, strict=True))
-
-
-def _largest(source: Checkpoint) -> int:
-    """Return the bytes of the largest tensor in memory."""
-    return max(
-        math.prod(info.shape) * (DTYPES[info.dtype].itemsize if info.dtype in DTYPES else 1)
-        for info in source.headers.values()
-    )
+def _fits(one: Forecast, machine: Machine) -> bool | None:
+    return None if machine.memory is None else one.memory_bytes <= machine.memory
 
 
 def _short(rows: np.ndarray, cols: np.ndarray, group: int) -> int:

@@ -190,9 +190,32 @@ def facts_table(title: str, facts: Mapping[str, Any]) -> Table:
     return table
 
 
-def steps_table(steps: Sequence[Mapping[str, Any]]) -> Table:
+def forecast_table(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]) -> Table:
+    """Return the parts of the main job in each residency, one part a row.
+
+    Args:
+        rows: from `api.forecasting`.
+        machine: rates of the machine.
+    """
+    which = "measured here" if machine["probed"] else "typical"
+    table = Table(title=f"forecast of the main job on {machine['cores']} cores, rates {which}")
+    heads = ["part", "model in memory", "memory", "time"]
+    limited = machine["memory"] is not None
+    for head in [*heads, *([f"in {human(machine['memory'])}"] if limited else [])]:
+        table.add_column(head, justify="left" if head in heads[:2] else "right")
+    previous = None
+    for row in rows:
+        if previous not in (None, row["residency"]):
+            table.add_section()
+        previous = row["residency"]
+        cells = [row["step"], row["residency"], human(row["memory_bytes"]), _time(row["seconds"])]
+        table.add_row(*cells, *(["fits" if row["fits"] else "does not"] if limited else []))
+    return table
+
+
+def steps_table(steps: Sequence[Mapping[str, Any]], cores: int) -> Table:
     """Return the resources of each step of the work, one per row."""
-    table = Table(title="about the least that it takes, on two cores")
+    table = Table(title=f"about the least that it takes, on {cores} cores")
     for head in ("step", "memory", "time"):
         table.add_column(head, justify="left" if head == "step" else "right")
     for step in steps:
