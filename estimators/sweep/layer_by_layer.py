@@ -1,10 +1,11 @@
 """`calibrate` for a model larger than memory: one decoder layer resident at a time.
 
 Two sweeps over the layers. The first records, the second measures gains: for each MoE layer, a
-stream that noise in this layer changed is carried along with the unchanged one, so that each layer
-is loaded once for all streams. Gradients take a sweep in between, from the last layer to the first
-(`BackwardSweep`). The arithmetic, the noise and the labels are those of `calibrate`. It provides no
-live model; `VariantStreams` measures groups and plans in further sweeps.
+stream that noise in this layer changed is carried along, so that each layer is loaded once for all
+streams; the unchanged one runs again only where its outputs were not kept. Gradients take a sweep
+in between, from the last layer to the first (`BackwardSweep`). The arithmetic, the noise and the
+labels are those of `calibrate`. It provides no live model; `VariantStreams` measures groups and
+plans in further sweeps.
 
 While it runs, the disk holds the residual stream of all tokens in float32, once per MoE layer and
 twice more, and the embeddings and head; where variants are measured or gradients are recorded, also
@@ -86,9 +87,9 @@ def calibrate_by_layer(
         check_seen(sums)
         if recorded.differentiates:
             work.backward(text).catch(sums, generator, progress)
+    losses = work.losses(text, sums, generator, progress)
     if not recorded.streams:
         work.forget()
-    losses = work.losses(text, sums, generator, progress)
     skeleton.drop_rest()
     return Evidence(
         layout=layout,
@@ -189,7 +190,9 @@ class _Pass:
             if progress:
                 progress("gains", place, len(skeleton.layers))
             here = skeleton.numbers.get(place, ())
-            with self._loaded(place, [*map(_noise, (*changed, *here)), _PLAIN]):
+            known = self.outputs.get(place)
+            steps = [*map(_noise, (*changed, *here)), *([] if known else [_PLAIN])]
+            with self._loaded(place, steps):
                 for number, other in changed.items():
                     changed[number], _ = self._advanced(_noise(number), place, other)
                 for number in here:
@@ -198,7 +201,7 @@ class _Pass:
                             _noise(number), place, plain, lambda: {"drawn": generator.get_state()}
                         )
                     generator.set_state(finished["drawn"])
-                plain, _ = self._advanced(_PLAIN, place, plain)
+                plain = known or self._advanced(_PLAIN, place, plain)[0]
         losses = self._divergences(plain, changed)
         self._end([*map(_noise, changed), _PLAIN])
         return losses
