@@ -60,7 +60,7 @@ bitknap.report
 bitknap.api
 bitknap.testing
 bitknap.benchmarks.models bitknap.benchmarks.reference bitknap.benchmarks.setting
-bitknap.benchmarks.result_files
+bitknap.benchmarks.result_files bitknap.benchmarks.watched
 bitknap.benchmarks.solvers bitknap.benchmarks.quantize
 bitknap.benchmarks.kernels
 bitknap.benchmarks.published

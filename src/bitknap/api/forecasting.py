@@ -31,8 +31,8 @@ from bitknap.quantization.stacks.grouping import stacks
 
 # Memory of the interpreter with torch and transformers, and seconds to load them.
 LIBRARIES, _START = 1 << 29, 5
-# Times that a unit's first sample of rows is rounded until formats can be told apart: samples
-# double, and most units need one doubling (benchmarks/results/forecast.md).
+# Times that rounding the first sample of rows is counted: charging errors and telling formats apart
+# take about as long as rounding, where no larger sample is needed (benchmarks/results/forecast.md).
 _SAMPLES = 2
 
 Residency = Literal["whole", "by layer"]
