@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from bitknap.allocation import BitPlan, formats
+from bitknap.api import refining
 from bitknap.benchmarks.compare import run as running
 from bitknap.benchmarks.compare.hand_recipes import down_first, first_layers, offers
 from bitknap.benchmarks.compare.strategies import PUBLISHED, names
@@ -20,6 +21,14 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent.parent.parent
 NUMBERS = ("kl", "kl_se", "perplexity", "top1", "rank", "bytes", "bpw")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_gate():
+    """The gate judges every uniform recipe; on its usual text it takes half of the time here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(refining, "GATE_TOKENS", 512)
+        yield
 
 
 @pytest.fixture(scope="module")
