@@ -10,7 +10,9 @@ class Effort:
     """How much of what estimators could round and measure they do.
 
     Attributes:
-        thorough: round all rows of every matrix.
+        thorough: round all rows of every matrix, and measure every group by itself, on all tokens.
+        seconds: time after which no further reading of groups begins; None sets no limit.
     """
 
     thorough: bool = False
+    seconds: float | None = None

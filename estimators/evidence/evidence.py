@@ -19,7 +19,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.units import ROLES, Units
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.effort import Effort
-from bitknap.estimators.evidence.variants import VariantSweep
+from bitknap.estimators.evidence.variants import TextSweep
 from bitknap.estimators.measuring.expert_forward import Experts
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.readings import Readings
@@ -200,7 +200,7 @@ class Evidence:
     traces: Mapping[int, LayerTrace] = field(default_factory=dict)
     rounding: Rounding = RTN
     readings: Readings = field(default_factory=Readings)
-    sweep: VariantSweep | None = None
+    sweep: TextSweep | None = None
     effort: Effort = field(default_factory=Effort)
     experts: Callable[[ExpertLayer], Experts] | None = None
     span: int = 0

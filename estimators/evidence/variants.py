@@ -16,6 +16,7 @@ from bitknap.allocation.problem.arrays import Longs
 from bitknap.allocation.problem.format import Format
 from bitknap.estimators.measuring.kl_replay import Losses
 from bitknap.estimators.measuring.readings import key_of
+from bitknap.estimators.measuring.windows import Part, Windows
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.rounding.methods import RTN, round_trip
 from bitknap.quantization.rounding.rounding import Rounding
@@ -125,4 +126,17 @@ class VariantSweep(Protocol):
         self, variants: Sequence[Variant], changing: Changing
     ) -> Iterator[tuple[int, float]]:
         """Yield each variant's number and the squared change of its one layer's output."""
+        ...
+
+
+class TextSweep(VariantSweep, Protocol):
+    """Measures variants of a model on a text or a part of it."""
+
+    @property
+    def text_windows(self) -> Windows:
+        """The text with its special tokens."""
+        ...
+
+    def on_part(self, part: Part) -> TextSweep:
+        """Return what measures on a part of the text."""
         ...

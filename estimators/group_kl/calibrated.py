@@ -1,21 +1,24 @@
 """Measured group gains: any estimator's costs scaled to measured KL.
 
-A group is all experts of one projection in one layer. It is stored in one format at a time, and
-the KL is measured. An estimator ranks experts well, but its scale over bits is wrong by a factor
-of 2 to 4 (methods.md#small-models); a few group measurements correct that curve. A group's
-true KL is modelled as a function of its predicted sum: measured at a few anchor formats,
-interpolated in logarithms between them, with a constant gain beyond. So the number of measurements
-does not grow with the number of formats or experts.
+A group is all experts of one projection in one layer. Groups are stored in one format at a time,
+all layers' together or one alone (`chosen_readings`), and the KL is measured. An estimator ranks
+experts well, but its scale over bits is wrong by a factor of 2 to 4 (methods.md#small-models); a
+few group measurements correct that curve. A group's true KL is modelled as a function of its
+predicted sum: known at a few anchor formats (`pooled_gains`), interpolated in logarithms between
+them, with a constant gain beyond. So the number of measurements does not grow with the number of
+formats or experts.
 """
 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
+from bitknap.allocation.problem.arrays import Floats
 from bitknap.allocation.problem.checks import whole
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
@@ -26,12 +29,17 @@ from bitknap.estimators.costs.weighed_errors import token_share
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.evidence.variant_kl import check_measurable, kl_of
 from bitknap.estimators.evidence.variants import Variant
+from bitknap.estimators.group_kl.chosen_readings import Groups, by_worth
+from bitknap.estimators.group_kl.pooled_gains import FLOOR, GroupKl, group_kl
+from bitknap.estimators.group_kl.text_part import on_part
 from bitknap.estimators.signals.signal import Signal
+from bitknap.estimators.sweep.variant_streams import TOGETHER
 from bitknap.progress import Progress
 from bitknap.quantization.stacks.grouping import stacks
 
-# KL below this, in nats per token, is rounding noise of float32 logits.
-_FLOOR = 1e-9
+# Tokens that groups are read on, of all that were calibrated on. With 8,192 the plans on both
+# reference models were no better (`benchmarks/results/cheaper_costs.md`).
+READ_TOKENS = 2_048
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,8 +49,9 @@ class Calibrated:
     Attributes:
         base: ranks units within a group.
         progress: called with (what, done, of).
-        measurements: maximum number of KL measurements; fewer widths are measured if it binds, at
-            least one per group. All widths that `anchors` names when not given.
+        measurements: maximum number of KL measurements, the most valuable ones; the gains of groups
+            that are not measured by themselves are interpolated. All that `by_worth` names when not
+            given.
         signals: proxies whose exponents are fitted on halves of the groups, with two more
             measurements per group; see `bitknap.estimators.group_kl.proxies`.
         check: number of held-out plans whose KL is measured after fitting and compared with the
@@ -79,34 +88,56 @@ class Calibrated:
         """Return the costs of every unit in every format, nats per token.
 
         Raises:
-            InputError: the evidence has no means to measure KL, there are more groups than
-                measurements, or too few plans differ to check the table.
+            InputError: the evidence has no means to measure KL, `measurements` allows none, or too
+                few plans differ to check the table.
         """
         check_measurable(evidence)
         table = self.base.estimate(evidence, formats)
-        chosen = anchors(formats, table.nbytes)
         runs = stacks(evidence.units)
+        groups = Groups.of(evidence.units, runs)
+        chosen = anchors(formats, table.nbytes)
+        effort = evidence.effort
+        wanted = by_worth(groups, [formats[i].bits for i in chosen], thorough=effort.thorough)
         split = 2 * len(runs) if self.signals else 0
-        if self.measurements is not None:
-            chosen = fewer(chosen, self.measurements - split, len(runs))
+        asked = wanted[: _most(self.measurements, split)]
+        reader = evidence if effort.thorough else on_part(evidence, READ_TOKENS)
 
-        def measure(groups: Sequence[tuple[np.ndarray, int]]) -> list[float]:
-            asked = [Variant.group(units, formats[column]) for units, column in groups]
-            return group_kls(evidence, asked, self.progress)
+        def measure(
+            parts: Sequence[tuple[np.ndarray, int]], seconds: float | None = None
+        ) -> list[float]:
+            variants = [Variant.group(units, formats[column]) for units, column in parts]
+            return group_kls(reader, variants, self.progress, seconds)
 
+        parts = [
+            (np.concatenate([runs[group] for group in one.groups]), chosen[one.width])
+            for one in asked
+        ]
+        read = {
+            one: kl
+            for one, kl in zip(asked, measure(parts, effort.seconds), strict=True)
+            if not math.isnan(kl)
+        }
+        sums = np.stack([table.cost[run].sum(0) for run in runs])
+        found = group_kl(sums[:, chosen], groups, read)
         cost, spread = table.cost.copy(), None if table.spread is None else table.spread.copy()
-        read = measure([(run, column) for run in runs for column in chosen])
-        for run, measured in zip(runs, np.reshape(read, (len(runs), -1)), strict=True):
-            sums = cost[run].sum(0)
-            gain = gains(sums, sums[chosen], measured)
+        for group, run in enumerate(runs):
+            gain = gains(sums[group], sums[group][chosen], found.kl[group])
             cost[run] *= gain
             if spread is not None:
                 spread[run] *= gain
+        readings = {"taken": len(read), "left": len(wanted) - len(read)}
+        interpolated = int((~found.read).sum())
+        if interpolated:
+            readings["interpolated"] = interpolated
+        if math.isfinite(found.error):
+            readings["error"] = found.error
+        spread = _with_gain_error(cost, spread, runs, found)
         provenance = {
             **table.provenance,
             "estimator": self.name,
             "unit": "nats/token",
-            "measurements": len(runs) * len(chosen) + split,
+            "measurements": len(read) + split,
+            "readings": readings,
         }
         frequency = token_share(evidence) if table.frequency is None else table.frequency
         scaled = replace(
@@ -148,21 +179,34 @@ def anchors(formats: Sequence[Format], nbytes: np.ndarray) -> list[int]:
     return picked
 
 
-def fewer(chosen: Sequence[int], measurements: int, groups: int) -> list[int]:
-    """Return as many anchors as the measurements allow, evenly spaced over the widths.
+def _most(measurements: int | None, split: int) -> int | None:
+    """Return how many groups may be measured, beside `split` halves of them; None for all.
 
     Raises:
-        InputError: there are more groups than measurements.
+        InputError: none may be.
     """
-    count = min(measurements // groups, len(chosen))
-    if count < 1:
+    if measurements is None:
+        return None
+    if measurements - split < 1:
+        also = f"after {split} for the signals " if split else ""
         raise InputError(
-            f"measurements: {measurements} is below {groups}, the number of groups (one for each "
-            f"layer and projection); give at least {groups}"
+            f"measurements: {measurements} leaves none {also}to scale the costs; give at least "
+            f"{split + 1}"
         )
-    if count == 1:
-        return [chosen[len(chosen) // 2]]
-    return [chosen[round(i * (len(chosen) - 1) / (count - 1))] for i in range(count)]
+    return measurements - split
+
+
+def _with_gain_error(
+    cost: Floats, spread: Floats | None, runs: Sequence[np.ndarray], found: GroupKl
+) -> Floats | None:
+    """Return the spread with the error of gains that were not read but interpolated, if known."""
+    if found.read.all() or not math.isfinite(found.error):
+        return spread
+    whole = np.zeros_like(cost) if spread is None else spread.copy()
+    for group in np.flatnonzero(~found.read):
+        run = runs[group]
+        whole[run] = np.hypot(whole[run], cost[run] * found.error)
+    return whole
 
 
 def gains(sums: np.ndarray, anchor_sums: np.ndarray, anchor_kl: np.ndarray) -> np.ndarray:
@@ -173,14 +217,17 @@ def gains(sums: np.ndarray, anchor_sums: np.ndarray, anchor_kl: np.ndarray) -> n
     """
     order = np.argsort(anchor_sums)
     x = np.log(np.maximum(anchor_sums[order], 1e-300))
-    y = np.log(np.maximum.accumulate(np.maximum(anchor_kl[order], _FLOOR)))
+    y = np.log(np.maximum.accumulate(np.maximum(anchor_kl[order], FLOOR)))
     at = np.log(np.maximum(sums, 1e-300))
     ratio: np.ndarray = np.exp(np.interp(at, x, y - x))
     return ratio
 
 
 def group_kls(
-    evidence: Evidence, groups: Sequence[Variant], progress: Progress | None = None
+    evidence: Evidence,
+    groups: Sequence[Variant],
+    progress: Progress | None = None,
+    seconds: float | None = None,
 ) -> list[float]:
     """Return the KL of the model with groups of units in another format, nats per token.
 
@@ -188,19 +235,34 @@ def group_kls(
         evidence: of the model; its journal keeps the readings.
         groups: of `Variant.group`.
         progress: called with ("measure groups", done, of).
+        seconds: time after which no new reading begins, but for the first; NaN stands for those
+            that were not taken. Readings in the journal take no time.
 
     Raises:
         InputError: the evidence has no means to measure KL.
         ModelError: a KL is NaN or infinite.
     """
     read = [math.nan] * len(groups)
+    # A sweep takes readings in its own order, so under a limit it gets them in portions.
+    portion = len(groups) if seconds is None or evidence.sweep is None else TOGETHER
+    started, done = time.monotonic(), 0
     if progress:
         progress("measure groups", 0, len(groups))
-    for done, (number, kl) in enumerate(finite_kls(evidence, groups), start=1):
-        read[number] = kl
-        if progress:
-            progress("measure groups", done, len(groups))
+    for start in range(0, len(groups), max(1, portion)):
+        for place, kl in finite_kls(evidence, groups[start : start + portion]):
+            number = start + place
+            read[number], done = kl, done + 1
+            if progress:
+                progress("measure groups", done, len(groups))
+            if evidence.sweep is None and _over(started, seconds):
+                return read
+        if _over(started, seconds):
+            break
     return read
+
+
+def _over(started: float, seconds: float | None) -> bool:
+    return seconds is not None and time.monotonic() - started >= seconds
 
 
 def finite_kls(evidence: Evidence, groups: Sequence[Variant]) -> Iterator[tuple[int, float]]:

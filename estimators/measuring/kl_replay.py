@@ -159,6 +159,11 @@ class Replay:
             self._outputs[at] = outputs
 
     @property
+    def text(self) -> Windows:
+        """The windows with their special tokens."""
+        return self._text
+
+    @property
     def span(self) -> int:
         """Number of tokens of a window that each layer sees."""
         return seen(self.model, self.windows.shape[1])

@@ -13,13 +13,16 @@ tokens are comparable.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bitknap.errors import InputError, ModelError
 from bitknap.estimators.measuring.language_model import token_logits
+
+# Windows are not cut to fewer tokens than this.
+_SHORTEST = 256
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -47,10 +50,40 @@ class Windows:
         """Return some of the windows."""
         return Windows(ids=self.ids[rows].contiguous(), prefix=self.prefix)
 
+    def part(self, part: Part) -> Windows:
+        """Return a part of the windows."""
+        rows = torch.tensor(part.rows, dtype=torch.int64)
+        return Windows(ids=self.ids[rows, : part.length].contiguous(), prefix=self.prefix)
+
     def batches(self, tokens: int) -> list[Windows]:
         """Return the windows in batches of about `tokens` tokens, at least one window each."""
         count = max(1, tokens // self.ids.shape[1])
         return [Windows(ids=part, prefix=self.prefix) for part in self.ids.split(count)]
+
+
+class Part(NamedTuple):
+    """A part of windows: some of them, each cut to its first tokens."""
+
+    rows: tuple[int, ...]
+    length: int
+
+
+def part_of(count: int, length: int, tokens: int) -> Part | None:
+    """Return about `tokens` tokens of windows, spread evenly over them; None if they have no more.
+
+    Windows are cut only if whole ones would be fewer than `tokens` / 256: text from many places
+    says more than long text.
+
+    Args:
+        count: number of windows.
+        length: tokens of each.
+        tokens: number of tokens to take.
+    """
+    if count * length <= tokens:
+        return None
+    cut = min(length, max(_SHORTEST, tokens // count))
+    taken = min(count, max(1, tokens // cut))
+    return Part(tuple((2 * i + 1) * count // (2 * taken) for i in range(taken)), cut)
 
 
 def seen(model: Any, length: int) -> int:

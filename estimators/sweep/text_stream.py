@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -20,7 +21,7 @@ from bitknap.errors import ModelError
 from bitknap.estimators.measuring.drawn_loss import rooted
 from bitknap.estimators.measuring.kl_replay import Losses, kl_of, log_probabilities, losses_of
 from bitknap.estimators.measuring.skipped_layers import answering
-from bitknap.estimators.measuring.windows import Windows, labels_of, logits_of
+from bitknap.estimators.measuring.windows import Part, Windows, labels_of, logits_of
 from bitknap.estimators.sweep.disk_tensors import on_disk, read_back
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
@@ -85,6 +86,37 @@ class Stream:
 
     def _split(self, whole: Tensor) -> Sequence[Tensor]:
         return list(whole.split([len(part) for part in self.batches]))
+
+
+class StreamPart(Stream):
+    """A part of the windows of another stream, which is read and not written.
+
+    Args:
+        whole: the stream of a decoder-only model.
+        part: its windows, and their first tokens.
+    """
+
+    def __init__(self, whole: Stream, part: Part) -> None:
+        self._of, self._length = whole, part.length
+        rows, start, batches = np.array(part.rows), 0, []
+        self._rows: list[tuple[int, Tensor]] = []
+        for number, batch in enumerate(whole.batches):
+            here = rows[(rows >= start) & (rows < start + len(batch))] - start
+            start += len(batch)
+            if len(here):
+                batches.append(batch.part(Part(tuple(here.tolist()), part.length)))
+                self._rows.append((number, torch.from_numpy(here)))
+        super().__init__(batches, whole.dtype)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        """Return the output for a batch, float32 [windows, tokens, ...].
+
+        Raises:
+            FileError: the file is missing or damaged.
+        """
+        number, rows = self._rows[batch]
+        # A layer sees all tokens of a window but the last.
+        return self._of[number][rows, : self._length - 1].contiguous()
 
 
 class Streamed:

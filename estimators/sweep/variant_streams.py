@@ -19,10 +19,12 @@ from torch import Tensor
 
 from bitknap.estimators.evidence.variants import UNCHANGED, Changing, Variant
 from bitknap.estimators.measuring.kl_replay import Losses
+from bitknap.estimators.measuring.windows import Part, Windows
 from bitknap.estimators.sweep.text_stream import (
     Passed,
     Stream,
     Streamed,
+    StreamPart,
     losses_between,
     square_distance,
 )
@@ -52,6 +54,21 @@ class VariantStreams:
     end: Stream
     outputs: Mapping[int, Stream]
     base: Variant = UNCHANGED
+
+    @property
+    def text_windows(self) -> Windows:
+        """The text with its special tokens."""
+        parts = self.text.batches
+        return Windows(ids=torch.cat([part.ids for part in parts]), prefix=parts[0].prefix)
+
+    def on_part(self, part: Part) -> VariantStreams:
+        """Return what measures on a part of the text, from what is kept of all of it.
+
+        What a decoder layer returns for the first tokens of a window does not depend on later ones.
+        """
+        outputs = {place: StreamPart(whole, part) for place, whole in self.outputs.items()}
+        end = StreamPart(self.end, part)
+        return replace(self, text=StreamPart(self.text, part), end=end, outputs=outputs)
 
     @property
     def reference(self) -> Passed:

@@ -102,7 +102,11 @@ def test_dense_profiling_goes_on_from_its_journal(made, tmp_path):
         (("--risk", "2"), "--risk: only --robust mean+sd takes it"),
         (("--max-memory", "much"), "--max-memory 'much': write a size, such as 12GiB or 800MB"),
         (("--max-memory", "2bpw"), "--max-memory '2bpw': write a size"),
-        (("--calibrate", "1"), "1 is below 6, the number of groups"),
+        (("--calibrate", "0"), "measurements: 0 leaves none to scale the costs; give at least 1"),
+        (
+            ("--measure-time", "soon"),
+            "--measure-time 'soon': write a time, such as 90s, 30min or 2h",
+        ),
         (("--estimator", "moments,fisher"), "name one base, then the signals"),
         (("--estimator", "moments,kurtosis"), "name one base, then the signals whose exponents"),
         (("--estimator", "moments,moments"), "give one of"),

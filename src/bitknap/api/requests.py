@@ -88,8 +88,11 @@ class Calibration:
         device_memory: Maximum bytes on a GPU; what is free there when not given.
         robust: How costs of several texts are combined: "mean" (default), "worst" or "mean+sd".
         risk: Number of standard deviations that "mean+sd" adds.
-        thorough: Round all rows of every matrix, not a sample of them; takes many times as long on
-            large models.
+        thorough: Round all rows of every matrix, not a sample of them, and measure every group by
+            itself, on all tokens; takes many times as long on large models.
+        measure_time: Seconds after which no further reading of groups begins. Costs that were not
+            measured by then are interpolated, so the table depends on how fast the machine is;
+            with a journal the same call goes on from the readings taken so far. None sets no limit.
     """
 
     text: TextLike | TextSets = BUILTIN
@@ -103,6 +106,7 @@ class Calibration:
     robust: Rule | None = None
     risk: float = 1.0
     thorough: bool = False
+    measure_time: float | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.text, TextSets):
@@ -111,6 +115,8 @@ class Calibration:
         object.__setattr__(self, "rounding", method_of(self.rounding))
         object.__setattr__(self, "device", device_of(self.device))
         number("risk", self.risk)
+        if self.measure_time is not None:
+            number("measure_time", self.measure_time)
         if self.robust is not None:
             check_name("robust", self.robust, get_args(Rule))
 
@@ -122,7 +128,7 @@ class Calibration:
     @property
     def effort(self) -> Effort:
         """How much estimators round and measure."""
-        return Effort(thorough=self.thorough)
+        return Effort(thorough=self.thorough, seconds=self.measure_time)
 
     @property
     def on_device(self) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,7 @@ def notes(table: CostTable) -> str:
     said = table.provenance
     lines = [*_experts(said), *_sampled(table), *_repaired(said), *_rewritten(said)]
     for one in (said, *said.get("each", ())):
-        lines += [*_check(one), *_proxies(one), *_samples(one)]
+        lines += [*_readings(one), *_check(one), *_proxies(one), *_samples(one)]
     if said.get("initial_router") is False:
         lines.append("no initial router: final norms alone rank experts; --initial-router adds it")
     return "\n".join(lines)
@@ -155,6 +156,23 @@ def _proxies(said: Mapping[str, Any]) -> list[str]:
     if dropped:
         lines.append(f"the same for all units, so left out: {', '.join(dropped)}")
     return [*lines, *([str(proxies["note"])] if proxies.get("note") else [])]
+
+
+def _readings(said: Mapping[str, Any]) -> list[str]:
+    """Return a line on readings of groups that were not taken, and what that leaves open."""
+    readings = said.get("readings")
+    if not readings or not readings["left"]:
+        return []
+    taken, left = readings["taken"], readings["left"]
+    line = f"{left:,} of {taken + left:,} readings of groups were not taken"
+    if not readings.get("interpolated"):
+        return [line]
+    error = readings.get("error")
+    known = "" if error is None else f", known to a factor of {math.exp(error):.2f}"
+    return [
+        f"{line}: the gains of {readings['interpolated']:,} groups are interpolated{known} "
+        "(--measure-time, --calibrate)"
+    ]
 
 
 def _samples(said: Mapping[str, Any]) -> list[str]:

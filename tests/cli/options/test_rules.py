@@ -41,6 +41,7 @@ WITH_PLAN = {
     "--samples x": "nothing is measured",
     "--measurements 30": "nothing is measured",
     "--thorough": "nothing is measured",
+    "--measure-time 9s": "nothing is measured",
 }
 CASES = [
     (("estimate", *MODEL, *HQQ), "--method hqq: the costs of --estimator data-free are"),

@@ -1,5 +1,7 @@
 """Every estimator on a tiny model, one of whose experts never sees a token."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -11,6 +13,7 @@ from bitknap.estimators.costs.fisher import Fisher
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.costs.weighed_errors import format_bytes, plainest
 from bitknap.estimators.costs.weight_error import WeightError
+from bitknap.estimators.evidence.effort import Effort
 from bitknap.estimators.evidence.evidence import FEW_TOKENS
 from bitknap.estimators.evidence.variants import Variant
 from bitknap.estimators.group_kl.calibrated import Calibrated, anchors, gains, group_kls
@@ -121,8 +124,8 @@ def test_moments_of_down_are_the_squared_output_error(case):
 
 @pytest.mark.slow
 def test_calibrated_groups_cost_what_was_measured(case):
-    estimator = Calibrated()
-    table = estimator.estimate(case.evidence, FORMATS)
+    thorough = replace(case.evidence, effort=Effort(thorough=True))
+    table = Calibrated().estimate(thorough, FORMATS)
     base = SecondMoments().estimate(case.evidence, FORMATS)
     chosen = anchors(FORMATS, table.nbytes)
     assert [FORMATS[i].bits for i in chosen] == [1, 2, 3, 4, 8]

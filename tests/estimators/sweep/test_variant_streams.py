@@ -11,7 +11,9 @@ from bitknap.errors import InputError
 from bitknap.estimators.evidence.variant_kl import kl_of
 from bitknap.estimators.evidence.variants import Variant
 from bitknap.estimators.group_kl.calibrated import Calibrated
+from bitknap.estimators.group_kl.text_part import on_part
 from bitknap.estimators.measuring import kl_replay
+from bitknap.estimators.measuring import windows as windows_module
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.sweep import in_memory, layer_by_layer, variant_streams
 from bitknap.estimators.sweep.in_memory import calibrate
@@ -22,6 +24,7 @@ from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.stacks.grouping import stacks
 from bitknap.testing import tiny_model
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "qwen3_next", "longcat_flash")
@@ -70,6 +73,24 @@ def test_the_same_table_in_both_ways(family, tmp_path):
     told, known = (way.provenance["check"] for way in ways)
     assert told["plans"] == known["plans"] == 3
     assert told["slope"] == pytest.approx(known["slope"], rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "family", [FAMILIES[0], *(pytest.param(f, marks=pytest.mark.slow) for f in FAMILIES[1:])]
+)
+def test_a_part_of_the_text_says_the_same_in_both_ways(family, tmp_path, monkeypatch):
+    monkeypatch.setattr(windows_module, "_SHORTEST", 16)
+    source = stored(tmp_path, family)
+    ways = [on_part(evidence, 64) for evidence in (in_one_piece(source), by_layer(source))]
+    part = windows()[[0, 1, 3, 4], :16]
+    assert torch.equal(ways[0].replay.windows, part)
+    assert torch.equal(ways[1].sweep.text_windows.ids, part)
+    assert ways[0].mark == ways[1].mark != in_one_piece(source).mark
+    units = ways[0].units
+    variants = [Variant.group(run, OPTIONS[0]) for run in stacks(units)[::2]]
+    exact, read = (dict(kl_of(way, variants)) for way in ways)
+    for number, kl in exact.items():
+        assert read[number] == pytest.approx(kl, rel=1e-3, abs=1e-9)
 
 
 def test_variants_of_every_kind(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ estimating = options_of(
     measuring.max_memory,
     measuring.thorough,
     measuring.device,
+    measuring.measure_time,
     measuring.seed,
     measuring.calibrate,
     measuring.check,
@@ -197,6 +199,7 @@ def calibration_of(options: dict[str, Any], *, text: str | None = None) -> Calib
         robust=robust,
         risk=1.0 if options["risk"] is None else options["risk"],
         thorough=options["thorough"],
+        measure_time=seconds_of(options["measure_time"]),
     )
 
 
@@ -225,6 +228,16 @@ def formats_of(options: dict[str, Any]) -> Formats:
         permute=options["permute"],
         rotate=options["rotate"],
     )
+
+
+def seconds_of(text: str | None) -> float | None:
+    """Return a time such as 30min in seconds."""
+    if text is None:
+        return None
+    match = re.fullmatch(r"(\d+\.?\d*|\.\d+) ?(s|min|h)", text.strip())
+    if match is None:
+        raise InputError(f"--measure-time {text!r}: write a time, such as 90s, 30min or 2h")
+    return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
 def size_of(text: str | None) -> int | None:

@@ -60,7 +60,7 @@ thorough = option(
     "--thorough",
     group="measuring",
     is_flag=True,
-    help="Round all rows of every matrix, not a sample of them.",
+    help="Round all rows of every matrix, not a sample of them, and measure every group by itself.",
     more="It takes many times as long on large models.",
 )
 device = option(
@@ -71,6 +71,16 @@ device = option(
     metavar="NAME",
     help="Where to compute: auto, cpu, cuda or cuda:N.",
     more="auto is the first GPU, if there is one.",
+)
+measure_time = option(
+    "--measure-time",
+    group="measuring",
+    default=None,
+    usual="no limit",
+    metavar="TIME",
+    help="Take no further measurement of groups after a time such as 30min.",
+    more="What was not measured by then is interpolated, so the table depends on how fast the "
+    "machine is. The most valuable measurements come first.",
 )
 seed = option("--seed", group="measuring", default=0, metavar="N", help="Random seed.")
 calibrate = option(

@@ -203,7 +203,10 @@ _NOT_WITH_PLAN = {
     **dict.fromkeys(("solver", "gap", "time_limit", "price"), _UNUSED.format("solved")),
     **dict.fromkeys(("estimator", "calibrate", "check"), _UNUSED.format("estimated")),
     **dict.fromkeys(("initial_router", "robust", "risk"), _UNUSED.format("estimated")),
-    **dict.fromkeys(("journal", "samples", "measurements", "thorough"), _UNUSED.format("measured")),
+    **dict.fromkeys(
+        ("journal", "samples", "measurements", "thorough", "measure_time"),
+        _UNUSED.format("measured"),
+    ),
 }
 _QUANTIZES = (
     Rule(
