@@ -125,7 +125,7 @@ class Calibrated:
             cost[run] *= gain
             if spread is not None:
                 spread[run] *= gain
-        readings = {"taken": len(read), "left": len(wanted) - len(read)}
+        readings: dict[str, int | float] = {"taken": len(read), "left": len(wanted) - len(read)}
         interpolated = int((~found.read).sum())
         if interpolated:
             readings["interpolated"] = interpolated
@@ -203,7 +203,7 @@ def _with_gain_error(
     if found.read.all() or not math.isfinite(found.error):
         return spread
     whole = np.zeros_like(cost) if spread is None else spread.copy()
-    for group in np.flatnonzero(~found.read):
+    for group in np.flatnonzero(~found.read).tolist():
         run = runs[group]
         whole[run] = np.hypot(whole[run], cost[run] * found.error)
     return whole

@@ -8,7 +8,6 @@ import pytest
 from bitknap.allocation import formats
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.effort import Effort
-from bitknap.estimators.group_kl import calibrated
 from bitknap.estimators.group_kl.calibrated import Calibrated
 from bitknap.estimators.group_kl.chosen_readings import Groups, Reading, by_worth
 from bitknap.estimators.group_kl.pooled_gains import group_kl
@@ -104,7 +103,7 @@ def test_time_ends_the_readings(case, monkeypatch, tmp_path):
         return real(self, layer)
 
     monkeypatch.setattr(Replay, "kl", slow)
-    monkeypatch.setattr(calibrated.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr("bitknap.estimators.group_kl.calibrated.time.monotonic", lambda: clock[0])
     journal = Readings.open(tmp_path / "journal", {"model": "this one"})
     limited = replace(case.evidence, effort=Effort(seconds=19), readings=journal)
     table = Calibrated().estimate(limited, OPTIONS)

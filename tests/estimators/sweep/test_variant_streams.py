@@ -83,6 +83,8 @@ def test_a_part_of_the_text_says_the_same_in_both_ways(family, tmp_path, monkeyp
     source = stored(tmp_path, family)
     ways = [on_part(evidence, 64) for evidence in (in_one_piece(source), by_layer(source))]
     part = windows()[[0, 1, 3, 4], :16]
+    assert ways[0].replay is not None
+    assert ways[1].sweep is not None
     assert torch.equal(ways[0].replay.windows, part)
     assert torch.equal(ways[1].sweep.text_windows.ids, part)
     assert ways[0].mark == ways[1].mark != in_one_piece(source).mark
