@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -29,7 +29,7 @@ from bitknap.estimators.costs.weighed_errors import token_share
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.evidence.variant_kl import check_measurable, kl_of
 from bitknap.estimators.evidence.variants import Variant
-from bitknap.estimators.group_kl.chosen_readings import Groups, by_worth
+from bitknap.estimators.group_kl.chosen_readings import Groups, Reading, by_worth
 from bitknap.estimators.group_kl.pooled_gains import FLOOR, GroupKl, group_kl
 from bitknap.estimators.group_kl.text_part import on_part
 from bitknap.estimators.signals.signal import Signal
@@ -117,32 +117,16 @@ class Calibrated:
             for one, kl in zip(asked, measure(parts, effort.seconds), strict=True)
             if not math.isnan(kl)
         }
-        sums = np.stack([table.cost[run].sum(0) for run in runs])
-        found = group_kl(sums[:, chosen], groups, read)
-        cost, spread = table.cost.copy(), None if table.spread is None else table.spread.copy()
-        for group, run in enumerate(runs):
-            gain = gains(sums[group], sums[group][chosen], found.kl[group])
-            cost[run] *= gain
-            if spread is not None:
-                spread[run] *= gain
-        readings: dict[str, int | float] = {"taken": len(read), "left": len(wanted) - len(read)}
-        interpolated = int((~found.read).sum())
-        if interpolated:
-            readings["interpolated"] = interpolated
-        if math.isfinite(found.error):
-            readings["error"] = found.error
-        spread = _with_gain_error(cost, spread, runs, found)
+        scaled = _scaled(table, groups, chosen, read)
         provenance = {
-            **table.provenance,
+            **scaled.provenance,
             "estimator": self.name,
             "unit": "nats/token",
             "measurements": len(read) + split,
-            "readings": readings,
+            "readings": {**scaled.provenance["readings"], "left": len(wanted) - len(read)},
         }
         frequency = token_share(evidence) if table.frequency is None else table.frequency
-        scaled = replace(
-            table, cost=cost, spread=spread, frequency=frequency, provenance=provenance
-        )
+        scaled = replace(scaled, frequency=frequency, provenance=provenance)
         if self.signals:
             from bitknap.estimators.group_kl.proxies import with_proxies
 
@@ -194,6 +178,40 @@ def _most(measurements: int | None, split: int) -> int | None:
             f"{split + 1}"
         )
     return measurements - split
+
+
+def _scaled(
+    table: CostTable, groups: Groups, chosen: Sequence[int], read: Mapping[Reading, float]
+) -> CostTable:
+    """Return the table with the costs of each group scaled to its KL, read or interpolated.
+
+    Its provenance has the number of readings, of groups whose gains are interpolated, and the
+    error of the logarithm of such gains, if any are known, under "readings".
+
+    Args:
+        table: the costs to scale.
+        groups: the groups.
+        chosen: columns of the anchors.
+        read: the readings that were taken, nats per token.
+    """
+    sums = np.stack([table.cost[run].sum(0) for run in groups.runs])
+    found = group_kl(sums[:, chosen], groups, read)
+    cost, spread = table.cost.copy(), None if table.spread is None else table.spread.copy()
+    for group, run in enumerate(groups.runs):
+        gain = gains(sums[group], sums[group][chosen], found.kl[group])
+        cost[run] *= gain
+        if spread is not None:
+            spread[run] *= gain
+    interpolated = int((~found.read).sum())
+    readings = {
+        "taken": len(read),
+        **({"interpolated": interpolated} if interpolated else {}),
+        **({"error": found.error} if math.isfinite(found.error) else {}),
+    }
+    spread = _with_gain_error(cost, spread, groups.runs, found)
+    return replace(
+        table, cost=cost, spread=spread, provenance={**table.provenance, "readings": readings}
+    )
 
 
 def _with_gain_error(

@@ -54,7 +54,7 @@ def group_kl(sums: Floats, groups: Groups, readings: Mapping[Reading, float]) ->
             gain = np.log(max(kl, FLOOR)) - size[group, width]
             offset[group, width] = gain - joint[groups.kind[group], width]
     read = np.isfinite(offset).any(1)
-    for group in np.flatnonzero(read):
+    for group in np.flatnonzero(read).tolist():
         known = np.isfinite(offset[group])
         offset[group] = _between(size[group], size[group, known], offset[group, known])
     misses: list[float] = []
