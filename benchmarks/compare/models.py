@@ -23,6 +23,7 @@ from bitknap.benchmarks.compare.judge import Judge, check_apart
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import Replay
+from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.text import BUILTIN, read_text
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.published.chowdhury import router_norms
@@ -131,7 +132,12 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
         progress=progress,
     )
     provenance = {**calibrated.provenance, "model": source.fingerprint}
-    evidence = replace(calibrated, provenance=provenance, rounding=Remembered(rounding=rounding))
+    evidence = replace(
+        calibrated,
+        provenance=provenance,
+        rounding=Remembered(rounding=rounding),
+        readings=Readings(in_memory=True),  # several strategies measure the same groups
+    )
     loop = open_loop(model, evidence, words, windows.ids, options.refine_tokens, source.folder)
     # The prefix that the tokenizer adds to every window does not count as shared text.
     read = (windows.ids, *(part.windows for part in loop.parts), loop.gate.windows)

@@ -21,6 +21,8 @@ from bitknap.estimators.measuring.windows import Windows, labels_of, logits_of, 
 from bitknap.quantization.models.matrix_views import Layout
 
 BATCH_TOKENS = 2048
+# Logarithms worked on at a time; beside the reference's and their exponentials they fit in a cache.
+_CACHED = 1 << 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,28 +61,48 @@ def log_probabilities(model: Any, batch: Tensor | Windows) -> Tensor:
     return torch.log_softmax(logits_of(model, batch), dim=-1)
 
 
-def kl_of(model_log: Tensor, reference_log: Tensor) -> Tensor:
-    """Return KL(reference ‖ model) of each token, nats, float32 [tokens]; overwrites `model_log`.
+def kl_of(logits: Tensor, reference_log: Tensor) -> Tensor:
+    """Return KL(reference ‖ model) of each token, nats, float32 [tokens].
+
+    Args:
+        logits: the model's, float32 [tokens, vocabulary].
+        reference_log: log-probabilities of the reference.
+    """
+    return torch.cat([_divergence(log, known) for log, known in _cached(logits, reference_log)])
+
+
+def losses_of(logits: Tensor, reference_log: Tensor, labels: Tensor) -> Tensor:
+    """Return nll, kl and top-1 agreement by window, float64 [3, windows].
+
+    Args:
+        logits: the model's, float32 [tokens, vocabulary].
+        reference_log: log-probabilities of the reference.
+        labels: the tokens, int64 [windows, predicted], on any device.
+    """
+    parts, start = [], 0
+    for log, known in _cached(logits, reference_log):
+        tokens = labels.reshape(-1, 1)[start : (start := start + len(log))].to(log.device)
+        nll = -log.gather(1, tokens)[:, 0]
+        top1 = (log.argmax(1) == known.argmax(1)).float()
+        parts.append(torch.stack([nll, _divergence(log, known), top1]))
+    return torch.cat(parts, dim=1).double().view(3, len(labels), -1).mean(2).cpu()
+
+
+def _cached(logits: Tensor, reference_log: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield log-probabilities of a few tokens, and the reference's, while they are in the cache."""
+    count = max(1, _CACHED // logits.shape[1])
+    for some, known in zip(logits.split(count), reference_log.split(count), strict=True):
+        yield torch.log_softmax(some, dim=-1), known
+
+
+def _divergence(model_log: Tensor, reference_log: Tensor) -> Tensor:
+    """Return the KL of each token from log-probabilities; overwrites `model_log`.
 
     Logarithms are subtracted before weighting, so that small divergences keep their digits.
     """
     difference = torch.sub(reference_log, model_log, out=model_log)
     divergence: Tensor = torch.linalg.vecdot(reference_log.exp(), difference)
     return divergence
-
-
-def losses_of(model_log: Tensor, reference_log: Tensor, labels: Tensor) -> Tensor:
-    """Return nll, kl and top-1 agreement by window, float64 [3, windows].
-
-    Args:
-        model_log: log-probabilities, float32 [tokens, vocabulary].
-        reference_log: those of the reference.
-        labels: the tokens, int64 [windows, predicted], on any device.
-    """
-    nll = -model_log.gather(1, labels.reshape(-1, 1).to(model_log.device))[:, 0]
-    top1 = (model_log.argmax(1) == reference_log.argmax(1)).float()
-    kl = kl_of(model_log.clone(), reference_log)
-    return torch.stack([nll, kl, top1]).double().view(3, len(labels), -1).mean(2).cpu()
 
 
 def decoder_layers(model: nn.Module, layout: Layout) -> tuple[nn.ModuleList | None, dict[int, int]]:
@@ -190,16 +212,28 @@ class Replay:
         Args:
             layer: the first MoE layer that differs from the reference pass; None for any.
         """
-        total = sum(float(kl_of(mine, log).double().sum()) for mine, log, _ in self._runs(layer))
-        return total / self.tokens
+        return float(self.kl_by_window(layer).mean())
+
+    @torch.inference_mode()
+    def kl_by_window(self, layer: int | None = None) -> np.ndarray:
+        """Return the KL of the model as it is now, nats per token, float64 [windows].
+
+        Args:
+            layer: the first MoE layer that differs from the reference pass; None for any.
+        """
+        parts = [
+            kl_of(mine, log).double().view(len(labels), -1).mean(1)
+            for mine, log, labels in self._runs(layer)
+        ]
+        return torch.cat(parts).cpu().numpy()
 
     def _runs(self, layer: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield (log-probabilities now, reference log-probabilities, labels) of each batch."""
+        """Yield (logits now, log-probabilities of the reference, labels) of each batch."""
         first = self._places.get(layer, 0) if layer is not None else 0
         for batch, log, outputs in zip(self._batches, self._logs, self._outputs, strict=True):
             skipped = list(self._layers or ())[:first]
             with answering(skipped, outputs[: len(skipped)]):
-                mine = log_probabilities(self.model, batch)
+                mine = logits_of(self.model, batch)
             yield mine, log, labels_of(self.model, batch)
 
     @contextlib.contextmanager
@@ -220,7 +254,7 @@ def compare(model: Any, reference: Any, windows: Tensor | Windows) -> Losses:
     """Measure `model` on windows against a reference model."""
     parts = []
     for batch in Windows.of(windows).batches(BATCH_TOKENS):
-        log = log_probabilities(reference, batch)
-        mine = log if model is reference else log_probabilities(model, batch)
-        parts.append(losses_of(mine, log, labels_of(model, batch)))
+        known = logits_of(reference, batch)
+        mine = known if model is reference else logits_of(model, batch)
+        parts.append(losses_of(mine, torch.log_softmax(known, dim=-1), labels_of(model, batch)))
     return Losses.of(torch.cat(parts, dim=1))

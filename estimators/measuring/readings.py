@@ -39,14 +39,16 @@ class _Line(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readings:
-    """The measurements in a journal; without a journal nothing is kept, not even in memory.
+    """The measurements in a journal; without a journal nothing is kept unless in memory.
 
     Attributes:
         path: the journal, or None.
-        lines: its lines, by key.
+        in_memory: keep measurements in memory where there is no journal.
+        lines: the measurements, by key.
     """
 
     path: Path | None = None
+    in_memory: bool = False
     lines: dict[str, _Line] = field(default_factory=dict)
 
     @classmethod
@@ -83,10 +85,13 @@ class Readings:
         return line.values
 
     def keep(self, key: str, values: npt.ArrayLike) -> None:
-        """Add a reading and return once it is on disk; without a journal, do nothing."""
+        """Add a reading and return once it is on disk; without a journal, do nothing on disk."""
         numbers = np.atleast_1d(np.asarray(values, dtype=np.float64))
-        if self.path is not None and np.isfinite(numbers).all():
+        if not np.isfinite(numbers).all():
+            return
+        if self.path is not None:
             append_lines(self.path, [{"key": key, "values": numbers.tolist()}])
+        if self.path is not None or self.in_memory:
             self.lines[key] = _Line(0, numbers)
 
 

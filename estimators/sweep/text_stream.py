@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from bitknap.errors import ModelError
 from bitknap.estimators.measuring.drawn_loss import rooted
-from bitknap.estimators.measuring.kl_replay import Losses, kl_of, log_probabilities, losses_of
+from bitknap.estimators.measuring.kl_replay import Losses, kl_of, losses_of
 from bitknap.estimators.measuring.skipped_layers import answering
 from bitknap.estimators.measuring.windows import Part, Windows, labels_of, logits_of
 from bitknap.estimators.sweep.disk_tensors import on_disk, read_back
@@ -190,19 +190,6 @@ class Streamed:
         with self._answering(len(self.skeleton.layers), there):
             return logits_of(self.skeleton.model, windows)
 
-    @torch.no_grad()
-    def log_probabilities(self, end: Stream, batch: int, rows: slice) -> Tensor:
-        """Return log-probabilities of the tokens to predict, float32 [tokens, vocabulary].
-
-        Args:
-            end: output of the last layer.
-            batch: number of the batch.
-            rows: windows of the batch.
-        """
-        hidden = end[batch][rows].to(self.skeleton.device)
-        with self._answering(len(self.skeleton.layers), hidden):
-            return log_probabilities(self.skeleton.model, end.batches[batch][rows])
-
     def _at(self, stream: Stream, number: int) -> Tensor:
         """Return a batch of a stream where the model computes."""
         return stream[number].to(self.skeleton.device)
@@ -269,9 +256,10 @@ class Passed:
     run: Streamed
     end: Stream
 
-    def log_probabilities(self, batch: int, row: int) -> Tensor:
-        """Return log-probabilities of one window's tokens, float32 [tokens, vocabulary]."""
-        return self.run.log_probabilities(self.end, batch, slice(row, row + 1))
+    def logits(self, batch: int, row: int) -> Tensor:
+        """Return the logits of one window's tokens, float32 [tokens, vocabulary]."""
+        here = slice(row, row + 1)
+        return self.run.logits(self.end[batch][here], self.end.batches[batch][here])
 
 
 def passed(
@@ -319,10 +307,11 @@ def losses_between(reference: Passed, others: Sequence[Passed]) -> list[Losses]:
     parts = []
     for number, batch in enumerate(reference.end.batches):
         for row in range(len(batch)):
-            log = reference.log_probabilities(number, row)
+            known = reference.logits(number, row)
+            log = torch.log_softmax(known, dim=-1)
             labels = labels_of(reference.run.skeleton.model, batch[row : row + 1])
             for other in others:
-                mine = log if other is reference else other.log_probabilities(number, row)
+                mine = known if other is reference else other.logits(number, row)
                 parts.append(losses_of(mine, log, labels))
     by_window = torch.cat(parts, dim=1).view(3, -1, len(others))
     return [Losses.of(by_window[:, :, at]) for at in range(len(others))]
@@ -334,11 +323,11 @@ def batch_divergences(
 ) -> tuple[Tensor, int]:
     """Return the summed KL of one batch, float64 [changed], and its tokens."""
     total, tokens = torch.zeros(len(changed), dtype=torch.float64), 0
+    reference = Passed(run=run, end=plain)
     for row in range(len(plain.batches[number])):
-        here = slice(row, row + 1)
-        reference = run.log_probabilities(plain, number, here)
-        tokens += len(reference)
+        log = torch.log_softmax(reference.logits(number, row), dim=-1)
+        tokens += len(log)
         for place, other in enumerate(changed):
-            log = run.log_probabilities(other, number, here)
-            total[place] += float(kl_of(log, reference).double().sum())
+            logits = Passed(run=run, end=other).logits(number, row)
+            total[place] += float(kl_of(logits, log).double().sum())
     return total, tokens

@@ -108,7 +108,7 @@ class _Part(ABC):
         known = self.readings.known(key, self._windows())
         if known is None:
             plan = BitPlan.from_choice(self.table.units, self.table.formats, choice)
-            known = self._measured(plan, key).kl
+            known = self._measured(plan, key)
             self.readings.keep(key, known)
         return known
 
@@ -117,8 +117,8 @@ class _Part(ABC):
         """Return the number of windows."""
 
     @abstractmethod
-    def _measured(self, plan: BitPlan, key: str) -> Losses:
-        """Return the losses of a plan, whose key is given."""
+    def _measured(self, plan: BitPlan, key: str) -> Floats:
+        """Return the KL of a plan, whose key is given, on each window."""
 
 
 @dataclass
@@ -138,13 +138,13 @@ class _InMemory(_Part):
     def _windows(self) -> int:
         return len(self.replay.windows)
 
-    def _measured(self, plan: BitPlan, key: str) -> Losses:
+    def _measured(self, plan: BitPlan, key: str) -> Floats:
         with stored(self.replay, self.evidence, plan):
             if self.replay.base != self.name:
                 # This is the first plan, or another caller has used the replay since.
                 self.base, self.name = plan.choice, f"{id(self)} {key}"
                 self.replay.rebase(self.name)
-            return self.replay.measure(self._first(plan.choice))
+            return self.replay.kl_by_window(self._first(plan.choice))
 
     def _first(self, choice: Ints) -> int | None:
         """Return the first MoE layer in which a plan differs from the base; None for any."""
@@ -171,9 +171,9 @@ class _ByLayer(_Part):
     def _windows(self) -> int:
         return len(self.streams.windows)
 
-    def _measured(self, plan: BitPlan, key: str) -> Losses:
+    def _measured(self, plan: BitPlan, key: str) -> Floats:
         changing = changing_of(self.evidence, plan.units)
         variant = Variant.plan(aligned(plan, changing.layout))
         if self.based is None:
             self.based = self.streams.rebased(variant, changing)
-        return next(losses for _, losses in self.based.losses([variant], changing))
+        return next(losses.kl for _, losses in self.based.losses([variant], changing))
