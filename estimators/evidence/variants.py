@@ -21,7 +21,7 @@ from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.rounding.methods import RTN, round_trip
 from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.stacks.apply import replaced
-from bitknap.quantization.stacks.grouping import stacks
+from bitknap.quantization.stacks.grouping import stack_pieces
 from bitknap.quantization.stacks.quantize_plan import Watched
 
 
@@ -94,18 +94,19 @@ class Changing:
         chosen = np.full(len(self.layout.units), -1, dtype=np.int64)
         chosen[variant.units] = variant.choice
         with contextlib.ExitStack() as blocks:
-            for stack in self._stacks:
-                for choice in np.unique(chosen[stack]).tolist():
+            for piece in self._pieces:
+                for choice in np.unique(chosen[piece]).tolist():
                     if choice < 0 or variant.formats[choice].kind == "keep":
                         continue
-                    run = stack[chosen[stack] == choice]
+                    run = piece[chosen[piece] == choice]
                     rounded = partial(self._rounded, run, variant.formats[choice])
                     blocks.enter_context(replaced(model, self.layout, run, rounded))
             yield
 
     @cached_property
-    def _stacks(self) -> list[np.ndarray]:
-        return stacks(self.layout.units)
+    def _pieces(self) -> list[np.ndarray]:
+        # Rounding takes a few copies of what is rounded at a time.
+        return stack_pieces(self.layout.units)
 
     def _rounded(self, run: np.ndarray, format: Format, weights: Tensor) -> Tensor:
         """Return equally shaped units [n, rows, cols] after a round trip through a format."""

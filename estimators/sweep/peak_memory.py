@@ -20,7 +20,7 @@ from bitknap.quantization.models.headers_only import (
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.source.checkpoint import DTYPES, Checkpoint
 from bitknap.quantization.source.source import Source
-from bitknap.quantization.stacks.grouping import stacks
+from bitknap.quantization.stacks.grouping import stack_pieces, stacks
 
 # Numbers of 4 bytes that the graph of one decoder layer takes for each token, in sizes of the
 # residual stream and of the routed middle, and the copies of a batch's logits that live at once.
@@ -30,9 +30,9 @@ LOGITS = 5
 # Numbers of 4 bytes that one MoE layer keeps for each token while it runs alone: in sizes of the
 # residual stream, and for each expert the token goes to in sizes of the middle and the stream.
 _STREAM, _ROUTED = 8, 4
-# Copies of a stack of units that live at once: while it is rounded and put back, while experts run
-# again with it, and while its squared gradients are averaged in float64.
-_STACK, _AGAIN, _FISHER = 5, 7, 8
+# Copies that live at once: of a piece of a stack of units while it is rounded, of a stack while
+# experts run again with it, and while its squared gradients are averaged in float64.
+_PIECE, _AGAIN, _FISHER = 5, 7, 8
 
 # The whole model, or one decoder layer at a time.
 Way = Literal["whole", "layers"]
@@ -109,8 +109,8 @@ def layer_bytes(source: Source, layout: Layout, tokens: int, needs: Collection[s
     are not counted.
 
     A layer takes in turn: its recordings and a batch's activations; where KL is measured, a stack
-    of its units as they were and as rounded, with activations; where gradients are, those of the
-    layer, with the graph of a batch.
+    of its units as they were and a piece of it while it is rounded, with activations; where
+    gradients are, those of the layer, with the graph of a batch.
 
     Args:
         source: the checkpoint.
@@ -131,11 +131,12 @@ def layer_bytes(source: Source, layout: Layout, tokens: int, needs: Collection[s
     traced = 2 * tokens * hidden
     running = batch * (_STREAM * hidden + _ROUTED * routed * (hidden + middle))
     stack = max((int(units.numel[run].sum()) for run in stacks(units)), default=0)
+    piece = max((int(units.numel[run].sum()) for run in stack_pieces(units)), default=0)
     graph = _GRAPH * batch * (hidden + routed * middle)
     traces = bool({"traces", "gradients"} & set(needs))
     in_turn = (
         recorded + traces * traced + running,
-        ("kl" in needs) * _STACK * stack + running,
+        ("kl" in needs) * (stack + _PIECE * piece) + running,
         ("curvature" in needs) * (routed_weights + graph),
         ("gradients" in needs) * (traced + graph),
     )

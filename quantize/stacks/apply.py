@@ -66,9 +66,8 @@ def replaced(
     with torch.no_grad():
         targets = [layout.views[i].of(tensors[layout.views[i].tensor]) for i in which]
         before = [target.clone() for target in targets]
-        after = change(torch.stack(before).float())
     try:
-        _write(targets, after)
+        _write(targets, change(torch.stack(before).float()))
         yield
     finally:
         _write(targets, before)
