@@ -70,6 +70,29 @@ class Reference:
     judge: Judge
 
 
+def plain(name: str, tokens: int, judged: int) -> tuple[Evidence, Judge]:
+    """Calibrate a reference model as the default estimator needs it: moments alone.
+
+    Args:
+        name: name of a bundled model.
+        tokens: number of tokens of the bundled calibration text.
+        judged: number of tokens of the bundled evaluation text.
+    """
+    return _calibrated(name, tokens, judged, Recorded())
+
+
+def _calibrated(name: str, tokens: int, judged: int, recorded: Recorded) -> tuple[Evidence, Judge]:
+    folder = resolve(f"reference:{name}")
+    model = load(folder, torch.float32)
+    layout = walk(model)
+    text = read_text(BUILTIN, "calibration")
+    windows = token_windows(tokenizer_of(folder), text, tokens, longest_of(model.config))
+    evidence = calibrate(model, layout, windows, recorded)
+    held_out = evaluation_windows(folder, BUILTIN, judged)
+    judge = Judge(replay=Replay(model, layout, held_out, cache=False), evidence=evidence)
+    return evidence, judge
+
+
 def reference(name: str, tokens: int, judged: int) -> Reference:
     """Calibrate a reference model: moments, curvature, traces and gradients.
 
@@ -78,14 +101,13 @@ def reference(name: str, tokens: int, judged: int) -> Reference:
         tokens: number of tokens of the bundled calibration text.
         judged: number of tokens of the bundled evaluation text.
     """
-    folder = resolve(f"reference:{name}")
-    model = load(folder, torch.float32)
-    layout = walk(model)
-    text = read_text(BUILTIN, "calibration")
-    windows = token_windows(tokenizer_of(folder), text, tokens, longest_of(model.config))
-    evidence = calibrate(model, layout, windows, Recorded(curvature=True, gradients=True))
-    held_out = evaluation_windows(folder, BUILTIN, judged)
-    judge = Judge(replay=Replay(model, layout, held_out, cache=False), evidence=evidence)
+    recorded = Recorded(curvature=True, gradients=True)
+    evidence, judge = _calibrated(name, tokens, judged, recorded)
     return Reference(
-        name=name, tokens=tokens, judged=judged, model=model, evidence=evidence, judge=judge
+        name=name,
+        tokens=tokens,
+        judged=judged,
+        model=judge.replay.model,
+        evidence=evidence,
+        judge=judge,
     )
