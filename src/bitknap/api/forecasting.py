@@ -20,7 +20,8 @@ from bitknap.api.machine import Machine
 from bitknap.api.requests import CALIBRATION_TOKENS, default_formats
 from bitknap.estimators.costs.sampled_rows import ROWS
 from bitknap.estimators.costs.weighed_errors import stored_alike
-from bitknap.estimators.group_kl.calibrated import Calibrated, anchors
+from bitknap.estimators.group_kl.calibrated import READ_TOKENS, Calibrated, anchors
+from bitknap.estimators.group_kl.chosen_readings import Groups, by_worth
 from bitknap.estimators.sweep.peak_memory import layer_bytes, peak_bytes, vocabulary_of
 from bitknap.estimators.sweep.variant_streams import TOGETHER
 from bitknap.quantization.models.headers_only import count_of, experts_per_token, text_config
@@ -155,17 +156,19 @@ class _Job:
 
     def _readings(self, whole: bool) -> float:
         """Return the seconds of all readings of groups, with rounding and putting back."""
-        units = self.layout.units
-        each = len(anchors(self.options, storage(units, self.options)))
-        runs = stacks(units)
-        parts = sorted((self._left(int(units.layer[run[0]])) for run in runs), reverse=True)
-        parts = [part for part in parts for _ in range(each)]
-        seconds = sum(self._pass(self.tokens, part) for part in parts)
-        seconds += each * int(units.numel.sum()) / self.machine.rtn
-        if whole:
-            return seconds
+        units, tokens = self.layout.units, min(self.tokens, READ_TOKENS)
+        groups = Groups.of(units, stacks(units))
+        bits = [self.options[i].bits for i in anchors(self.options, storage(units, self.options))]
+        wanted = by_worth(groups, bits, thorough=False)
+        first = [min(groups.layer[group] for group in one.groups) for one in wanted]
+        parts = sorted(map(self._left, first), reverse=True)
+        seconds = sum(self._pass(tokens, part) for part in parts)
+        sizes = [int(units.numel[run].sum()) for run in groups.runs]
+        seconds += sum(sizes[g] for one in wanted for g in one.groups) / self.machine.rtn
+        if whole:  # the part of the text that is read has a reference of its own
+            return seconds + self._pass(tokens, 1.0)
         sweeps = sum(parts[start] for start in range(0, len(parts), TOGETHER))
-        streams = sum(self._stream(part * self._depth) for part in parts)
+        streams = sum(self._stream(part * self._depth) for part in parts) * tokens / self.tokens
         return seconds + self._read(sweeps) + streams
 
     def _rows(self) -> float:
