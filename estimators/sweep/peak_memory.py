@@ -84,9 +84,13 @@ def peak_bytes(source: Checkpoint, layout: Layout, tokens: int, needs: Collectio
     depth = _size(config, len(layers), "num_hidden_layers", "n_layers", "num_layers")
     vocabulary = vocabulary_of(source)
     batch = min(tokens, BATCH_TOKENS)
+    measured = "kl" in needs
     backward = bool({"curvature", "gradients"} & set(needs))
     numbers = {
-        "replay": tokens * (depth * hidden + vocabulary),  # made by every pass in memory
+        # Made by every pass in memory; readings of groups are on a part of the text.
+        "replay": (tokens + measured * batch) * (depth * hidden + vocabulary),
+        # One projection of all layers is put back after it was read.
+        "put back": measured * int(np.bincount(units.projection, units.numel).max()),
         "logits": LOGITS * batch * vocabulary,
         "rounding": int(np.bincount(units.layer - units.layer.min(), units.numel).max()),
         "graph": backward * _GRAPH * (batch * depth * (hidden + routed * middle)),
