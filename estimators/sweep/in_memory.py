@@ -16,9 +16,9 @@ from bitknap.estimators.measuring.drawn_loss import drawn_labels, loss_of, roote
 from bitknap.estimators.measuring.expert_forward import experts_at
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay
 from bitknap.estimators.measuring.language_model import settle
-from bitknap.estimators.measuring.windows import Windows, logits_of
+from bitknap.estimators.measuring.windows import Windows, logits_of, part_of
 from bitknap.estimators.sweep.expert_recording import LayerSums, check_seen, recording
-from bitknap.estimators.sweep.layer_gains import gain_of, noisy
+from bitknap.estimators.sweep.layer_gains import GAIN_TOKENS, gain_of, noisy
 from bitknap.estimators.sweep.linear_recording import recording_linears
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.progress import Progress
@@ -63,9 +63,11 @@ def calibrate(
             _run(model, batches, drawn, progress)
     check_seen(sums)
     replay = Replay(model, layout, windows)
+    part = part_of(*windows.shape, GAIN_TOKENS)
+    some = replay if part is None else Replay(model, layout, windows.part(part))
     return Evidence(
         layout=layout,
-        layers=_layers(model, layout, sums, replay, generator, progress),
+        layers=_layers(model, layout, sums, some, generator, progress),
         linears={unit: seen.evidence() for unit, seen in linears.items()},
         weights=_weights_of(model, layout),
         replay=replay,

@@ -28,16 +28,21 @@ from torch import Tensor
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
 from bitknap.estimators.measuring.readings import Readings
-from bitknap.estimators.measuring.windows import Windows
+from bitknap.estimators.measuring.windows import Windows, part_of
 from bitknap.estimators.measuring.windows import seen as seen_by_layers
 from bitknap.estimators.sweep.backward_sweep import BackwardSweep
 from bitknap.estimators.sweep.expert_recording import LayerSums, check_seen, recording
 from bitknap.estimators.sweep.finished_layers import Shelf
 from bitknap.estimators.sweep.in_memory import PLAIN, digest_of, layer_evidence, provenance_of
-from bitknap.estimators.sweep.layer_gains import gain_of, noisy
+from bitknap.estimators.sweep.layer_gains import GAIN_TOKENS, gain_of, noisy
 from bitknap.estimators.sweep.linear_recording import LinearSums, recording_linears
 from bitknap.estimators.sweep.recorded import Recorded
-from bitknap.estimators.sweep.text_stream import Stream, Streamed, batch_divergences
+from bitknap.estimators.sweep.text_stream import (
+    Stream,
+    Streamed,
+    StreamPart,
+    batch_divergences,
+)
 from bitknap.estimators.sweep.variant_streams import VariantStreams
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
@@ -77,7 +82,7 @@ def calibrate_by_layer(
     windows = Windows.of(windows)
     text = Stream(windows.batches(BATCH_TOKENS), recorded.spilled)
     about = (skeleton.source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
-    shelf = Shelf.of(readings or Readings(), *about, *recorded.by_layer)
+    shelf = Shelf.of(readings or Readings(), *about, GAIN_TOKENS, *recorded.by_layer)
     work = _Pass(Streamed(skeleton), shelf, {})
     model, layout = skeleton.model, skeleton.layout
     generator = torch.Generator().manual_seed(seed)
@@ -184,13 +189,13 @@ class _Pass:
         progress: Progress | None,
     ) -> dict[int, float]:
         """Return the KL caused by noise at each MoE layer's expert output, nats per token."""
-        skeleton, plain = self.run.skeleton, text
+        skeleton, (plain, outputs) = self.run.skeleton, self._to_measure(text)
         changed: dict[int, Stream] = {}
         for place in range(len(skeleton.layers)):
             if progress:
                 progress("gains", place, len(skeleton.layers))
             here = skeleton.numbers.get(place, ())
-            known = self.outputs.get(place)
+            known = outputs.get(place)
             steps = [*map(_noise, (*changed, *here)), *([] if known else [_PLAIN])]
             with self._loaded(place, steps):
                 for number, other in changed.items():
@@ -205,6 +210,14 @@ class _Pass:
         losses = self._divergences(plain, changed)
         self._end([*map(_noise, changed), _PLAIN])
         return losses
+
+    def _to_measure(self, text: Stream) -> tuple[Stream, Mapping[int, Stream]]:
+        """Return the part of a text that gains are measured on, and what is kept of it."""
+        part = part_of(sum(map(len, text.batches)), text.batches[0].shape[1], GAIN_TOKENS)
+        if part is None:
+            return text, self.outputs
+        kept = {place: StreamPart(stream, part) for place, stream in self.outputs.items()}
+        return StreamPart(text, part), kept
 
     def _loaded(
         self, place: int, labels: Collection[str]

@@ -17,6 +17,8 @@ from bitknap.estimators.sweep.expert_recording import LayerSums
 # Noise that measures a layer's gain, relative to its output's size: small enough for KL to be
 # quadratic in it, large enough to exceed float32 rounding.
 _NOISE = 0.05
+# Tokens of the text that gains are measured on: noise changes every token, so that few are enough.
+GAIN_TOKENS = 2_048
 
 
 def noise_scale(sums: LayerSums) -> float:

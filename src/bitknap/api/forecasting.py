@@ -22,6 +22,7 @@ from bitknap.estimators.costs.sampled_rows import ROWS
 from bitknap.estimators.costs.weighed_errors import stored_alike
 from bitknap.estimators.group_kl.calibrated import READ_TOKENS, Calibrated, anchors
 from bitknap.estimators.group_kl.chosen_readings import Groups, by_worth
+from bitknap.estimators.sweep.layer_gains import GAIN_TOKENS
 from bitknap.estimators.sweep.peak_memory import layer_bytes, peak_bytes, vocabulary_of
 from bitknap.estimators.sweep.variant_streams import TOGETHER
 from bitknap.quantization.models.headers_only import count_of, experts_per_token, text_config
@@ -149,7 +150,7 @@ class _Job:
 
     def _gains(self, whole: bool) -> float:
         parts = [self._left(layer.layer) for layer in self.layout.layers]
-        seconds = sum(self._pass(self.tokens, part) for part in parts)
+        seconds = sum(self._pass(min(self.tokens, GAIN_TOKENS), part) for part in parts)
         if whole:
             return seconds
         return seconds + self._read(1) + sum(self._stream(part * self._depth) for part in parts)

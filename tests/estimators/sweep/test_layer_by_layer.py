@@ -329,3 +329,15 @@ def test_a_missing_tensor(tmp_path):
     broken = Checkpoint(folder=source.folder, config=source.config, headers=headers)
     with pytest.raises(FileError, match=r"model\.layers\.1\.input_layernorm\.weight of the model"):
         calibrate_by_layer(Skeleton(broken), windows())
+
+
+@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2"])
+def test_gains_of_a_part_of_the_text_are_alike_in_both_ways(family, tmp_path, monkeypatch):
+    for module in (whole_pass, layer_by_layer):
+        monkeypatch.setattr(module, "GAIN_TOKENS", 66)
+    source = stored(tmp_path, family)
+    one, other = both(source)
+    for number, layer in one.layers.items():
+        assert other.layers[number].gain == pytest.approx(layer.gain, rel=1e-3)
+    (row,) = {layer.gain for n, layer in both(source, streams=True)[1].layers.items() if n == 1}
+    assert row == pytest.approx(other.layers[1].gain, rel=1e-3)
