@@ -87,7 +87,7 @@ def _modelled(program: Program) -> tuple[Any, list[Any]]:
     import pulp
 
     model = pulp.LpProblem("bits", pulp.LpMinimize)
-    # PuLP 4 creates variables through the model; older versions have only the class.
+    # PuLP 3.3 creates variables through the model; older versions have only the class.
     variable = getattr(model, "add_variable", pulp.LpVariable)
     picks = [variable(f"x{i}", cat=pulp.LpBinary) for i in range(len(program.cost))]
     for pick, begun in zip(picks, program.start.tolist(), strict=True):

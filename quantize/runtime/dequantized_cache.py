@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Hashable
 from heapq import heappop, heappush, heapreplace
-from itertools import count
 
 from torch import Tensor
 
@@ -31,7 +30,7 @@ class Cache:
         self._asked: Counter[Hashable] = Counter()
         # A heap of (number of requests when last checked, tie breaker, key).
         self._coldest: list[tuple[int, int, Hashable]] = []
-        self._serial = count()
+        self._serial = 0
         self._logged: set[str] = set()
 
     def get(self, key: Hashable) -> Tensor | None:
@@ -48,7 +47,8 @@ class Cache:
                 return False
         self._kept[key] = matrix
         self.used += matrix.nbytes
-        heappush(self._coldest, (self._asked[key], next(self._serial), key))
+        heappush(self._coldest, (self._asked[key], self._serial, key))
+        self._serial += 1
         return True
 
     def _drop_below(self, asked: int) -> bool:
