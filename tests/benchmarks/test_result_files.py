@@ -23,6 +23,7 @@ PROGRAMS = {
     "published.founding_claims": "founding_claims.md",
     "quantize.__main__": "quantize.json",
     "questions.both_models": "compare.mixtral.rtn.json",
+    "questions.cheaper_costs": "cheaper_costs.json",
     "questions.refine": "refine.md",
     "questions.row_blocks": "row_blocks.json",
     "questions.uniform": "uniform.md",
