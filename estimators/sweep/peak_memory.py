@@ -32,7 +32,7 @@ LOGITS = 5
 _STREAM, _ROUTED = 8, 4
 # Copies that live at once: of a piece of a stack of units while it is rounded, of a stack while
 # experts run again with it, and while its squared gradients are averaged in float64.
-_PIECE, _AGAIN, _FISHER = 5, 7, 8
+_PIECE, _AGAIN, _FISHER = 4, 7, 8
 
 # The whole model, or one decoder layer at a time.
 Way = Literal["whole", "layers"]
