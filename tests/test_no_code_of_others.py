@@ -57,6 +57,7 @@ def _is(node, value):
     return isinstance(node, ast.Constant) and node.value is value
 
 
+@pytest.mark.slow
 def test_no_module_unpickles_evaluates_or_trusts():
     found = [f"{path}: {what}" for path in sources() for what in unsafe(path)]
     assert found == []
@@ -105,6 +106,7 @@ def commands(root, model):
     )
 
 
+@pytest.mark.slow
 def test_no_command_reaches_for_a_network_or_runs_a_models_code(made, tmp_path, watched):
     model = shutil.copytree(made.model, tmp_path / "model")
     witness = tmp_path / "executed"

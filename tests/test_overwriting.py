@@ -129,6 +129,7 @@ def test_it_writes_over_its_own_and_over_nothing_else(make, ready, refused, tmp_
     assert inputs
 
 
+@pytest.mark.slow
 @named
 def test_no_output_is_an_input(make, ready, refused, tmp_path):
     words, inputs = make(ready)

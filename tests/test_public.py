@@ -61,6 +61,7 @@ print([m for m in ("torch", "transformers") if m in sys.modules])
 """
 
 
+@pytest.mark.slow
 def test_the_solver_alone_needs_no_torch():
     assert run(SOLVER_ALONE) == "[]"
 

@@ -29,14 +29,23 @@ def functions(path):
     return list(_functions(ast.parse(files()[path].read_text(encoding="utf-8"))))
 
 
-def _functions(tree):
-    for parent in ast.walk(tree):
-        for node in ast.iter_child_nodes(parent):
+def _functions(parent):
+    """Yield the functions among a node's statements, at any depth; expressions hold none."""
+    for field in ("body", "orelse", "handlers", "finalbody", "cases"):
+        for node in getattr(parent, field, ()):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
-                method = isinstance(parent, ast.ClassDef) and "staticmethod" not in decorators
-                if not any(name.startswith("triton.") for name in decorators):
+                roots = {root(decorator) for decorator in node.decorator_list}
+                method = isinstance(parent, ast.ClassDef) and "staticmethod" not in roots
+                if "triton" not in roots:
                     yield node, method
+            yield from _functions(node)
+
+
+def root(decorator):
+    """Return the first name of a decorator: "triton" of `@triton.jit(...)`."""
+    while not isinstance(decorator, ast.Name):
+        decorator = decorator.func if isinstance(decorator, ast.Call) else decorator.value
+    return decorator.id
 
 
 def longest(path):

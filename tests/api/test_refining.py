@@ -146,6 +146,7 @@ def _least(model, tokens=256 + 512 + GATE_TOKENS, needs=("kl",)):
     return layer_bytes(source, walk_headers(source.config, source.shapes), tokens, needs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_the_same_loop_layer_by_layer(model, table, method):
     given = replace(table, provenance={**table.provenance, "method": method})

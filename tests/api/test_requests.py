@@ -64,6 +64,7 @@ def test_a_text_may_be_documents_in_memory(model, table):
     assert losses.perplexity > 1
 
 
+@pytest.mark.slow
 def test_a_text_may_be_token_windows(model, live):
     rows = [np.arange(start, start + 32) for start in range(8)]
     costs = [

@@ -41,6 +41,7 @@ def on_a_model(model, root, command):
     return (name, model, *rest)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ON_A_MODEL, ids=lambda c: f"{c[0]}{len(c)}")
 def test_missing_shard(command, copy, tmp_path, refused):
     tiny_model("mixtral", vocab_size=4096).save_pretrained(copy, max_shard_size="300KB")

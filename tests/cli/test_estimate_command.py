@@ -155,6 +155,7 @@ def large(saved, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_super_experts_are_protected_and_listed(large, tmp_path, capsys, refused):
     path = tmp_path / "t.safetensors"
     words = (*FAST, "--estimator", "moments", "--overwrite", "-o", str(path))

@@ -21,6 +21,7 @@ def test_uniform_recipes_beside_ours(made, document):
     assert {"kl_gain", "kl_gain_se"} <= rows["ours"].keys()
 
 
+@pytest.mark.slow
 def test_the_same_rows_layer_by_layer(made, document, refused, tmp_path):
     sources = [open_weights(folder) for folder in (made.model, made.out)]
     words = ("evaluate", made.out, "--reference", made.model, "--uniform", "--tokens", 64, *TEXT)

@@ -53,6 +53,7 @@ def test_figures_of_a_real_model(tmp_path):
     assert found["largest_checkpoint_bytes"] - fixed == 6_442_450_944 * 9 // 8
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "precision", "total"),
     [("gpt-oss-20b", "mxfp4", 13.76e9), ("DeepSeek-V3", "fp8-block", None)],
@@ -203,6 +204,7 @@ def test_the_forecast_has_every_part_in_both_residencies(tmp_path):
     assert main_job["memory_bytes"] == max(x["memory_bytes"] for x in parts)
 
 
+@pytest.mark.slow
 def test_a_named_machine_is_faster_with_more_cores_and_may_be_too_small(tmp_path):
     source = seen("OLMoE-1B-7B", tmp_path)
     large = report(source, machine=TYPICAL.named(16, 8 << 30))

@@ -16,6 +16,7 @@ def files(folder):
     return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["hqq", "gptq"])
 def test_a_method_goes_from_costs_to_the_checkpoint(method, made, tmp_path, document):
     table, plan, out = tmp_path / "table.safetensors", tmp_path / "plan.json", tmp_path / "out"

@@ -28,6 +28,7 @@ def test_a_budget_of_the_whole_checkpoint_is_kept(made, tmp_path, document):
     assert sum(file.stat().st_size for file in out.iterdir()) <= least + 5000
 
 
+@pytest.mark.slow
 def test_a_group_size_that_does_not_divide_the_row_is_counted_and_said(made, tmp_path, document):
     # Rows of 16 (gate, up) and 24 (down): in groups of 32 each row is 16 or 8 weights short.
     report = document("inspect", made.model)
@@ -68,6 +69,7 @@ def test_nan_found_when_quantizing_by_plan(made, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_what_is_not_copied_is_said_once(made, tmp_path, capsys, document):
     copy = shutil.copytree(made.model, tmp_path / "model")
     names = ["a[b].onnx", "tf_model.h5"]

@@ -62,6 +62,7 @@ def test_a_budget_of_the_whole_checkpoint_counts_the_order(made, tmp_path, docum
     assert sum(file.stat().st_size for file in out.iterdir()) <= 950_000
 
 
+@pytest.mark.slow
 def test_eight_bits_of_a_transformed_model_compute_what_the_model_does(made, tmp_path):
     words = ("--formats", "8", "--group-size", "8", "--tokens", "128", *TEXT, *WAYS["both"])
     out = tmp_path / "out"
@@ -72,6 +73,7 @@ def test_eight_bits_of_a_transformed_model_compute_what_the_model_does(made, tmp
     assert Checkpoint.open(out).config["bitknap_rewritten"]["by"].startswith("neurons ")
 
 
+@pytest.mark.slow
 def test_blocks_of_one_format_share_the_cost_of_their_matrix(made, tmp_path):
     table = tmp_path / "t.safetensors"
     main(["estimate", str(made.model), *FAST, "--row-blocks", "3", "-o", str(table)])
@@ -84,6 +86,7 @@ def test_blocks_of_one_format_share_the_cost_of_their_matrix(made, tmp_path):
     assert np.median(np.abs(summed / whole.cost - 1)) < 1e-9
 
 
+@pytest.mark.slow
 def test_without_a_text_rows_share_by_their_squared_error(made, tmp_path):
     table = tmp_path / "t.safetensors"
     words = ("--estimator", "weight-error", "--row-blocks", "2", "--permute")
@@ -122,6 +125,7 @@ def test_a_model_that_cannot_be_rotated_leaves_nothing(saved, tmp_path, refused)
     )
 
 
+@pytest.mark.slow
 def test_plans_of_transformed_models_are_refused_elsewhere(made, saved, tmp_path, refused):
     table, plan = tmp_path / "t.safetensors", tmp_path / "p.json"
     main(["estimate", str(made.model), *FAST, "--rotate", "-o", str(table)])

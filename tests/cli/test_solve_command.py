@@ -29,6 +29,7 @@ def table(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_pins_and_profiles_are_kept(made, tmp_path):
     path = tmp_path / "plan.json"
     pins = ("--pin", "layer=0=4", "--pin", "proj=down,layer=1,expert=2=2")

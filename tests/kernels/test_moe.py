@@ -161,6 +161,7 @@ def test_torch_compile_sees_one_call():
     assert torch.equal(compiled(x, index, weights), moe(x, index, weights, experts) + 1)
 
 
+@pytest.mark.slow
 def test_the_operator_is_sound():
     experts = made_up_experts(MIXED, H, INNER)
     x, index, weights = routed()

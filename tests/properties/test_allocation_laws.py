@@ -84,12 +84,14 @@ def check(problem: Problem) -> None:
     assert found.bound <= found.cost
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(problems())
 def test_the_knapsack_equals_brute_force(problem):
     check(problem)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(problems(limits=2))
 def test_two_limits_equal_brute_force(problem):
@@ -125,6 +127,7 @@ def test_scaling_costs_scales_the_cost_of_the_plan(problem, power):
         assert second.cost == first.cost * 2.0**power
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.randoms(use_true_random=False))
 def test_permuting_units_permutes_the_plan(problem, random):

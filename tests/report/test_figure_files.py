@@ -1,4 +1,5 @@
 import numpy as np
+import pytest
 
 from bitknap.allocation import CostTable
 from bitknap.allocation.tradeoffs.frontier_path import frontier
@@ -10,6 +11,7 @@ def table(cost):
     return CostTable.from_arrays(cost, np.tile([1, 2, 4], (len(cost), 1)))
 
 
+@pytest.mark.slow
 def test_costs_above_zero_are_drawn_on_a_log_axis():
     positive = table([[9.0, 4.0, 1.0], [5.0, 3.0, 2.0]])
     figure = frontier_figure(frontier(positive), uniform_costs(positive))
@@ -49,6 +51,7 @@ def test_names_do_not_cover_each_other():
     assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
+@pytest.mark.slow
 def test_equal_figures_are_equal_files(tmp_path):
     one = table([[9.0, 4.0, 1.0]])
     for name in ("a.svg", "b.svg"):

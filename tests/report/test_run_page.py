@@ -49,6 +49,7 @@ def test_the_whole_page(document, plans):
     assert text == report(document, plans)
 
 
+@pytest.mark.slow
 def test_ids_are_fixed_and_distinct(document, plans):
     ids = re.findall(r'<div id="([^"]+)" class="plotly-graph-div"', report(document, plans))
     assert len(ids) == len(set(ids)) == 9

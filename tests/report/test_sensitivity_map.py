@@ -53,6 +53,7 @@ def test_the_text_has_one_mark_an_expert():
     assert wide.startswith("   0 |#:")
 
 
+@pytest.mark.slow
 def test_pictures_are_the_same_every_time(tmp_path):
     for suffix in ("png", "svg"):
         paths = [tmp_path / f"{name}.{suffix}" for name in "ab"]

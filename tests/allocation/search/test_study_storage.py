@@ -76,6 +76,7 @@ def test_trials_that_say_something_else_are_not_ours(attribute, table, tmp_path,
         load("s", str(path))
 
 
+@pytest.mark.slow
 def test_a_dead_workers_lock_is_broken(table, tmp_path, monkeypatch, design, loss):
     monkeypatch.chdir(tmp_path)
     made = create("s", "journal:s.log", table, design(knobs=TILTS))
@@ -180,6 +181,7 @@ def test_a_database_that_is_not_optunas_is_left_as_it_is(damage, table, tmp_path
     assert path.read_bytes() == content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [

@@ -90,6 +90,7 @@ def test_a_larger_budget_only_upgrades(problem, extra):
     assert (problem.cost[rows, large] < problem.cost[rows, small])[moved].all()
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(problems(limits=2))
 def test_greedy_is_deterministic(problem):

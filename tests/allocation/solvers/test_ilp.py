@@ -35,6 +35,7 @@ def test_it_agrees_with_the_knapsack(backend, limits):
         assert other.solver == f"ilp-{backend}"
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 10**6), st.sampled_from(BACKENDS))
 def test_its_bound_holds_and_its_plan_is_within_the_limits(seed, backend):

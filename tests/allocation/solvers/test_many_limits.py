@@ -47,6 +47,7 @@ def test_the_dual_is_the_linear_relaxation(limits):
     )
 
 
+@pytest.mark.slow
 def test_the_dual_of_many_rows_starts_from_a_sample():
     cost, weights, bounds = drawn(1, 4000, 3)
     point = maximise(cost, weights, bounds)
@@ -96,6 +97,7 @@ def test_costs_of_all_sizes_under_two_limits():
     assert found.gap < 1e-9
 
 
+@pytest.mark.slow
 def test_an_early_stop_keeps_a_valid_bound():
     cost, weights, bounds = drawn(2, 3000, 4)
     table = CostTable.from_arrays(cost, np.ones(cost.shape, dtype=int))

@@ -171,6 +171,7 @@ def test_verdicts():
     assert "Gate and up at different widths, in multiples of the tied mix: 1.25 at 16." in page
 
 
+@pytest.mark.slow
 def test_the_roof_is_drawn(tmp_path):
     document = {
         "about": {"device": "a GPU"},

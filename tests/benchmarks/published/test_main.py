@@ -82,6 +82,7 @@ def test_every_rule_is_there_at_every_budget(rows):
     assert len(rows) == len(RULES) * len(BUDGETS)
 
 
+@pytest.mark.slow
 def test_rules_stay_within_the_budget_and_use_it(case, rows):
     ours = case[3]
     for row in rows:

@@ -94,6 +94,7 @@ def test_the_whole_way_on_a_real_model(tmp_path, capsys, refused, document):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trials", [0, 1, 2, 15])
 def test_a_page_of_any_number_of_trials(table, journal, tmp_path, capsys, document, trials):
     made = create("<s> & co", journal, table, DESIGN)

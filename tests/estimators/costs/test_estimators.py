@@ -239,6 +239,7 @@ def test_anchors_are_the_middle_of_each_width(case):
         anchors([Format.keep("fp32")], sizes[:, :1])
 
 
+@pytest.mark.slow
 def test_data_free_needs_weights_only(case):
     def never(*args, **kwargs):
         raise AssertionError("no model pass")

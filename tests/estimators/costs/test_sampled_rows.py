@@ -43,6 +43,7 @@ def test_small_matrices_are_rounded_whole(case):
     assert np.array_equal(table.cost, whole.cost)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("full", [False, True])
 @pytest.mark.parametrize("rounding", [None, Hqq(), Gptq()], ids=["rtn", "hqq", "gptq"])
 def test_a_sample_estimates_all_rows(full, rounding, case, few):
@@ -61,6 +62,7 @@ def test_a_sample_estimates_all_rows(full, rounding, case, few):
     assert 0.2 < np.median(np.abs(off)) < 1.2  # 0.67 for a normal error that is known exactly
 
 
+@pytest.mark.slow
 def test_rows_are_drawn_by_unit_and_seed(case, few, monkeypatch):
     units = case.layout.units
     order = row_order(units, 3, 0)
@@ -78,6 +80,7 @@ def test_rows_are_drawn_by_unit_and_seed(case, few, monkeypatch):
     np.testing.assert_allclose(alone.spread, table.spread, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_samples_grow_where_formats_cannot_be_told_apart(case, monkeypatch):
     whole = SecondMoments().estimate(thorough(case.evidence), FORMATS)
     shares = []

@@ -60,6 +60,7 @@ def test_packed_against_plain(family, tmp_path):
     assert same(known, found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

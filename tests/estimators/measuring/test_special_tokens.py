@@ -176,6 +176,7 @@ def needs_bos(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_that_needs_bos_gets_it(needs_bos, tmp_path):
     file = str(needs_bos / "text.txt")
     losses = evaluation.evaluate(needs_bos, text=file, tokens=42 * LENGTH)

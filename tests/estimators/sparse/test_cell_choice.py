@@ -95,6 +95,7 @@ def read_off(truth):
     return lambda units, columns: enumerate(truth[units, columns].tolist())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("anchors", [AtRandom(), ByDepth(), LeastSure()], ids=repr)
 def test_growing_stops_when_the_ranking_is_as_good_as_it_gets(anchors, units, truth, antecedents):
     calls: list[tuple[int, int]] = []

@@ -118,6 +118,7 @@ def test_variants_of_every_kind(tmp_path):
         assert read[number] == pytest.approx(kl, rel=1e-4, abs=1e-9)
 
 
+@pytest.mark.slow
 def test_what_the_journal_has_is_not_measured_again(tmp_path, monkeypatch):
     source = stored(tmp_path / "model")
     whole = Calibrated().estimate(by_layer(source), OPTIONS)

@@ -15,6 +15,7 @@ def codes(draw):
     return bits, torch.tensor(values, dtype=torch.uint8)
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @given(codes())
 def test_packing_round_trips(case):

@@ -109,6 +109,7 @@ def test_a_folder_that_is_no_journal_is_left_alone(case, tmp_path):
     assert (tmp_path / PARTIAL / "journal.jsonl").read_text() == "notes\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["journal.jsonl", "files", "files/*.safetensors"])
 def test_nothing_is_written_through_a_link(case, tmp_path, small, name, contents):
     with pytest.raises(KeyboardInterrupt):
@@ -127,6 +128,7 @@ def test_nothing_is_written_through_a_link(case, tmp_path, small, name, contents
     assert (contents(elsewhere) if elsewhere.is_dir() else elsewhere.read_bytes()) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["missing", "short", "header", "lines"])
 def test_damaged_files_of_an_unfinished_run_are_made_again(case, tmp_path, small, damage, contents):
     with pytest.raises(KeyboardInterrupt):
@@ -146,6 +148,7 @@ def test_damaged_files_of_an_unfinished_run_are_made_again(case, tmp_path, small
     assert contents(tmp_path / "out") == case.whole
 
 
+@pytest.mark.slow
 def test_bad_weights_keep_what_is_done_and_a_repair_goes_on(case, tmp_path, small, contents):
     folder = shutil.copytree(case.folder, tmp_path / "model")
     last = sorted(folder.glob("*.safetensors"))[-1]

@@ -132,6 +132,7 @@ def test_a_changed_scale_is_another_model(gpt_oss, tmp_path):
     assert Checkpoint.open(other).fingerprint != Checkpoint.open(gpt_oss[0]).fingerprint
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gpt_oss", "deepseek"])
 def test_a_kept_matrix_keeps_its_bits(name, request):
     source = Checkpoint.open(request.getfixturevalue(name)[0])
