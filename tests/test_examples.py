@@ -41,6 +41,7 @@ def test_own_limit():
     assert list(bound.used) == ["memory", "decode time"]
 
 
+@pytest.mark.slow
 def test_own_estimator():
     module, solution = run("own_estimator")
     assert 2.9 < solution.plan.bpw <= 3

@@ -36,6 +36,7 @@ def strings(file):
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_the_library_names_no_option(folder):
     said = [

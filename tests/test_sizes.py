@@ -4,6 +4,8 @@ import ast
 from functools import cache
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("src/bitknap", "allocation", "benchmarks", "estimators", "kernels", "quantize", "tests")
 LINES_OF_A_FILE = 400
@@ -81,5 +83,6 @@ def test_functions_are_short():
     assert {name for path in files() for name in longest(path)} == set()
 
 
+@pytest.mark.slow
 def test_public_functions_have_few_arguments():
     assert {name for path in files() for name in many(path)} == set()

@@ -87,6 +87,7 @@ def test_layers_answered_from_memory_change_nothing(loop, table):
     assert np.array_equal(ours[0](plans[1]), other[0](plans[1]))
 
 
+@pytest.mark.slow
 def test_the_loops_plan_is_within_limits_and_no_worse_where_it_was_measured(loop, table):
     tied = under(table, profile("expert"))
     outcome = run_loop(loop, tied, [Budget.bits(4)], Refinement(evaluations=6))
@@ -99,6 +100,7 @@ def test_the_loops_plan_is_within_limits_and_no_worse_where_it_was_measured(loop
     assert json.dumps(facts)
 
 
+@pytest.mark.slow
 def test_a_plan_that_loses_more_than_uniform_does_not_pass_the_gate(loop, table):
     # Costs turned round: what is dear gets fewest bits.
     wrong = replace(table, cost=table.cost.max() - table.cost + table.cost.min())

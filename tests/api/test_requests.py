@@ -120,6 +120,7 @@ def test_several_texts(model, table):
         bitknap.TextSets([])
 
 
+@pytest.mark.slow
 def test_former_keywords_of_estimate(model, table, tmp_path):
     old: dict[str, Any] = {"tokens": 256, "seed": 0, "row_blocks": 1}
     with pytest.warns(DeprecationWarning) as record:

@@ -103,6 +103,7 @@ def test_experts_stored_in_an_unknown_way(tmp_path, refused, saved):
         assert "do not make experts" in line or "not known" in line
 
 
+@pytest.mark.slow
 def test_experts_that_cannot_be_watched(tmp_path, refused, saved):
     model = saved(tmp_path / "nllb", "nllb_moe")
     line = refused(*on_a_model(model, tmp_path, ON_A_MODEL[1]))
@@ -151,6 +152,7 @@ def test_an_expert_too_many(copy, tmp_path, refused):
         assert "experts" in refused(*on_a_model(copy, tmp_path, command))
 
 
+@pytest.mark.slow
 def test_another_head(tmp_path, refused, saved):
     model = saved(tmp_path / "model")
     path = model / "config.json"

@@ -50,6 +50,7 @@ def test_end_to_end_in_steps_and_in_one_go(made, tmp_path, document):
         assert (whole / file.name).read_bytes() == file.read_bytes(), file.name
 
 
+@pytest.mark.slow
 def test_every_command_has_one_json_document(made, tmp_path, document):
     report = document("inspect", made.model)
     assert report["units"] == 24

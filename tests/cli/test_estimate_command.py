@@ -16,11 +16,13 @@ TEXT = ("--text", str(Path(__file__).parent.parent.parent / "LICENSE"))  # short
 FAST = ("--formats", "2,4", "--group-size", "8,row", "--tokens", "128", *TEXT)
 
 
+@pytest.mark.slow
 def test_identical_runs_write_identical_tables(made, tmp_path):
     main(["estimate", str(made.model), *FAST, "-o", str(tmp_path / "table.safetensors")])
     assert (tmp_path / "table.safetensors").read_bytes() == made.table.read_bytes()
 
 
+@pytest.mark.slow
 def test_random_numbers_elsewhere_do_not_matter(made, tmp_path):
     torch.manual_seed(123)
     main(["estimate", str(made.model), *FAST, "-o", str(tmp_path / "t.safetensors")])
@@ -49,6 +51,7 @@ def test_every_estimator_has_a_name(name, expected, made, tmp_path):
     assert CostTable.load(path).provenance["estimator"] == expected
 
 
+@pytest.mark.slow
 def test_fewer_measurements_read_fewer_widths(made, tmp_path):
     path = tmp_path / "table.safetensors"
     main(["estimate", str(made.model), *FAST, "--calibrate", "6", "-o", str(path)])
@@ -286,6 +289,7 @@ def fingerprint(folder):
     return Checkpoint.open(folder).fingerprint
 
 
+@pytest.mark.slow
 def test_held_out_plans_are_reported(made, tmp_path, capsys):
     path = tmp_path / "t.safetensors"
     main(["estimate", str(made.model), *FAST, "--check", "3", "-o", str(path)])
@@ -294,6 +298,7 @@ def test_held_out_plans_are_reported(made, tmp_path, capsys):
     assert (provenance["check"]["plans"], provenance["check_measurements"]) == (3, 3)
 
 
+@pytest.mark.slow
 def test_constant_signals_are_left_out_and_reported(made, tmp_path, capsys):
     name = "calibrated,moments,uniform"
     path = str(tmp_path / "t.safetensors")
@@ -303,6 +308,7 @@ def test_constant_signals_are_left_out_and_reported(made, tmp_path, capsys):
     assert "the same for all units, so left out: uniform" in told
 
 
+@pytest.mark.slow
 def test_routers(made, large, tmp_path, capsys, refused):
     words = (*FAST, "--estimator", "router-norm", "-o", tmp_path / "t.safetensors")
     line = refused("estimate", made.model, *words, "--initial-router", large)

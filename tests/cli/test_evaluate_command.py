@@ -13,6 +13,7 @@ from bitknap.quantization.packed.opened import open_weights
 TEXT = ("--text", str(Path(__file__).parent.parent.parent / "LICENSE"))  # short: quick to tokenize
 
 
+@pytest.mark.slow
 def test_uniform_recipes_beside_ours(made, document):
     rows = document(
         "evaluate", made.out, "--reference", made.model, "--uniform", "--tokens", 64, *TEXT

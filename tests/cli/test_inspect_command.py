@@ -35,6 +35,7 @@ def seen(name, folder, *, published=False, layers=None):
     return Checkpoint(folder=folder, config=text, headers=known, low_bit=low)
 
 
+@pytest.mark.slow
 def test_figures_of_a_real_model(tmp_path):
     found = report(seen("OLMoE-1B-7B", tmp_path))
     assert found["architecture"] == "OlmoeForCausalLM"
@@ -70,6 +71,7 @@ def test_a_model_in_few_bits(name, precision, total, tmp_path):
         assert low["source_bytes"] == pytest.approx(total, rel=0.002)
 
 
+@pytest.mark.slow
 def test_steps_take_more_the_more_they_do(tmp_path):
     steps = {step["name"]: step for step in report(seen("OLMoE-1B-7B", tmp_path))["steps"]}
     assert list(steps) == [
@@ -188,6 +190,7 @@ def test_everything_is_plain_json(made, document):
     assert np.isfinite(found["least_bpw"])
 
 
+@pytest.mark.slow
 def test_the_forecast_has_every_part_in_both_residencies(tmp_path):
     source = seen("OLMoE-1B-7B", tmp_path)
     found = report(source)

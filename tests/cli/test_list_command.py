@@ -150,6 +150,7 @@ def test_a_solver_of_another_package(made, packages, tmp_path, document, refused
         assert says in refused(*solve, *option, "-o", tmp_path / "q.json")
 
 
+@pytest.mark.slow
 def test_estimators_of_another_package(made, packages, tmp_path, document, refused, capsys):
     points = {name: f"my_estimators:{name.title()}" for name in ("score", "costs", "needy")}
     packages("my-estimators", {"bitknap.estimators": points}, ESTIMATORS)

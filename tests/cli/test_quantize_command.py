@@ -53,6 +53,7 @@ def test_a_group_size_that_does_not_divide_the_row_is_counted_and_said(made, tmp
     assert sizes["bytes_predicted"] == sizes["bytes_on_disk"]
 
 
+@pytest.mark.slow
 def test_nan_found_when_quantizing_by_plan(made, tmp_path, capsys):
     copy = shutil.copytree(made.model, tmp_path / "model")
     tensors = load_file(copy / "model.safetensors")
@@ -136,6 +137,7 @@ def test_quantizing_what_is_packed_already(made, tmp_path, refused):
     refused("inspect", made.out)
 
 
+@pytest.mark.slow
 def test_the_options_of_solve_are_taken(made, document, tmp_path):
     limits = tmp_path / "limits.json"
     share = {"kind": "share_at_most", "share": 0.5, "bits": 2}

@@ -176,6 +176,7 @@ def test_sortings_round_trip(blocks):
     assert (np.diff(means, axis=1) < 0).all()
 
 
+@pytest.mark.slow
 def test_row_blocks_in_python(made):
     text = TEXT[1]
     grids = [Format.parse("int2-g8-asym"), Format.parse("int4-g8-asym")]

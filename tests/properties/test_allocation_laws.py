@@ -104,6 +104,7 @@ def test_weights_of_any_sign_equal_brute_force(problem):
     check(problem)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.floats(0, 10))
 def test_a_looser_limit_never_costs_more(problem, extra):
@@ -115,6 +116,7 @@ def test_a_looser_limit_never_costs_more(problem, extra):
         assert loose.cost <= tight.cost + 1e-12 * abs(tight.cost)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(problems(), st.integers(-40, 40))
 def test_scaling_costs_scales_the_cost_of_the_plan(problem, power):
@@ -146,6 +148,7 @@ def test_permuting_units_permutes_the_plan(problem, random):
         assert other.cost == close(found.cost)
 
 
+@pytest.mark.slow
 @settings(max_examples=100, deadline=None)
 @given(problems())
 def test_tying_never_gains(problem):

@@ -56,6 +56,7 @@ def test_ids_are_fixed_and_distinct(document, plans):
     assert all(one.startswith("plot-") for one in ids)
 
 
+@pytest.mark.slow
 def test_nothing_is_loaded_from_elsewhere(document, plans):
     ours = outside(report(document, plans))
     assert not re.search(r"https?://", ours)
@@ -101,6 +102,7 @@ def test_a_run_of_one_row(document, plans):
     assert "best uniform" not in text.replace("the best uniform recipes;", "")
 
 
+@pytest.mark.slow
 def test_rows_that_were_not_measured_say_why(document, plans):
     text = report(document, plans)
     assert "not reachable: its least is 2.13 bpw; the budget is 2bpw</td>" in text
@@ -131,6 +133,7 @@ def test_hostile_names_stay_text(document, plans):
     assert "&lt;a href" in inside or "\\u0026lt;a" in inside
 
 
+@pytest.mark.slow
 def test_budgets_that_are_close_have_a_linear_scale(document):
     assert marked([0.01, 0.2]) == (1, 2, 5)
     assert marked([0.02, 0.06]) == (1, 2, 3, 5)
@@ -235,6 +238,7 @@ def test_ticks_of_a_log_colour():
     assert decades([3, 3])[1] == ["3"]
 
 
+@pytest.mark.slow
 def test_a_large_model_is_a_light_page(document_of, plan_of):
     document = document_of(layers=48, experts=128)
     text = report(document, {"2bpw": plan_of(2.0, layers=48, experts=128)})

@@ -69,6 +69,7 @@ def test_a_table_without_experts_has_no_map():
         heat(table(role="dense"))
 
 
+@pytest.mark.slow
 def test_panels_of_many_experts_are_below_each_other():
     def shape(experts):
         axes = heat_figure(heat(table(experts)), "nats/token").axes[:2]

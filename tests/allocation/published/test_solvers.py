@@ -79,6 +79,7 @@ def test_a_published_solver_keeps_the_limits_and_is_never_better_than_the_knapsa
     assert best.cost <= found.cost + scale
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=30)
 @given(problem=problems(), exponent=st.sampled_from([0.1, 0.5, 0.75, 0.95]))
 def test_the_product_of_loss_and_time_is_the_least_of_all_plans(problem, exponent):

@@ -74,6 +74,7 @@ def test_a_table_that_is_right_is_left_alone(problem):
     assert [step.accepted for step in found.steps] == [True] + [False] * (len(found.steps) - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("driver", ["posterior", "tpe", "cmaes"])
 def test_plans_keep_to_ties_and_limits_and_repeat_by_seed(driver):
     tied = table().tie(profile("expert"))
@@ -105,6 +106,7 @@ def test_as_a_solver_it_gives_the_same_plan(problem):
     )
 
 
+@pytest.mark.slow
 def test_a_clearly_worse_plan_is_not_run_to_its_end(problem):
     found = Refine(parts=hidden(problem, parts=4, noise=0.0), evaluations=24).run(problem)
     lengths = {len(step.losses) for step in found.steps}

@@ -46,6 +46,7 @@ def url(request, tmp_path):
 # What a study is, and that it comes back the same
 
 
+@pytest.mark.slow
 def test_a_study_is_made_run_and_read(table, journal, design, loss):
     made = create("s", journal, table, design(knobs=TILTS, sampler=Sampler("tpe", seed=1)))
     assert [record.state for record in records(made)] == ["waiting"]
@@ -83,6 +84,7 @@ def test_the_header_can_be_saved(table, journal, tmp_path, design, loss):
     assert BitPlan.load(tmp_path / "plan.json").header["trial"] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sampler", ["tpe", "cmaes"])
 def test_one_worker_is_repeatable_and_may_stop_in_between(table, tmp_path, sampler, design, loss):
     params = []
@@ -267,6 +269,7 @@ def test_a_trial_that_another_worker_reported_first_is_made_up_for(table, journa
     assert records(study)[0].loss == 0.5
 
 
+@pytest.mark.slow
 def test_a_killed_worker_loses_its_running_trial_alone(table, journal, design, loss):
     create("s", journal, table, design(knobs=TILTS))
     process = worker(journal, 5, 60)

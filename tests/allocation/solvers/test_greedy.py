@@ -51,6 +51,7 @@ def tried(problem, solver=None):
 # Laws
 
 
+@pytest.mark.slow
 @settings(max_examples=50, deadline=None)
 @given(problems() | problems(limits=3))
 def test_greedy_is_within_limits_and_never_better_than_the_knapsack(problem):
@@ -63,6 +64,7 @@ def test_greedy_is_within_limits_and_never_better_than_the_knapsack(problem):
     assert found.bound <= best.cost + 1e-9 * max(1, abs(best.cost))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(problems())
 def test_with_one_limit_greedy_finds_a_plan_wherever_there_is_one(problem):

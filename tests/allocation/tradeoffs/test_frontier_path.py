@@ -61,6 +61,7 @@ def test_every_breakpoint_is_optimal_at_its_own_bytes(table):
         assert chosen == pytest.approx(cost)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(tables(), st.integers(1, 130))
 def test_the_line_between_breakpoints_is_a_lower_bound(table, size):

@@ -21,6 +21,9 @@ from bitknap.quantization.models.live_model import walk
 from bitknap.testing import tiny_model
 
 # Rows of 16 and 24 weights: a fp16 scale a row takes 0.83 bits of each.
+# The fixture plans by every rule.
+pytestmark = pytest.mark.slow
+
 BUDGETS = (2.9, 3.6)
 RULES = {
     "uniform (best recipe)",
@@ -76,13 +79,11 @@ def rows(case, offered):
     return compared(case[1], offered, case[3], BUDGETS)
 
 
-@pytest.mark.slow
 def test_every_rule_is_there_at_every_budget(rows):
     assert {row["rule"] for row in rows} == RULES
     assert len(rows) == len(RULES) * len(BUDGETS)
 
 
-@pytest.mark.slow
 def test_rules_stay_within_the_budget_and_use_it(case, rows):
     ours = case[3]
     for row in rows:

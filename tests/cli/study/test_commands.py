@@ -118,6 +118,7 @@ def test_a_page_of_any_number_of_trials(table, journal, tmp_path, capsys, docume
     assert "4.5bpw" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_front(table, journal, tmp_path, capsys, refused, document):
     made = ("study", "create", "s", "--storage", journal, "--table", table, "--knobs", "tilts")
     told = document(*made, "--budgets", "4.5bpw-8bpw", "--seed", "3")

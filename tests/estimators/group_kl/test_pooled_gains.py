@@ -77,6 +77,7 @@ def case():
     return lopsided_case()
 
 
+@pytest.mark.slow
 def test_the_order_of_readings_sets_what_a_few_measure(case):
     whole = Calibrated().estimate(case.evidence, OPTIONS)
     readings = whole.provenance["readings"]

@@ -52,6 +52,7 @@ def both(model, reference):
     return known, losses_between(passed[1], passed[:1])[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_packed_against_plain(family, tmp_path):
     out = packed_checkpoint(tmp_path, family)

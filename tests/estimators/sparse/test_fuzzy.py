@@ -80,6 +80,7 @@ def test_rules_over_a_base_say_what_it_gets_wrong(case):
     assert found.cost == pytest.approx(3 * base.cost, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_rules_are_followed_as_far_as_they_predict_units_left_out(case):
     base = SecondMoments().estimate(case.evidence, FORMATS)
     known = base.cost[case.samples.unit, case.samples.column]

@@ -25,6 +25,7 @@ def evidence():
     return replace(found, provenance={**found.provenance, "model": "abc"})
 
 
+@pytest.mark.slow
 def test_what_is_measured_is_kept_and_used_again(evidence, tmp_path):
     told = []
     file = tmp_path / "s.safetensors"
@@ -52,6 +53,7 @@ def test_what_is_measured_is_kept_and_used_again(evidence, tmp_path):
     assert len(told) == len(samples)
 
 
+@pytest.mark.slow
 def test_the_same_seed_measures_the_same_cells(evidence, tmp_path):
     files = [tmp_path / f"{name}.safetensors" for name in "ab"]
     for file in files:
@@ -59,6 +61,7 @@ def test_the_same_seed_measures_the_same_cells(evidence, tmp_path):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
+@pytest.mark.slow
 def test_experts_without_tokens_are_not_measured(evidence, tmp_path):
     file = tmp_path / "s.safetensors"
     Sampled(file=file, measurements=1000, base=None).estimate(evidence, FORMATS)

@@ -110,6 +110,7 @@ def test_rules_read_what_units_differ_by(uneven):
     assert fuzzy[1] < 0.75 * flat[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("predictor", [LogLinear(), Residual(), FuzzyRules()], ids=repr)
 def test_deviations_are_those_of_the_errors(predictor, table, uneven):
     for case in (table, uneven):

@@ -74,6 +74,7 @@ def test_sections_are_what_encode_writes(format):
     assert torch.equal(torch.cat([part for pair in parts for part in pair]), stream)
 
 
+@pytest.mark.slow
 def test_small_pieces_write_the_same_bytes(case, tmp_path, small, contents):
     said = []
     case.save(tmp_path / "out", progress=lambda *args: said.append(args))

@@ -46,6 +46,7 @@ def random_unit(format, rows, cols, seed):
     return Quantized(grid=grid, codes=whole(format.bits, rows, cols).to(torch.uint8))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(st.sampled_from(EVERY), st.integers(1, 140), st.integers(1, 600), st.integers(0, 99))
 def test_every_format_goes_there_and_back(format, rows, cols, seed):

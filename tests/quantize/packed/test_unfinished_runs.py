@@ -33,6 +33,7 @@ def stopped_at(count, error):
     return progress
 
 
+@pytest.mark.slow
 def test_a_stopped_run_goes_on_where_it_was(case, tmp_path, small, monkeypatch, contents):
     out = tmp_path / "new" / "out"
     with pytest.raises(KeyboardInterrupt) as stop:
@@ -72,6 +73,7 @@ def failing(error):
     return fail
 
 
+@pytest.mark.slow
 def test_other_inputs_are_refused(case, tmp_path, small, contents):
     out = tmp_path / "out"
     with pytest.raises(KeyboardInterrupt):
@@ -170,6 +172,7 @@ def test_bad_weights_keep_what_is_done_and_a_repair_goes_on(case, tmp_path, smal
     assert contents(tmp_path / "out") == case.whole
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_the_middle(case, tmp_path, small, monkeypatch, contents):
     real, calls = os.pwrite, []
 

@@ -105,6 +105,7 @@ def test_a_reloaded_model_is_the_one_in_memory(family, tmp_path):
     check(folder, plan_for(folder), tmp_path / "out")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "qwen2_moe"])
 def test_in_bf16_too(family, tmp_path):
     # torch's grouped product wants bf16 rows of a multiple of 16 bytes.
@@ -114,6 +115,7 @@ def test_in_bf16_too(family, tmp_path):
     check(folder, plan, tmp_path / "out", torch.bfloat16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "deepseek_v3", "llama4_text"])
 def test_with_every_role(family, tmp_path):
     folder = saved(tmp_path / "source", family)

@@ -209,6 +209,7 @@ def test_moments_of_another_shape():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 4_000, 20_000])
 def test_chunks_leave_no_trace(monkeypatch, size):
     weights, moments = gauss(4, 20, 40), correlated(4, 40)

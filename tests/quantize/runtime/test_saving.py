@@ -82,6 +82,7 @@ def test_what_saving_has_no_place_for(option, packed, tmp_path):
         model.save_pretrained(tmp_path / "out", **option)
 
 
+@pytest.mark.slow
 def test_streams_in_tiles(packed, exact, tmp_path):
     folder = tmp_path / "tiles"
     convert(packed, "tiles", folder)

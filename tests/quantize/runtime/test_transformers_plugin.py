@@ -53,6 +53,7 @@ def test_a_packed_model_computes_what_the_dequantized_one_does(family, tmp_path)
     assert torch.equal(logits(loading.load(tmp_path / "again")), logits(expected))
 
 
+@pytest.mark.slow
 def test_experts_that_are_modules_of_their_own(tmp_path):
     folder = packed_checkpoint(tmp_path, "switch_transformers", ("attention", "dense"))
     found = AutoModelForSeq2SeqLM.from_pretrained(folder)
@@ -68,6 +69,7 @@ def test_experts_beside_which_others_are_stored_cannot_stay_packed(tmp_path):
     assert loading.load(folder) is not None
 
 
+@pytest.mark.slow
 def test_blocks_of_rows(tmp_path):
     source, out = tmp_path / "source", tmp_path / "packed"
     tiny_model("gpt_oss").save_pretrained(source)
@@ -87,6 +89,7 @@ def test_every_dtype(dtype, packed):
     assert {b.dtype for n, b in found.named_buffers() if "bitknap" in n} == {torch.uint8}
 
 
+@pytest.mark.slow
 def test_of_a_bf16_source(tmp_path):
     folder = packed_checkpoint(tmp_path, dtype=torch.bfloat16)
     found = loading.load(folder, packed=True)

@@ -290,6 +290,7 @@ def test_quantizes_to_the_streams_of_the_16_bit_model(name, request, tmp_path):
     assert ours.keys() == theirs.keys()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), [("gpt_oss", "mxfp4"), ("deepseek", "fp8-block")])
 def test_a_plan_may_keep_what_the_source_has(name, kind, request, tmp_path):
     if kind not in str(format._KEPT_BITS):

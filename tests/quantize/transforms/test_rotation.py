@@ -43,6 +43,7 @@ def far(one, other):
     return float((one - other).norm() / other.norm())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 6, 64, 96, 1408])
 def test_hadamard_is_orthonormal_and_goes_back(size):
     draw = torch.Generator().manual_seed(0)
