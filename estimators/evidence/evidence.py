@@ -26,8 +26,8 @@ from bitknap.estimators.measuring.readings import Readings
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 from bitknap.quantization.rounding.methods import RTN, round_trip
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
+from bitknap.quantization.source.devices import CPU
 
-CPU = torch.device("cpu")
 # Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens both count equally.
 PRIOR_TOKENS = 16
 # Only weights of another magnitude explain this ratio of an expert's squared inputs to its layer's.

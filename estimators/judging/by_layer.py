@@ -16,9 +16,10 @@ from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.text_stream import Stream, Streamed, passed
 from bitknap.estimators.sweep.variant_streams import VariantStreams
-from bitknap.estimators.sweep.weightless_model import CPU, Skeleton
+from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
 from bitknap.quantization.models.headers_only import walk_headers
+from bitknap.quantization.source.devices import CPU
 from bitknap.quantization.source.source import Source, Stored
 
 # Roles whose matrices say where the layers of a model without routed experts are.

@@ -24,8 +24,8 @@ from bitknap.estimators.evidence.evidence import LayerTrace, zeros
 from bitknap.estimators.measuring.expert_forward import Experts, experts_at
 from bitknap.estimators.measuring.float_range import added, second_moments, squares_product
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
+from bitknap.quantization.source.devices import CPU
 
-_CPU = torch.device("cpu")
 # Attributes of `LayerSums` that `finished` returns and `restore` takes under their own names.
 _SUMS = (
     *("count", "gate_sum", "gate_square", "output_square", "output_max"),
@@ -165,7 +165,7 @@ class LayerSums:
 
     def finished(self) -> dict[str, Tensor]:
         """Return everything except gradients, by name, for `restore`."""
-        self.move(_CPU)
+        self.move(CPU)
         tensors = {name: getattr(self, name) for name in _SUMS if getattr(self, name) is not None}
         tensors |= {f"slopes.{name}": slope for name, slope in self.slopes.items()}
         trace = self.trace()
@@ -187,7 +187,7 @@ class LayerSums:
 
     def caught(self) -> dict[str, Tensor]:
         """Return the gradients, by name, for `restore_caught`."""
-        self.move(_CPU)
+        self.move(CPU)
         tensors = {f"curvature.{name}": squares for name, squares in self.curvature.items()}
         if self.gradients:
             places = sorted(self.gradients)

@@ -23,6 +23,7 @@ from bitknap.estimators.sweep.linear_recording import recording_linears
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.progress import Progress
 from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.source.devices import CPU
 from bitknap.quantization.stacks.reading import read_units
 
 # Routing and diagonal moments alone.
@@ -145,7 +146,7 @@ def _layers(
 
 def layer_evidence(sums: LayerSums, gain: float) -> LayerEvidence:
     """Return the evidence of one layer from its sums and gain; the sums move to the CPU."""
-    sums.move(torch.device("cpu"))
+    sums.move(CPU)
     return LayerEvidence(
         tokens=sums.tokens,
         count=sums.count,

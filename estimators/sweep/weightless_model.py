@@ -28,10 +28,10 @@ from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 from bitknap.quantization.packed.buildable import stored_as
 from bitknap.quantization.source.architecture import align_experts, config_of, hollow
+from bitknap.quantization.source.devices import CPU
 from bitknap.quantization.source.source import Stored
 
 # What to do about a model that cannot be calibrated layer by layer.
-CPU = torch.device("cpu")
 OTHERWISE = "raise `max_memory`, or use `estimator=DataFree()`"
 
 

@@ -31,13 +31,13 @@ from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.magnitude import exponents_of, peaks
 from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.devices import CPU
 from bitknap.quantization.source.partial_reads import read_bytes
 from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo
 from bitknap.quantization.stacks.grouping import PIECE, plan_pieces
 from bitknap.quantization.stacks.quantize_plan import Watched
 from bitknap.quantization.stacks.reading import all_finite, read_stored
 
-CPU = torch.device("cpu")
 # Bytes copied at a time; a multiple of every dtype's width.
 COPY = 1 << 24
 # Bytes of a kept tensor decoded at a time, as float32.

@@ -52,7 +52,6 @@ from bitknap.quantization.packed.resume import Partial
 from bitknap.quantization.packed.shards import MAX_SHARD_SIZE, Shards
 from bitknap.quantization.packed.work_pieces import (
     COPY,
-    CPU,
     Decoded,
     Piece,
     Work,
@@ -63,6 +62,7 @@ from bitknap.quantization.packed.work_pieces import (
 from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import PACKED, Checkpoint
+from bitknap.quantization.source.devices import CPU
 from bitknap.quantization.stacks.alignment import aligned
 from bitknap.quantization.stacks.quantize_plan import Watched
 from bitknap.quantization.stacks.row_blocks import layout_for

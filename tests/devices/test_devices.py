@@ -10,8 +10,8 @@ import torch
 
 import bitknap
 from bitknap.errors import InputError
-from bitknap.quantization.runtime import devices
-from bitknap.quantization.runtime.devices import device_of, memory_limit
+from bitknap.quantization.source import devices
+from bitknap.quantization.source.devices import device_of, memory_limit
 
 SCRIPT = Path(__file__).parent / "pretended.py"
 

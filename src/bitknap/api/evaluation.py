@@ -32,12 +32,11 @@ from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check
 from bitknap.quantization.packed.folder import PLAN, roles_of
 from bitknap.quantization.packed.opened import open_weights
-from bitknap.quantization.runtime.devices import AUTO, device_of, memory_limit
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+from bitknap.quantization.source.devices import AUTO, CPU, device_of, memory_limit
 
 EVALUATION_TOKENS = 32_768
-CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

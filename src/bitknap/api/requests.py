@@ -34,8 +34,8 @@ from bitknap.quantization.packed.shards import MAX_SHARD_SIZE
 from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.rounding.rounding import Rounding
-from bitknap.quantization.runtime.devices import AUTO, device_of, memory_limit
 from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.devices import AUTO, device_of, memory_limit
 from bitknap.quantization.stacks.row_blocks import split_rows
 
 CALIBRATION_TOKENS = 8_192

@@ -8,6 +8,7 @@ from bitknap.allocation.problem.budget import human
 from bitknap.errors import InputError
 
 AUTO = "auto"
+CPU = torch.device("cpu")
 
 
 def device_of(name: str | torch.device) -> torch.device:
@@ -21,7 +22,7 @@ def device_of(name: str | torch.device) -> torch.device:
         InputError: the name is none of these, or the device is not there.
     """
     if name == AUTO:
-        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+        return torch.device("cuda", 0) if torch.cuda.is_available() else CPU
     try:
         device = torch.device(name)
     except RuntimeError:
