@@ -52,3 +52,43 @@ def _evidence_of(weights):
     count = len(weights)
     model = tiny_model("mixtral", num_hidden_layers=1, num_local_experts=count, num_experts=count)
     return replace(weights_alone(model), weights=lambda which: weights[: len(which)])
+
+
+class Stop(Exception):
+    """Ends a pass in the midst of it."""
+
+
+@pytest.fixture
+def stopped_often(monkeypatch):
+    """Run something again and again, stopped each time after a few calls, until it ends.
+
+    Called with the owners and names of functions, and with what is run; returns what that
+    returned at last, and how often it was stopped.
+    """
+
+    def run_on(places, run, calls=4):
+        left = [0]
+
+        def counted(real):
+            def called(*args, **kwargs):
+                left[0] -= 1
+                if left[0] < 0:
+                    raise Stop
+                return real(*args, **kwargs)
+
+            return called
+
+        stops = 0
+        with monkeypatch.context() as patch:
+            for owner, name in places:
+                patch.setattr(owner, name, counted(getattr(owner, name)))
+            while True:
+                left[0] = calls
+                try:
+                    return run(), stops
+                except Stop:
+                    if not calls:
+                        raise  # all was kept, so nothing may be called
+                    stops += 1
+
+    return run_on

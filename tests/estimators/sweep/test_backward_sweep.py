@@ -159,45 +159,27 @@ def test_no_parameter_is_left_with_a_graph(tmp_path):
         assert parameter.grad is None
 
 
-class Stop(Exception):
-    """Ends a pass in the midst of it."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "longcat_flash"])
-def test_a_backward_sweep_stopped_anywhere_goes_on(family, tmp_path, monkeypatch):
+def test_a_backward_sweep_stopped_anywhere_goes_on(family, tmp_path, stopped_often):
     source, path = stored(tmp_path / "model", family), tmp_path / "work" / "journal"
 
     def found(readings=None):
         return calibrate_by_layer(Skeleton(source), windows(), GRADIENTS, readings=readings)
 
-    whole, left, stops = found(), [0], 0
-
-    def counted(real):
-        def run(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                raise Stop
-            return real(*args, **kwargs)
-
-        return run
-
-    for kind, name in (
-        (text_stream.Streamed, "_run"),
-        (backward_sweep.BackwardSweep, "_of_batch"),
-        (layer_by_layer, "batch_divergences"),
-    ):
-        monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
-    again = None
-    while again is None:
-        left[0] = 4  # a step is three batches: each time one is done, and the next is begun
-        try:
-            again = found(Readings.open(path, {}))
-        except Stop:
-            stops += 1
+    whole, places = (
+        found(),
+        [
+            (text_stream.Streamed, "_run"),
+            (backward_sweep.BackwardSweep, "_of_batch"),
+            (layer_by_layer, "batch_divergences"),
+        ],
+    )
+    # A step is three batches: each time one is done, and the next is begun.
+    again, stops = stopped_often(places, lambda: found(Readings.open(path, {})))
     assert stops > 3
-    left[0] = 0
-    for other in (again, found(Readings.open(path, {}))):
+    kept, _ = stopped_often(places, lambda: found(Readings.open(path, {})), calls=0)
+    for other in (again, kept):
         for number, layer in whole.layers.items():
             mine = other.layers[number]
             assert mine.gain == layer.gain

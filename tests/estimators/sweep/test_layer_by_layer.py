@@ -169,10 +169,6 @@ def test_progress(tmp_path):
     assert said == [(what, i, 2) for what in ("calibrate", "gains") for i in range(2)]
 
 
-class Stop(Exception):
-    """Ends a pass in the midst of it."""
-
-
 def same(one, other):
     """Whether two pieces of evidence are the same to the bit."""
     for number, layer in one.layers.items():
@@ -197,7 +193,7 @@ def same(one, other):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["mixtral", "longcat_flash"])
-def test_a_pass_stopped_anywhere_goes_on(family, tmp_path, monkeypatch):
+def test_a_pass_stopped_anywhere_goes_on(family, tmp_path, stopped_often):
     source, path = stored(tmp_path / "model", family), tmp_path / "work" / "journal"
 
     def found(readings=None):
@@ -208,30 +204,13 @@ def test_a_pass_stopped_anywhere_goes_on(family, tmp_path, monkeypatch):
             readings=readings,
         )
 
-    whole, left, stops = found(), [0], 0
-
-    def counted(real):
-        def run(*args, **kwargs):
-            left[0] -= 1
-            if left[0] < 0:
-                raise Stop
-            return real(*args, **kwargs)
-
-        return run
-
-    for kind, name in ((text_stream.Streamed, "_run"), (layer_by_layer, "batch_divergences")):
-        monkeypatch.setattr(kind, name, counted(getattr(kind, name)))
-    again = None
-    while again is None:
-        left[0] = 4  # a step is three batches: each time one is done, and the next is begun
-        try:
-            again = found(Readings.open(path, {}))
-        except Stop:
-            stops += 1
+    whole, places = found(), [(text_stream.Streamed, "_run"), (layer_by_layer, "batch_divergences")]
+    # A step is three batches: each time one is done, and the next is begun.
+    again, stops = stopped_often(places, lambda: found(Readings.open(path, {})))
     assert stops > 2
     assert same(whole, again)
-    left[0] = 0
-    assert same(whole, found(Readings.open(path, {})))
+    kept, _ = stopped_often(places, lambda: found(Readings.open(path, {})), calls=0)
+    assert same(whole, kept)
     assert not list(folder_of(path).glob("*.bin"))  # streams go when nobody will go on from them
     forget(path)
     assert list(path.parent.iterdir()) == []
