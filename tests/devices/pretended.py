@@ -14,7 +14,7 @@ import torch
 
 import bitknap
 from bitknap.allocation import Budget, Problem, formats, solve
-from bitknap.api.calibration import _windows
+from bitknap.api.calibration import calibration_windows
 from bitknap.estimators.named import Settings, named
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
 from bitknap.estimators.sweep.recorded import Recorded
@@ -55,7 +55,7 @@ def by_layer(model, name):
     given = asked(NAME) if name == "calibrated" else bitknap.Calibration(text=TEXT, tokens=128)
     evidence = calibrate_by_layer(
         Skeleton(source, given.include, device=torch.device(NAME, 0)),
-        _windows(source, given),
+        calibration_windows(source, given),
         Recorded.of(made.needs),
     )
     table = made.estimate(replace(evidence, device=torch.device(NAME, 0)), MENU)

@@ -18,7 +18,7 @@ from bitknap.estimators.measuring.documents import Documents, TextLike, TokenWin
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.text import Encoded, document_of, encode
 from bitknap.estimators.measuring.windows import Windows
-from bitknap.estimators.sweep.in_memory import calibrate, provenance_of
+from bitknap.estimators.sweep.in_memory import calibrate, digest_of
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
 from bitknap.estimators.sweep.peak_memory import way_to_calibrate
 from bitknap.estimators.sweep.recorded import Recorded
@@ -84,7 +84,7 @@ def _pass(
     """Return the evidence from a pass over the text, in one piece or layer by layer."""
     layout = walk_headers(source.config, source.shapes, asked.include)
     way = way_to_calibrate(source, layout, asked.tokens, needs, asked.memory)
-    windows, recorded = _windows(source, asked), Recorded.of(needs)
+    windows, recorded = calibration_windows(source, asked), Recorded.of(needs)
     writer.check_finite(source)
     if way == "layers":
         return calibrate_by_layer(
@@ -125,7 +125,7 @@ def readings_about(
     units = walk_headers(origin.config, origin.shapes, first.include).units
     return {
         "model": origin.checksum(),
-        "text": [provenance_of(_windows(origin, one).ids, one.seed)["text"] for one in asked],
+        "text": [digest_of(calibration_windows(origin, one).ids) for one in asked],
         "tokens": first.tokens,
         "include": sorted(roles_of(units)),
         "seed": first.seed,
@@ -135,7 +135,8 @@ def readings_about(
     }
 
 
-def _windows(source: Checkpoint, asked: Calibration) -> Windows:
+def calibration_windows(source: Checkpoint, asked: Calibration) -> Windows:
+    """Return the windows of a calibration text for a model; the request has one text."""
     config = config_of(source.folder)
     document = encoded(source.folder, document_of(text_of(asked.only_text), "calibration"), config)
     return document.windows(asked.tokens, longest_of(config))
