@@ -94,10 +94,22 @@ def differences(folder, family):
     yield "evaluate", apart(*losses)
 
 
+def check_refusal(device):
+    """Raise AssertionError unless the device refuses tensors elsewhere: it would find nothing."""
+    there, here = torch.ones(2, 2, device=device), torch.ones(2, 2)
+    for mixed in (lambda: there @ here, lambda: torch.cat([there, here]), lambda: there.add_(here)):
+        try:
+            mixed()
+        except RuntimeError:
+            continue
+        raise AssertionError("the stand-in computes with tensors elsewhere")
+
+
 if __name__ == "__main__":
     install()
     root = Path(sys.argv[1])
-    with pretending():
+    with pretending() as there:
+        check_refusal(there)
         found = {
             f"{family}: {what}": value
             for family in sys.argv[2:] or FAMILIES

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_map_only
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -68,19 +68,15 @@ class There(Tensor):
 
 
 def _run(func: Any, args: Any, kwargs: Any) -> Any:
-    checked = (args[0], args[2:]) if func in _INDEXING else (args, kwargs)
-    tensors = [one for one in tree_flatten(checked)[0] if isinstance(one, Tensor)]
-    there = any(isinstance(one, There) for one in tensors)
-    # A number on the CPU may meet tensors anywhere.
-    apart = any(not isinstance(one, There) and one.dim() for one in tensors)
-    if there and apart and func not in _MOVES:
-        raise RuntimeError(
-            f"{func.name()}: expected all tensors to be on the same device, found {NAME} and cpu"
-        )
-    held, options = tree_map_only(There, lambda one: one.held, (args, dict(kwargs)))
-    asked = [one for one in tree_flatten((args, kwargs))[0] if isinstance(one, torch.device)]
-    target = asked[0] if asked else None
-    held, options = tree_map_only(torch.device, _real, (held, options))
+    leaves = list(_leaves((*args, *kwargs.values())))
+    there = any(isinstance(one, There) for one in leaves)
+    target = next((one for one in leaves if isinstance(one, torch.device)), None)
+    if not there and (target is None or target.type != NAME):
+        return func(*args, **kwargs)  # nothing to do with the device
+    if there and func not in _MOVES:
+        _check_together(func, (args[0], *args[2:]) if func in _INDEXING else leaves)
+    held = _held(args)
+    options = {name: _held(value) for name, value in kwargs.items()}
     if func is _ATEN.histc.default and not held[0].is_floating_point():
         held = (held[0].float(), *held[1:])  # a GPU counts whole numbers, too
     out = func(*held, **options)
@@ -92,8 +88,32 @@ def _run(func: Any, args: Any, kwargs: Any) -> Any:
     return out if target is not None else return_and_correct_aliasing(func, args, kwargs, out)
 
 
-def _real(device: torch.device) -> torch.device:
-    return torch.device("cpu") if device.type == NAME else device
+def _check_together(func: Any, values: Any) -> None:
+    """Refuse tensors on the CPU beside those on the device; a number may meet tensors anywhere."""
+    for one in _leaves(values):
+        if isinstance(one, Tensor) and not isinstance(one, There) and one.dim():
+            raise RuntimeError(
+                f"{func.name()}: expected all tensors to be on the same device, found {NAME} and "
+                "cpu"
+            )
+
+
+def _leaves(values: Any) -> Iterator[Any]:
+    """Yield what operations are given, tensors in lists too."""
+    for one in values:
+        if isinstance(one, list | tuple):
+            yield from _leaves(one)
+        else:
+            yield one
+
+
+def _held(value: Any) -> Any:
+    """Return what operations are given, with what is on the device on the CPU."""
+    if isinstance(value, There):
+        return value.held
+    if isinstance(value, torch.device):
+        return torch.device("cpu") if value.type == NAME else value
+    return type(value)(map(_held, value)) if isinstance(value, list | tuple) else value
 
 
 class _Dispatching(TorchDispatchMode):
