@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test quick lint docs clean
+.PHONY: demo test quick runtimes lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/bitknap quantize reference:mixtral --budget 2.5bpw -o build/demo --overwrite
@@ -15,7 +15,12 @@ test: .venv/.test
 
 # The tests that are not marked slow, to run between two changes.
 quick: .venv/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not runtime" -n auto --maxprocesses 4 --dist loadfile
+
+# The tests that run other runtimes, such as vLLM, each in an environment of its own, made once and
+# kept (tests/runtimes/environments.py): some gigabytes, and minutes the first time.
+runtimes: .venv/.test
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m runtime
 
 lint: .venv/.test
 	$(BIN)/ruff check .
