@@ -23,8 +23,8 @@ import torch
 from bitknap.allocation import Budget, CostTable, Format, Problem, formats, solve
 from bitknap.api.estimation import estimate
 from bitknap.api.evaluation import evaluate
-from bitknap.api.forecasting import STEPS, forecast
-from bitknap.api.machine import Machine, probe
+from bitknap.api.forecasts.forecasting import STEPS, forecast
+from bitknap.api.forecasts.machine import Machine, probe
 from bitknap.api.quantizing import quantize
 from bitknap.api.requests import Calibration
 from bitknap.arguments import add_output

@@ -118,6 +118,13 @@ PROFILES: Mapping[str, Profile] = MappingProxyType(
 )
 
 
+def implies(rule: Profile, other: Profile, units: Units) -> bool:
+    """Return whether units that must share a format under `other` must under `rule` as well."""
+    ours, theirs = rule.labels(units), other.labels(units)
+    first = np.unique(theirs, return_index=True)[1][theirs]
+    return bool((ours == ours[first]).all())
+
+
 def profile(name: str) -> Profile:
     """Return the profile with that name.
 

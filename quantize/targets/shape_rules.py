@@ -1,42 +1,42 @@
-"""The table of targets: which other runtimes could hold a model, from its units' shapes alone.
+"""Targets whose formats are integer grids: rules on shapes, and what all of them share.
 
-Each runtime's format has its own rules: rows that divide into its blocks, widths it has kernels
-for, matrices that must share a format. The table states the formats as of 2026; an exporter checks
-them again against names and the plan.
+A runtime's format has its own rules: rows that divide into its blocks, widths it has kernels for.
+They are stated as of 2026; exporters check them again against names and the plan.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
+from bitknap.allocation.plans.plan import BitPlan
+from bitknap.allocation.problem.arrays import Bools
+from bitknap.allocation.problem.format import Format, formats
 from bitknap.allocation.problem.units import Units
-from bitknap.quantization.targets.target import Fit, Target
+from bitknap.disk.outputs import Kind
+from bitknap.errors import InputError
+from bitknap.quantization.targets.requirements import check_plan
+from bitknap.quantization.targets.target import Exported, ExportJob, Fit
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ShapeRule:
-    """A target whose format requires matrix sizes that are multiples of its block sizes.
+    """Matrix sizes that must be multiples of block sizes.
 
     Attributes:
-        name: the runtime's name on the command line.
-        about: one sentence for lists.
-        bits: widths it stores.
-        profile: units that must share a format.
-        groups: group sizes it has; one of them must divide all rows.
+        bits: widths that are stored.
+        groups: group sizes; one of them must divide all rows.
         rows: output features must be a multiple of this.
         cols: input features must be a multiple of this.
-        full_cols: input features must be a multiple of this for all its types; 1 for no such rule.
+        full_cols: input features must be a multiple of this for all types; 1 for no such rule.
         fallback: what happens to matrices that do not fit `full_cols`.
         fallback_bits: widths that are left for them.
     """
 
-    name: str
-    about: str
     bits: tuple[int, ...]
-    profile: str
     groups: tuple[int, ...]
     rows: int = 1
     cols: int = 1
@@ -44,93 +44,86 @@ class ShapeRule:
     fallback: str = ""
     fallback_bits: tuple[int, ...] = ()
 
+    def blocked(self, units: Units) -> str:
+        """Return why some unit cannot be stored at all; "" if all can."""
+        return _not_multiple(units, "rows", self.rows) or _not_multiple(units, "cols", self.cols)
+
+    def lost(self, units: Units) -> str:
+        """Return why some types are lost; "" if none are."""
+        return _not_multiple(units, "cols", self.full_cols)
+
+
+class GridTarget:
+    """A target that stores integer grids under a rule on shapes; a base for targets.
+
+    Attributes:
+        name: the runtime's name on the command line.
+        about: one sentence for lists.
+        profile: which units must share a format.
+        rule: its widths, group sizes and blocks.
+        symmetric: whether grids have no zero point, or both.
+        rounding: the method that its files are rounded by; "" if any will do.
+        reads_weights: whether weights are rounded and written.
+        cuts_rows: whether row blocks of a matrix may have formats of their own.
+    """
+
+    name: str
+    about: str
+    profile: str
+    rule: ShapeRule
+    symmetric: tuple[bool, ...] = (False, True)
+    rounding: str = ""
+    reads_weights: bool = True
+    cuts_rows: bool = False
+
+    @property
+    def bits(self) -> tuple[int, ...]:
+        """Widths that the runtime stores."""
+        return self.rule.bits
+
     def fit(self, units: Units) -> Fit:
         """Return how the shapes of all units together fit."""
-        groups = tuple(g for g in self.groups if not (units.cols % g).any())
-        blocked = _not_multiple(units, "rows", self.rows) or _not_multiple(units, "cols", self.cols)
-        if blocked:
+        rule = self.rule
+        groups = tuple(g for g in rule.groups if not (units.cols % g).any())
+        if blocked := rule.blocked(units):
             return Fit(target=self, possible=False, bits=(), groups=groups, reason=blocked)
-        if lost := _not_multiple(units, "cols", self.full_cols):
-            reason, bits = f"{lost}: {self.fallback}", self.fallback_bits
+        if lost := rule.lost(units):
+            reason, bits = f"{lost}: {rule.fallback}", rule.fallback_bits
         else:
             reason = "" if groups else "no group size divides all rows; one scale a row only"
-            bits = self.bits
+            bits = rule.bits
         return Fit(target=self, possible=True, bits=bits, groups=groups, reason=reason)
 
+    def formats(self) -> tuple[Format, ...]:
+        """Return every format that the runtime has."""
+        return formats(self.rule.bits, self.rule.groups, self.symmetric)
 
-# GPTQ packs 32 codes along the input, and zeros along the output, in 32-bit words.
-_GPTQ = (2, 3, 4, 8)
-TARGETS: tuple[Target, ...] = (
-    ShapeRule(
-        name="gptqmodel",
-        about="GPTQModel: GPTQ codes in 32-bit words.",
-        bits=_GPTQ,
-        profile="gate_eq_up",
-        groups=(32, 64, 128),
-        rows=32,
-        cols=32,
-    ),
-    ShapeRule(
-        name="autoround",
-        about="AutoRound: GPTQ codes in 32-bit words, one format a layer.",
-        bits=_GPTQ,
-        profile="layer",
-        groups=(32, 64, 128),
-        rows=32,
-        cols=32,
-    ),
-    ShapeRule(
-        name="compressed-tensors",
-        about="compressed-tensors: what vLLM and llm-compressor read.",
-        bits=tuple(range(1, 9)),
-        profile="layer",
-        groups=(32, 64, 128, 256),
-    ),
-    # Q8_0, Q4_0 and their like have blocks of 32; K-quants and IQ of 256.
-    ShapeRule(
-        name="llama.cpp",
-        about="llama.cpp: GGUF with K-quants and blocks of 32.",
-        bits=(1, 2, 3, 4, 5, 6, 8),
-        profile="layer_proj",
-        groups=(32,),
-        cols=32,
-        full_cols=256,
-        fallback="K-quants and IQ types, which are all below 4 bits, fall back to blocks of 32",
-        fallback_bits=(4, 5, 8),
-    ),
-    # W4A16 has groups of 128, NVFP4 blocks of 16; FP8 and INT8 a scale a row.
-    ShapeRule(
-        name="modelopt",
-        about="NVIDIA ModelOpt: W4A16, NVFP4, FP8 and INT8.",
-        bits=(4, 8),
-        profile="layer",
-        groups=(128,),
-        cols=16,
-        full_cols=128,
-        fallback="no W4A16, whose groups are 128; NVFP4 and 8 bits remain",
-        fallback_bits=(4, 8),
-    ),
-    ShapeRule(
-        name="torchao",
-        about="torchao: integer grids of PyTorch's own quantization.",
-        bits=tuple(range(1, 9)),
-        profile="layer_gateup_down",
-        groups=(32, 64, 128, 256),
-    ),
-    ShapeRule(
-        name="mlx",
-        about="MLX: Apple's array framework, groups of 32 to 128.",
-        bits=(2, 3, 4, 5, 6, 8),
-        profile="layer_proj",
-        groups=(32, 64, 128),
-        cols=32,
-    ),
-)
+    def menu(self, units: Units) -> tuple[Format, ...]:
+        """Return the formats that at least one of the units can have, from few bits to many."""
+        sizes = np.unique(np.stack([units.rows, units.cols]), axis=1)
+        return tuple(one for one in self.formats() if self.holds(one, *sizes).any())
 
+    def holds(self, format: Format, rows: npt.ArrayLike, cols: npt.ArrayLike) -> Bools:
+        """Return whether matrices can be stored in a format, broadcast over `rows` and `cols`."""
+        height, width = np.asarray(rows), np.asarray(cols)
+        fits = (height % self.rule.rows == 0) & (width % self.rule.cols == 0)
+        whole = width % (format.group_size or 1) == 0
+        return np.asarray(fits & whole & (format in self.formats()), dtype=np.bool_)
 
-def fits(units: Units, targets: Sequence[Target] = TARGETS) -> tuple[Fit, ...]:
-    """Return how all units together fit each target, in the order of `targets`."""
-    return tuple(target.fit(units) for target in targets)
+    def check(self, plan: BitPlan) -> None:
+        """Raise MismatchError unless the runtime can hold the plan."""
+        check_plan(self, plan)
+
+    def output(self, out: Path) -> Kind:
+        """A folder is written."""
+        return "folder"
+
+    def export(self, job: ExportJob) -> Exported:
+        """Refuse: only shapes are judged for targets that do not override this."""
+        raise InputError(
+            f"target {self.name}: its files cannot be written yet, its rules are known only; "
+            "choose another target"
+        )
 
 
 def _not_multiple(units: Units, side: str, step: int) -> str:

@@ -1,35 +1,69 @@
 """The protocol `Target`, and how to write your own.
 
-A target is another runtime's format: which widths it stores, which units must share one format
-(its profile), and whether the shapes of a model's matrices fit it.
+A target is another runtime: which formats it stores, which units it forces to share one (its
+profile), how its weights are rounded, and how its files are written.
 
     class EightBitOnly:
         name = "eight-bit-only"
         about = "One scale a row, 8 bits."
-        profile = "free"
+        profile = "free"                        # a name in `PROFILES`
         bits = (8,)
+        rounding = ""                           # any method that rounds to grids
+        reads_weights = True                    # False: a configuration for another tool
+        cuts_rows = False                       # True: row blocks may have formats of their own
 
         def fit(self, units):
             return Fit(target=self, possible=True, bits=(8,), groups=(), reason="")
 
-* `fit` judges all units together, by their rows and columns, before any weight is read.
-* A plan for the runtime is made with `--profile` of that name, and with widths from `Fit.bits`.
+        def menu(self, units):
+            return (Format(8, 0),)
 
-`ShapeRule` is a target whose rule is divisibility, which covers the runtimes in `TARGETS`
-(`quantize/targets/shape_rules.py`); a new one of that kind is one row there.
-`fits(units, (EightBitOnly(),))` judges your own.
+        def holds(self, format, rows, cols):
+            return np.full(np.shape(cols), format == Format(8, 0))
+
+        def check(self, plan):
+            check_plan(self, plan)              # `quantize/targets/requirements.py`
+
+        def output(self, out):
+            return "folder"
+
+        def export(self, job):
+            ...
+
+* `fit` judges all units together, by their rows and columns, before any weight is read: it is what
+  `bitknap inspect` prints.
+* `menu` lists the formats that `--target` offers; their `nbytes` are the runtime's exact bytes.
+* `export` is called with a plan that `check` accepts, for the very model that is opened. It writes
+  all of its output or none (`whole_folder` in `disk/outputs.py`), reads it back with the runtime's
+  own code where that is installed, and says in `Exported.checks` what was verified.
+
+A target is one file in `quantize/targets/` and one row in `TARGETS` there (`catalog.py`). A package
+of your own offers one as an entry point of `bitknap.targets`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
+import numpy.typing as npt
+
+from bitknap.allocation.plans.plan import BitPlan
+from bitknap.allocation.problem.arrays import Bools
+from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.units import Units
+from bitknap.disk.outputs import Kind
+from bitknap.progress import Progress
+
+if TYPE_CHECKING:
+    from bitknap.quantization.models.matrix_views import Layout
+    from bitknap.quantization.packed.writer import Rounded
+    from bitknap.quantization.source.checkpoint import Checkpoint
 
 
 class Target(Protocol):
-    """Anything that says what a runtime can hold."""
+    """Another runtime, from what it can hold to the file that it loads."""
 
     @property
     def name(self) -> str:
@@ -51,11 +85,55 @@ class Target(Protocol):
         """Name in `PROFILES` of the rule that says which units must share a format."""
         ...
 
+    @property
+    def rounding(self) -> str:
+        """Name in `METHODS` of the rounding that its files have; "" if any method will do."""
+        ...
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether weights are rounded and written; False for configurations of other tools."""
+        ...
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether row blocks of a matrix may have formats of their own."""
+        ...
+
     def fit(self, units: Units) -> Fit:
         """Return how a model's shapes fit.
 
         Args:
             units: all units that a plan covers.
+        """
+        ...
+
+    def menu(self, units: Units) -> tuple[Format, ...]:
+        """Return the formats that at least one of the units can have, from few bits to many."""
+        ...
+
+    def holds(self, format: Format, rows: npt.ArrayLike, cols: npt.ArrayLike) -> Bools:
+        """Return whether matrices can be stored in a format, broadcast over `rows` and `cols`."""
+        ...
+
+    def check(self, plan: BitPlan) -> None:
+        """Raise MismatchError unless the runtime can hold the plan.
+
+        The message names the first unit that it cannot hold, and the ways out.
+        """
+        ...
+
+    def output(self, out: Path) -> Kind:
+        """Return whether the output of that name will be a file or a folder."""
+        ...
+
+    def export(self, job: ExportJob) -> Exported:
+        """Write the runtime's files.
+
+        Raises:
+            ModelError: the runtime has no such architecture.
+            InputError: a package that is needed is missing, or the disk has no room.
+            MismatchError: what was written is not what the plan says.
         """
         ...
 
@@ -77,3 +155,50 @@ class Fit:
     bits: tuple[int, ...]
     groups: tuple[int, ...]
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExportJob:
+    """What a target is asked to write.
+
+    Attributes:
+        source: the model, opened.
+        layout: its units, and where each of them lies in its tensors.
+        plan: the format of every unit, in the order of `layout`.
+        out: the file or folder to write.
+        rounded: how weights are rounded, with the statistics of units' inputs if they are known;
+            None for targets that read no weights.
+        max_shard_size: maximum bytes of a weight file, such as "5GB".
+        overwrite: whether an output that this tool wrote is replaced.
+        progress: called with (what, done, of).
+    """
+
+    source: Checkpoint
+    layout: Layout
+    plan: BitPlan
+    out: Path
+    rounded: Rounded | None = None
+    max_shard_size: int | str = "5GB"
+    overwrite: bool = False
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What a target has written.
+
+    Attributes:
+        path: the output.
+        files: names of the files, relative to a folder; the name alone of a single file.
+        nbytes: bytes of all files.
+        unit_bytes: bytes of the units' codes and scales; None where none are written.
+        checks: what was verified and how, one sentence with figures each.
+        warnings: what a user should know before serving it, one sentence each.
+    """
+
+    path: Path
+    files: tuple[str, ...]
+    nbytes: int
+    unit_bytes: int | None = None
+    checks: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     )
     from bitknap.api.estimation import estimate
     from bitknap.api.evaluation import evaluate
+    from bitknap.api.exporting import coarsen, export
     from bitknap.api.inspection import serving
     from bitknap.api.live import LiveModel
     from bitknap.api.quantizing import load, quantize
@@ -85,6 +86,7 @@ _HOMES = {
     "bitknap.api.inspection": ("serving",),
     "bitknap.api.live": ("LiveModel",),
     "bitknap.api.evaluation": ("evaluate",),
+    "bitknap.api.exporting": ("coarsen", "export"),
     "bitknap.api.quantizing": ("load", "quantize"),
     "bitknap.api.refining": ("Outcome", "refine"),
     "bitknap.api.requests": (
@@ -148,9 +150,11 @@ __all__ = [
     "Units",
     "WeightError",
     "__version__",
+    "coarsen",
     "divisible",
     "estimate",
     "evaluate",
+    "export",
     "formats",
     "frontier",
     "load",

@@ -8,9 +8,9 @@ import pytest
 from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
 from bitknap.allocation import Units
-from bitknap.api.forecasting import STEPS, active_weights
+from bitknap.api.forecasts.forecasting import STEPS, active_weights
+from bitknap.api.forecasts.machine import TYPICAL
 from bitknap.api.inspection import inspect, report
-from bitknap.api.machine import TYPICAL
 from bitknap.benchmarks.models.shapes import config, headers, shape_of
 from bitknap.cli import main
 from bitknap.errors import InputError
@@ -19,7 +19,7 @@ from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.low_bit_codes import logical
 from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo
-from bitknap.quantization.targets.shape_rules import TARGETS, fits
+from bitknap.quantization.targets.catalog import TARGETS, fits
 from bitknap.testing import SIZES
 
 
@@ -106,10 +106,10 @@ def units(rows, cols):
 
 def test_runtimes_that_could_hold_a_model():
     found = {fit.target.name: fit for fit in fits(units(768, 2048))}
-    assert list(found) == [target.name for target in TARGETS]
+    assert list(found) == list(TARGETS.names())
     assert all(fit.possible and not fit.reason for fit in found.values())
     assert found["gptqmodel"].groups == (32, 64, 128)
-    assert found["torchao"].groups == (32, 64, 128, 256)
+    assert found["torchao"].groups == found["vllm"].groups == (32, 64, 128, 256)
     assert found["mlx"].bits == (2, 3, 4, 5, 6, 8)
 
 
@@ -117,8 +117,8 @@ def test_rows_that_blocks_do_not_divide():
     found = {fit.target.name: fit for fit in fits(units(2880, 2880))}  # gpt-oss
     assert all(fit.possible for fit in found.values())
     assert found["gptqmodel"].groups == found["mlx"].groups == (32, 64)
-    assert found["llama.cpp"].bits == (4, 5, 8)
-    assert found["llama.cpp"].reason == (
+    assert found["gguf"].bits == (4, 5, 8)
+    assert found["gguf"].reason == (
         "routed gate has 2880 inputs, not a multiple of 256: K-quants and IQ types, which are "
         "all below 4 bits, fall back to blocks of 32"
     )
@@ -131,9 +131,9 @@ def test_rows_that_blocks_do_not_divide():
 def test_runtimes_that_cannot_hold_a_model():
     found = {fit.target.name: fit for fit in fits(units(24, 64))}
     possible = [name for name, fit in found.items() if fit.possible]
-    assert possible == ["compressed-tensors", "torchao"]
+    assert possible == ["vllm", "compressed-tensors", "llm-compressor", "torchao"]
     assert found["gptqmodel"].reason == "routed gate has 24 outputs, not a multiple of 32"
-    assert found["llama.cpp"].reason == "routed down has 24 inputs, not a multiple of 32"
+    assert found["gguf"].reason == "routed down has 24 inputs, not a multiple of 32"
     assert found["modelopt"].reason == "routed down has 24 inputs, not a multiple of 16"
     alone = "no group size divides all rows; one scale a row only"
     assert found["torchao"].reason == found["compressed-tensors"].reason == alone
@@ -143,7 +143,7 @@ def test_runtimes_that_cannot_hold_a_model():
 def test_tables_for_people(made, capsys):
     main(["inspect", str(made.model)])
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("quantize --method gptq", "llama.cpp", "no", "24 outputs", "source precision"):
+    for part in ("quantize --method gptq", "gguf", "no", "24 outputs", "source precision"):
         assert part in text
 
 
@@ -220,8 +220,8 @@ def test_a_named_machine_is_faster_with_more_cores_and_may_be_too_small(tmp_path
 
 def test_a_probe_measures_this_machine(made, monkeypatch, document):
     for name in ("_PRODUCTS", "_ROUNDING", "_HQQ"):
-        monkeypatch.setattr(f"bitknap.api.machine.{name}", 0.01)
-    monkeypatch.setattr("bitknap.api.machine._FILE", 1 << 20)
+        monkeypatch.setattr(f"bitknap.api.forecasts.machine.{name}", 0.01)
+    monkeypatch.setattr("bitknap.api.forecasts.machine._FILE", 1 << 20)
     found = document("inspect", made.model, "--probe", "--cores", "3", "--device-memory", "2GiB")
     machine = found["machine"]
     assert machine["probed"]

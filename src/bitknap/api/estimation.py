@@ -14,10 +14,10 @@ from typing import TypeVar
 from bitknap.allocation import CostTable, Format
 from bitknap.allocation.problem.serving import KEY
 from bitknap.api.calibration import gather, readings_about
+from bitknap.api.forecasts.room import check_table_room
 from bitknap.api.former_keywords import former_keywords, group
 from bitknap.api.live import Model, on_disk
 from bitknap.api.requests import Calibration, Formats, Resume, TextSets, default_formats
-from bitknap.api.room import check_table_room
 from bitknap.deprecation import warn_renamed
 from bitknap.errors import InputError
 from bitknap.estimators.costs.estimator import Estimator
@@ -35,8 +35,11 @@ from bitknap.estimators.tables.super_expert_floor import protected
 from bitknap.progress import Progress
 from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check_source
+from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.runtime.serving_needs import serving_of
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+from bitknap.quantization.targets.requirements import restricted
+from bitknap.quantization.targets.target import Target
 from bitknap.quantization.transforms import transformed_model
 
 T = TypeVar("T", int, float)
@@ -86,10 +89,11 @@ def estimate(
         MismatchError: Samples or a journal belong to other inputs.
     """
     asked = (calibration or Calibration()).on(_sets_of(text))
+    offered = Formats.of(formats)
     job = _Job(
         estimator=estimator or Calibrated(progress=progress),
-        formats=Formats.of(formats),
-        asked=asked.each,
+        formats=offered,
+        asked=as_rounded_by(offered.runtime, asked).each,
         progress=progress,
     )
     _check_texts(job)
@@ -100,6 +104,22 @@ def estimate(
         if resume is not None and resume.journal is not None:
             check_table_room(origin, job.formats, asked.include, resume.journal)
         return job.table(origin, resume or Resume())
+
+
+def as_rounded_by(target: Target | None, asked: Calibration) -> Calibration:
+    """Return the calibration with the rounding that a target's files have.
+
+    Raises:
+        InputError: another rounding is asked for.
+    """
+    if target is None or target.rounding in ("", asked.method.name):
+        return asked
+    if asked.method.name != RTN.name:
+        raise InputError(
+            f"`rounding={asked.method.name}`: {target.name} rounds by {target.rounding}; leave it "
+            "out"
+        )
+    return replace(asked, rounding=target.rounding)
 
 
 def _sets_of(text: TextLike | TextSets | None) -> TextLike | TextSets | None:
@@ -138,7 +158,8 @@ class _Job:
 
     def table(self, origin: Checkpoint, resume: Resume) -> CostTable:
         """Return the table of a model, which is first transformed if requested."""
-        options, first, about = self.formats.listed(origin), self.asked[0], {}
+        first, about = self.asked[0], {}
+        options = self.formats.listed(origin, first.include)
         recipe = transformed_model.Recipe(rotation=first.seed if self.formats.rotate else None)
         if resume.journal is not None and self.keeps:
             blocks = self.formats.row_blocks if self.formats.permute else None
@@ -154,6 +175,8 @@ class _Job:
             rule = first.robust or "mean"
             table = as_one(tables, rule, first.risk) if len(tables) > 1 else tables[0]
             table, _ = isotonic(table)
+            if self.formats.runtime is not None:
+                table = restricted(table, self.formats.runtime)
             model_facts = self._facts(origin, source, recipe, table.formats)
         large = _union([seen for _, seen in passes], max)
         provenance = {

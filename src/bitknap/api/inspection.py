@@ -13,8 +13,8 @@ from bitknap.allocation import ROLES, Budget, formats
 from bitknap.allocation.problem.device_memory import Device
 from bitknap.allocation.problem.serving import Serving
 from bitknap.allocation.problem.table import storage
-from bitknap.api.forecasting import LIBRARIES, Forecast, estimating, forecast
-from bitknap.api.machine import TYPICAL, Machine, probe
+from bitknap.api.forecasts.forecasting import LIBRARIES, Forecast, estimating, forecast
+from bitknap.api.forecasts.machine import TYPICAL, Machine, probe
 from bitknap.api.requests import CALIBRATION_TOKENS
 from bitknap.estimators.sweep.peak_memory import layer_bytes
 from bitknap.quantization.models.headers_only import walk_headers
@@ -24,7 +24,7 @@ from bitknap.quantization.packed.config import architectures
 from bitknap.quantization.packed.writer import fixed_bytes
 from bitknap.quantization.runtime.serving_needs import serving_of
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.targets.shape_rules import fits
+from bitknap.quantization.targets.catalog import fits
 
 # Formats in the table of uniform sizes: every width, in a common and in the smallest form.
 _SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")

@@ -123,10 +123,16 @@ def _rules() -> Iterator[Row]:
 
 
 def _targets() -> Iterator[Row]:
-    from bitknap.quantization.targets.shape_rules import TARGETS
+    from bitknap.quantization.targets.catalog import TARGETS
 
-    for one in TARGETS:
-        yield _row(one.name, one.about, profile=one.profile, bits=list(one.bits))
+    for entry in TARGETS.entries():
+        try:
+            one = entry()
+        except InputError as error:
+            yield {"name": entry.name, "error": str(error), "from": entry.package}
+            continue
+        about = {"profile": one.profile, "bits": list(one.bits), "rounding": one.rounding or "any"}
+        yield _row(one.name, one.about, entry.package, **about)
 
 
 def _of_catalog(about: str, place: str) -> Kind:
@@ -149,6 +155,10 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "rules": Kind(about="Published methods: compare --strategies.", rows=_rules),
         "profiles": Kind(about="Which units must share a format: --profile.", rows=_profiles),
         "models": Kind(about="Bundled models: MODEL.", rows=_models),
-        "targets": Kind(about="Other runtimes that inspect judges.", rows=_targets),
+        "targets": Kind(
+            about="Runtimes to plan and write for: --target, export --to.",
+            rows=_targets,
+            catalog="bitknap.quantization.targets.catalog:TARGETS",
+        ),
     }
 )

@@ -126,8 +126,8 @@ def _written(
     )
     left_out = {why: list(names) for why, names in origin.companions.left.items()}
     check_source(origin, asked.include, reads_text=asked.method.needs_inputs)
-    with _planned(origin, plan, out) as source:
-        rounded, few = _rounded(origin, source, plan, asked, resume, progress)
+    with planned_source(origin, plan, out) as source:
+        rounded, few = rounded_for(origin, source, plan, asked, resume, progress)
         sizes = writer.save(
             source,
             plan,
@@ -140,7 +140,7 @@ def _written(
     return {**sizes, "method": asked.method.name, "few_tokens": few, "left_out": left_out}
 
 
-def _rounded(
+def rounded_for(
     origin: Checkpoint,
     source: Checkpoint,
     plan: BitPlan,
@@ -176,7 +176,7 @@ def _depends_on(origin: Checkpoint, asked: Calibration, plan: BitPlan) -> dict[s
 
 
 @contextlib.contextmanager
-def _planned(origin: Checkpoint, plan: BitPlan, out: Path) -> Iterator[Checkpoint]:
+def planned_source(origin: Checkpoint, plan: BitPlan, out: Path) -> Iterator[Checkpoint]:
     """Yield the model that a plan is for, or the transformed copy that it describes, beside `out`.
 
     The copy is deleted afterwards, unless pieces read from it are kept.

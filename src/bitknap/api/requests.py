@@ -37,6 +37,8 @@ from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.devices import AUTO, device_of, memory_limit
 from bitknap.quantization.stacks.row_blocks import split_rows
+from bitknap.quantization.targets.catalog import target_of
+from bitknap.quantization.targets.target import Target
 
 CALIBRATION_TOKENS = 8_192
 # Number of calibration tokens that plans are measured on.
@@ -186,6 +188,8 @@ class Formats:
         permute: First sort the experts' neurons by sensitivity, so that row blocks differ; takes
             one more pass over the (first) text.
         rotate: First rotate the residual stream by random Hadamard transforms.
+        target: Runtime whose formats alone are offered, a name in `TARGETS` or a `Target`; of
+            `options`, those that it has.
     """
 
     options: Sequence[Format] | None = None
@@ -194,28 +198,72 @@ class Formats:
     row_blocks: int = 1
     permute: bool = False
     rotate: bool = False
+    target: Target | str | None = None
 
     def __post_init__(self) -> None:
         if self.options is not None:
             object.__setattr__(self, "options", tuple(self.options))
         whole("protect", self.protect)
         blocks_of_rows.check(self.row_blocks, permute=self.permute)
+        if self.target is not None:
+            object.__setattr__(self, "target", target_of(self.target))
+            self._check_target(target_of(self.target))
 
     @classmethod
     def of(cls, given: Sequence[Format] | Formats | None) -> Formats:
         """Return the request of a caller, who may pass only a list of formats."""
         return given if isinstance(given, Formats) else cls(options=given)
 
-    def listed(self, source: Checkpoint) -> tuple[Format, ...] | None:
+    @property
+    def runtime(self) -> Target | None:
+        """The runtime whose formats alone are offered, as a value."""
+        return None if self.target is None else target_of(self.target)
+
+    def _check_target(self, target: Target) -> None:
+        if target.cuts_rows:
+            return
+        if self.row_blocks > 1:
+            raise InputError(
+                f"`row_blocks`: {target.name} stores one format a matrix; leave it out"
+            )
+        if self.keep:
+            raise InputError(f"`keep`: {target.name} has no format for that; leave it out")
+
+    def listed(self, source: Checkpoint, include: Collection[str]) -> tuple[Format, ...] | None:
         """Return the formats for a model; None means `default_formats` of its units.
 
+        Args:
+            source: the model.
+            include: roles besides routed experts.
+
         Raises:
-            InputError: `keep` is set, but the experts do not share one precision that can be kept.
+            InputError: `keep` is set, but the experts do not share one precision that can be kept;
+                or the target has none of the formats.
         """
+        if self.runtime is not None and not self.runtime.cuts_rows:
+            return self._of_target(self.runtime, source, include)
         if not self.keep:
             return None if self.options is None else tuple(self.options)
         options = default_formats() if self.options is None else self.options
         return (*options, Format.keep(_precision(source)))
+
+    def _of_target(
+        self, target: Target, source: Checkpoint, include: Collection[str]
+    ) -> tuple[Format, ...]:
+        menu = target.menu(self.layout(source, include).units)
+        if self.options is not None:
+            # Runtimes' own codecs are known by their widths, grids by all that they are.
+            bits = {one.bits for one in self.options}
+            menu = tuple(
+                one
+                for one in menu
+                if one in self.options or (one.kind != "grid" and one.bits in bits)
+            )
+        if not menu:
+            raise InputError(
+                f"`options`: {target.name} has none of these formats for this model; leave them out"
+            )
+        return menu
 
     def layout(self, source: Checkpoint, include: Collection[str]) -> Layout:
         """Return the units of a model that these formats are for, cut into row blocks.

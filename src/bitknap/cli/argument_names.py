@@ -13,16 +13,17 @@ _OPTIONS = {
     "calibration.tokens": "tokens",
     "options": "formats",
     "protect": "protect-bits",
+    "to": "to",
     "refinement.tokens": "refine-tokens",
     "rounding": "method",
 }
 # Arguments that have an option with the same name.
 _SAME = (
-    *("calibrate", "check", "device", "estimator", "gap", "include", "journal", "keep"),
+    *("calibrate", "check", "coarsen", "device", "estimator", "gap", "include", "journal", "keep"),
     *("max_memory", "measure_time"),
     *("max_shard_size", "measurements", "overwrite", "permute", "refine", "robust", "risk"),
     *("rotate", "row_blocks", "samples", "seed", "text", "thorough", "time_limit", "tokens"),
-    "uniform",
+    *("target", "uniform"),
 )
 _NAMES = {**_OPTIONS, **{name: name.replace("_", "-") for name in _SAME}}
 # Values that are written differently at the command line.

@@ -48,6 +48,10 @@ _COMMANDS = {
         "bitknap.cli.quantize_command:quantize",
         "Estimate, solve and write a packed model in one go.",
     ),
+    "export": (
+        "bitknap.cli.export_command:export",
+        "Write a plan as files of llama.cpp, MLX, vLLM and others.",
+    ),
     "evaluate": (
         "bitknap.cli.evaluate_command:evaluate",
         "Measure perplexity, and KL to another model.",

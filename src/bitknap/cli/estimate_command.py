@@ -19,6 +19,7 @@ from bitknap.cli.options.estimating import (
 )
 from bitknap.cli.options.rules import check_options
 from bitknap.cli.options.solving import free_path
+from bitknap.cli.options.targeting import check_target
 from bitknap.cli.terminal import present
 
 
@@ -31,6 +32,7 @@ from bitknap.cli.terminal import present
         "text",
         "tokens",
         "max_memory",
+        "target",
         "bits",
         "out",
         "overwrite",
@@ -39,6 +41,7 @@ from bitknap.cli.terminal import present
 )
 @common.model
 @estimating
+@common.target
 @common.method
 @common.output("TABLE", "Cost table to write, .safetensors.")
 @common.overwrite
@@ -54,6 +57,7 @@ def estimate(model: str, out: str, overwrite: bool, as_json: bool, **options: An
     from bitknap.report.table_facts import notes, table_summary
 
     check_options("estimate")
+    check_target(options)
     path = free_path(out, overwrite, model=model, inputs=files_of(options))
     check_kept(options)
     with resumable(path):

@@ -62,9 +62,9 @@ def inspect(
     """
     from bitknap.allocation import Budget
     from bitknap.allocation.problem.budget import parse_size
+    from bitknap.api.forecasts.machine import TYPICAL
     from bitknap.api.inspection import inspect as look
     from bitknap.api.inspection import probe_of
-    from bitknap.api.machine import TYPICAL
     from bitknap.cli.views.tables import (
         exports_table,
         facts_table,

@@ -37,12 +37,15 @@ from bitknap.cli.options.solving import (
     solved,
     solving,
 )
+from bitknap.cli.options.targeting import aim, check_target, target_of
 from bitknap.cli.terminal import present, progress_bars
+from bitknap.disk.outputs import Kind
 from bitknap.quiet import silence_transformers
 
 if TYPE_CHECKING:
     from bitknap.allocation import BitPlan, CostTable
     from bitknap.api.refining import Outcome
+    from bitknap.api.requests import Resume
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,6 +88,7 @@ _SHOWN = {
         "budget",
         "plan",
         "profile",
+        "target",
         "estimator",
         "text",
         "max_memory",
@@ -130,15 +134,17 @@ def quantize(
     """
     from bitknap.allocation.problem.budget import parse_size
     from bitknap.allocation.tradeoffs.profile_price import priced
-    from bitknap.api import quantizing
-    from bitknap.api.requests import Packing, Resume
+    from bitknap.api.requests import Resume
     from bitknap.cli.views.tables import bits_table, facts_table, widths_table
     from bitknap.estimators.measuring import readings
 
     check_options("quantize")
+    check_target(options)
     report = options["report"]
     others = [plan, *options["limits"], *files_of(options)]
-    path = free_path(out, overwrite, kind="folder", model=model, inputs=[*others, report])
+    target = target_of(options)
+    kind: Kind = "folder" if target is None else target.output(Path(out))
+    path = free_path(out, overwrite, kind=kind, model=model, inputs=[*others, report])
     check_kept(options)
     page = None
     if report is not None:
@@ -149,21 +155,8 @@ def quantize(
         check_solving(budget, options)
     silence_transformers()
     choice = _choose(model, plan, budget, options, path, overwrite)
-    packing = Packing(
-        rounding=options["method"],
-        force=options["force"],
-        max_shard_size=options["max_shard_size"],
-    )
-    with stoppable(), progress_bars() as progress:
-        sizes = quantizing.quantize(
-            model,
-            choice.plan,
-            out,
-            packing=packing,
-            calibration=calibration_of(options, text=options["text"][0]),
-            resume=Resume(journal=journal_of(path), overwrite=overwrite),
-            progress=progress,
-        )
+    resume = Resume(journal=journal_of(path), overwrite=overwrite)
+    sizes = _write(model, choice.plan, path, options, resume)
     forget(path)
     readings.forget(refine_journal(path))
     facts = choice.facts | {shown: sizes[name] for name, shown in _SHOWN.items()}
@@ -177,12 +170,53 @@ def quantize(
     present(as_json, document | seen, *tables, *choice.notes, *notes)
 
 
+def _write(
+    model: str, plan: BitPlan, path: Path, options: dict[str, Any], resume: Resume
+) -> dict[str, Any]:
+    """Write a plan, packed or as the files of --target; return what `quantize` returns."""
+    from bitknap.api import exporting, quantizing
+    from bitknap.api.requests import Packing
+
+    calibration = calibration_of(options, text=options["text"][0])
+    target = target_of(options)
+    with stoppable(), progress_bars() as progress:
+        if target is not None and not target.cuts_rows:
+            written = exporting.export(
+                plan,
+                model,
+                target,
+                path,
+                calibration=calibration,
+                resume=resume,
+                progress=progress,
+            )
+            return exporting.sizes_of(written, plan)
+        packing = Packing(
+            rounding=options["method"],
+            force=options["force"],
+            max_shard_size=options["max_shard_size"],
+        )
+        return quantizing.quantize(
+            model,
+            plan,
+            path,
+            packing=packing,
+            calibration=calibration,
+            resume=resume,
+            progress=progress,
+        )
+
+
 def _seen_while_packing(sizes: dict[str, Any]) -> tuple[dict[str, Any], list[Any]]:
     """Return what packing has to report beside sizes: as JSON values, and as lines to print."""
     from bitknap.report.table_facts import decoded_note, few_tokens_note, left_out_note
 
     document: dict[str, Any] = {}
     notes: list[Any] = []
+    for name in ("checks", "warnings"):
+        if sizes.get(name):
+            document[name] = list(sizes[name])
+            notes += sizes[name]
     if sizes["few_tokens"]:
         document["few_tokens"] = sizes["few_tokens"]
         notes.append(few_tokens_note(sizes["few_tokens"]))
@@ -205,7 +239,7 @@ def _choose(
 ) -> _Choice:
     """Return the plan of a file, or what estimating, solving and refining come to."""
     from bitknap.allocation import BitPlan
-    from bitknap.api.room import check_checkpoint_room
+    from bitknap.api.forecasts.room import check_checkpoint_room
     from bitknap.cli.views.tables import facts_table, ledger_table, price_table
     from bitknap.estimators.measuring.readings import telling
     from bitknap.quantization.packed.buildable import check_source
@@ -217,7 +251,10 @@ def _choose(
     # A table can be estimated from names and shapes alone; what is written has to be loaded.
     source, include = Checkpoint.open(resolve(model)), listed(options["include"])
     check_source(source, include)
-    check_checkpoint_room(source, formats_of(options), include, path)
+    offered, target = formats_of(options), target_of(options)
+    if target is None or target.reads_weights:
+        check_checkpoint_room(source, offered, include, path)
+    aim(options, offered.layout(source, include).units)
     with resumable(path):
         table = run_estimate(model, options, path, overwrite=overwrite)
         with telling(journal_of(path)):

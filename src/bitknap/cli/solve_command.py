@@ -21,6 +21,7 @@ from bitknap.cli.options.solving import (
     solving,
     uses,
 )
+from bitknap.cli.options.targeting import aimed
 from bitknap.cli.terminal import present
 from bitknap.errors import InputError
 
@@ -35,6 +36,7 @@ from bitknap.errors import InputError
         "context",
         "frontier",
         "profile",
+        "target",
         "pin",
         "limits",
         "solver",
@@ -83,7 +85,7 @@ def solve(
         _solve_frontier(table, path, overwrite, as_json, options)
         return
     check_solving(budget, options)
-    costs = CostTable.load(table)
+    costs = aimed(CostTable.load(table), options)
     solution, prices = run_solve(costs, budget, options)
     solution.plan.save(path)
     facts = solved(solution)
@@ -111,7 +113,7 @@ def _solve_frontier(
     if picture == path:
         raise InputError(f"-o {path}: this is where the picture goes; name the frontier .json")
     free_path(picture, overwrite, inputs=[file, path, *options["limits"]])
-    table = CostTable.load(file)
+    table = aimed(CostTable.load(file), options)
     plans = frontier(under(pinned(table, options), profile(options["profile"])))
     figure = frontier_figure(plans, uniform_costs(table))
     plans.save(path)

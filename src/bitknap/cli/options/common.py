@@ -80,6 +80,17 @@ profile = option(
     "layer_gateup_down or layer.",
     shell_complete=completing.profiles,
 )
+target = option(
+    "--target",
+    group="limits",
+    type=OneOf(completing.targets, also={"llama.cpp": "gguf"}),
+    default=None,
+    usual="any formats",
+    metavar="NAME",
+    help="Plan for a runtime: gguf, mlx, vllm, compressed-tensors or another.",
+    more="Only its formats are offered, rounded as it rounds, and --profile is its rule. "
+    "bitknap list targets prints all.",
+)
 pin = option(
     "--pin",
     group="limits",

@@ -76,6 +76,7 @@ def _fixed(*names: str) -> _Names:
 
 solvers = _in_catalog("bitknap.allocation.catalog:SOLVERS")
 methods = _in_catalog("bitknap.quantization.rounding.catalog:METHODS")
+targets = _in_catalog("bitknap.quantization.targets.catalog:TARGETS")
 models = _or_path(_models, "dir")
 texts = _or_path(_fixed("builtin"), "file")
 estimators = _listed(_in_catalog("bitknap.estimators.catalog:ESTIMATORS"))

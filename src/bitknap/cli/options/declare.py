@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import click
@@ -118,12 +119,18 @@ class OneOf(click.ParamType):  # type: ignore[type-arg]  # no parameter before c
 
     Args:
         names: The names, or a function that returns them, called when needed.
+        also: Other words, which the help does not show, and the names that they stand for.
     """
 
     name = "name"
 
-    def __init__(self, names: Sequence[str] | Callable[[], Sequence[str]]) -> None:
+    def __init__(
+        self,
+        names: Sequence[str] | Callable[[], Sequence[str]],
+        also: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._names = names
+        self._also = also
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -135,7 +142,8 @@ class OneOf(click.ParamType):  # type: ignore[type-arg]  # no parameter before c
         return f"[{'|'.join(self.names)}]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """Return the value if it is one of the names."""
+        """Return the value if it is one of the names, or the name that it stands for."""
+        value = self._also.get(value, value)
         if value not in self.names:
             self.fail(refused(value, self.names), param, ctx)
         return value
@@ -166,6 +174,10 @@ class Declared:
         if issubclass(self.kind, click.Argument):
             return click.argument(*self.names, cls=self.kind, **self.settings)(function)
         return click.option(*self.names, cls=Option, **self.settings)(function)
+
+    def named(self, *names: str) -> Declared:
+        """Return the option under other spellings."""
+        return Declared(self.kind, names, self.settings)
 
     def but(self, **changes: Any) -> Declared:
         """Return the option with some of its settings changed."""

@@ -227,6 +227,7 @@ def formats_of(options: dict[str, Any]) -> Formats:
         row_blocks=options["row_blocks"],
         permute=options["permute"],
         rotate=options["rotate"],
+        target=options["target"],
     )
 
 

@@ -19,6 +19,7 @@ solving = options_of(
     common.gap,
     common.time_limit,
     common.profile,
+    common.target,
     common.pin,
     common.limit,
     common.price,

@@ -194,7 +194,7 @@ def forecast_table(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]
     """Return the parts of the main job in each residency, one part a row.
 
     Args:
-        rows: from `api.forecasting`.
+        rows: from `api.forecasts.forecasting`.
         machine: rates of the machine.
     """
     which = "measured here" if machine["probed"] else "typical"

@@ -31,7 +31,7 @@ def check_table_room(
         InputError: the disk has less room than the table's columns take.
     """
     units = formats.layout(source, include).units
-    options = formats.listed(source) or default_formats(units)
+    options = formats.listed(source, include) or default_formats(units)
     check_space(table, least_size(len(units), len(options)))
 
 
@@ -52,7 +52,7 @@ def check_checkpoint_room(
         InputError: the disk has less room than that.
     """
     layout = formats.layout(source, include)
-    sizes = storage(layout.units, formats.listed(source) or default_formats(layout.units))
+    sizes = storage(layout.units, formats.listed(source, include) or default_formats(layout.units))
     least = int(np.where(sizes < 0, 0, sizes).min(axis=1).sum())
     there = Partial(out=out, lines=()).allocated()
     check_space(out, writer.fixed_bytes(source, layout) + least - there)

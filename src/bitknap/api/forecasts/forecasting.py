@@ -16,7 +16,7 @@ import numpy as np
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import storage
 from bitknap.api.evaluation import EVALUATION_TOKENS
-from bitknap.api.machine import Machine
+from bitknap.api.forecasts.machine import Machine
 from bitknap.api.requests import CALIBRATION_TOKENS, default_formats
 from bitknap.estimators.costs.sampled_rows import ROWS
 from bitknap.estimators.costs.weighed_errors import stored_alike

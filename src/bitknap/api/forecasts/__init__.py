@@ -1,0 +1,1 @@
+"""What a job will take on a machine, before it is run: time, memory and room on the disk."""

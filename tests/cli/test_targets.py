@@ -1,0 +1,117 @@
+"""`--target` and `bitknap export`: from a menu of formats to the files of a runtime."""
+
+import numpy as np
+import pytest
+
+from bitknap.allocation import BitPlan, CostTable, Format, profile
+from bitknap.cli import main
+from bitknap.quantization.targets.catalog import TARGETS
+
+FAST = ("--estimator", "data-free")
+
+
+@pytest.fixture(scope="module")
+def model(saved, tmp_path_factory):
+    """A model whose rows are whole groups of 32."""
+    sizes = {"hidden_size": 64, "intermediate_size": 32}
+    return saved(tmp_path_factory.mktemp("targets") / "model", **sizes)
+
+
+@pytest.fixture(scope="module")
+def free(model, tmp_path_factory):
+    """A plan for the model that ties gate and up alone."""
+    root = tmp_path_factory.mktemp("free")
+    main(["estimate", str(model), *FAST, "--formats", "2,3,4", "-o", str(root / "t.safetensors")])
+    words = [str(root / "t.safetensors"), "--budget", "4.3bpw", "-o", str(root / "plan.json")]
+    main(["solve", *words])
+    return root / "plan.json"
+
+
+def test_a_table_for_a_target_has_its_formats(model, tmp_path):
+    main(["estimate", str(model), *FAST, "--target", "mlx", "-o", str(tmp_path / "t.safetensors")])
+    found = CostTable.load(tmp_path / "t.safetensors").formats
+    assert set(found) == {Format(bits, 32) for bits in (2, 3, 4, 5, 6, 8)} | {
+        Format(bits, 64) for bits in (2, 3, 4, 5, 6, 8)
+    }
+    some = tmp_path / "some.safetensors"
+    main(["estimate", str(model), *FAST, "--target", "mlx", "--formats", "2,4", "-o", str(some)])
+    assert {one.bits for one in CostTable.load(some).formats} == {2, 4}
+
+
+def test_a_plan_for_a_target_has_its_profile(made, tmp_path, refused):
+    words = ["solve", str(made.table), "--budget", "5bpw", "--target", "vllm"]
+    main([*words, "-o", str(tmp_path / "plan.json")])
+    assert BitPlan.load(tmp_path / "plan.json").header["profile"] == "gate_eq_up"
+    main([*words, "--profile", "layer", "-o", str(tmp_path / "layer.json")])
+    plan = BitPlan.load(tmp_path / "layer.json")
+    assert plan.header["profile"] == "layer"
+    labels = profile("layer").labels(plan.units)
+    assert (plan.choice == plan.choice[np.unique(labels, return_index=True)[1][labels]]).all()
+    assert refused(*words, "--profile", "free", "-o", tmp_path / "free.json").endswith(
+        "--profile free: vllm needs gate_eq_up, which ties units that this one leaves apart; "
+        "leave it out"
+    )
+
+
+def test_a_table_without_formats_of_a_target_is_refused(made, tmp_path, refused):
+    said = refused(
+        *("solve", made.table, "--budget", "5bpw", "--target", "mlx", "-o", tmp_path / "plan.json")
+    )
+    assert "target mlx: it has none of the table's formats for layer=0" in said
+    assert said.endswith("make a table with --target mlx")
+
+
+@pytest.mark.parametrize(
+    ("more", "why"),
+    [
+        (("--keep",), "--keep: mlx has no format for that; leave it out"),
+        (("--row-blocks", "2"), "--row-blocks: mlx stores one format a matrix; leave it out"),
+        (("--formats", "1"), "--formats: mlx has none of these formats for this model; leave"),
+        (("--target", "mlxx"), "'mlxx' is unknown; one of vllm"),
+    ],
+)
+def test_options_that_a_target_does_not_take(more, why, model, tmp_path, refused):
+    words = ("estimate", model, *FAST, "--target", "mlx", *more, "-o", tmp_path / "t.safetensors")
+    assert why in refused(*words)
+
+
+def test_quantize_for_vllm_is_quantize(made, tmp_path, document):
+    words = ("quantize", made.model, "--plan", made.plan)
+    document(*words, "--target", "vllm", "-o", tmp_path / "one")
+    document("export", made.plan, "--model", made.model, "--to", "vllm", "-o", tmp_path / "other")
+    for name in ("bitknap.safetensors", "config.json", "bitknap_plan.json"):
+        written = (made.out / name).read_bytes()
+        assert written == (tmp_path / "one" / name).read_bytes()
+        assert written == (tmp_path / "other" / name).read_bytes()
+
+
+def test_an_export_says_what_it_wrote(made, tmp_path, document):
+    out = tmp_path / "out"
+    said = document("export", made.plan, "--model", made.model, "--to", "vllm", "-o", out)
+    assert said["target"] == "vllm"
+    assert said["bytes_predicted"] == said["bytes_on_disk"] == BitPlan.load(made.plan).total_bytes
+    assert said["output_bytes"] == sum(file.stat().st_size for file in out.iterdir())
+    assert sorted(said["files"]) == sorted(file.name for file in out.iterdir())
+    assert said["checks"]
+
+
+def test_a_plan_that_a_target_cannot_hold(model, free, tmp_path, refused):
+    said = refused("export", free, "--model", model, "--to", "mlx", "-o", tmp_path / "out")
+    assert "solve again with --target mlx (profile layer_proj), or --coarsen: " in said
+
+
+def test_a_plan_of_another_model(model, made, tmp_path, refused):
+    words = ("export", made.plan, "--model", model, "--to", "vllm", "-o", tmp_path / "out")
+    assert "the plan is for model" in refused(*words)
+
+
+def test_an_output_of_others_is_not_replaced(made, tmp_path, refused):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    words = ("export", made.plan, "--model", made.model, "--to", "vllm", "-o", tmp_path / "out")
+    assert "exists; choose another name or pass --overwrite" in refused(*words)
+    assert "mine.txt was not written by Bitknap" in refused(*words, "--overwrite")
+
+
+def test_inspect_judges_every_target(made, document):
+    assert set(document("inspect", made.model)["exports"]) == set(TARGETS.names())
