@@ -13,6 +13,8 @@ from types import SimpleNamespace
 import pytest
 
 ROOT = Path(__file__).parent.parent
+# Rows of whole groups of 32, which other runtimes ask for.
+_WIDE = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 32}
 # Tests of what transformers arranges as Bitknap knows it since 5.20 alone.
 _SINCE_5_20 = ("aria", "test_a_token_beyond_the_capacity")
 
@@ -158,3 +160,48 @@ def background():
     for process in running:
         process.kill()
         process.communicate()
+
+
+@pytest.fixture(scope="session")
+def wide(tmp_path_factory):
+    """Save a tiny model with rows of whole groups of 32, once for each family and its changes."""
+    from bitknap.testing import tiny_model
+
+    known: dict[tuple[str, str], Path] = {}
+
+    def save(family, **changes):
+        key = family, str(sorted(changes.items()))
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp(family)
+            model = tiny_model(family, vocab_size=128, **{**_WIDE, **changes})
+            model.save_pretrained(known[key])
+        return known[key]
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def mixed():
+    """Make a plan for a target with formats drawn at random, equal where the target ties units."""
+
+    import numpy as np
+
+    from bitknap.allocation import BitPlan, profile
+    from bitknap.quantization.models.headers_only import walk_headers
+    from bitknap.quantization.source.checkpoint import Checkpoint
+    from bitknap.quantization.targets.catalog import target_of
+
+    def make(folder, name, include=(), seed=0, offered=None):
+        target, source = target_of(name), Checkpoint.open(folder)
+        units = walk_headers(source.config, source.shapes, include).units
+        menu = [
+            one
+            for one in offered or target.menu(units)
+            if target.holds(one, units.rows, units.cols).all()
+        ]
+        labels = profile(target.profile).labels(units)
+        drawn = np.random.default_rng(seed).integers(len(menu), size=len(units))[labels]
+        header = {"method": target.rounding or "rtn"}
+        return BitPlan.from_choice(units, menu, drawn, model=source.fingerprint, header=header)
+
+    return make

@@ -75,6 +75,7 @@ RUNTIMES: dict[str, Runtime] = {
         without=("torchvision", "torchaudio", "torchcodec"),
         ours=True,
     ),
+    "mlx": Runtime(requirements=("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
 }
 
 

@@ -1,0 +1,240 @@
+"""A model as mlx-lm loads it.
+
+model*.safetensors   kept tensors under their hub names, which mlx-lm renames itself; each
+                     quantized module as PATH.weight (uint32, codes from the lowest bit on),
+                     PATH.scales and PATH.biases (fp16, one for each group)
+config.json          the source's, with hub-style keys that transformers 5 no longer writes, and
+                     a "quantization" block that names the bits and group size of every module
+bitknap_plan.json    the plan
+everything else      the tokenizer and similar files, copied
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitknap.allocation.problem.format import Format
+from bitknap.allocation.problem.units import ROLES
+from bitknap.disk.atomic import folder_bytes, write_whole
+from bitknap.disk.manifest import names_in
+from bitknap.disk.outputs import whole_folder
+from bitknap.errors import MismatchError, ModelError
+from bitknap.kernels.layout.exponents import power
+from bitknap.kernels.layout.plain_codes import pack_bits, unpack_bits
+from bitknap.quantization.packed.folder import PLAN
+from bitknap.quantization.packed.outline import kept_tensors
+from bitknap.quantization.rounding.grid import Quantized
+from bitknap.quantization.targets.target import Exported, ExportJob
+from bitknap.quantization.targets.tensor_folder import Folder, Module
+
+# Name of the module that stacks a layer's experts, by model type; all were run by mlx-lm. Dense
+# models have none.
+_EXPERTS = {
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "olmoe", "phimoe"), "switch_mlp"
+    ),
+    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), "switch_mlp"),
+    "gpt_oss": "experts",
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ""),
+}
+# Models that mlx-lm runs with scaled positions only; a factor of 1 changes nothing.
+_ALWAYS_SCALED = ("deepseek_v2",)
+# Models whose heads mlx-lm makes as wide as the hidden size divided by their number.
+_EVEN_HEADS = ("mixtral", "phimoe", "qwen2_moe", "qwen2")
+# Models whose latent attention mlx-lm stores in another way, on other grids.
+_TAKES_APART = ("deepseek_v3",)
+# Keys by which configurations call the number of experts; mlx-lm asks for one or another.
+_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def write(job: ExportJob) -> Exported:
+    """Write a folder that mlx-lm loads.
+
+    Raises:
+        ModelError: mlx-lm would not run such a model, or a weight is NaN or infinite.
+        MismatchError: a unit is a part of a tensor that mlx-lm keeps whole.
+        InputError: the output may not be written, or the disk has no room.
+    """
+    kind = str(job.source.config.get("model_type"))
+    if kind not in _EXPERTS:
+        raise ModelError(
+            f"mlx: model type {kind!r} was never run by mlx-lm here; known are "
+            f"{', '.join(sorted(_EXPERTS))}"
+        )
+    _check_heads(job.source.config)
+    modules = _modules(job, _EXPERTS[kind])
+    kept, made = _others(job)
+    folder = Folder(job=job, form=_Affine(), modules=modules, kept=kept, made=made)
+    inputs = [job.source.folder]
+    with whole_folder(job.out, overwrite=job.overwrite, inputs=inputs) as into:
+        job.source.copy_companions(into)
+        unit_bytes = folder.write(into)
+        config = _config(job.source.config) | _quantization(job, modules)
+        write_whole(into / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        job.plan.save(into / PLAN)
+        if unit_bytes != job.plan.total_bytes:
+            raise MismatchError(
+                f"{job.out}: {unit_bytes:,} bytes of units, the plan says "
+                f"{job.plan.total_bytes:,}; report this as a bug"
+            )
+        checks = (
+            f"the units take {unit_bytes:,} bytes, as the plan says",
+            folder.read_back(into),
+        )
+    return Exported(
+        path=job.out,
+        files=tuple(names_in(job.out)),
+        nbytes=folder_bytes(job.out),
+        unit_bytes=unit_bytes,
+        checks=checks,
+        warnings=_warnings(job.source.config),
+    )
+
+
+def _check_heads(config: Mapping[str, Any]) -> None:
+    """Refuse attention of another width than mlx-lm makes."""
+    width, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
+    size = config.get("head_dim") or width // heads
+    if config["model_type"] in _EVEN_HEADS and size * heads != width:
+        raise ModelError(
+            f"mlx: heads of {size} in {heads} are not the hidden size, {width}; mlx-lm runs no "
+            f"such {config['model_type']}"
+        )
+
+
+def _warnings(config: Mapping[str, Any]) -> tuple[str, ...]:
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if rope.get("truncate") is False:
+        return (
+            "mlx-lm rounds the bounds of yarn's ramp, which this model does not (truncate: false), "
+            "so its logits differ slightly from transformers'",
+        )
+    return ()
+
+
+class _Affine:
+    """MLX's affine form: x = scale · q + bias, by groups of a row."""
+
+    def shapes(
+        self, format: Format, rows: int, cols: int
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return dtype and shape of each tensor of one matrix."""
+        groups = rows, cols // format.group_size
+        words = rows, cols * format.bits // 32
+        return {"weight": ("U32", words), "scales": ("F16", groups), "biases": ("F16", groups)}
+
+    def parts(self, matrix: Quantized) -> dict[str, Tensor]:
+        """Return the tensors of one matrix."""
+        grid, bits = matrix.grid, matrix.format.bits
+        scales, biases = grid.scale, grid.zero
+        assert biases is not None
+        if grid.exponent is not None:
+            scales, biases = (_times(one, power(grid.exponent)) for one in (scales, biases))
+        return {"weight": pack_bits(matrix.codes, bits), "scales": scales, "biases": biases}
+
+    def values(self, parts: Mapping[str, Tensor], format: Format) -> Tensor:
+        """Return the weights that the tensors stand for, float32 [rows, cols]."""
+        scales, biases = (parts[name].float()[..., None] for name in ("scales", "biases"))
+        rows, groups = parts["scales"].shape
+        cols = groups * format.group_size
+        stream = parts["weight"].contiguous().view(torch.uint8).reshape(-1)
+        codes = unpack_bits(stream, format.bits, rows * cols).view(rows, groups, -1)
+        return (codes.float() * scales + biases).view(rows, cols)
+
+
+def _times(values: Tensor, factor: Tensor) -> Tensor:
+    """Return fp16 values times a power of two, as fp16 if that holds them well enough.
+
+    Raises:
+        ModelError: they overflow, or one of them loses more than 2^-9 of the largest.
+    """
+    exact = values.float() * factor
+    stored = exact.half()
+    most = float(exact.abs().max())
+    if not float((stored.float() - exact).abs().max()) <= most * 2.0**-9:
+        raise ModelError(
+            f"mlx: scales of {most:.1g} are beyond what MLX's 16 bits hold; leave the role of such "
+            "a matrix out of `include`, or choose another target"
+        )
+    return stored
+
+
+def _modules(job: ExportJob, experts: str) -> list[Module]:
+    """Return mlx-lm's module of each unit."""
+    units, layers = job.plan.units, {layer.layer: layer for layer in job.layout.layers}
+    modules = []
+    for unit, view in enumerate(job.layout.views):
+        key = units.row(unit)
+        if key.role == ROLES[0]:
+            layer = layers[key.layer]
+            stack = layer.module.removesuffix("experts") + experts
+            name = f"{stack}.{key.projection}_proj"
+            modules.append(Module(name=name, index=key.expert, count=layer.experts))
+            continue
+        if view.start is not None or view.index is not None or view.transposed:
+            raise MismatchError(
+                f"mlx: {units.label(unit)} is a part of {view.tensor}, which mlx-lm keeps whole; "
+                "leave its role out of `include`"
+            )
+        if key.projection == "kv_b" and job.source.config["model_type"] in _TAKES_APART:
+            raise MismatchError(
+                f"mlx: {view.tensor} is taken apart by mlx-lm and rounded again; leave attention "
+                "out of `include`"
+            )
+        modules.append(Module(name=view.tensor.removesuffix(".weight")))
+    return modules
+
+
+def _others(job: ExportJob) -> tuple[dict[str, str], dict[str, Tensor]]:
+    """Return the tensors that are copied, and those that are made: experts' biases, taken apart."""
+    kept, made = {}, {}
+    for name in kept_tensors(job.source, job.layout):
+        head, dot, leaf = name.rpartition(".")
+        if dot and leaf == "gate_up_proj_bias":
+            bias = job.source.read(name)
+            made[f"{head}.gate_proj.bias"] = bias[..., ::2].contiguous()
+            made[f"{head}.up_proj.bias"] = bias[..., 1::2].contiguous()
+        elif dot and leaf == "down_proj_bias":
+            kept[name] = f"{head}.down_proj.bias"
+        else:
+            kept[name] = name
+    return kept, made
+
+
+def _config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a configuration with the keys that mlx-lm asks for."""
+    made = {key: value for key, value in config.items() if key != "quantization_config"}
+    rope = made.get("rope_parameters")
+    if isinstance(rope, Mapping):
+        kind = rope.get("rope_type", "default")
+        others = {key: value for key, value in rope.items() if key != "rope_theta"}
+        made.setdefault("rope_theta", rope.get("rope_theta", 10000.0))
+        scaled = None if kind == "default" else {**others, "type": kind}
+        if scaled is None and made.get("model_type") in _ALWAYS_SCALED:
+            scaled = {"type": "yarn", "factor": 1.0}
+        if not made.get("rope_scaling"):
+            made["rope_scaling"] = scaled
+        if "partial_rotary_factor" in rope:
+            made.setdefault("partial_rotary_factor", rope["partial_rotary_factor"])
+    count = next((made[key] for key in _COUNTS if made.get(key) is not None), None)
+    if count is not None:
+        made |= {key: count for key in _COUNTS if made.get(key) is None}
+    return made
+
+
+def _quantization(job: ExportJob, modules: Sequence[Module]) -> dict[str, Any]:
+    """Return the "quantization" block: every module's bits and group size, and the commonest."""
+    formats = {module.name: job.plan.format_of(unit) for unit, module in enumerate(modules)}
+    (usual, _), *_ = Counter(formats.values()).most_common(1)
+    block = _settings(usual) | {name: _settings(one) for name, one in sorted(formats.items())}
+    return {"quantization": block, "quantization_config": block}
+
+
+def _settings(format: Format) -> dict[str, Any]:
+    return {"group_size": format.group_size, "bits": format.bits, "mode": "affine"}
