@@ -33,42 +33,27 @@ from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.targets.target import Exported, ExportJob
 from bitknap.quantization.targets.tensor_folder import Folder, Module
 
-# Name of the module that stacks a layer's experts, by model type; all were run by mlx-lm. Dense
-# models have none.
-_EXPERTS = {
-    **dict.fromkeys(
-        ("deepseek_v2", "deepseek_v3", "glm4_moe", "mixtral", "olmoe", "phimoe"), "switch_mlp"
-    ),
-    **dict.fromkeys(("qwen2_moe", "qwen3_moe"), "switch_mlp"),
-    "gpt_oss": "experts",
-    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ""),
-}
 # Models that mlx-lm runs with scaled positions only; a factor of 1 changes nothing.
 _ALWAYS_SCALED = ("deepseek_v2",)
-# Models whose heads mlx-lm makes as wide as the hidden size divided by their number.
-_EVEN_HEADS = ("mixtral", "phimoe", "qwen2_moe", "qwen2")
 # Models whose latent attention mlx-lm stores in another way, on other grids.
 _TAKES_APART = ("deepseek_v3",)
 # Keys by which configurations call the number of experts; mlx-lm asks for one or another.
 _COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
-def write(job: ExportJob) -> Exported:
+def write(job: ExportJob, experts: str) -> Exported:
     """Write a folder that mlx-lm loads.
 
+    Args:
+        job: what is to be written.
+        experts: mlx-lm's name of the module that stacks a layer's experts.
+
     Raises:
-        ModelError: mlx-lm would not run such a model, or a weight is NaN or infinite.
+        ModelError: a weight is NaN, infinite, or beyond what 16-bit scales hold.
         MismatchError: a unit is a part of a tensor that mlx-lm keeps whole.
         InputError: the output may not be written, or the disk has no room.
     """
-    kind = str(job.source.config.get("model_type"))
-    if kind not in _EXPERTS:
-        raise ModelError(
-            f"mlx: model type {kind!r} was never run by mlx-lm here; known are "
-            f"{', '.join(sorted(_EXPERTS))}"
-        )
-    _check_heads(job.source.config)
-    modules = _modules(job, _EXPERTS[kind])
+    modules = _modules(job, experts)
     kept, made = _others(job)
     folder = Folder(job=job, form=_Affine(), modules=modules, kept=kept, made=made)
     inputs = [job.source.folder]
@@ -95,17 +80,6 @@ def write(job: ExportJob) -> Exported:
         checks=checks,
         warnings=_warnings(job.source.config),
     )
-
-
-def _check_heads(config: Mapping[str, Any]) -> None:
-    """Refuse attention of another width than mlx-lm makes."""
-    width, heads = config.get("hidden_size", 0), config.get("num_attention_heads", 1)
-    size = config.get("head_dim") or width // heads
-    if config["model_type"] in _EVEN_HEADS and size * heads != width:
-        raise ModelError(
-            f"mlx: heads of {size} in {heads} are not the hidden size, {width}; mlx-lm runs no "
-            f"such {config['model_type']}"
-        )
 
 
 def _warnings(config: Mapping[str, Any]) -> tuple[str, ...]:

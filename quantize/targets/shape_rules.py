@@ -6,8 +6,10 @@ They are stated as of 2026; exporters check them again against names and the pla
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -93,6 +95,9 @@ class GridTarget:
             reason = "" if groups else "no group size divides all rows; one scale a row only"
             bits = rule.bits
         return Fit(target=self, possible=True, bits=bits, groups=groups, reason=reason)
+
+    def check_model(self, config: Mapping[str, Any]) -> None:
+        """Every model is accepted, unless a target overrides this."""
 
     def formats(self) -> tuple[Format, ...]:
         """Return every format that the runtime has."""

@@ -15,6 +15,9 @@ profile), how its weights are rounded, and how its files are written.
         def fit(self, units):
             return Fit(target=self, possible=True, bits=(8,), groups=(), reason="")
 
+        def check_model(self, config):
+            pass
+
         def menu(self, units):
             return (Format(8, 0),)
 
@@ -43,9 +46,10 @@ of your own offers one as an entry point of `bitknap.targets`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy.typing as npt
 
@@ -105,6 +109,14 @@ class Target(Protocol):
 
         Args:
             units: all units that a plan covers.
+        """
+        ...
+
+    def check_model(self, config: Mapping[str, Any]) -> None:
+        """Raise ModelError if the runtime does not run such a model, before anything is measured.
+
+        Args:
+            config: the model's `config.json`.
         """
         ...
 

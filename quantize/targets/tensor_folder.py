@@ -41,7 +41,7 @@ from bitknap.quantization.targets.target import ExportJob
 
 # Weights that are not equal bit for bit have scales that 16 bits hold with fewer digits only; this
 # much of the largest weight.
-_CLOSE = 2.0**-9
+_CLOSE = 2.0**-8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,7 +5,9 @@ It holds every format and every plan, packed as the plan says; transformers load
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +38,9 @@ class Vllm:
         sizes = [size for size in GROUP_SIZES if isinstance(size, int)]
         groups = tuple(size for size in sizes if not (units.cols % size).any())
         return Fit(target=self, possible=True, bits=self.bits, groups=groups, reason="")
+
+    def check_model(self, config: Mapping[str, Any]) -> None:
+        """Every model is packed; whether transformers can build it is checked on writing."""
 
     def menu(self, units: Units) -> tuple[Format, ...]:
         """Return every usual grid, from few bits to many."""

@@ -1,5 +1,7 @@
 """`--target` and `bitknap export`: from a menu of formats to the files of a runtime."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -13,7 +15,7 @@ FAST = ("--estimator", "data-free")
 @pytest.fixture(scope="module")
 def model(saved, tmp_path_factory):
     """A model whose rows are whole groups of 32."""
-    sizes = {"hidden_size": 64, "intermediate_size": 32}
+    sizes = {"hidden_size": 64, "intermediate_size": 32, "head_dim": 32}
     return saved(tmp_path_factory.mktemp("targets") / "model", **sizes)
 
 
@@ -105,12 +107,39 @@ def test_a_plan_of_another_model(model, made, tmp_path, refused):
     assert "the plan is for model" in refused(*words)
 
 
+def test_a_model_that_a_target_does_not_run_is_refused_before_measuring(saved, tmp_path, refused):
+    model = saved(tmp_path / "model", "jamba")
+    words = ("--target", "mlx", "--budget", "5bpw", "-o", tmp_path / "out")
+    assert "mlx: model type 'jamba' was never run by mlx-lm here" in refused(
+        "quantize", model, *words
+    )
+
+
 def test_an_output_of_others_is_not_replaced(made, tmp_path, refused):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")
     words = ("export", made.plan, "--model", made.model, "--to", "vllm", "-o", tmp_path / "out")
     assert "exists; choose another name or pass --overwrite" in refused(*words)
     assert "mine.txt was not written by Bitknap" in refused(*words, "--overwrite")
+
+
+def test_quantize_ends_in_the_files_of_a_target(model, tmp_path, document):
+    out = tmp_path / "out"
+    words = ("quantize", model, *FAST, "--target", "mlx", "--budget", "5bpw", "-o", out)
+    said = document(*words)
+    assert said["bytes_predicted"] == said["bytes_on_disk"]
+    assert said["checkpoint_bytes"] == sum(file.stat().st_size for file in out.iterdir())
+    assert said["checks"]
+    assert json.loads((out / "config.json").read_text())["quantization"]["mode"] == "affine"
+    assert BitPlan.load(out / "bitknap_plan.json").header["profile"] == "layer_proj"
+    assert document(*words, "--overwrite")["bytes_on_disk"] == said["bytes_on_disk"]
+
+
+def test_a_plan_is_raised_to_what_a_target_holds(model, free, tmp_path, document):
+    words = ("export", free, "--model", model, "--to", "mlx", "--coarsen", "-o", tmp_path / "out")
+    said = document(*words)
+    more = said["bytes_on_disk"] - BitPlan.load(free).total_bytes
+    assert said["coarsened_by_bytes"] == more > 0
 
 
 def test_inspect_judges_every_target(made, document):

@@ -1,5 +1,7 @@
 """Folders written for MLX, run by mlx-lm: its logits are those of the decoded weights."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,7 +19,7 @@ _YARN = {"rope_type": "yarn", "rope_theta": 1e5, "factor": 4.0, "beta_fast": 32,
 _YARN |= {"original_max_position_embeddings": 64}
 _TRUE = {"attention_bias": True, "lm_head_bias": True}
 # Family, further settings, and roles besides routed experts.
-MODELS = {
+MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "mixtral": ({}, ("attention",)),
     "qwen3_moe": ({}, ("attention",)),
     "qwen2_moe": ({"shared_expert_intermediate_size": 64}, ("attention", "shared")),

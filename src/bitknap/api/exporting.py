@@ -72,6 +72,7 @@ def export(
             inputs=[origin.folder],
             copied_from=origin.folder,
         )
+        target.check_model(origin.config)
         check_source(origin, asked.include, reads_text=asked.method.needs_inputs)
         return _exported(origin, plan, target, path, asked, kept, progress)
 

@@ -250,6 +250,7 @@ class Formats:
     def _of_target(
         self, target: Target, source: Checkpoint, include: Collection[str]
     ) -> tuple[Format, ...]:
+        target.check_model(source.config)
         menu = target.menu(self.layout(source, include).units)
         if self.options is not None:
             # Runtimes' own codecs are known by their widths, grids by all that they are.

@@ -9,7 +9,6 @@ from safetensors.torch import load_file, save_file
 import bitknap
 from bitknap.allocation import BitPlan, Format
 from bitknap.errors import MismatchError, ModelError
-from bitknap.quantization.targets.target import Exported
 
 
 def opened(out):
@@ -18,8 +17,8 @@ def opened(out):
     return load_file(out / "model.safetensors"), config, config["quantization"]
 
 
-def export(plan, model, out, **how) -> Exported:
-    return bitknap.export(plan, model, "mlx", out, **how)
+def export(plan, model, out):
+    return bitknap.export(plan, model, "mlx", out)
 
 
 def test_every_module_has_its_format(wide, mixed, tmp_path):
