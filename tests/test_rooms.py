@@ -25,6 +25,7 @@ bitknap.deprecation bitknap.errors bitknap.progress bitknap.version bitknap.quie
 bitknap.names
 bitknap.arguments bitknap.disk
 
+bitknap.allocation.codecs
 bitknap.allocation.problem
 bitknap.allocation.plans
 bitknap.allocation.limits
@@ -38,6 +39,7 @@ bitknap.kernels.layout
 bitknap.kernels.device
 bitknap.kernels
 
+bitknap.quantization.ggml
 bitknap.quantization.models bitknap.quantization.rounding
 bitknap.quantization.source
 bitknap.quantization.transforms bitknap.quantization.stacks

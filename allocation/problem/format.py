@@ -11,6 +11,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from bitknap.allocation.codecs import ggml
 from bitknap.allocation.problem.arrays import Longs
 from bitknap.errors import InputError
 from bitknap.names import check_name, guess
@@ -22,22 +23,24 @@ _KEPT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp8": 8, "fp8-block": 8, "mxf
 _KEPT_SCALES = {"fp8-block": (128, 128, 4), "mxfp4": (1, 32, 1)}
 # Bits of a group's scale as a fraction of its row's scale; 0: the group has its own fp16 scale.
 _SHARE_BITS = {"fp16": 0, "compact": 8, "compact6": 6}
-_EXAMPLES = "int3-g64-sym, int4-row-asym-compact, int2-g32-asym-compact6, keep-bf16"
+_EXAMPLES = "int3-g64-sym, int4-row-asym-compact, int2-g32-asym-compact6, keep-bf16, ggml-q4_k"
 
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """One way to store a matrix: an integer grid, the source precision, or a made-up option.
+    """One way to store a matrix: a grid, a type of ggml, the source precision, or a made-up option.
 
     Attributes:
-        bits: bits of one code, 1 to 8 for grids.
+        bits: bits of one code, 1 to 8 for grids; of a type of ggml, the width in its name.
         group_size: weights along a row that share a scale; 0 is the whole row.
         symmetric: whether there is no zero point (at 1 bit, no mean).
         metadata: "fp16": one fp16 scale (and zero) per group; "compact": one fp16 scale per row, an
             8-bit scale per group, and zeros as wide as the codes; "compact6": the same with 6-bit
             scales.
-        kind: "grid", "keep" (source precision) or "made-up" (no storage at all).
-        source: the kept precision ("bf16", …) or the number of the made-up option.
+        kind: "grid", "ggml" (a block type of GGUF files), "keep" (source precision) or "made-up"
+            (no storage at all).
+        source: the type of ggml ("q4_k", …), the kept precision ("bf16", …) or the number of the
+            made-up option.
     """
 
     bits: int
@@ -45,7 +48,7 @@ class Format:
     _: KW_ONLY
     symmetric: bool = False
     metadata: str = "fp16"
-    kind: Literal["grid", "keep", "made-up"] = "grid"
+    kind: Literal["grid", "ggml", "keep", "made-up"] = "grid"
     source: str = ""
 
     def __post_init__(self) -> None:
@@ -79,6 +82,20 @@ class Format:
         return cls(_KEPT_BITS[source], 0, kind="keep", source=source)
 
     @classmethod
+    def ggml(cls, type: str) -> Format:
+        """Return the format of one of ggml's block types, such as "q4_k".
+
+        Rows that are no multiple of its block are stored as llama.cpp stores them: in the type that
+        `ggml.stored_as` names.
+
+        Raises:
+            InputError: the type is unknown.
+        """
+        check_name("ggml", type, ggml.TYPES)
+        kind = ggml.TYPES[type]
+        return cls(kind.bits, kind.block, kind="ggml", source=type)
+
+    @classmethod
     def made_up(cls, number: int) -> Format:
         """Return a stand-in for column `number` of a table that came without formats."""
         return cls(0, 0, kind="made-up", source=str(number))
@@ -98,6 +115,8 @@ class Format:
         """The text that `parse` reads back, such as "int3-g64-sym"."""
         if self.kind == "keep":
             return f"keep-{self.source}"
+        if self.kind == "ggml":
+            return f"ggml-{self.source}"
         if self.kind == "made-up":
             return f"option-{self.source}"
         group = f"g{self.group_size}" if self.group_size else "row"
@@ -114,6 +133,8 @@ class Format:
             return f"Left as it is stored, {self.source}."
         if self.kind == "made-up":
             return "A column of a table that came without formats."
+        if self.kind == "ggml":
+            return f"ggml's {self.source.upper()}, in blocks of {self.group_size}; for GGUF files."
         group = f"{self.group_size} weights" if self.group_size else "row"
         scale = f"{self.share_bits}-bit" if self.compact else "fp16"
         shift = "mean" if self.bits == 1 else "zero point"
@@ -136,9 +157,11 @@ class Format:
             )
         if name.startswith("keep-"):
             return cls.keep(name.removeprefix("keep-"))
+        if name.startswith("ggml-"):
+            return cls.ggml(name.removeprefix("ggml-"))
         if match := re.fullmatch(r"option-(\d+)", name):
             return cls.made_up(int(match[1]))
-        near = guess(name, [one.name for one in menu()])
+        near = guess(name, [one.name for one in (*menu(), *ggml_types())])
         raise InputError(f"format {name!r} is unknown; examples: {_EXAMPLES}{near}")
 
     def groups(self, cols: npt.ArrayLike) -> Longs:
@@ -162,6 +185,10 @@ class Format:
         if self.kind == "made-up":
             raise InputError(f"{self.name}: a made-up format has no bytes; give nbytes")
         height, width = np.asarray(rows, dtype=np.int64), np.asarray(cols, dtype=np.int64)
+        if self.kind == "ggml":
+            widths, where = np.unique(width, return_inverse=True)
+            lines = [ggml.row_bytes(self.source, size) for size in widths.tolist()]
+            return height * np.array(lines, dtype=np.int64)[where].reshape(width.shape)
         codes = _ceil(height * width * self.bits, 8)
         if self.kind == "keep":
             tall, wide, size = _KEPT_SCALES.get(self.source, (1, 1, 0))
@@ -220,6 +247,11 @@ def menu() -> tuple[Format, ...]:
     """Return every usual format: 1 to 8 bits in the usual groups, and the kept precisions."""
     grids = formats(range(1, 9), GROUP_SIZES, (False, True), tuple(_SHARE_BITS))
     return (*grids, *map(Format.keep, _KEPT_BITS))
+
+
+def ggml_types() -> tuple[Format, ...]:
+    """Return the formats of all block types of ggml, from wide to narrow."""
+    return tuple(map(Format.ggml, ggml.TYPES))
 
 
 def _group(size: int | str) -> int:

@@ -36,6 +36,7 @@ from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check_source
 from bitknap.quantization.rounding.memo import Remembered
 from bitknap.quantization.rounding.methods import method as method_of
+from bitknap.quantization.rounding.rounding import recorded_for
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 
@@ -127,7 +128,7 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
         model,
         layout,
         windows,
-        Recorded(full=rounding.needs_inputs, curvature=True, gradients=True),
+        Recorded(full="full" in recorded_for(rounding), curvature=True, gradients=True),
         seed=options.seed,
         progress=progress,
     )

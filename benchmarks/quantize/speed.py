@@ -23,6 +23,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.benchmarks.quantize import peers
 from bitknap.quantization.packed.plain_bytes import encode
 from bitknap.quantization.rounding import rtn
+from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.methods import RTN, Gptq, Hqq
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
 
@@ -79,7 +80,9 @@ def _ours(rounding: Rounding) -> Callable[[Tensor, Format, Matrices], object]:
         known = None
         if rounding.needs_inputs:
             known = Inputs(moments=given.moments.unsqueeze(0), tokens=torch.tensor([_TOKENS]))
-        return encode(rounding.quantize(rows.unsqueeze(0), format, known))
+        rounded = rounding.quantize(rows.unsqueeze(0), format, known)
+        assert isinstance(rounded, Quantized)
+        return encode(rounded)
 
     return run
 

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from bitknap.allocation.codecs.ggml import stored_as
 from bitknap.allocation.problem.arrays import Floats
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.table import CostTable
@@ -97,6 +98,8 @@ def token_share(evidence: Evidence) -> np.ndarray:
 
 def plainest(format: Format, cols: int) -> Format:
     """Return the simplest format that stores rows of `cols` weights in the same way."""
+    if format.kind == "ggml":
+        return Format.ggml(stored_as(format.source, cols))
     size = 0 if format.group_size >= cols else format.group_size
     one_scale = format.symmetric and size == 0
     return replace(format, group_size=size, metadata="fp16" if one_scale else format.metadata)

@@ -25,7 +25,7 @@ from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 from bitknap.quantization.rounding.methods import RTN, round_trip
-from bitknap.quantization.rounding.rounding import Inputs, Rounding
+from bitknap.quantization.rounding.rounding import Inputs, Rounding, takes_squares
 from bitknap.quantization.source.devices import CPU
 
 # Weight of the layer's mean in an expert's statistics, in tokens: at 16 tokens both count equally.
@@ -71,6 +71,15 @@ class LayerEvidence:
     output_square: float
     gain: float
     output_max: Tensor | None = None
+
+    def input_moments(self, down: bool, *, whole: bool) -> Tensor | None:
+        """Return sums over the inputs of down, or of gate and up: whole moments or their diagonals.
+
+        None if whole ones were not recorded.
+        """
+        if whole:
+            return self.middle_full if down else self.input_full
+        return self.middle_square if down else self.input_square
 
     def shrunk(self, total: Tensor) -> Tensor:
         """Return a sum over routed tokens [E, ...], per token of the text, shrunk by `shrink`.
@@ -168,6 +177,10 @@ class LinearEvidence:
     input_square: Tensor
     input_full: Tensor | None = None
 
+    def input_moments(self, *, whole: bool) -> Tensor | None:
+        """Return the whole moments, None if not recorded, or their diagonal."""
+        return self.input_full if whole else self.input_square
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evidence:
@@ -217,7 +230,7 @@ class Evidence:
         return self.layout.units
 
     def inputs(self, run: np.ndarray) -> Inputs:
-        """Return the second moments of the inputs of a stack of units.
+        """Return the second moments of the inputs of a stack of units, or their diagonals.
 
         Second moments of routed experts are weighted by squared routing weights, so that
         ΔW S ΔWᵀ is the error of the layer's output, and shrunk to the layer's mean. Where float32
@@ -231,21 +244,26 @@ class Evidence:
             return self._linear_inputs(run)
         layer = self.layers.get(int(units.layer[run[0]]))
         down = units.projections[units.projection[run[0]]] == "down"
-        full = None if layer is None else layer.middle_full if down else layer.input_full
-        if layer is None or full is None:
+        total = None if layer is None else layer.input_moments(down, whole=not self._by_squares)
+        if layer is None or total is None:
             raise self._unrecorded(int(run[0]))
         experts = torch.from_numpy(units.expert[run].astype(np.int64))
-        moments = _in_float32(layer.routed_mean(full, experts))
+        moments = _in_float32(layer.routed_mean(total, experts))
         return Inputs(moments=moments, tokens=layer.count[experts])
+
+    @property
+    def _by_squares(self) -> bool:
+        return takes_squares(self.rounding)
 
     def _linear_inputs(self, run: np.ndarray) -> Inputs:
         """Return `inputs` of ordinary linear projections."""
         moments, tokens = [], []
         for unit in run.tolist():
             seen = self.linears.get(unit)
-            if seen is None or seen.input_full is None:
+            total = None if seen is None else seen.input_moments(whole=not self._by_squares)
+            if seen is None or total is None:
                 raise self._unrecorded(unit)
-            moments.append(seen.input_full / max(1, seen.tokens))
+            moments.append(total / max(1, seen.tokens))
             tokens.append(seen.tokens)
         return Inputs(moments=_in_float32(torch.stack(moments)), tokens=torch.tensor(tokens))
 
@@ -284,12 +302,13 @@ class Evidence:
 
 
 def _in_float32(moments: Tensor) -> Tensor:
-    """Return matrices [n, cols, cols] in float32, scaled if too large or too small for it."""
+    """Return moments [n, cols, cols] or [n, cols] in float32, scaled where they do not fit it."""
     if moments.dtype == torch.float32:
         return moments
-    exponent = torch.frexp(moments.diagonal(dim1=1, dim2=2).amax(1)).exponent
+    squares = moments if moments.ndim == 2 else moments.diagonal(dim1=1, dim2=2)
+    exponent = torch.frexp(squares.amax(1)).exponent
     exponent = torch.where(exponent.abs() > 64, exponent, 0)
-    return torch.ldexp(moments, -exponent[:, None, None]).float()
+    return torch.ldexp(moments, -exponent.view(-1, *[1] * (moments.ndim - 1))).float()
 
 
 def shrink(total: Tensor, count: Tensor, tokens: int) -> Tensor:

@@ -215,6 +215,7 @@ class Work:
             quantized = self.rounding.quantize(given, piece.format, known, exponents.int())
         else:
             quantized = self.rounding.quantize(given, piece.format, known)
+        assert isinstance(quantized, Quantized), quantized.format  # `_check_kept` of the writer
         height, spans = piece.last - piece.first, []
         for place, unit in enumerate(piece.which):
             part = quantized.rows(place * height, (place + 1) * height)

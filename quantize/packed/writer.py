@@ -250,9 +250,18 @@ def _decoded(source: Checkpoint, kept: Iterable[str]) -> dict[str, int]:
 
 
 def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
-    """Refuse a plan that keeps units in a precision other than the one they are stored in."""
+    """Refuse a plan that keeps units in another precision than the stored one, or has GGUF's types.
+
+    Raises:
+        MismatchError: it does; names the first unit.
+    """
     for unit, view in enumerate(layout.views):
         format, stored = plan.format_of(unit), source.precision(view.tensor)
+        if format.kind == "ggml":
+            raise MismatchError(
+                f"{plan.units.label(unit)}: the plan says {format.name}, which GGUF files alone "
+                "hold; export the plan to gguf"
+            )
         if format.kind == "keep" and stored != format.source:
             raise MismatchError(
                 f"{plan.units.label(unit)}: the plan says {format.name}, but {view.tensor} is "

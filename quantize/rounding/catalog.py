@@ -25,5 +25,10 @@ METHODS = Catalog(
             place=f"{_PLACE}:Gptq",
             cites="Frantar et al., GPTQ, ICLR 2023, arXiv 2210.17323",
         ),
+        Entry(
+            name="ggml",
+            about="ggml's own rounding to the types of GGUF files; reads a text.",
+            place="bitknap.quantization.rounding.ggml:Ggml",
+        ),
     ),
 )

@@ -211,6 +211,12 @@ class Quantized:
         """The storage format."""
         return self.grid.format
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes in memory, a byte a code."""
+        parts = (self.codes, self.grid.scale, self.grid.share, self.grid.zero)
+        return sum(part.nbytes for part in parts if part is not None)
+
     def dequantize(self) -> Tensor:
         """Return the weights that the codes stand for, float32 [rows, cols]."""
         return self.grid.values(self.codes)

@@ -14,8 +14,7 @@ import numpy as np
 from torch import Tensor
 
 from bitknap.allocation.problem.format import Format
-from bitknap.quantization.rounding.grid import Quantized
-from bitknap.quantization.rounding.rounding import Inputs, Rounding
+from bitknap.quantization.rounding.rounding import Coded, Inputs, Rounding, takes_squares
 
 # Maximum bytes of codes and grids that are kept.
 KEPT_BYTES = 4 << 30
@@ -34,7 +33,7 @@ class Remembered:
 
     rounding: Rounding
     limit: int = KEPT_BYTES
-    _known: dict[bytes, Quantized] = field(default_factory=dict)
+    _known: dict[bytes, Coded] = field(default_factory=dict)
     _sizes: list[int] = field(default_factory=list)
 
     @property
@@ -47,13 +46,18 @@ class Remembered:
         """Whether it refuses to work without `Inputs`."""
         return self.rounding.needs_inputs
 
+    @property
+    def diagonal(self) -> bool:
+        """Whether mean squares are all that it takes of `Inputs`."""
+        return takes_squares(self.rounding)
+
     def quantize(
         self,
         weights: Tensor,
         format: Format,
         inputs: Inputs | None = None,
         exponents: Tensor | None = None,
-    ) -> Quantized:
+    ) -> Coded:
         """Return n matrices [n, rows, cols] as n × rows quantized rows.
 
         Raises:
@@ -64,7 +68,7 @@ class Remembered:
         rows = weights.shape[1]
         keys = [_key(weights, format, inputs, at) for at in range(len(weights))]
         new = [at for at, key in enumerate(keys) if key not in self._known]
-        fresh: dict[bytes, Quantized] = {}
+        fresh: dict[bytes, Coded] = {}
         if new:
             some = None
             if inputs is not None:
@@ -75,22 +79,18 @@ class Remembered:
             if len(new) == len(keys) and not self._room(rounded):
                 return rounded
             self._keep(fresh)
-        return Quantized.stack([fresh.get(key) or self._known[key] for key in keys])
+        parts = [fresh.get(key) or self._known[key] for key in keys]
+        whole: Coded = parts[0].stack(parts)
+        return whole
 
-    def _room(self, rounded: Quantized) -> bool:
-        return sum(self._sizes) + _bytes(rounded) <= self.limit
+    def _room(self, rounded: Coded) -> bool:
+        return sum(self._sizes) + rounded.nbytes <= self.limit
 
-    def _keep(self, fresh: dict[bytes, Quantized]) -> None:
-        size = sum(map(_bytes, fresh.values()))
+    def _keep(self, fresh: dict[bytes, Coded]) -> None:
+        size = sum(part.nbytes for part in fresh.values())
         if sum(self._sizes) + size <= self.limit:
             self._sizes.append(size)
             self._known.update(fresh)
-
-
-def _bytes(rounded: Quantized) -> int:
-    grid = rounded.grid
-    parts = (rounded.codes, grid.scale, grid.share, grid.zero)
-    return sum(part.nbytes for part in parts if part is not None)
 
 
 def _key(weights: Tensor, format: Format, inputs: Inputs | None, at: int) -> bytes:

@@ -18,6 +18,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.errors import InputError, MismatchError
 from bitknap.quantization.rounding import gptq, hqq, rtn
 from bitknap.quantization.rounding.catalog import METHODS
+from bitknap.quantization.rounding.ggml import Ggml
 from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.magnitude import in_range
 from bitknap.quantization.rounding.rounding import Inputs, Rounding
@@ -206,7 +207,7 @@ def planned(plan: BitPlan, way: str | Rounding | None = None, *, force: bool = F
 def round_trip(
     weights: Tensor,
     format: Format,
-    rounding: Rounding = RTN,
+    rounding: Rounding | None = None,
     inputs: Inputs | None = None,
     exponents: Tensor | None = None,
 ) -> Tensor:
@@ -215,10 +216,20 @@ def round_trip(
     Args:
         weights: the weights.
         format: the format.
-        rounding: how they are rounded.
+        rounding: how they are rounded; to nearest, or by ggml for its types, when not given.
         inputs: as in `Rounding.quantize`.
         exponents: as in `Rounding.quantize`, if the weights are only some rows of matrices.
+
+    Raises:
+        InputError: the method does not round to this format.
     """
     if format.kind == "keep":
         return weights
-    return rounding.quantize(weights, format, inputs, exponents).dequantize().view_as(weights)
+    own = Ggml() if format.kind == "ggml" else RTN
+    way = own if rounding is None else rounding
+    if format.kind == "ggml" and way.name != own.name:
+        raise InputError(
+            f"{format}: only ggml rounds to its own types, not {way.name}; use `rounding=ggml`, or "
+            "formats of integer grids"
+        )
+    return way.quantize(weights, format, inputs, exponents).dequantize().view_as(weights)

@@ -8,9 +8,8 @@ import numpy as np
 from torch import Tensor
 
 from bitknap.allocation.plans.plan import BitPlan
-from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.rounding.methods import RTN
-from bitknap.quantization.rounding.rounding import Inputs, Rounding
+from bitknap.quantization.rounding.rounding import Coded, Inputs, Rounding
 from bitknap.quantization.stacks.grouping import plan_pieces
 
 # A function from units of one shape to the statistics of their inputs.
@@ -22,7 +21,7 @@ def quantize_plan(
     read: Callable[[np.ndarray], Tensor],
     rounding: Rounding = RTN,
     inputs: Watched | None = None,
-) -> Iterator[tuple[np.ndarray, Quantized | Tensor]]:
+) -> Iterator[tuple[np.ndarray, Coded | Tensor]]:
     """Yield (units of one format, their stacked rows quantized) over the whole plan, in pieces.
 
     Units that keep their source precision are yielded as the weights that `read` returned.

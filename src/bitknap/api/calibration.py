@@ -30,6 +30,7 @@ from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.outline import settings
 from bitknap.quantization.rounding.methods import Gptq
+from bitknap.quantization.rounding.rounding import recorded_for
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.architecture import config_of, text_config_of
 from bitknap.quantization.source.checkpoint import Checkpoint
@@ -57,8 +58,7 @@ def gather(
     Raises:
         InputError: a pass over the text would take more than `max_memory` bytes.
     """
-    if asked.method.needs_inputs:
-        needs = needs | {"full"}
+    needs = needs | recorded_for(asked.method)
     if not needs:
         return of_weights(source, asked.include, rounding=asked.method, seed=asked.seed)
     kept = readings or Readings()

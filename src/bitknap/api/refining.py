@@ -41,6 +41,7 @@ from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.rounding.memo import Remembered
 from bitknap.quantization.rounding.methods import method as method_of
+from bitknap.quantization.rounding.rounding import recorded_for
 from bitknap.quantization.source.architecture import config_of
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 
@@ -281,9 +282,8 @@ def _opened(
     rounding = method_of(str(table.provenance.get("method", "rtn")))
     asked = replace(calibration, include=roles_of(table.units), rounding=rounding)
     layout = walk_headers(source.config, source.shapes, asked.include)
-    tokens, needs = asked.tokens + how.tokens + GATE_TOKENS, {"kl"}
-    if rounding.needs_inputs:
-        needs.add("full")
+    tokens = asked.tokens + how.tokens + GATE_TOKENS
+    needs = {"kl"} | recorded_for(rounding)
     if way_to_measure_plans(source, layout, tokens, asked.memory, needs) == "layers":
         return _by_layer(source, asked, how, progress)
     asked = replace(asked, rounding=Remembered(rounding=rounding), max_memory=None)

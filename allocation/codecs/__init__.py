@@ -1,0 +1,1 @@
+"""Block formats of other runtimes, as far as their bytes are concerned."""
