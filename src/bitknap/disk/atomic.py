@@ -12,7 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bitknap.errors import FileError, InputError
 
@@ -68,7 +68,14 @@ def existing(path: Path) -> Path:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` through a temporary file, fsync and rename.
+    """Write `content` to `path` through a temporary file, fsync and rename."""
+    with whole_file(path) as file:
+        file.write(content)
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a temporary file that becomes `path` if the block ends without an error.
 
     Temporary files of the same path that killed runs left are deleted.
     """
@@ -77,8 +84,8 @@ def write_whole(path: Path, content: bytes) -> None:
         _drop_stale(start)
         handle, name = _temporary(start)
         try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(content)
+            with os.fdopen(handle, "rb"), Path(name).open("r+b") as file:
+                yield file
                 file.flush()
                 os.fsync(file.fileno())
                 Path(name).chmod(0o644)

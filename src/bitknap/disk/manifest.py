@@ -5,7 +5,7 @@
 
 A folder without that list is recognised if it is a packed checkpoint or a comparison of an earlier
 version. A file is recognised by its "format" key, or by the generator that a page or a picture
-names.
+names; a GGUF file by the name of its first value.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ _MARKS = (
     b"--ink: #1b1f24; --soft: #57606a",  # pages of versions that named no generator
 )
 _FORMER_PICTURE = b"<!-- Cost against size: "  # the same for pictures
+# The first value of the GGUF files that this tool writes.
+GGUF_MARK = "bitknap.plan"
 # A page or a picture names its generator before this many bytes.
 _HEAD = 1 << 16
 # The longest header that the safetensors library allows.
@@ -151,6 +153,8 @@ def is_ours(path: Path) -> bool:
         return False
     if head.startswith(b"\x89PNG"):
         return f"Software\0{GENERATOR}".encode() in head
+    if head.startswith(b"GGUF"):
+        return GGUF_MARK.encode() in head[:64]
     if head.lstrip()[:1] == b"<":
         return any(mark in head for mark in _MARKS) or _FORMER_PICTURE in path.read_bytes()
     if head.lstrip()[:1] == b"{":
