@@ -44,6 +44,7 @@ bitknap.quantization.models bitknap.quantization.rounding
 bitknap.quantization.source
 bitknap.quantization.transforms bitknap.quantization.stacks
 bitknap.quantization.packed
+bitknap.quantization.gguf
 bitknap.quantization.runtime bitknap.quantization.targets
 bitknap.quantization
 

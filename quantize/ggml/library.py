@@ -111,6 +111,11 @@ def dequantize(blocks: np.ndarray, type: str, cols: int) -> np.ndarray:
     return weights
 
 
+def check() -> None:
+    """Raise InputError unless ggml can be called; the message names the extra to install."""
+    _library()
+
+
 @cache
 def _library() -> Any:
     """Return the library.

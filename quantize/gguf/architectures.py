@@ -14,6 +14,8 @@ from bitknap.errors import ModelError
 from bitknap.quantization.gguf.container import Value
 
 _SOFTMAX, _SIGMOID = 1, 2
+# llama.cpp knows by its number of layers that a DeepSeek has no low-rank query.
+_LITE = (26, 27)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -142,6 +144,16 @@ def architecture_of(config: Any) -> Architecture:
             )
     if kind == "gpt_oss":
         _check_alternating(config)
+    if kind == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
+        raise ModelError(
+            "config.json: num_key_value_heads: llama.cpp computes olmoe with as many key as query "
+            "heads alone, so its file would be another model"
+        )
+    if found.latent and not config.q_lora_rank and config.num_hidden_layers not in _LITE:
+        raise ModelError(
+            "config.json: q_lora_rank: llama.cpp loads deepseek2 without it with 26 or 27 layers "
+            f"alone, this model has {config.num_hidden_layers}"
+        )
     return found
 
 

@@ -67,7 +67,14 @@ class Blocks:
 
 @dataclass(frozen=True, slots=True)
 class Ggml:
-    """ggml's own rounding, weighted by the mean squares of inputs; for its block types alone."""
+    """ggml's own rounding, weighted by the mean squares of inputs; for its block types alone.
+
+    Raises:
+        InputError: the package that holds ggml is missing, or too old.
+    """
+
+    def __post_init__(self) -> None:
+        library.check()
 
     @property
     def name(self) -> str:
