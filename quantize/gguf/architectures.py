@@ -18,6 +18,10 @@ _SOFTMAX, _SIGMOID = 1, 2
 _LITE = (26, 27)
 
 
+class Unwritable(ModelError):
+    """llama.cpp has no such architecture, tensor or tokenizer, though the model is sound."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Architecture:
     """One of llama.cpp's architectures.
@@ -124,33 +128,33 @@ def architecture_of(config: Any) -> Architecture:
     """Return the architecture of a transformers configuration.
 
     Raises:
-        ModelError: llama.cpp's files are not known for it, or it computes something that llama.cpp
+        Unwritable: llama.cpp's files are not known for it, or it computes something that llama.cpp
             does not.
     """
     kind = str(config.model_type)
     found = ARCHITECTURES.get(kind)
     if found is None:
-        raise ModelError(
+        raise Unwritable(
             f"model_type {kind}: GGUF files are written for {', '.join(ARCHITECTURES)}; for others "
-            "give an output that ends in .txt: the types that llama-quantize reads, and an "
-            "importance matrix beside it"
+            "name an output without .gguf: a folder with the types and the importance matrix that "
+            "llama-quantize reads"
         )
     for key, allowed in found.must.items():
         value = getattr(config, key, allowed[0])
         if value not in allowed:
-            raise ModelError(
+            raise Unwritable(
                 f"config.json: {key}: {value!r}; llama.cpp computes {found.name} with "
                 f"{allowed[0]!r} alone, so its file would be another model"
             )
     if kind == "gpt_oss":
         _check_alternating(config)
     if kind == "olmoe" and config.num_key_value_heads != config.num_attention_heads:
-        raise ModelError(
+        raise Unwritable(
             "config.json: num_key_value_heads: llama.cpp computes olmoe with as many key as query "
             "heads alone, so its file would be another model"
         )
     if found.latent and not config.q_lora_rank and config.num_hidden_layers not in _LITE:
-        raise ModelError(
+        raise Unwritable(
             "config.json: q_lora_rank: llama.cpp loads deepseek2 without it with 26 or 27 layers "
             f"alone, this model has {config.num_hidden_layers}"
         )
@@ -162,7 +166,7 @@ def _check_alternating(config: Any) -> None:
     turns = ("sliding_attention", "full_attention")
     kinds = list(config.layer_types)
     if kinds != [turns[layer % 2] for layer in range(len(kinds))]:
-        raise ModelError(
+        raise Unwritable(
             "config.json: layer_types: llama.cpp computes gpt-oss with sliding and full attention "
             "in turn, so its file would be another model"
         )
@@ -199,7 +203,7 @@ def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Value]:
     if kind == "linear":
         return {"rope.scaling.type": "linear", "rope.scaling.factor": float(rope["factor"])}
     if kind != "yarn":
-        raise ModelError(f"config.json: rope_type: {kind!r} has no GGUF file here; export it else")
+        raise Unwritable(f"config.json: rope_type: {kind!r} has no GGUF file here; export it else")
     values: dict[str, Value] = {
         "rope.scaling.type": "yarn",
         "rope.scaling.factor": float(rope["factor"]),

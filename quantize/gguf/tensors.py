@@ -21,7 +21,7 @@ from bitknap.allocation.problem.units import ROLES, Unit
 from bitknap.errors import ModelError
 from bitknap.quantization.ggml import library
 from bitknap.quantization.gguf import names
-from bitknap.quantization.gguf.architectures import Architecture
+from bitknap.quantization.gguf.architectures import Architecture, Unwritable
 from bitknap.quantization.gguf.container import Entry
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.matrix_views import Layout
@@ -80,7 +80,7 @@ class Model:
         """Return all tensors, in the order in which they are written: block after block.
 
         Raises:
-            ModelError: the checkpoint has a tensor that llama.cpp has no name for.
+            Unwritable: the checkpoint has a tensor that llama.cpp has no name for.
         """
         every = walk_headers(
             self.source.config, self.source.shapes, ("shared", "attention", "dense")
@@ -222,10 +222,10 @@ class Model:
         factors = rope["rope_theta"] ** -steps / slowed
         yield _kept("rope_freqs.weight", tuple(factors.shape), torch.float32, lambda: factors)
 
-    def _nameless(self, tensor: str) -> ModelError:
-        return ModelError(
-            f"{tensor}: llama.cpp has no such tensor in {self.architecture.name}; give an output "
-            "that ends in .txt, which holds types for llama-quantize"
+    def _nameless(self, tensor: str) -> Unwritable:
+        return Unwritable(
+            f"{tensor}: llama.cpp has no such tensor in {self.architecture.name}; name an output "
+            "without .gguf: a folder with the types that llama-quantize reads"
         )
 
 

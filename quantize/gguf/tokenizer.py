@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.errors import ModelError
+from bitknap.quantization.gguf.architectures import Unwritable
 from bitknap.quantization.gguf.container import Value
 from bitknap.quantization.source.transformers_calls import calling_transformers
 
 _NORMAL, _CONTROL, _USER, _UNUSED, _BYTE = 1, 3, 4, 5, 6
-_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "padding", "sep": "seperator"}
+_SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "padding"}
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
 _REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 # How text is cut before pairs are merged, and what llama.cpp calls that.
@@ -41,7 +42,7 @@ def values_of(folder: Path, vocabulary: int) -> tuple[dict[str, Value], list[str
         vocabulary: rows of its embedding; tokens that the tokenizer lacks are marked unused.
 
     Raises:
-        ModelError: llama.cpp has no such tokenizer.
+        ModelError: there is no tokenizer, or llama.cpp has none of its kind.
     """
     from transformers import AutoTokenizer
 
@@ -54,9 +55,10 @@ def values_of(folder: Path, vocabulary: int) -> tuple[dict[str, Value], list[str
         known = json.loads(tokenizer.backend_tokenizer.to_str())
     model = known["model"]
     if model.get("type") != "BPE":
-        raise ModelError(
-            f"{folder}: llama.cpp has byte-pair tokenizers alone here, this one is "
-            f"{model.get('type')}; give an output that ends in .txt, which needs none"
+        raise Unwritable(
+            f"{folder}: GGUF files are written with byte-pair tokenizers, this one is "
+            f"{model.get('type')}; name an output without .gguf: a folder for llama-quantize, "
+            "which needs none"
         )
     values, warnings = _pieces(known, vocabulary)
     for name, key in _SPECIAL.items():

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from safetensors.torch import load_file, save_file
 
 from bitknap.allocation import BitPlan, Format, Units
 from bitknap.api.exporting import coarsen, export
@@ -141,6 +142,18 @@ def test_another_architecture_gets_the_recipe_alone(saved, tmp_path):
     assert imatrix.read(tmp_path / "out" / "imatrix.gguf").keys() == {
         f"blk.1.ffn_{name}_exps.weight" for name in ("gate", "up", "down")
     }
+
+
+def test_a_damaged_model_gets_no_folder(saved, tmp_path):
+    folder = saved(tmp_path / "model", hidden_size=64, intermediate_size=96)
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    tensors["model.norm.weight"][3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    plan = plan_of(folder)
+    with pytest.raises(ModelError, match="NaN"):
+        write(plan, folder, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_only_its_own_files_are_replaced(tiny, tmp_path):
