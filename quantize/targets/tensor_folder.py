@@ -182,6 +182,7 @@ class Folder:
         asks = how.inputs is not None and how.rounding.needs_inputs
         known = how.inputs(which) if how.inputs is not None and asks else None
         stack = how.rounding.quantize(weights, format, known)
+        assert isinstance(stack, Quantized), format  # `check` lets grids alone through
         rows = weights.shape[1]
         return [stack.rows(n * rows, (n + 1) * rows) for n in range(len(which))]
 

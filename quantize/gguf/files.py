@@ -1,4 +1,4 @@
-"""The files of target `gguf`.
+"""What is written for llama.cpp: a file, or a folder with that file and a recipe for it.
 
 OUT.gguf            the model whole: blocks of ggml, tokenizer and all
 OUT/                otherwise, a folder:
@@ -12,25 +12,69 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from bitknap.allocation.plans.plan import BitPlan
 from bitknap.disk.atomic import folder_bytes, write_whole
 from bitknap.disk.manifest import names_in
 from bitknap.disk.outputs import whole_folder, writing
 from bitknap.errors import ModelError
+from bitknap.progress import Progress
 from bitknap.quantization.gguf import imatrix, names, writer
 from bitknap.quantization.gguf.architectures import Unwritable
 from bitknap.quantization.gguf.tensors import type_of
+from bitknap.quantization.packed.writer import Rounded
 from bitknap.quantization.rounding.ggml import importance
+from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.grouping import stacks
-from bitknap.quantization.targets.target import Exported, ExportJob
 
 MODEL, TYPE_FILE, IMPORTANCE = "model.gguf", "tensor-types.txt", "imatrix.gguf"
 
 
-def write_file(job: ExportJob) -> Exported:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be written.
+
+    Attributes:
+        source: the model, opened.
+        plan: the format of every unit, in the order of the model's layout.
+        rounded: how weights are rounded, with the statistics of units' inputs.
+        out: the file or folder.
+        overwrite: whether an output that this tool wrote is replaced.
+        progress: called with (what, done, of).
+    """
+
+    source: Checkpoint
+    plan: BitPlan
+    rounded: Rounded
+    out: Path
+    overwrite: bool = False
+    progress: Progress | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Files:
+    """What was written.
+
+    Attributes:
+        names: the files, relative to a folder; the name alone of a single file.
+        nbytes: bytes of all files.
+        unit_bytes: bytes of the planned units; None where no model was written.
+        checks: what was verified and how.
+        warnings: what a user should know before serving it.
+    """
+
+    names: tuple[str, ...]
+    nbytes: int
+    unit_bytes: int | None
+    checks: tuple[str, ...]
+    warnings: tuple[str, ...]
+
+
+def write_file(job: Job) -> Files:
     """Write the model whole.
 
     Raises:
@@ -38,9 +82,8 @@ def write_file(job: ExportJob) -> Exported:
     """
     with writing(job.out):
         made = _model(job, job.out)
-    return Exported(
-        path=job.out,
-        files=(job.out.name,),
+    return Files(
+        names=(job.out.name,),
         nbytes=made.nbytes,
         unit_bytes=made.unit_bytes,
         checks=(_said(made),),
@@ -48,7 +91,7 @@ def write_file(job: ExportJob) -> Exported:
     )
 
 
-def write_folder(job: ExportJob) -> Exported:
+def write_folder(job: Job) -> Files:
     """Write the recipe for llama-quantize, and the model whole if its architecture is known."""
     with whole_folder(job.out, overwrite=job.overwrite, inputs=[job.source.folder]) as part:
         checks, warnings = _recipe(job, part)
@@ -60,9 +103,8 @@ def write_folder(job: ExportJob) -> Exported:
             size = None
             warnings.append(f"no {MODEL} was written: {error}")
         write_whole(part / "README.md", _readme(whole=size is not None).encode())
-    return Exported(
-        path=job.out,
-        files=tuple(names_in(job.out)),
+    return Files(
+        names=tuple(names_in(job.out)),
         nbytes=folder_bytes(job.out),
         unit_bytes=size,
         checks=tuple(checks),
@@ -70,8 +112,7 @@ def write_folder(job: ExportJob) -> Exported:
     )
 
 
-def _model(job: ExportJob, out: Path) -> writer.Written:
-    assert job.rounded is not None
+def _model(job: Job, out: Path) -> writer.Written:
     model = writer.model_of(job.source, job.plan, job.rounded)
     return writer.save(model, out, job.source.folder.name, job.progress)
 
@@ -83,7 +124,7 @@ def _said(made: writer.Written) -> str:
     )
 
 
-def _recipe(job: ExportJob, folder: Path) -> tuple[list[str], list[str]]:
+def _recipe(job: Job, folder: Path) -> tuple[list[str], list[str]]:
     """Write the types and the importances of the planned tensors; return checks and warnings."""
     units, types = job.plan.units, {}
     known: dict[str, np.ndarray] = {}
@@ -96,11 +137,11 @@ def _recipe(job: ExportJob, folder: Path) -> tuple[list[str], list[str]]:
             continue
         tensor = f"{name}.weight"
         types[tensor] = type_of(job.plan.format_of(first), int(units.cols[first]))
-        if job.rounded is not None and job.rounded.inputs is not None:
+        if job.rounded.inputs is not None:
             known[tensor] = importance(job.rounded.inputs(run).squares)
     write_whole(folder / TYPE_FILE, imatrix.types_text(list(types.items())).encode())
     plan = writer.digest(job.plan)
-    text = str(job.rounded.about.get("text", "")) if job.rounded else ""
+    text = str(job.rounded.about.get("text", ""))
     if known:
         write_whole(folder / IMPORTANCE, imatrix.content_of(known, text, plan))
     warnings = (
