@@ -81,6 +81,18 @@ def model_of(source: Checkpoint, plan: BitPlan, rounded: Rounded) -> Model:
     )
 
 
+def check(source: Checkpoint) -> None:
+    """Check from headers, configuration and tokenizer that a model can be written.
+
+    Raises:
+        ModelError: llama.cpp has no such architecture, tensor or tokenizer.
+    """
+    config = text_config_of(config_of(source.folder))
+    architecture = architecture_of(config)
+    values_of(config, architecture)
+    tokenizer.values_of(source.folder, int(config.vocab_size))
+
+
 def save(model: Model, out: Path, name: str, progress: Progress | None = None) -> Written:
     """Write a model; `out` appears when it is complete.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,9 @@ from bitknap.allocation.problem.units import Units
 from bitknap.disk.outputs import Kind
 from bitknap.quantization.targets.shape_rules import GridTarget, ShapeRule
 from bitknap.quantization.targets.target import Exported, ExportJob
+
+if TYPE_CHECKING:
+    from bitknap.quantization.source.checkpoint import Checkpoint
 
 # Types that are worth offering: of equally large ones, those that lose less.
 _OF_256 = (
@@ -63,6 +67,13 @@ class Gguf(GridTarget):
     def output(self, out: Path) -> Kind:
         """Return "file" for a name that ends in .gguf."""
         return "file" if out.suffix.lower() == ".gguf" else "folder"
+
+    def check_output(self, source: Checkpoint, out: Path) -> None:
+        """Raise ModelError if the model whole is asked for, and llama.cpp has none of its kind."""
+        if self.output(out) == "file":
+            from bitknap.quantization.gguf import writer
+
+            writer.check(source)
 
     def export(self, job: ExportJob) -> Exported:
         """Write the model whole, and in a folder the recipe for llama-quantize beside it."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,9 @@ from bitknap.disk.outputs import Kind
 from bitknap.errors import InputError
 from bitknap.quantization.targets.requirements import check_plan
 from bitknap.quantization.targets.target import Exported, ExportJob, Fit
+
+if TYPE_CHECKING:
+    from bitknap.quantization.source.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +125,9 @@ class GridTarget:
     def output(self, out: Path) -> Kind:
         """A folder is written."""
         return "folder"
+
+    def check_output(self, source: Checkpoint, out: Path) -> None:
+        """What can be written does not depend on the output's name."""
 
     def export(self, job: ExportJob) -> Exported:
         """Refuse: only shapes are judged for targets that do not override this."""

@@ -30,6 +30,9 @@ profile), how its weights are rounded, and how its files are written.
         def output(self, out):
             return "folder"
 
+        def check_output(self, source, out):
+            pass
+
         def export(self, job):
             ...
 
@@ -137,6 +140,15 @@ class Target(Protocol):
 
     def output(self, out: Path) -> Kind:
         """Return whether the output of that name will be a file or a folder."""
+        ...
+
+    def check_output(self, source: Checkpoint, out: Path) -> None:
+        """Raise ModelError if that output cannot be written of a model, before it is measured.
+
+        Args:
+            source: the model, opened.
+            out: the output.
+        """
         ...
 
     def export(self, job: ExportJob) -> Exported:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,9 @@ from bitknap.disk.atomic import folder_bytes
 from bitknap.disk.manifest import names_in
 from bitknap.disk.outputs import Kind
 from bitknap.quantization.targets.target import Exported, ExportJob, Fit
+
+if TYPE_CHECKING:
+    from bitknap.quantization.source.checkpoint import Checkpoint
 
 
 class Vllm:
@@ -57,6 +60,9 @@ class Vllm:
     def output(self, out: Path) -> Kind:
         """A folder is written."""
         return "folder"
+
+    def check_output(self, source: Checkpoint, out: Path) -> None:
+        """What can be written does not depend on the output's name."""
 
     def export(self, job: ExportJob) -> Exported:
         """Write the packed checkpoint."""

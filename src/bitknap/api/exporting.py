@@ -73,6 +73,7 @@ def export(
             copied_from=origin.folder,
         )
         target.check_model(origin.config)
+        target.check_output(origin, path)
         check_source(origin, asked.include, reads_text=asked.method.needs_inputs)
         return _exported(origin, plan, target, path, asked, kept, progress)
 

@@ -252,6 +252,8 @@ def _choose(
     source, include = Checkpoint.open(resolve(model)), listed(options["include"])
     check_source(source, include)
     offered, target = formats_of(options), target_of(options)
+    if target is not None:
+        target.check_output(source, path)
     if target is None or target.reads_weights:
         check_checkpoint_room(source, offered, include, path)
     aim(options, offered.layout(source, include).units)

@@ -144,6 +144,12 @@ def test_another_architecture_gets_the_recipe_alone(saved, tmp_path):
     }
 
 
+def test_what_cannot_be_written_is_refused_before_anything_is_measured(saved, tmp_path, refused):
+    folder = saved(tmp_path / "model", "glm4_moe", hidden_size=64, moe_intermediate_size=32)
+    words = ("quantize", folder, "--target", "gguf", "--budget", "5bpw")
+    assert "model_type glm4_moe" in refused(*words, "-o", tmp_path / "a.gguf")
+
+
 def test_a_damaged_model_gets_no_folder(saved, tmp_path):
     folder = saved(tmp_path / "model", hidden_size=64, intermediate_size=96)
     file = folder / "model.safetensors"
