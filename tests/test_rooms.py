@@ -46,6 +46,7 @@ bitknap.quantization.transforms bitknap.quantization.stacks
 bitknap.quantization.packed
 bitknap.quantization.gguf
 bitknap.quantization.runtime bitknap.quantization.targets
+bitknap.quantization.vllm
 bitknap.quantization
 
 bitknap.estimators.measuring bitknap.estimators.tables

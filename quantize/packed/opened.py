@@ -123,12 +123,19 @@ class PackedFolder:
         units = [unit for name in wanted for unit in self._inside.get(name, ())]
         self.checkpoint.read_ahead({*kept, *(self._places[unit][0] for unit in units)})
 
-    def _decode(self, unit: int, out: Tensor) -> None:
-        """Write a unit's weights, float32 [rows, cols], where they belong."""
+    def read_unit(self, unit: int) -> Tensor:
+        """Return the bytes of one unit of the plan as they are stored, uint8.
+
+        Raises:
+            FileError: a file has shrunk since it was opened.
+        """
         name, start = self._places[unit]
         info = self.checkpoint.headers[name]
-        stream = read_bytes(name, info, start, start + int(self.nbytes[unit]))
-        dequantize_into(out, stream, self.plan.format_of(unit), self.kind)
+        return read_bytes(name, info, start, start + int(self.nbytes[unit]))
+
+    def _decode(self, unit: int, out: Tensor) -> None:
+        """Write a unit's weights, float32 [rows, cols], where they belong."""
+        dequantize_into(out, self.read_unit(unit), self.plan.format_of(unit), self.kind)
         if self.replaced[self.layout.views[unit].tensor][0] == "F16":
             out.clamp_(-MOST_HALF, MOST_HALF)  # rounding may exceed the largest value
 

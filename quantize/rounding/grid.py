@@ -152,6 +152,24 @@ class Grid:
             exponent=None if self.exponent is None else self.exponent[start:stop],
         )
 
+    def columns(self, start: int, stop: int) -> Grid:
+        """Return the grid of columns start .. stop - 1, which begin and end at borders of groups.
+
+        A row's scale stays what it was, so shares do too, also where one group is left.
+        """
+        groups = slice(start // self.size, -(-stop // self.size))
+
+        def part(column: Tensor | None) -> Tensor | None:
+            return column if column is None or column.shape[1] == 1 else column[:, groups]
+
+        return replace(
+            self,
+            cols=stop - start,
+            scale=self.scale if self.scale.shape[1] == 1 else self.scale[:, groups],
+            share=part(self.share),
+            zero=part(self.zero),
+        )
+
     def only_exponent(self) -> int:
         """Return the exponent of a grid of one matrix."""
         return 0 if self.exponent is None or not len(self.exponent) else int(self.exponent[0])
@@ -232,6 +250,10 @@ class Quantized:
     def rows(self, start: int, stop: int) -> Quantized:
         """Return the part that holds rows start .. stop - 1."""
         return Quantized(grid=self.grid.rows(start, stop), codes=self.codes[start:stop])
+
+    def columns(self, start: int, stop: int) -> Quantized:
+        """Return the part that holds columns start .. stop - 1; both are borders of groups."""
+        return Quantized(grid=self.grid.columns(start, stop), codes=self.codes[:, start:stop])
 
     @staticmethod
     def stack(parts: list[Quantized]) -> Quantized:

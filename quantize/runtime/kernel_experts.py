@@ -9,12 +9,13 @@ nothing.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
+from bitknap.allocation.problem.format import Format
 from bitknap.errors import InputError
 from bitknap.kernels.experts import Activation, Experts
 from bitknap.kernels.experts_table import ExpertsTable
@@ -97,6 +98,26 @@ def activation_of(module: nn.Module, gated: bool, device: torch.device) -> Activ
     )
 
 
+def check_formats(matrices: Collection[tuple[Format, int, int]]) -> None:
+    """Raise unless kernels can run matrices of one projection.
+
+    Args:
+        matrices: format, rows and columns of each.
+
+    Raises:
+        InputError: they cannot; says why.
+    """
+    kept = {format.source for format, _, _ in matrices if format.kind == "keep"}
+    if low := sorted(kept - KEPT.keys()):
+        raise InputError(f"experts kept in {', '.join(low)}: kernels read {', '.join(KEPT)}")
+    if len(kept) > 1:
+        raise InputError(
+            f"experts kept in {', '.join(sorted(kept))}: kernels read only one kept precision"
+        )
+    dtype = KEPT[kept.pop()] if kept else None
+    check_runnable(tuple(kind_of(recipe(f, rows, cols), cols, dtype) for f, rows, cols in matrices))
+
+
 def _projections(packed: Mapping[str, PackedWeight]) -> dict[str, list[Piece]]:
     """Return the units of each projection, ordered by expert, then by block of rows."""
     by_projection: defaultdict[str, list[Piece]] = defaultdict(list)
@@ -119,16 +140,7 @@ def _check(pieces: Sequence[Piece], experts: int) -> None:
             f"{pieces[0].buffer}: its row blocks differ in length; kernels take blocks of one "
             "length"
         )
-    kept = {piece.format.source for piece in pieces if piece.format.kind == "keep"}
-    if low := sorted(kept - KEPT.keys()):
-        raise InputError(f"experts kept in {', '.join(low)}: kernels read {', '.join(KEPT)}")
-    if len(kept) > 1:
-        raise InputError(
-            f"experts kept in {', '.join(sorted(kept))}: kernels read only one kept precision"
-        )
-    dtype = KEPT[kept.pop()] if kept else None
-    shapes = {(piece.format, piece.rows, piece.cols) for piece in pieces}
-    check_runnable(tuple(kind_of(recipe(f, rows, cols), cols, dtype) for f, rows, cols in shapes))
+    check_formats({(piece.format, piece.rows, piece.cols) for piece in pieces})
 
 
 def _table(
