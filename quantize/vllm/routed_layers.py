@@ -18,8 +18,8 @@ from bitknap.errors import InputError, ModelError
 from bitknap.kernels.experts_table import ExpertsTable
 from bitknap.quantization.packed.opened import PackedFolder
 from bitknap.quantization.packed.tiled_bytes import experts_table
-from bitknap.quantization.packed.unit_parts import check_columns, tiles_of_part
 from bitknap.quantization.runtime.kernel_experts import check_formats
+from bitknap.quantization.vllm.unit_parts import check_columns, tiles_of_part
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
