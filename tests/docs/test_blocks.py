@@ -39,6 +39,7 @@ NOT_RUN = {
     "needs a GPU": 3,
     "fetches a model": 1,
     "installs packages": 3,
+    "runs vLLM": 2,
     "takes minutes": 3,
 }
 _FENCE = re.compile(r"^(`{3,})(\w*)(?: +title=\"([^\"]+)\")?$")

@@ -1,5 +1,7 @@
 """What devices hold of a layer's experts adds up to the layer."""
 
+from typing import Any, Literal
+
 import numpy as np
 import pytest
 import torch
@@ -12,8 +14,11 @@ from bitknap.quantization.packed.opened import open_packed
 from bitknap.quantization.vllm.routed_layers import RoutedLayer, Share
 from bitknap.testing import packed_checkpoint
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 EXPERTS = 4
+ROW: tuple[Literal["row"]] = ("row",)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +73,8 @@ def test_devices_that_share_out_the_experts_add_up(folder, tokens):
 
 @pytest.mark.parametrize("of", [1, 2, 4])
 def test_row_blocks_are_shared_too(of, tokens, tmp_path):
-    sizes = {"group_sizes": ("row",), "intermediate_size": 64}
-    layer = layer_of(packed_checkpoint(tmp_path, row_blocks=2, **sizes))
+    sizes: dict[str, Any] = {"intermediate_size": 64}
+    layer = layer_of(packed_checkpoint(tmp_path, group_sizes=ROW, row_blocks=2, **sizes))
     everyone = range(EXPERTS)
     whole = output(layer, Share(experts=everyone), *tokens)
     parts = [output(layer, Share(experts=everyone, rank=r, of=of), *tokens) for r in range(of)]
@@ -88,13 +93,13 @@ def test_a_part_that_ends_inside_a_group_is_refused(folder):
 
 
 def test_row_blocks_of_several_lengths_are_refused(tmp_path):
-    layer = layer_of(packed_checkpoint(tmp_path, row_blocks=3, group_sizes=("row",)))
+    layer = layer_of(packed_checkpoint(tmp_path, row_blocks=3, group_sizes=ROW))
     with pytest.raises(ModelError, match=r"layer 0 gate: .* row blocks of .* rows"):
         layer.check_share(Share(experts=range(EXPERTS), of=2))
 
 
 def test_only_layers_with_packed_experts_are_there(tmp_path):
-    sizes = {"hidden_size": 32, "moe_intermediate_size": 32}
+    sizes: dict[str, Any] = {"hidden_size": 32, "moe_intermediate_size": 32}
     packed = open_packed(
         packed_checkpoint(tmp_path, "deepseek_v2", ("dense", "attention"), **sizes)
     )
