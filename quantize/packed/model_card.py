@@ -8,7 +8,7 @@ equal cards.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -160,7 +160,29 @@ def _opening(plan: BitPlan, name: str, described: bool) -> list[str]:
         "`bitknap.load(folder)` dequantizes them once, which is faster and takes the memory of "
         "the source model.",
         "",
+        "## Serving",
+        "",
+        *_table(("runtime", "how"), _runtimes(plan, name)),
+        "",
     ]
+
+
+def _runtimes(plan: BitPlan, name: str) -> Iterator[tuple[str, str]]:
+    """Yield each runtime and how it serves this checkpoint, or one like it."""
+    yield "transformers", "as above; on a CUDA GPU experts run packed, by kernels"
+    yield "vLLM", "`pip install bitknap` beside it, then `vllm serve` this folder or its hub id"
+    again = f"bitknap quantize {name or 'SOURCE'} --target {{}} --budget {plan.bpw:.4g}bpw -o OUT"
+    yield "llama.cpp", f"`{again.format('gguf')}` plans and writes its own formats"
+    yield "MLX", f"`{again.format('mlx')}` plans and writes its own formats"
+    yield "others", "`bitknap list targets` names them"
+
+
+def tagged(text: str, tags: Iterable[str]) -> str:
+    """Return a card with more tags in its front matter; those that it has stay single."""
+    front, rule, rest = text.partition("\n---\n")
+    known = front.splitlines()
+    more = [f"- {tag}" for tag in dict.fromkeys(tags) if f"- {tag}" not in known]
+    return "\n".join([front, *more]) + rule + rest
 
 
 def hub_id(source: Path) -> str:

@@ -51,7 +51,7 @@ class Companions:
         for name in (*_NEEDED, *_OPTIONAL):
             path = folder / name
             if not path.is_file() and name in _NEEDED:
-                _fetch(config, name)
+                _fetch(folder, config, name)
             if path.is_file():
                 contents[name] = path.read_bytes()
             elif name in _NEEDED:
@@ -59,15 +59,22 @@ class Companions:
         return cls(files=contents)
 
 
-def _fetch(config: Any, name: str) -> None:
-    """Download one file of a model on the hub to the folder of its weights."""
+def _fetch(folder: Path, config: Any, name: str) -> None:
+    """Download one file of a model on the hub to the folder of its weights, in whichever cache."""
     origin = str(getattr(config, "_name_or_path", ""))
     if not origin or Path(origin).is_dir():
         return
     from transformers.utils import cached_file
 
-    revision = getattr(config, "_commit_hash", None)
-    cached_file(origin, name, revision=revision, _raise_exceptions_for_missing_entries=False)
+    # A cache's folder of a snapshot: CACHE/models--ORGANIZATION--NAME/snapshots/COMMIT.
+    cached = folder.parent.name == "snapshots"
+    cached_file(
+        origin,
+        name,
+        revision=folder.name if cached else getattr(config, "_commit_hash", None),
+        cache_dir=folder.parents[2] if cached else None,
+        _raise_exceptions_for_missing_entries=False,
+    )
 
 
 def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> None:
@@ -77,13 +84,13 @@ def save_pretrained(model: Any, save_directory: str | Path, **kwargs: Any) -> No
         model: loaded by `from_pretrained` from a packed checkpoint.
         save_directory: the folder to write to; files in it that this tool wrote are replaced, and
             its old weight files are deleted.
-        kwargs: as for any transformers model, except `push_to_hub`, `state_dict`, `variant`.
+        kwargs: as for any transformers model, except `state_dict`, `variant`.
 
     Raises:
         InputError: an option that a packed checkpoint has no place for, or a folder that holds
             the weights or other files of somebody else's model.
     """
-    for option in ("push_to_hub", "state_dict", "variant"):
+    for option in ("state_dict", "variant"):
         if kwargs.get(option):
             raise InputError(
                 f"save_pretrained: {option} is not for packed models; save to a folder first"

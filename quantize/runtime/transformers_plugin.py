@@ -38,13 +38,16 @@ from bitknap.quantization.runtime.layers import (
     unpack,
 )
 from bitknap.quantization.runtime.packed_weight import PackedWeight, Piece
-from bitknap.quantization.runtime.saving import Companions, save_pretrained
+from bitknap.quantization.runtime.pushing import push_to_hub, save_and_push
+from bitknap.quantization.runtime.saving import Companions
 from bitknap.quantization.source.source_config import METHOD
 from bitknap.quantization.stacks.alignment import aligned
 from bitknap.quantization.stacks.row_blocks import layout_for
 
 # Prefix of a stream's buffer in a live model, in the module that has all its units.
 _BUFFER = "bitknap_"
+# What a packed model does in its own way.
+_METHODS = {"save_pretrained": save_and_push, "push_to_hub": push_to_hub}
 
 
 class BitknapConfig(QuantizationConfigMixin):  # type: ignore[misc]
@@ -168,7 +171,8 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
         for name, parameter in model.named_parameters():
             parameter.data = parameter.data.to(self._dtypes.get(name, parameter.dtype))
         self._folder = None
-        model.save_pretrained = MethodType(save_pretrained, model)
+        for name, method in _METHODS.items():
+            setattr(model, name, MethodType(method, model))
         return model
 
     def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -196,7 +200,8 @@ class BitknapQuantizer(HfQuantizer):  # type: ignore[misc]
             unpack(module)
         for place in self._places.values():
             del place.module._buffers[place.buffer]
-        vars(model).pop("save_pretrained", None)
+        for name in _METHODS:
+            vars(model).pop(name, None)
         to_plain(model.config)
         # A configuration that has been saved holds its dtype as a name.
         named = getattr(torch, dtype) if isinstance(dtype, str) else dtype

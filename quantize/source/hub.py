@@ -8,7 +8,7 @@ never run: a packed checkpoint of the model names it too.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,7 +51,7 @@ def fetch(model: str) -> Path:
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]
 
-    with _one_line(model):
+    with _fetching(model):
         try:
             sizes = _listed(model)
         except (HTTPError, OSError) as offline:
@@ -79,7 +79,7 @@ def fetch_headers(model: str) -> Remote | Path:
     """
     from huggingface_hub import get_safetensors_metadata, hf_hub_download
 
-    with _one_line(model):
+    with _fetching(model):
         folder = Path(hf_hub_download(model, _CONFIG)).parent
         cached = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file()]
         weights = weights_of(read_json(folder / _CONFIG), cached.__contains__)
@@ -137,7 +137,15 @@ def cache_of(model: str) -> Path:
 
 
 @contextmanager
-def _one_line(model: str) -> Iterator[None]:
+def calling_the_hub(problem: str) -> Iterator[None]:
+    """Turn what the hub's library raises into InputError of one line.
+
+    Args:
+        problem: what could not be done; the hub's reason follows.
+
+    Raises:
+        InputError: the hub refuses, or cannot be reached.
+    """
     from huggingface_hub.errors import (  # type: ignore[attr-defined]
         HFValidationError,
         HTTPError,
@@ -153,9 +161,11 @@ def _one_line(model: str) -> Iterator[None]:
         yield
     except expected as error:
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
-        raise InputError(
-            f"{model}: no such folder, and it cannot be downloaded from the hub ({reason})"
-        ) from None
+        raise InputError(f"{problem} ({reason})") from None
+
+
+def _fetching(model: str) -> AbstractContextManager[None]:
+    return calling_the_hub(f"{model}: no such folder, and it cannot be downloaded from the hub")
 
 
 def _listed(model: str) -> dict[str, int]:

@@ -55,6 +55,23 @@ def test_what_a_card_says():
     assert text.index("import bitknap") < text.index("from_pretrained")
 
 
+def test_a_card_says_how_each_runtime_serves_it():
+    plan = make_plan()
+    text = model_card.card(plan, {}, name="org/Model")
+    bits = f"{plan.bpw:.4g}bpw"
+    assert "then `vllm serve` this folder or its hub id |" in text
+    for target in ("gguf", "mlx"):
+        assert f"`bitknap quantize org/Model --target {target} --budget {bits} -o OUT`" in text
+    assert "quantize SOURCE --target gguf" in model_card.card(plan, {})
+
+
+def test_tags_are_added_to_the_front_matter_once():
+    text = model_card.card(make_plan(), {})
+    more = model_card.tagged(text, ["mine", "bitknap", "mine"])
+    assert more == text.replace("- mixture-of-experts\n", "- mixture-of-experts\n- mine\n", 1)
+    assert model_card.tagged(text, []) == text
+
+
 def test_figures_of_layers():
     plan = make_plan(layers=2)
     text = model_card.card(plan, {})

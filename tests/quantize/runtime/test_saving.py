@@ -71,9 +71,7 @@ def test_dequantizing_later(packed, exact, tmp_path):
     assert (tmp_path / "plain" / "model.safetensors").is_file()
 
 
-@pytest.mark.parametrize(
-    "option", [{"push_to_hub": True}, {"variant": "x"}, {"state_dict": {1: 2}}]
-)
+@pytest.mark.parametrize("option", [{"variant": "x"}, {"state_dict": {1: 2}}])
 def test_what_saving_has_no_place_for(option, packed, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(packed)
     with pytest.raises(
