@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import posixpath
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -47,7 +47,10 @@ from bitknap.quantization.stacks.row_blocks import layout_for
 # Prefix of a stream's buffer in a live model, in the module that has all its units.
 _BUFFER = "bitknap_"
 # What a packed model does in its own way.
-_METHODS = {"save_pretrained": save_and_push, "push_to_hub": push_to_hub}
+_METHODS: Mapping[str, Callable[..., Any]] = {
+    "save_pretrained": save_and_push,
+    "push_to_hub": push_to_hub,
+}
 
 
 class BitknapConfig(QuantizationConfigMixin):  # type: ignore[misc]

@@ -193,9 +193,9 @@ def test_two_devices(options, folders, packing, ours):
 
 def test_serving_needs_no_option(folders, site, tmp_path):
     # `vllm serve` looks up the version of "vllm", and the build for CPUs has another name.
-    about = tmp_path / "vllm-0.32.0.dist-info"
+    about = tmp_path / "vllm-0.32.0+cpu.dist-info"
     about.mkdir()
-    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0+cpu\n")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
