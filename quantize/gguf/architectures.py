@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from bitknap.errors import ModelError
-from bitknap.quantization.gguf.container import Value
+from bitknap.quantization.ggml.container import Value
 
 _SOFTMAX, _SIGMOID = 1, 2
 # llama.cpp knows by its number of layers that a DeepSeek has no low-rank query.

@@ -17,8 +17,9 @@ import numpy as np
 from bitknap.allocation.problem.units import Units
 from bitknap.disk.manifest import GGUF_MARK
 from bitknap.errors import FileError, MismatchError
-from bitknap.quantization.gguf import container, names
-from bitknap.quantization.gguf.container import Entry, Value
+from bitknap.quantization.ggml import container
+from bitknap.quantization.ggml.container import Entry, Value
+from bitknap.quantization.gguf import names
 
 _SUMS, _COUNTS = ".in_sum2", ".counts"
 

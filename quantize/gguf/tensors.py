@@ -20,9 +20,9 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.units import ROLES, Unit
 from bitknap.errors import ModelError
 from bitknap.quantization.ggml import library
+from bitknap.quantization.ggml.container import Entry
 from bitknap.quantization.gguf import names
 from bitknap.quantization.gguf.architectures import Architecture, Unwritable
-from bitknap.quantization.gguf.container import Entry
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.writer import Rounded

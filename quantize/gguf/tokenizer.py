@@ -12,26 +12,19 @@ from pathlib import Path
 from typing import Any
 
 from bitknap.errors import ModelError
+from bitknap.quantization.ggml.container import Value
+from bitknap.quantization.ggml.tokenizer_json import CONTROL, CUTS, GPT2, USER
 from bitknap.quantization.gguf.architectures import Unwritable
-from bitknap.quantization.gguf.container import Value
 from bitknap.quantization.source.transformers_calls import calling_transformers
 
-_NORMAL, _CONTROL, _USER, _UNUSED, _BYTE = 1, 3, 4, 5, 6
+_NORMAL, _UNUSED, _BYTE = 1, 5, 6
 _SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unk", "pad": "padding"}
-_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|"
-_REST = r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# How text is cut before pairs are merged, and what llama.cpp calls that.
-_CUTS = {
-    _WORDS + r"\p{N}" + _REST: "qwen2",
-    _WORDS + r"\p{N}{1,3}" + _REST: "llama-bpe",
-}
 # Parts of the expressions by which families are known that write them in several ways.
 _MARKS = {
     r"\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}": "gpt-4o",
     r"[一-龥ࠀ-一가-퟿]+": "deepseek-llm",
     "[一-龥\u3040-ゟ": "deepseek-v3",
 }
-_GPT2 = "gpt-2"
 
 
 def values_of(folder: Path, vocabulary: int) -> tuple[dict[str, Value], list[str]]:
@@ -109,7 +102,7 @@ def _kind(word: str | None, added: Mapping[str, Any] | None, falls_back: bool) -
     if word is None:
         return _UNUSED
     if added is not None:
-        return _CONTROL if added.get("special") else _USER
+        return CONTROL if added.get("special") else USER
     is_byte = falls_back and len(word) == 6 and word.startswith("<0x") and word.endswith(">")
     return _BYTE if is_byte else _NORMAL
 
@@ -139,15 +132,16 @@ def _cut(pre: Mapping[str, Any] | None) -> tuple[str, list[str]]:
         if step.get("type") == "Split"
     ]
     for regex in written:
-        if regex in _CUTS:
-            return _CUTS[regex], []
+        for name, whole in CUTS.items():
+            if regex == whole:
+                return name, []
         for mark, name in _MARKS.items():
             if mark in regex:
                 return name, []
     bytewise = [step for step in steps if step.get("type") == "ByteLevel"]
     if not written and any(step.get("use_regex", True) for step in bytewise):
-        return _GPT2, []
-    return _GPT2, [
+        return GPT2, []
+    return GPT2, [
         "llama.cpp has no name for how this tokenizer cuts text; the file says gpt-2: compare its "
         "tokens with transformers' before you serve it"
     ]

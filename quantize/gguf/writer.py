@@ -12,9 +12,10 @@ from bitknap.disk.atomic import check_space, whole_file
 from bitknap.disk.manifest import GGUF_MARK
 from bitknap.errors import MismatchError
 from bitknap.progress import Progress
-from bitknap.quantization.gguf import container, tokenizer
+from bitknap.quantization.ggml import container
+from bitknap.quantization.ggml.container import Entry, Value
+from bitknap.quantization.gguf import tokenizer
 from bitknap.quantization.gguf.architectures import architecture_of, values_of
-from bitknap.quantization.gguf.container import Entry, Value
 from bitknap.quantization.gguf.tensors import Model, Piece
 from bitknap.quantization.packed.writer import Rounded
 from bitknap.quantization.source.architecture import config_of, text_config_of

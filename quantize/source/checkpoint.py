@@ -20,6 +20,7 @@ import torch
 
 from bitknap.disk.atomic import read_json
 from bitknap.errors import FileError, InputError
+from bitknap.quantization.ggml import unpacked
 from bitknap.quantization.models.matrix_views import View
 from bitknap.quantization.source import foreign_formats, hub, low_bit_codes
 from bitknap.quantization.source.bundled import PREFIX, folder_of
@@ -51,8 +52,8 @@ def resolve(model: str | Path) -> Path:
     """Return the folder of a model.
 
     Args:
-        model: a folder with a `config.json`, "reference:NAME" for a bundled model, or a Hugging
-            Face hub id, which is downloaded unless it is cached.
+        model: a folder with a `config.json`, a GGUF file in 16 or 32 bits, "reference:NAME" for
+            a bundled model, or a Hugging Face hub id, which is downloaded unless it is cached.
 
     Raises:
         InputError: there is no such model.
@@ -67,7 +68,8 @@ def places(model: str | Path) -> list[Path]:
     Raises:
         InputError: there is no such model.
     """
-    folder = _local(model)
+    file = Path(model)
+    folder = file if file.suffix == ".gguf" and file.is_file() else _local(model)
     return [hub.cache_of(str(model)) if folder is None else folder]
 
 
@@ -89,6 +91,8 @@ def _local(model: str | Path) -> Path | None:
                 )
             raise InputError(f"{folder}: no config.json; pass the folder of a transformers model")
         return folder
+    if folder.suffix == ".gguf" and folder.is_file():
+        return unpacked.folder_of(folder)
     if folder.exists():
         raise InputError(f"{folder} is a file; pass the folder of a transformers model")
     if isinstance(model, Path) or not _HUB_ID.fullmatch(model):

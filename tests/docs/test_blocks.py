@@ -38,8 +38,9 @@ PAGES = sorted(
 NOT_RUN = {
     "needs a GPU": 3,
     "fetches a model": 1,
-    "installs packages": 3,
     "runs vLLM": 2,
+    "installs packages": 4,
+    "needs other programs": 1,
     "takes minutes": 3,
 }
 _FENCE = re.compile(r"^(`{3,})(\w*)(?: +title=\"([^\"]+)\")?$")

@@ -7,7 +7,8 @@ import pytest
 
 from bitknap.allocation import Units
 from bitknap.errors import FileError, MismatchError
-from bitknap.quantization.gguf import container, imatrix
+from bitknap.quantization.ggml import container
+from bitknap.quantization.gguf import imatrix
 
 EXPERTS, COLS = 3, 8
 NAME = "blk.0.ffn_down_exps.weight"

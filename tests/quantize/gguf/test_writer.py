@@ -6,7 +6,7 @@ import torch
 
 from bitknap.allocation import Format
 from bitknap.errors import ModelError
-from bitknap.quantization.gguf import container
+from bitknap.quantization.ggml import container
 from bitknap.quantization.gguf.architectures import ARCHITECTURES
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk

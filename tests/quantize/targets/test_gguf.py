@@ -11,8 +11,8 @@ from bitknap.allocation import BitPlan, Format, Units
 from bitknap.api.exporting import coarsen, export
 from bitknap.api.requests import Calibration, Resume
 from bitknap.errors import InputError, MismatchError, ModelError
-from bitknap.quantization.ggml import library
-from bitknap.quantization.gguf import container, imatrix
+from bitknap.quantization.ggml import container, library
+from bitknap.quantization.gguf import imatrix
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.reading import read_stored

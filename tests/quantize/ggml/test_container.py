@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from bitknap.errors import FileError
-from bitknap.quantization.gguf import container
-from bitknap.quantization.gguf.container import Entry
+from bitknap.quantization.ggml import container
+from bitknap.quantization.ggml.container import Entry
 
 VALUES: dict[str, Any] = {
     "general.architecture": "llama",
