@@ -58,6 +58,6 @@ class Mlx(GridTarget):
 
     def export(self, job: ExportJob) -> Exported:
         """Write the folder: weights, configuration, tokenizer and plan."""
-        from bitknap.quantization.targets import mlx_folder
+        from bitknap.quantization.targets.folders import mlx_folder
 
         return mlx_folder.write(job, EXPERTS[job.source.config["model_type"]])

@@ -30,8 +30,8 @@ from bitknap.kernels.layout.plain_codes import pack_bits, unpack_bits
 from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.packed.outline import kept_tensors
 from bitknap.quantization.rounding.grid import Quantized
+from bitknap.quantization.targets.folders.tensor_folder import Folder, Module
 from bitknap.quantization.targets.target import Exported, ExportJob
-from bitknap.quantization.targets.tensor_folder import Folder, Module
 
 # Models that mlx-lm runs with scaled positions only; a factor of 1 changes nothing.
 _ALWAYS_SCALED = ("deepseek_v2",)
