@@ -33,6 +33,7 @@ class Architecture:
         must: configuration keys that llama.cpp has built in, and the values that they must have.
         latent: whether attention goes through a low-rank key-value state (MLA).
         ffn_norm: its name for the norm before the MLP.
+        shares_head: whether it takes the embedding for the head where a file has no head.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Architecture:
     must: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     latent: bool = False
     ffn_norm: str = "ffn_norm"
+    shares_head: bool = True
 
 
 def _experts(config: Any) -> dict[str, Value]:
@@ -92,7 +94,11 @@ def _deepseek(config: Any) -> dict[str, Value]:
     return _experts(config) | values | {"attention.head_count_kv": 1}
 
 
-_SILU = {"hidden_act": ("silu", "swish")}
+_SILU: Mapping[str, tuple[Any, ...]] = {"hidden_act": ("silu", "swish")}
+_EVERY_LAYER: Mapping[str, tuple[Any, ...]] = {
+    "decoder_sparse_step": (1,),
+    "mlp_only_layers": ([], None),
+}
 ARCHITECTURES: Mapping[str, Architecture] = {
     "llama": Architecture(name="llama", permuted=True, must=_SILU),
     "mixtral": Architecture(name="llama", permuted=True, values=_wide_experts, must=_SILU),
@@ -101,26 +107,30 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2_moe": Architecture(
         name="qwen2moe",
         values=_qwen2_moe,
-        must=_SILU | {"norm_topk_prob": (False,), "decoder_sparse_step": (1,)},
+        must={**_SILU, **_EVERY_LAYER, "norm_topk_prob": (False,)},
+        shares_head=False,
     ),
     "qwen3_moe": Architecture(
         name="qwen3moe",
         values=_experts,
-        must=_SILU | {"norm_topk_prob": (True,), "decoder_sparse_step": (1,)},
+        must={**_SILU, **_EVERY_LAYER, "norm_topk_prob": (True,)},
     ),
     "olmoe": Architecture(
         name="olmoe",
         values=_wide_experts,
-        must=_SILU | {"norm_topk_prob": (False,), "clip_qkv": (None,)},
+        must={**_SILU, "norm_topk_prob": (False,), "clip_qkv": (None,)},
+        shares_head=False,
     ),
     "deepseek_v2": Architecture(
         name="deepseek2",
         values=_deepseek,
-        must=_SILU | {"topk_method": ("greedy",)},
+        must={**_SILU, "topk_method": ("greedy",)},
         latent=True,
     ),
     "deepseek_v3": Architecture(name="deepseek2", values=_deepseek, must=_SILU, latent=True),
-    "gpt_oss": Architecture(name="gpt-oss", values=_gpt_oss, ffn_norm="post_attention_norm"),
+    "gpt_oss": Architecture(
+        name="gpt-oss", values=_gpt_oss, ffn_norm="post_attention_norm", shares_head=False
+    ),
 }
 
 
@@ -172,6 +182,26 @@ def _check_alternating(config: Any) -> None:
         )
 
 
+def warnings_of(config: Any) -> list[str]:
+    """Return in what llama.cpp's results differ a little or far into a text, one sentence each."""
+    said = []
+    rope = dict(config.rope_parameters or {})
+    if rope.get("rope_type") == "yarn" and not rope.get("truncate", True):
+        said.append(
+            "llama.cpp rounds the range of yarn to whole dimensions, which config.json says not "
+            "to: log-probabilities differ in the second decimal"
+        )
+    window = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or (["sliding_attention"] if window else [])
+    slides = config.model_type != "gpt_oss" and "sliding_attention" in kinds
+    if slides and window and window < config.max_position_embeddings:
+        said.append(
+            f"this model attends to the last {window:,} tokens alone, llama.cpp to all of them: "
+            "results differ in longer texts"
+        )
+    return said
+
+
 def values_of(config: Any, architecture: Architecture) -> dict[str, Value]:
     """Return what the head of a file says about a model, by full names, without its tokenizer."""
     heads = int(config.num_attention_heads)
@@ -212,7 +242,14 @@ def _scaling(config: Any, rope: Mapping[str, Any]) -> dict[str, Value]:
     if rope.get("beta_fast"):
         values["rope.scaling.yarn_beta_fast"] = float(rope["beta_fast"])
         values["rope.scaling.yarn_beta_slow"] = float(rope["beta_slow"])
-    if "deepseek" in config.model_type and rope.get("mscale_all_dim"):
+    latent = "deepseek" in config.model_type
+    same = rope.get("mscale") == rope.get("mscale_all_dim") if latent else not rope.get("mscale")
+    if rope.get("attention_factor") or not same:
+        raise Unwritable(
+            "config.json: rope_parameters: attention_factor or mscale: llama.cpp scales attention "
+            "under yarn by its own formula, so its file would be another model"
+        )
+    if latent and rope.get("mscale_all_dim"):
         values["rope.scaling.yarn_log_multiplier"] = 0.1 * float(rope["mscale_all_dim"])
     return values
 

@@ -179,6 +179,9 @@ class Model:
             if name == "output.weight" and self.config.tie_word_embeddings:
                 continue
             yield self._other(name, tensor, shape)
+            tied = self.config.tie_word_embeddings and not self.architecture.shares_head
+            if name == "token_embd.weight" and tied:
+                yield self._other("output.weight", tensor, shape)
 
     def _other(self, name: str, tensor: str, shape: tuple[int, ...]) -> Piece:
         squeezed = tuple(size for size in shape if size > 1) or (1,)

@@ -15,7 +15,7 @@ from bitknap.progress import Progress
 from bitknap.quantization.ggml import container
 from bitknap.quantization.ggml.container import Entry, Value
 from bitknap.quantization.gguf import tokenizer
-from bitknap.quantization.gguf.architectures import architecture_of, values_of
+from bitknap.quantization.gguf.architectures import architecture_of, values_of, warnings_of
 from bitknap.quantization.gguf.tensors import Model, Piece
 from bitknap.quantization.packed.writer import Rounded
 from bitknap.quantization.source.architecture import config_of, text_config_of
@@ -164,7 +164,7 @@ def _values(model: Model, pieces: Sequence[Piece], name: str) -> tuple[dict[str,
     if model.architecture.latent and not model.absorbed:
         values |= _not_absorbed(model)
     said, warnings = tokenizer.values_of(model.source.folder, int(model.config.vocab_size))
-    return values | said, warnings
+    return values | said, [*warnings_of(model.config), *warnings]
 
 
 def _not_absorbed(model: Model) -> dict[str, Value]:

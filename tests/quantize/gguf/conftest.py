@@ -155,6 +155,7 @@ def prompts(seed=1):
 def llama():
     """What the tests of whole files use."""
     return SimpleNamespace(
+        root=ROOT,
         model=made_model,
         write=written,
         inputs_of=inputs_of,

@@ -17,6 +17,18 @@ from bitknap.quantization.stacks.reading import read_stored
 
 MENU = tuple(map(Format.ggml, ("q8_0", "q5_1", "iq4_nl", "q4_0")))
 slow = pytest.mark.slow
+LONG = {"max_position_embeddings": 2560}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 10000.0,
+    "factor": 40.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "original_max_position_embeddings": 64,
+}
+PLAIN_YARN = {key: value for key, value in YARN.items() if "mscale" not in key}
 FAMILIES = (
     pytest.param("mixtral", {}, ()),
     pytest.param("qwen3_moe", {}, (), marks=slow),
@@ -25,7 +37,10 @@ FAMILIES = (
     pytest.param("deepseek_v2", {}, (), marks=slow),
     pytest.param("deepseek_v2", {}, ("attention", "shared", "dense"), marks=slow),
     pytest.param("deepseek_v2", {"q_lora_rank": None, "num_hidden_layers": 27}, (), marks=slow),
-    pytest.param("deepseek_v3", {}, (), marks=slow),
+    pytest.param("deepseek_v3", {"n_group": 2}, (), marks=slow),
+    pytest.param("deepseek_v3", {"rope_parameters": YARN, **LONG}, (), marks=slow),
+    pytest.param("qwen3_moe", {"rope_parameters": PLAIN_YARN, **LONG}, (), marks=slow),
+    pytest.param("qwen2_moe", {"tie_word_embeddings": True}, (), marks=slow),
     pytest.param("gpt_oss", {}, (), marks=slow),
     pytest.param("llama", {"tie_word_embeddings": True}, ("dense",), marks=slow),
     pytest.param(
@@ -160,6 +175,8 @@ def test_an_architecture_that_is_not_known_is_named(tmp_path, llama):
         ("qwen3_moe", {"norm_topk_prob": False}, "norm_topk_prob: False; llama.cpp computes"),
         ("olmoe", {"clip_qkv": 8.0}, "clip_qkv: 8.0"),
         ("olmoe", {"num_key_value_heads": 2}, "num_key_value_heads"),
+        ("qwen2_moe", {"mlp_only_layers": [0]}, "mlp_only_layers"),
+        ("qwen3_moe", {"rope_parameters": YARN, **LONG}, "attention_factor or mscale"),
         ("mixtral", {"hidden_act": "gelu"}, "hidden_act: 'gelu'"),
         ("deepseek_v2", {"q_lora_rank": None}, "q_lora_rank: llama.cpp loads"),
         ("gpt_oss", {"layer_types": ["full_attention", "sliding_attention"]}, "layer_types"),
@@ -176,6 +193,25 @@ def test_what_llama_cpp_would_compute_otherwise_is_refused(tmp_path, llama, fami
     with pytest.raises(ModelError, match=words):
         llama.write(tmp_path / "model", tmp_path / "a.gguf", include=include)
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "words"),
+    [
+        ("mixtral", {"sliding_window": 16}, "attends to the last 16 tokens alone"),
+        (
+            "gpt_oss",
+            {"rope_parameters": {**PLAIN_YARN, "truncate": False}, **LONG},
+            "range of yarn",
+        ),
+        ("mixtral", {}, None),
+    ],
+)
+def test_where_results_differ_is_said(tmp_path, llama, family, changes, words):
+    llama.model(tmp_path / "model", family, **changes)
+    said = llama.write(tmp_path / "model", tmp_path / "a.gguf").made.warnings
+    assert len(said) == (words is not None)
+    assert words is None or words in said[0]
 
 
 def test_every_architecture_is_llama_cpps():
