@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from bitknap.api.estimation import estimate
     from bitknap.api.evaluation import evaluate
     from bitknap.api.exporting import coarsen, export
+    from bitknap.api.importing import import_costs
     from bitknap.api.inspection import serving
     from bitknap.api.live import LiveModel
     from bitknap.api.quantizing import load, quantize
@@ -83,6 +84,7 @@ _HOMES = {
         "solve",
     ),
     "bitknap.api.estimation": ("estimate",),
+    "bitknap.api.importing": ("import_costs",),
     "bitknap.api.inspection": ("serving",),
     "bitknap.api.live": ("LiveModel",),
     "bitknap.api.evaluation": ("evaluate",),
@@ -157,6 +159,7 @@ __all__ = [
     "export",
     "formats",
     "frontier",
+    "import_costs",
     "load",
     "price",
     "profile",

@@ -43,6 +43,10 @@ _COMMANDS = {
         "bitknap.cli.estimate_command:estimate",
         "Measure what each format costs each matrix.",
     ),
+    "import": (
+        "bitknap.cli.import_command:import_costs",
+        "Turn measurements of other tools into a cost table.",
+    ),
     "solve": ("bitknap.cli.solve_command:solve", "Choose formats that fit a budget."),
     "quantize": (
         "bitknap.cli.quantize_command:quantize",

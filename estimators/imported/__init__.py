@@ -1,0 +1,1 @@
+"""Costs that other tools have measured, as cost tables: their users solve with our limits."""

@@ -1,0 +1,62 @@
+"""`bitknap import`: what another tool has measured, as a cost table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from bitknap.cli.options import common
+from bitknap.cli.options.commands import Command
+from bitknap.cli.options.declare import argument, option
+from bitknap.cli.options.solving import free_path
+from bitknap.cli.terminal import present
+
+
+@click.command(
+    "import",
+    cls=Command,
+    examples=("bitknap import measurement.json -o table.safetensors",),
+)
+@argument(
+    "files",
+    "Files of ExLlamaV2, AutoRound or ModelOpt.",
+    nargs=-1,
+    required=True,
+    type=click.Path(path_type=Path),
+)
+@option(
+    "--model",
+    group="model",
+    metavar="MODEL",
+    help="The model that AutoRound scored.",
+    shell_complete=common.model.settings["shell_complete"],
+)
+@common.output("TABLE", "Cost table to write, .safetensors.")
+@common.overwrite
+@common.as_json
+def import_costs(
+    files: tuple[Path, ...], model: str | None, out: str, overwrite: bool, as_json: bool
+) -> None:
+    """Turn the measurements in FILES into a cost table, which `solve` plans with.
+
+    ExLlamaV2's measurement.json, ModelOpt's search state, or AutoRound's scheme_NN_KEY.json, one
+    for each scheme of a run.
+    """
+    from bitknap.api import importing
+    from bitknap.cli.views.tables import facts_table
+
+    path = free_path(out, overwrite, inputs=files)
+    table = importing.import_costs(*files, model=model)
+    table.save(path)
+    left_out = list(table.provenance.get("left_out", ()))
+    facts = {
+        "units": len(table.units),
+        "formats": len(table.formats),
+        "unit_of_costs": table.provenance["unit"],
+        "left_out": len(left_out),
+    }
+    notes = [f"left out, as it is no unit: {name}" for name in left_out[:5]]
+    if len(left_out) > len(notes):
+        notes.append(f"and {len(left_out) - len(notes):,} more")
+    present(as_json, facts | {"path": out}, facts_table(out, facts), *notes)
