@@ -167,10 +167,10 @@ def _places(scores: Scores, units: Units) -> tuple[dict[str, int], list[str]]:
     for name in scores.losses:
         place = stacks.split(name)
         parts = take_apart(place[2]) if place else None
-        unit = None
+        unit = -1
         if place and parts and len(parts.projections) == 1:
-            unit = keys.get((place[1], parts.role, parts.expert, parts.projections[0]))
-        if unit is None:
+            unit = keys.get((place[1], parts.role, parts.expert, parts.projections[0]), -1)
+        if unit < 0:
             left_out.append(name)
         else:
             places[name] = unit

@@ -39,8 +39,8 @@ def read(path: Path) -> CostTable:
     groups = state.get(_KEY) if isinstance(state, Mapping) else None
     if not isinstance(groups, Mapping) or not groups:
         raise FileError(
-            f"{path}: no {_KEY}: not a search state of ModelOpt whose scores are complete; give "
-            "`auto_quantize` a `checkpoint` and let it finish"
+            f"{path}: no {_KEY}: not a search state of ModelOpt whose scores are complete; run its "
+            "search with a checkpoint to the end"
         )
     recipes: dict[str, int] = {}
     parts, left_out = [], []

@@ -44,7 +44,7 @@ _COMMANDS = {
         "Measure what each format costs each matrix.",
     ),
     "import": (
-        "bitknap.cli.import_command:import_costs",
+        "bitknap.cli.exchange.import_command:import_costs",
         "Turn measurements of other tools into a cost table.",
     ),
     "solve": ("bitknap.cli.solve_command:solve", "Choose formats that fit a budget."),
@@ -53,7 +53,7 @@ _COMMANDS = {
         "Estimate, solve and write a packed model in one go.",
     ),
     "export": (
-        "bitknap.cli.export_command:export",
+        "bitknap.cli.exchange.export_command:export",
         "Write a plan as files of llama.cpp, MLX, vLLM and others.",
     ),
     "evaluate": (
@@ -65,7 +65,10 @@ _COMMANDS = {
         "Compare ways to allocate bits at equal sizes.",
     ),
     "study": ("bitknap.cli.study.group:study", "Search plans by measured KL, with Optuna."),
-    "convert": ("bitknap.cli.convert_command:convert", "Change the byte layout of a packed model."),
+    "convert": (
+        "bitknap.cli.exchange.convert_command:convert",
+        "Change the byte layout of a packed model.",
+    ),
     "show": ("bitknap.cli.show_command:show", "Show what a plan, table or packed model contains."),
     "list": ("bitknap.cli.list_command:list_names", "List the names that commands take."),
     "completion": (

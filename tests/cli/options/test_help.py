@@ -17,6 +17,7 @@ _OF_ITS_OWN = {
     ("compare", "--metadata"),
     ("compare", "--refine"),
     ("compare", "--budget"),
+    ("export", "--model"),  # required there
     ("quantize", "--method"),
     ("study create", "--budget"),
     ("study create", "--table"),

@@ -107,7 +107,7 @@ def state(tmp_path, monkeypatch):
         for text in ("NVFP4_DEFAULT_CFG(effective-bits: 4.5)", "NONE(effective-bits: 16.0)"):
             made[text[:4]] = recipe()
             made[text[:4]]._str_repr = text
-        known = collections.defaultdict(dict)
+        known: dict[str, dict[str, object]] = collections.defaultdict(dict)
         for group, about in groups.items():
             known[group] = about | {"formats": [made[short] for short in about["formats"]]}
         path = tmp_path / "state.pth"

@@ -24,6 +24,14 @@ model = argument(
     "Folder, Hugging Face id, or bundled: reference:mixtral.",
     shell_complete=completing.models,
 )
+of_model = option(
+    "--model",
+    group="model",
+    default=None,
+    metavar="MODEL",
+    help="The model that the input was made from.",
+    shell_complete=completing.models,
+)
 include = option(
     "--include",
     group="model",
@@ -87,7 +95,7 @@ target = option(
     default=None,
     usual="any formats",
     metavar="NAME",
-    help="Plan for a runtime: gguf, mlx, vllm, compressed-tensors or another.",
+    help="Plan for a runtime: gguf, mlx, vllm or another.",
     more="Only its formats are offered, rounded as it rounds, and --profile is its rule. "
     "bitknap list targets prints all.",
 )

@@ -23,14 +23,7 @@ from bitknap.quiet import silence_transformers
     usual=("plan", "model", "to", "coarsen", "out", "overwrite", "as_json"),
 )
 @argument("plan", "Plan that bitknap solve wrote.", type=click.Path(path_type=Path))
-@option(
-    "--model",
-    group="model",
-    required=True,
-    metavar="MODEL",
-    help="The model that the plan is for.",
-    shell_complete=common.model.settings["shell_complete"],
-)
+@common.of_model.but(required=True)
 @common.target.but(required=True, usual=None, help="Runtime to write for.", more="").named("--to")
 @option(
     "--coarsen",

@@ -8,7 +8,7 @@ import click
 
 from bitknap.cli.options import common
 from bitknap.cli.options.commands import Command
-from bitknap.cli.options.declare import argument, option
+from bitknap.cli.options.declare import argument
 from bitknap.cli.options.solving import free_path
 from bitknap.cli.terminal import present
 
@@ -25,13 +25,7 @@ from bitknap.cli.terminal import present
     required=True,
     type=click.Path(path_type=Path),
 )
-@option(
-    "--model",
-    group="model",
-    metavar="MODEL",
-    help="The model that AutoRound scored.",
-    shell_complete=common.model.settings["shell_complete"],
-)
+@common.of_model
 @common.output("TABLE", "Cost table to write, .safetensors.")
 @common.overwrite
 @common.as_json
@@ -41,7 +35,7 @@ def import_costs(
     """Turn the measurements in FILES into a cost table, which `solve` plans with.
 
     ExLlamaV2's measurement.json, ModelOpt's search state, or AutoRound's scheme_NN_KEY.json, one
-    for each scheme of a run.
+    for each scheme of a run, with the model that was scored.
     """
     from bitknap.api import importing
     from bitknap.cli.views.tables import facts_table
