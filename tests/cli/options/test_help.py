@@ -17,7 +17,8 @@ _OF_ITS_OWN = {
     ("compare", "--metadata"),
     ("compare", "--refine"),
     ("compare", "--budget"),
-    ("export", "--model"),  # required there
+    ("export", "--model"),
+    ("import", "--model"),
     ("quantize", "--method"),
     ("study create", "--budget"),
     ("study create", "--table"),

@@ -95,7 +95,7 @@ target = option(
     default=None,
     usual="any formats",
     metavar="NAME",
-    help="Plan for a runtime: gguf, mlx, vllm or another.",
+    help="Plan for a runtime, such as gguf.",
     more="Only its formats are offered, rounded as it rounds, and --profile is its rule. "
     "bitknap list targets prints all.",
 )
