@@ -59,7 +59,7 @@ from bitknap.quantization.packed.work_pieces import (
     read_finite,
     slabs,
 )
-from bitknap.quantization.rounding.methods import RTN
+from bitknap.quantization.rounding.methods import RTN, Midtread
 from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import PACKED, Checkpoint
 from bitknap.quantization.source.devices import CPU
@@ -150,6 +150,7 @@ def save(
         KeyboardInterrupt: stopped by hand; says what is kept.
     """
     check_plan(source, plan)
+    _check_grids(rounded.rounding)
     check_output(
         out, "folder", overwrite=overwrite, inputs=[source.folder], copied_from=source.folder
     )
@@ -206,6 +207,15 @@ def check_plan(source: Checkpoint, plan: BitPlan) -> None:
         raise MismatchError(
             f"the plan is for model {plan.model or 'unknown'}, this one is {source.fingerprint}; "
             "make a plan from a table of this model"
+        )
+
+
+def _check_grids(rounding: Rounding) -> None:
+    """Raise MismatchError for a rounding whose grids packed checkpoints do not have."""
+    if rounding.name == Midtread().name:
+        raise MismatchError(
+            "packed checkpoints have no grids with a code for zero, which the plan's costs are of "
+            "(method midtread); export the plan to compressed-tensors"
         )
 
 

@@ -26,6 +26,11 @@ METHODS = Catalog(
             cites="Frantar et al., GPTQ, ICLR 2023, arXiv 2210.17323",
         ),
         Entry(
+            name="midtread",
+            about="Rounding to nearest on grids with a code for zero, for other runtimes.",
+            place=f"{_PLACE}:Midtread",
+        ),
+        Entry(
             name="ggml",
             about="ggml's own rounding to the types of GGUF files; reads a text.",
             place="bitknap.quantization.rounding.ggml:Ggml",

@@ -16,7 +16,7 @@ from torch import Tensor
 from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.format import Format
 from bitknap.errors import InputError, MismatchError
-from bitknap.quantization.rounding import gptq, hqq, rtn
+from bitknap.quantization.rounding import gptq, hqq, midtread, rtn
 from bitknap.quantization.rounding.catalog import METHODS
 from bitknap.quantization.rounding.ggml import Ggml
 from bitknap.quantization.rounding.grid import Quantized
@@ -87,6 +87,19 @@ class Hqq(_RowByRow):
 
     def _rounded(self, rows: Tensor, format: Format) -> Quantized:
         return hqq.quantize(rows, format, power=self.power)
+
+
+@dataclass(frozen=True, slots=True)
+class Midtread(_RowByRow):
+    """Round to nearest on symmetric grids that have a code for zero; see `midtread`."""
+
+    @property
+    def name(self) -> str:
+        """The name of the method."""
+        return "midtread"
+
+    def _rounded(self, rows: Tensor, format: Format) -> Quantized:
+        return midtread.quantize(rows, format)
 
 
 # Steps of GPTQ's grids relative to the best ones for rounding to nearest, by width: errors of

@@ -23,6 +23,7 @@ class AutoRound(GridTarget):
     profile = "layer"
     rule = ShapeRule(bits=(2, 3, 4, 8), groups=(32, 64, 128), rows=32, cols=32)
     symmetric = (True,)
+    rounding = "midtread"
     reads_weights = False
 
     def export(self, job: ExportJob) -> Exported:

@@ -24,6 +24,7 @@ class GptqModel(GridTarget):
     profile = "gate_eq_up"
     rule = ShapeRule(bits=(2, 3, 4, 8), groups=(32, 64, 128), rows=32, cols=32)
     symmetric = (True,)
+    rounding = "midtread"
     reads_weights = False
 
     def export(self, job: ExportJob) -> Exported:

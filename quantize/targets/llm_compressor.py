@@ -21,6 +21,7 @@ class LlmCompressor(GridTarget):
     profile = "layer"
     rule = ShapeRule(bits=tuple(range(2, 9)), groups=(32, 64, 128, 256))
     symmetric = (True,)
+    rounding = "midtread"
     reads_weights = False
 
     def export(self, job: ExportJob) -> Exported:

@@ -31,6 +31,7 @@ class ModelOpt(GridTarget):
         fallback="no W4A16, whose groups are 128; NVFP4 and 8 bits remain",
         fallback_bits=(4, 8),
     )
+    rounding = "midtread"
     reads_weights = False
 
     def formats(self) -> tuple[Format, ...]:

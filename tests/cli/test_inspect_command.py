@@ -131,12 +131,12 @@ def test_rows_that_blocks_do_not_divide():
 def test_runtimes_that_cannot_hold_a_model():
     found = {fit.target.name: fit for fit in fits(units(24, 64))}
     possible = [name for name, fit in found.items() if fit.possible]
-    assert possible == ["vllm", "compressed-tensors", "llm-compressor", "torchao"]
+    assert possible == ["vllm", "llm-compressor", "torchao"]
     assert found["gptqmodel"].reason == "routed gate has 24 outputs, not a multiple of 32"
     assert found["gguf"].reason == "routed down has 24 inputs, not a multiple of 32"
     assert found["modelopt"].reason == "routed down has 24 inputs, not a multiple of 16"
     alone = "no group size divides all rows; one scale a row only"
-    assert found["torchao"].reason == found["compressed-tensors"].reason == alone
+    assert found["torchao"].reason == found["llm-compressor"].reason == alone
     assert all(fit.bits == () for fit in found.values() if not fit.possible)
 
 

@@ -135,6 +135,21 @@ def test_quantize_ends_in_the_files_of_a_target(model, tmp_path, document):
     assert document(*words, "--overwrite")["bytes_on_disk"] == said["bytes_on_disk"]
 
 
+def test_costs_are_of_the_rounding_of_a_target(model, tmp_path, document, refused):
+    out = tmp_path / "out"
+    said = refused("estimate", model, *FAST, "--target", "compressed-tensors", "-o", out)
+    assert "--target compressed-tensors: it rounds otherwise" in said
+    words = ("quantize", model, "--estimator", "weight-error", "--budget", "5bpw", "-o")
+    said = document(*words, out, "--target", "compressed-tensors")
+    assert said["method"] == "midtread"
+    assert said["bytes_predicted"] == said["bytes_on_disk"]
+    assert BitPlan.load(out / "bitknap_plan.json").header["method"] == "midtread"
+    said = refused(*words, tmp_path / "other", "--target", "compressed-tensors", "--method", "hqq")
+    assert said.endswith("--method hqq: compressed-tensors rounds by midtread; leave it out")
+    said = refused(*words, tmp_path / "other", "--method", "midtread")
+    assert said.endswith("give --target compressed-tensors")
+
+
 def test_a_plan_is_raised_to_what_a_target_holds(model, free, tmp_path, document):
     words = ("export", free, "--model", model, "--to", "mlx", "--coarsen", "-o", tmp_path / "out")
     said = document(*words)

@@ -58,9 +58,19 @@ class Modules:
         return cls(formats=found.formats, others=tuple(f"{name}.weight" for name in found.others))
 
     @classmethod
-    def _named(cls, job: ExportJob, names: list[str]) -> Modules:
+    def stored(cls, job: ExportJob) -> Modules:
+        """Return the modules of a model under a plan, by the names that its files have.
+
+        Raises:
+            MismatchError: two units of one fused module have different formats.
+        """
+        names = [view.tensor.removesuffix(".weight") for view in job.layout.views]
+        return cls._named(job, names, renames=False)
+
+    @classmethod
+    def _named(cls, job: ExportJob, names: list[str], *, renames: bool = True) -> Modules:
         layout, plan = job.layout, job.plan
-        renames = any(_renamed(layer) for layer in layout.layers)
+        renames = renames and any(_renamed(layer) for layer in layout.layers)
         formats: dict[str, Format] = {}
         for unit, name in enumerate(names):
             format = plan.format_of(unit)

@@ -24,13 +24,13 @@ from bitknap.allocation.problem.units import ROLES
 from bitknap.disk.atomic import folder_bytes, write_whole
 from bitknap.disk.manifest import names_in
 from bitknap.disk.outputs import whole_folder
-from bitknap.errors import MismatchError, ModelError
+from bitknap.errors import MismatchError
 from bitknap.kernels.layout.exponents import power
 from bitknap.kernels.layout.plain_codes import pack_bits, unpack_bits
 from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.packed.outline import kept_tensors
 from bitknap.quantization.rounding.grid import Quantized
-from bitknap.quantization.targets.folders.tensor_folder import Folder, Module
+from bitknap.quantization.targets.folders.tensor_folder import Folder, Module, times_power
 from bitknap.quantization.targets.target import Exported, ExportJob
 
 # Models that mlx-lm runs with scaled positions only; a factor of 1 changes nothing.
@@ -109,7 +109,9 @@ class _Affine:
         scales, biases = grid.scale, grid.zero
         assert biases is not None
         if grid.exponent is not None:
-            scales, biases = (_times(one, power(grid.exponent)) for one in (scales, biases))
+            scales, biases = (
+                times_power("mlx", one, power(grid.exponent)) for one in (scales, biases)
+            )
         return {"weight": pack_bits(matrix.codes, bits), "scales": scales, "biases": biases}
 
     def values(self, parts: Mapping[str, Tensor], format: Format) -> Tensor:
@@ -120,23 +122,6 @@ class _Affine:
         stream = parts["weight"].contiguous().view(torch.uint8).reshape(-1)
         codes = unpack_bits(stream, format.bits, rows * cols).view(rows, groups, -1)
         return (codes.float() * scales + biases).view(rows, cols)
-
-
-def _times(values: Tensor, factor: Tensor) -> Tensor:
-    """Return fp16 values times a power of two, as fp16 if that holds them well enough.
-
-    Raises:
-        ModelError: they overflow, or one of them loses more than 2^-9 of the largest.
-    """
-    exact = values.float() * factor
-    stored = exact.half()
-    most = float(exact.abs().max())
-    if not float((stored.float() - exact).abs().max()) <= most * 2.0**-9:
-        raise ModelError(
-            f"mlx: scales of {most:.1g} are beyond what MLX's 16 bits hold; leave the role of such "
-            "a matrix out of `include`, or choose another target"
-        )
-    return stored
 
 
 def _modules(job: ExportJob, experts: str) -> list[Module]:

@@ -21,7 +21,7 @@ from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.budget import parse_size
 from bitknap.allocation.problem.format import Format
 from bitknap.disk.atomic import check_space
-from bitknap.errors import MismatchError
+from bitknap.errors import MismatchError, ModelError
 from bitknap.quantization.packed.shards import Entry, Shards, lay_out
 from bitknap.quantization.packed.work_pieces import (
     COPY,
@@ -224,6 +224,23 @@ class _Files:
         while left:
             written = os.pwrite(self._open[file], left, at)
             left, at = left[written:], at + written
+
+
+def times_power(target: str, values: Tensor, factor: Tensor) -> Tensor:
+    """Return fp16 values times a power of two, as fp16 if that holds them well enough.
+
+    Raises:
+        ModelError: they overflow, or one of them loses more than 2^-9 of the largest.
+    """
+    exact = values.float() * factor
+    stored = exact.half()
+    most = float(exact.abs().max())
+    if not float((stored.float() - exact).abs().max()) <= most * 2.0**-9:
+        raise ModelError(
+            f"{target}: scales of {most:.1g} are beyond what its 16 bits hold; leave the role of "
+            "such a matrix out of `include`, or choose another target"
+        )
+    return stored
 
 
 def _copy(source: Checkpoint, stored: str, name: str, files: _Files) -> None:

@@ -124,7 +124,25 @@ _COSTS_OF_ONE_METHOD = (
     "weight-error or measured-kl"
 )
 
+
+def _rounds_otherwise(asked: Asked) -> bool:
+    """Return whether costs of rounding to nearest would be for files that are rounded otherwise."""
+    if asked["target"] is None or not _rounds_to_nearest(asked):
+        return False
+    from bitknap.quantization.targets.catalog import target_of
+
+    target = target_of(asked["target"])
+    return target.reads_weights and target.rounding not in ("", "rtn")
+
+
 _ESTIMATES = (
+    Rule(
+        commands=_ESTIMATING,
+        broken=lambda a: not _planned(a) and _rounds_otherwise(a),
+        message="--target {target}: it rounds otherwise, and the costs of --estimator {estimator} "
+        "are those of rounding to nearest; use one that charges the rounding, such as calibrated, "
+        "moments, fisher, weight-error or measured-kl",
+    ),
     Rule(
         commands=("estimate",),
         broken=lambda a: a["method"] in ("hqq", "gptq") and _rounds_to_nearest(a),
@@ -220,6 +238,12 @@ _QUANTIZES = (
         message="--refine: improves on what a budget gives; give --budget, not --plan",
     ),
     *(_not_with_plan(name, why) for name, why in _NOT_WITH_PLAN.items()),
+    Rule(
+        commands=("quantize",),
+        broken=lambda a: a["method"] == "midtread" and a["target"] != "compressed-tensors",
+        message="--method midtread: packed checkpoints have no grids with a code for zero; give "
+        "--target compressed-tensors",
+    ),
     *map(_not_with_refine, ("permute", "rotate")),
     *map(_only_with_refine, ("refine_driver", "refine_tokens")),
     Rule(

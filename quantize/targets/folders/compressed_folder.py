@@ -1,0 +1,175 @@
+"""A model in compressed-tensors' format pack-quantized.
+
+model*.safetensors   kept tensors under their own names; for each quantized module
+PATH.weight_packed (int32, codes from the lowest bit on),
+PATH.weight_scale (fp16, one for each group) and PATH.weight_shape
+config.json          the source's, with "quantization_config": a group for each format, whose
+targets are regular expressions, and the modules to ignore
+bitknap_plan.json    the plan
+everything else      the tokenizer and similar files, copied
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bitknap.allocation.problem.format import Format
+from bitknap.disk.atomic import folder_bytes, write_whole
+from bitknap.disk.manifest import names_in
+from bitknap.disk.outputs import whole_folder
+from bitknap.errors import MismatchError, ModelError
+from bitknap.kernels.layout.exponents import power
+from bitknap.kernels.layout.plain_codes import pack_bits, unpack_bits
+from bitknap.quantization.packed.folder import PLAN
+from bitknap.quantization.packed.outline import kept_tensors
+from bitknap.quantization.rounding.grid import Quantized
+from bitknap.quantization.targets.configs import settings
+from bitknap.quantization.targets.configs.groups import config_groups
+from bitknap.quantization.targets.configs.module_names import Modules
+from bitknap.quantization.targets.configs.patterns import Pattern
+from bitknap.quantization.targets.folders.tensor_folder import Folder, Module, times_power
+from bitknap.quantization.targets.target import Exported, ExportJob
+
+_NAME = "compressed-tensors"
+
+
+def write(job: ExportJob) -> Exported:
+    """Write a folder that vLLM and transformers load by compressed-tensors.
+
+    Raises:
+        ModelError: experts are stacked in one tensor, or a weight is NaN or infinite.
+        MismatchError: a unit is a part of a tensor.
+        InputError: the output may not be written, or the disk has no room.
+    """
+    modules = _modules(job)
+    names = Modules.of(job)
+    made = _rules(job)
+    covered = [one for one in made if one.format is not None]
+    kept = {name: name for name in kept_tensors(job.source, job.layout)}
+    folder = Folder(job=job, form=_Packed(), modules=modules, kept=kept, made=_shapes(job, modules))
+    with whole_folder(job.out, overwrite=job.overwrite, inputs=[job.source.folder]) as into:
+        job.source.copy_companions(into)
+        unit_bytes = folder.write(into)
+        config = {**job.source.config, "quantization_config": _quantization(made)}
+        write_whole(into / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+        job.plan.save(into / PLAN)
+        if unit_bytes != job.plan.total_bytes:
+            raise MismatchError(
+                f"{job.out}: {unit_bytes:,} bytes of units, the plan says "
+                f"{job.plan.total_bytes:,}; report this as a bug"
+            )
+        checks = (
+            f"the units take {unit_bytes:,} bytes, as the plan says",
+            folder.read_back(into),
+            settings.matched(names, len(covered)),
+        )
+    return Exported(
+        path=job.out,
+        files=tuple(names_in(job.out)),
+        nbytes=folder_bytes(job.out),
+        unit_bytes=unit_bytes,
+        checks=checks,
+        warnings=_warnings(job),
+    )
+
+
+class _Packed:
+    """The form pack-quantized: x = scale · (q - 2^(b-1)), by groups of a row."""
+
+    def shapes(
+        self, format: Format, rows: int, cols: int
+    ) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Return dtype and shape of each tensor of one matrix."""
+        groups, words = cols // format.group_size, cols * format.bits // 32
+        return {"weight_packed": ("I32", (rows, words)), "weight_scale": ("F16", (rows, groups))}
+
+    def parts(self, matrix: Quantized) -> dict[str, Tensor]:
+        """Return the tensors of one matrix."""
+        scale = matrix.grid.scale
+        if matrix.grid.exponent is not None:
+            scale = times_power(_NAME, scale, power(matrix.grid.exponent))
+        packed = pack_bits(matrix.codes, matrix.format.bits)
+        return {"weight_packed": packed, "weight_scale": scale}
+
+    def values(self, parts: Mapping[str, Tensor], format: Format) -> Tensor:
+        """Return the weights that the tensors stand for, float32 [rows, cols]."""
+        scale = parts["weight_scale"].float()[..., None]
+        rows, groups, _ = scale.shape
+        cols = groups * format.group_size
+        stream = parts["weight_packed"].contiguous().view(torch.uint8).reshape(-1)
+        codes = unpack_bits(stream, format.bits, rows * cols).view(rows, groups, -1)
+        weights: Tensor = (codes.float() - 2 ** (format.bits - 1)) * scale
+        return weights.view(rows, cols)
+
+
+def _modules(job: ExportJob) -> list[Module]:
+    """Return the module of each unit, as the source's tensors are named."""
+    for layer in job.layout.layers:
+        if layer.kind != "modules":
+            raise ModelError(
+                f"{_NAME}: {layer.module} stacks its experts in one tensor, and the format has one "
+                "module an expert; choose another target"
+            )
+    modules = []
+    for unit, view in enumerate(job.layout.views):
+        if view.start is not None or view.index is not None or view.transposed:
+            raise MismatchError(
+                f"{_NAME}: {job.plan.units.label(unit)} is a part of {view.tensor}, which the "
+                "format keeps whole; leave its role out of `include`"
+            )
+        modules.append(Module(name=view.tensor.removesuffix(".weight")))
+    return modules
+
+
+def _rules(job: ExportJob) -> list[Pattern]:
+    """Return patterns for modules as transformers names them, and as the files do, for vLLM.
+
+    Raises:
+        MismatchError: a module would get something else than the plan says.
+    """
+    made: list[Pattern] = []
+    both = Modules.of(job), Modules.stored(job)
+    for modules in both:
+        made += [one for one in settings.rules(modules) if one not in made]
+    for modules in both:
+        covered = [one for one in made if one.format is not None]
+        settings.check(_NAME, modules, covered, None)
+    return made
+
+
+def _shapes(job: ExportJob, modules: Sequence[Module]) -> dict[str, Tensor]:
+    units = job.plan.units
+    sizes = zip(units.rows.tolist(), units.cols.tolist(), strict=True)
+    return {
+        f"{module.name}.weight_shape": torch.tensor(size)
+        for module, size in zip(modules, sizes, strict=True)
+    }
+
+
+def _quantization(made: Sequence[Pattern]) -> dict[str, Any]:
+    """Return "quantization_config"; names of blocks are those of transformers 5 or of the hub."""
+    return {
+        "quant_method": _NAME,
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": config_groups([one for one in made if one.format is not None]),
+        "ignore": [f"re:{one.regex}" for one in made if one.format is None],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _warnings(job: ExportJob) -> tuple[str, ...]:
+    routed = job.plan.units.role == 0
+    formats = {job.plan.format_of(int(unit)) for unit in routed.nonzero()[0]}
+    if len(formats) < 2:
+        return ()
+    return (
+        f"experts have {len(formats)} formats, one a layer, which vLLM serves; transformers would "
+        "read them all in the first one, and must not load this folder",
+    )
