@@ -189,7 +189,7 @@ class Evidence:
     Attributes:
         layout: the live model's units.
         layers: statistics of the routed experts, by layer number.
-        linears: statistics of the other projections, by unit.
+        linears: statistics of the other projections, by unit; of all, if no model was run.
         weights: reads units' weights, float32 [n, rows, cols].
         replay: measures the live model's KL; None if there is no live model.
         sweep: measures variants of a model that is not in memory; None if it is.
@@ -240,7 +240,7 @@ class Evidence:
             InputError: whole second moments were not recorded for these units.
         """
         units = self.units
-        if ROLES[units.role[run[0]]] != "routed":
+        if ROLES[units.role[run[0]]] != "routed" or int(run[0]) in self.linears:
             return self._linear_inputs(run)
         layer = self.layers.get(int(units.layer[run[0]]))
         down = units.projections[units.projection[run[0]]] == "down"

@@ -24,6 +24,7 @@ PROGRAMS = {
     "quantize.__main__": "quantize.json",
     "questions.both_models": "compare.mixtral.rtn.json",
     "questions.cheaper_costs": "cheaper_costs.json",
+    "questions.llama_recipes": "llama_recipes.md",
     "questions.refine": "refine.md",
     "questions.row_blocks": "row_blocks.json",
     "questions.uniform": "uniform.md",

@@ -12,7 +12,7 @@ import torch
 from bitknap.api.live import LiveModel
 from bitknap.api.requests import Calibration
 from bitknap.errors import InputError, ModelError
-from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.evidence.evidence import Evidence, LinearEvidence
 from bitknap.estimators.evidence.of_weights import of_weights
 from bitknap.estimators.measuring.documents import Documents, TextLike, TokenWindows, text_of
 from bitknap.estimators.measuring.readings import Readings
@@ -24,13 +24,14 @@ from bitknap.estimators.sweep.peak_memory import way_to_calibrate
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
+from bitknap.quantization.gguf import imatrix
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.outline import settings
 from bitknap.quantization.rounding.methods import Gptq
-from bitknap.quantization.rounding.rounding import recorded_for
+from bitknap.quantization.rounding.rounding import recorded_for, takes_squares
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.architecture import config_of, text_config_of
 from bitknap.quantization.source.checkpoint import Checkpoint
@@ -58,6 +59,8 @@ def gather(
     Raises:
         InputError: a pass over the text would take more than `max_memory` bytes.
     """
+    if asked.imatrix is not None:
+        return _of_imatrix(source, needs, asked, asked.imatrix)
     needs = needs | recorded_for(asked.method)
     if not needs:
         return of_weights(source, asked.include, rounding=asked.method, seed=asked.seed)
@@ -72,6 +75,29 @@ def gather(
         effort=asked.effort,
         device=asked.on_device,
     )
+
+
+def _of_imatrix(
+    source: Checkpoint, needs: frozenset[str], asked: Calibration, path: Path
+) -> Evidence:
+    """Return evidence whose mean squares of inputs are those of an importance matrix.
+
+    Raises:
+        InputError: an estimator or the rounding method needs more than that.
+        FileError: the file cannot be read.
+        MismatchError: it is of another model.
+    """
+    if needs or not takes_squares(asked.method):
+        what = "the estimator" if needs else asked.method.name
+        raise InputError(f"`imatrix`: {what} needs more than mean squares of inputs; leave it out")
+    evidence = of_weights(source, asked.include, rounding=asked.method, seed=asked.seed)
+    rows = imatrix.of_units(imatrix.read(path), evidence.units, path)
+    linears = {
+        unit: LinearEvidence(tokens=1, input_square=torch.from_numpy(row).double())
+        for unit, row in enumerate(rows)
+    }
+    provenance = {**evidence.provenance, "text": f"imatrix {path.name}", "tokens": 0}
+    return replace(evidence, linears=linears, provenance=provenance, device=asked.on_device)
 
 
 def _pass(

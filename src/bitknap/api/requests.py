@@ -88,6 +88,9 @@ class Calibration:
         max_memory: Maximum bytes; a model that needs more is run layer by layer. None sets no
             bound. It holds for the CPU.
         device_memory: Maximum bytes on a GPU; what is free there when not given.
+        imatrix: An importance matrix of llama.cpp that stands for the text, for the model that it
+            was made with: no model is run. For estimators that read no text, and methods that take
+            mean squares of inputs alone ("ggml").
         robust: How costs of several texts are combined: "mean" (default), "worst" or "mean+sd".
         risk: Number of standard deviations that "mean+sd" adds.
         thorough: Round all rows of every matrix, not a sample of them, and measure every group by
@@ -105,6 +108,7 @@ class Calibration:
     device: str | torch.device = AUTO
     max_memory: int | None = None
     device_memory: int | None = None
+    imatrix: Path | None = None
     robust: Rule | None = None
     risk: float = 1.0
     thorough: bool = False

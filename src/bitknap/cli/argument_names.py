@@ -19,8 +19,8 @@ _OPTIONS = {
 }
 # Arguments that have an option with the same name.
 _SAME = (
-    *("calibrate", "check", "coarsen", "device", "estimator", "gap", "include", "journal", "keep"),
-    *("max_memory", "measure_time", "model"),
+    *("calibrate", "check", "coarsen", "device", "estimator", "gap", "imatrix", "include"),
+    *("journal", "keep", "max_memory", "measure_time", "model"),
     *("max_shard_size", "measurements", "overwrite", "permute", "refine", "robust", "risk"),
     *("rotate", "row_blocks", "samples", "seed", "text", "thorough", "time_limit", "tokens"),
     *("target", "uniform"),

@@ -128,6 +128,36 @@ def test_the_importances_beside_it_give_the_same_blocks(tiny, tmp_path):
         np.testing.assert_array_equal(held.data(name), np.concatenate(blocks).reshape(-1))
 
 
+def test_an_importance_matrix_stands_for_a_text(tiny, tmp_path, document):
+    """The importance matrix beside a file makes that file again, and no model is run."""
+    first = tmp_path / "out"
+    write(tiny.plan, tiny.folder, first)
+    tiny.plan.save(tmp_path / "plan.json")
+    words = ("export", tmp_path / "plan.json", "--model", tiny.folder, "--to", "gguf")
+    again = tmp_path / "a.gguf"
+    document(*words, "--imatrix", first / "imatrix.gguf", "-o", again)
+    assert again.read_bytes() == (first / "model.gguf").read_bytes()
+
+
+def test_importance_matrices_that_do_not_fit_are_refused(tiny, saved, tmp_path, refused):
+    other = saved(tmp_path / "other", hidden_size=32, intermediate_size=96)
+    write(plan_of(other), other, tmp_path / "out")
+    tiny.plan.save(tmp_path / "plan.json")
+    grids = plan_of(tiny.folder, (Format(4, 32),), method="gptq")
+    grids.save(tmp_path / "grids.json")
+    known = ("--model", tiny.folder, "--imatrix", tmp_path / "out" / "imatrix.gguf")
+    words = ("export", tmp_path / "plan.json", *known, "--to", "gguf", "-o", tmp_path / "a.gguf")
+    assert "make it with this model" in refused(*words)
+    said = refused(
+        *("export", tmp_path / "grids.json", *known, "--to", "vllm", "-o", tmp_path / "b")
+    )
+    assert "--imatrix: gptq needs more than mean squares" in said
+    (tmp_path / "cut.gguf").write_bytes((tmp_path / "out" / "imatrix.gguf").read_bytes()[:200])
+    cut = ("--model", tiny.folder, "--imatrix", tmp_path / "cut.gguf", "--to", "gguf")
+    out = tmp_path / "a.gguf"
+    assert "cut short" in refused("export", tmp_path / "plan.json", *cut, "-o", out)
+
+
 def test_another_architecture_gets_the_recipe_alone(saved, tmp_path):
     sizes = {"hidden_size": 64, "moe_intermediate_size": 32, "intermediate_size": 96}
     folder = saved(tmp_path / "model", "glm4_moe", **sizes)

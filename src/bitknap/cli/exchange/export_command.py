@@ -31,6 +31,14 @@ from bitknap.quiet import silence_transformers
     is_flag=True,
     help="First give units that the runtime ties one format, never with fewer bits.",
 )
+@option(
+    "--imatrix",
+    group="measuring",
+    type=click.Path(path_type=Path),
+    default=None,
+    metavar="FILE",
+    help="Importance matrix of llama.cpp to round by, instead of a text.",
+)
 @measuring.text
 @measuring.tokens
 @measuring.max_memory
@@ -61,7 +69,9 @@ def export(
 
     target = target_of(to)
     kind = target.output(Path(out))
-    path = free_path(out, overwrite, kind=kind, model=model, inputs=[plan, options["text"]])
+    path = free_path(
+        out, overwrite, kind=kind, model=model, inputs=[plan, options["text"], options["imatrix"]]
+    )
     asked = BitPlan.load(plan)
     wanted = exporting.coarsen(asked, target) if coarsen else asked
     silence_transformers()
@@ -71,6 +81,7 @@ def export(
         seed=options["seed"],
         device=options["device"],
         max_memory=size_of(options["max_memory"]),
+        imatrix=options["imatrix"],
     )
     with stoppable(), progress_bars() as progress:
         written = exporting.export(
