@@ -1,17 +1,21 @@
 """Whole files: llama.cpp computes what transformers does with the weights that they hold."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from bitknap.allocation import Format
 from bitknap.errors import ModelError
-from bitknap.quantization.ggml import container
+from bitknap.quantization.ggml import container, library
 from bitknap.quantization.gguf.architectures import ARCHITECTURES
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.ggml import Blocks
 from bitknap.quantization.stacks.apply import apply
+from bitknap.quantization.stacks.grouping import stacks
 from bitknap.quantization.stacks.quantize_plan import quantize_plan
 from bitknap.quantization.stacks.reading import read_stored
 
@@ -141,6 +145,34 @@ def test_norms_and_routers_are_float32_and_the_rest_is_as_stored(tmp_path, llama
     value = model.model.layers[1].mlp.experts.down_proj.detach().view(torch.uint8).numpy()
     data = container.read(file.path).data("blk.1.ffn_down_exps.weight")
     np.testing.assert_array_equal(data, value.reshape(-1))
+
+
+@pytest.mark.parametrize("format", [Format.keep("mxfp4"), Format.ggml("mxfp4")])
+def test_mxfp4_of_gpt_oss_stays_exactly_what_it_is(tmp_path, llama, format):
+    folder = tmp_path / "model"
+    llama.model(folder, "gpt_oss")
+    generator = torch.Generator().manual_seed(0)
+    tensors = load_file(folder / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        experts, cols, rows = tensors.pop(name).shape
+        shape = (experts, rows, cols // 32)
+        draws = {"blocks": (0, 256, (*shape, 16)), "scales": (122, 126, shape)}
+        for part, (low, high, size) in draws.items():
+            made = torch.randint(low, high, size, generator=generator, dtype=torch.uint8)
+            tensors[f"{name}_{part}"] = made
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4"}
+    (folder / "config.json").write_text(json.dumps(config))
+    file = llama.write(folder, tmp_path / "a.gguf", (format,))
+    layout = walk_headers(file.source.config, file.source.shapes)
+    held = container.read(file.path)
+    for run in stacks(layout.units):
+        unit = layout.units.row(int(run[0]))
+        data = held.data(f"blk.{unit.layer}.ffn_{unit.projection}_exps.weight")
+        decoded = library.dequantize(data.reshape(4 * unit.rows, -1), "mxfp4", unit.cols)
+        weights = read_stored(layout, run, file.source).flatten(0, 1).numpy()
+        np.testing.assert_array_equal(decoded, weights)
 
 
 def test_equal_inputs_give_equal_bytes(tmp_path, llama):
