@@ -39,7 +39,6 @@ from bitknap.quantization.transforms.rotation import rotate_residual
 
 MODEL, WIDTH = "mixtral", 256
 TARGET, PROFILE = "gguf", "layer_proj"
-BUDGETS = (2.5, 3.0, 4.0)
 # The aim: the most that a plan may lose, as a share of the recipe's loss.
 WITHIN = 0.7
 # Types of gate and up, and of down, that llama-quantize gives the experts of a Mixtral of four
@@ -114,8 +113,8 @@ def recipe_plan(name: str, units: Units, model: str) -> BitPlan:
     return BitPlan.from_choice(units, formats, np.array(choice), model=model)
 
 
-def compared(folder: Path, tokens: int, calibration: int) -> dict[str, list[dict[str, Any]]]:
-    """Return a row a recipe, its loss and that of our plan of at most its bytes; a row a budget."""
+def compared(folder: Path, tokens: int, calibration: int) -> list[dict[str, Any]]:
+    """Return one row a recipe: its loss, and that of our plan of at most its bytes."""
     asked = Calibration(tokens=calibration, rounding=Ggml(), device="cpu")
     start = time.monotonic()
     table = estimate(folder, formats=Formats(target=TARGET), calibration=asked)
@@ -135,13 +134,7 @@ def compared(folder: Path, tokens: int, calibration: int) -> dict[str, list[dict
         recipe = recipe_plan(name, layout.units, source.fingerprint)
         rows.append(_row(name, recipe, table, losses))
         print(json.dumps(rows[-1]), flush=True)
-    budgets = []
-    for bits in BUDGETS:
-        plan = plan_for(table, Budget.bits(bits), ties=profile(PROFILE)).plan
-        kl = losses(plan).kl
-        known = {"kl": float(kl.mean()), "kl_se": standard_error(kl)}
-        budgets.append({"budget_bpw": bits, "bpw": plan.bpw, **known})
-    return {"rows": rows, "budgets": budgets}
+    return rows
 
 
 def _row(name: str, recipe: BitPlan, table: CostTable, losses: Any) -> dict[str, Any]:
@@ -163,9 +156,8 @@ def _row(name: str, recipe: BitPlan, table: CostTable, losses: Any) -> dict[str,
     }
 
 
-def markdown(found: Mapping[str, list[dict[str, Any]]], about: dict[str, Any]) -> str:
+def markdown(rows: list[dict[str, Any]], about: dict[str, Any]) -> str:
     """Return the report."""
-    rows = found["rows"]
     within = sum(row["ratio"] <= WITHIN for row in rows)
     lines = [
         "# GGUF plans against llama.cpp's recipes",
@@ -195,9 +187,6 @@ def markdown(found: Mapping[str, list[dict[str, Any]]], about: dict[str, Any]) -
             f"{r['kl']:.5f} ± {r['kl_se']:.5f} | **{r['ratio']:.2f}** | "
             f"{r['difference']:.5f} ± {r['difference_se']:.5f} |"
         )
-    lines += ["", "| budget, bpw | KL ours |", "|---|---|"]
-    for r in found["budgets"]:
-        lines.append(f"| {r['budget_bpw']} | {r['kl']:.5f} ± {r['kl_se']:.5f} |")
     lines += ["", f"torch {about['torch']}, {about['device']}."]
     return "\n".join(lines) + "\n"
 
@@ -212,7 +201,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
         change = widened(MODEL, WIDTH, folder)
-        found = compared(folder, args.tokens, args.calibration_tokens)
+        rows = compared(folder, args.tokens, args.calibration_tokens)
     about = {
         "tokens": args.tokens,
         "calibration_tokens": args.calibration_tokens,
@@ -220,8 +209,8 @@ def main() -> None:
         "torch": torch.__version__,
         "device": f"CPU, {platform.machine()}",
     }
-    write_results(args.out / "llama_recipes.json", {"about": about, **found})
-    write_report(args.out / "llama_recipes.md", markdown(found, about))
+    write_results(args.out / "llama_recipes.json", {"about": about, "rows": rows})
+    write_report(args.out / "llama_recipes.md", markdown(rows, about))
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from bitknap.progress import Progress
 from bitknap.quantization.gguf import imatrix, names, writer
 from bitknap.quantization.gguf.architectures import Unwritable
 from bitknap.quantization.gguf.tensors import type_of
+from bitknap.quantization.packed.model_card import hub_id
 from bitknap.quantization.packed.writer import Rounded
 from bitknap.quantization.rounding.ggml import importance
 from bitknap.quantization.source.checkpoint import Checkpoint
@@ -114,7 +115,8 @@ def write_folder(job: Job) -> Files:
 
 def _model(job: Job, out: Path) -> writer.Written:
     model = writer.model_of(job.source, job.plan, job.rounded)
-    return writer.save(model, out, job.source.folder.name, job.progress)
+    name = hub_id(job.source.folder) or str(model.config.model_type)
+    return writer.save(model, out, name, job.progress)
 
 
 def _said(made: writer.Written) -> str:
