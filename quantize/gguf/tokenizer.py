@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bitknap.disk.atomic import read_json
 from bitknap.errors import ModelError
 from bitknap.quantization.ggml.container import Value
 from bitknap.quantization.ggml.tokenizer_json import CONTROL, CUTS, GPT2, USER
@@ -45,7 +46,9 @@ def values_of(folder: Path, vocabulary: int) -> tuple[dict[str, Value], list[str
         ModelError,
     ):
         tokenizer = AutoTokenizer.from_pretrained(folder)
-        known = json.loads(tokenizer.backend_tokenizer.to_str())
+        file = folder / "tokenizer.json"
+        # transformers adds tokens that a class of tokenizers usually has; the file has the model's.
+        known = read_json(file) if file.is_file() else _written(tokenizer)
     model = known["model"]
     if model.get("type") != "BPE":
         raise Unwritable(
@@ -55,12 +58,18 @@ def values_of(folder: Path, vocabulary: int) -> tuple[dict[str, Value], list[str
         )
     values, warnings = _pieces(known, vocabulary)
     for name, key in _SPECIAL.items():
-        if (number := getattr(tokenizer, f"{name}_token_id", None)) is not None:
+        number = getattr(tokenizer, f"{name}_token_id", None)
+        if number is not None and number < vocabulary:
             values[f"tokenizer.ggml.{key}_token_id"] = int(number)
     values |= _added(tokenizer)
     if isinstance(template := getattr(tokenizer, "chat_template", None), str):
         values["tokenizer.chat_template"] = template
     return values, warnings
+
+
+def _written(tokenizer: Any) -> Any:
+    """Return the content that `tokenizer.json` would have."""
+    return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
 def _pieces(known: Mapping[str, Any], vocabulary: int) -> tuple[dict[str, Value], list[str]]:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from bitknap.allocation import BitPlan, Format
 from bitknap.quantization.gguf import writer
@@ -17,7 +18,7 @@ from bitknap.quantization.packed.writer import Rounded
 from bitknap.quantization.rounding.ggml import Ggml
 from bitknap.quantization.rounding.rounding import Inputs
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.testing import tiny_model
+from bitknap.testing import SIZES, filled, tiny_model
 
 ROOT = Path(__file__).parents[3]
 VOCABULARY = 4096
@@ -54,9 +55,17 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
+_DENSE = ("qwen2", "qwen3")
+
+
 def made_model(folder, family, **changes):
     """Write a tiny model with a tokenizer; no norm or bias is left at one or zero."""
-    model = tiny_model(family, **{**_SIZES, **_OWN.get(family, {}), **changes})
+    values = {**_SIZES, **_OWN.get(family, {}), **changes}
+    if family in _DENSE:
+        config = getattr(transformers, f"{family.title()}Config")(**{**SIZES, **values})
+        model = filled(getattr(transformers, f"{family.title()}ForCausalLM"), config)
+    else:
+        model = tiny_model(family, **values)
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

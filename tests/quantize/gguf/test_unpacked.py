@@ -31,6 +31,8 @@ def cache(tmp_path, monkeypatch):
         pytest.param("qwen3_moe", {}, (), marks=slow),
         pytest.param("qwen2_moe", {}, (), marks=slow),
         pytest.param("olmoe", {}, (), marks=slow),
+        pytest.param("qwen2", {}, ("dense",), marks=slow),
+        pytest.param("qwen3", {}, ("dense",), marks=slow),
         pytest.param(
             "llama", {"tie_word_embeddings": True, "attention_bias": True}, ("dense",), marks=slow
         ),

@@ -46,6 +46,8 @@ FAMILIES = (
     pytest.param("qwen3_moe", {"rope_parameters": PLAIN_YARN, **LONG}, (), marks=slow),
     pytest.param("qwen2_moe", {"tie_word_embeddings": True}, (), marks=slow),
     pytest.param("gpt_oss", {}, (), marks=slow),
+    pytest.param("qwen2", {}, ("dense",), marks=slow),
+    pytest.param("qwen3", {"tie_word_embeddings": True}, ("attention", "dense"), marks=slow),
     pytest.param("llama", {"tie_word_embeddings": True}, ("dense",), marks=slow),
     pytest.param(
         "llama",
