@@ -21,6 +21,7 @@ import pytest
 import torch
 from tests.runtimes.environments import ask, environment
 
+from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.runtime import loading
 from bitknap.testing import packed_checkpoint
 from bitknap.testing.fake_packages import install
@@ -59,8 +60,10 @@ MODELS = {
     "qwen3_moe": (("attention",), {}),
     "qwen2_moe": (("attention", "shared"), {}),
     "deepseek_v2": (("attention", "shared", "dense"), LATENT),
+    "gpt_oss": (("attention",), {}),
     "olmoe": ((), {}),
 }
+HUB = "some/model"
 # vLLM 0.32's own operator for positions is wrong on a CPU for latent attention of several heads,
 # in models of any quantization; without it vLLM computes the same in torch.
 SCRIPT = """
@@ -88,7 +91,14 @@ def experts(llm):
     model = llm.llm_engine.model_executor.driver_worker.worker.get_model()
     layers = [module for module in model.modules() if isinstance(module, RoutedExperts)]
     methods = {type(layer.quant_method).__name__ for layer in layers}
-    return sorted(methods), sum(p.nbytes for layer in layers for p in layer.parameters())
+    weights = [p for layer in layers for p in layer.parameters() if p.dim() == 3]  # no biases
+    return sorted(methods), sum(weight.nbytes for weight in weights)
+
+def refusal(folder):
+    try:
+        said(folder, question["ids"])
+    except Exception as error:
+        return str(error)
 
 if __name__ == "__main__":
     everything = {}
@@ -98,6 +108,7 @@ if __name__ == "__main__":
             everything[folder]["methods"], everything[folder]["bytes"] = experts(llm)
         del llm
         gc.collect()
+    everything["refusals"] = {folder: refusal(folder) for folder in question["broken"]}
     answer(everything)
 """
 
@@ -143,18 +154,41 @@ def ours(folders):
     return found
 
 
-def asked(folders, path, **options):
+def asked(folders, path, broken=(), home="", **options):
     """Return what vLLM says of checkpoints in one process; of several processes with options."""
     question = {"folders": list(map(str, folders)), "ids": IDS, "new": NEW}
-    question |= {"options": options, "inside": not options}
-    alone = {} if options else {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    return ask("vllm", SCRIPT, question, env=QUIET | alone | {"PYTHONPATH": path})
+    question |= {"options": options, "inside": not options, "broken": list(map(str, broken))}
+    variables = QUIET | {"PYTHONPATH": path} | ({"HF_HOME": str(home)} if home else {})
+    if not options:
+        variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    return ask("vllm", SCRIPT, question, env=variables)
 
 
 @pytest.fixture(scope="module")
-def decoded(folders, site):
+def home(folders, tmp_path_factory):
+    """A folder of the hub's library whose cache has one of the models."""
+    home, commit = tmp_path_factory.mktemp("home"), "0" * 40
+    cached = home / "hub" / f"models--{HUB.replace('/', '--')}"
+    shutil.copytree(folders["mixtral"], cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    return home
+
+
+@pytest.fixture(scope="module")
+def broken(folders, tmp_path_factory):
+    """A checkpoint whose plan is cut short."""
+    folder = tmp_path_factory.mktemp("broken") / "packed"
+    shutil.copytree(folders["mixtral"], folder)
+    plan = folder / PLAN
+    plan.write_bytes(plan.read_bytes()[:-100])
+    return folder
+
+
+@pytest.fixture(scope="module")
+def decoded(folders, site, home, broken):
     """What vLLM says with experts that are decoded when they are loaded."""
-    return asked(folders.values(), str(site))
+    return asked([*folders.values(), HUB], str(site), [broken], home)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +208,15 @@ def test_decoded_experts(family, decoded, folders, ours):
     theirs = decoded[str(folders[family])]
     agree(theirs, ours[family])
     assert theirs["methods"] == ["UnquantizedFusedMoEMethod"]
+
+
+def test_a_model_of_the_hub(decoded, ours):
+    agree(decoded[HUB], ours["mixtral"])
+
+
+def test_a_damaged_checkpoint_is_refused_in_one_line(decoded, broken):
+    message = decoded["refusals"][str(broken)]
+    assert message.startswith(f"{broken / PLAN}: not valid JSON") and "\n" not in message
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -219,7 +262,7 @@ def test_serving_needs_no_option(folders, site, tmp_path):
         server.communicate(timeout=60)
 
 
-def answered(server, address, question, seconds=400):
+def answered(server, address, question, seconds=900):
     """Return a server's answer, once it has started."""
     request = urllib.request.Request(
         address, json.dumps(question).encode(), {"Content-Type": "application/json"}
