@@ -49,11 +49,12 @@ bitknap.quantization.runtime bitknap.quantization.targets
 bitknap.quantization.vllm
 bitknap.quantization
 
-bitknap.estimators.measuring bitknap.estimators.tables bitknap.estimators.imported
+bitknap.estimators.measuring bitknap.estimators.tables
 bitknap.estimators.evidence
 bitknap.estimators.sweep
 bitknap.estimators.judging
 bitknap.estimators.costs
+bitknap.estimators.imported
 bitknap.estimators.signals
 bitknap.estimators.group_kl
 bitknap.estimators.sparse

@@ -41,7 +41,7 @@ NOT_RUN = {
     "runs vLLM": 2,
     "installs packages": 4,
     "needs other programs": 1,
-    "needs files of AutoRound": 1,
+    "needs files of other tools": 2,
     "takes minutes": 3,
 }
 _FENCE = re.compile(r"^(`{3,})(\w*)(?: +title=\"([^\"]+)\")?$")

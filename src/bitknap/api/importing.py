@@ -7,12 +7,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bitknap.allocation import CostTable
+from bitknap.allocation import CostTable, Format
 from bitknap.allocation.problem.serving import KEY
+from bitknap.api.requests import default_formats
 from bitknap.disk.atomic import read_json
 from bitknap.disk.json_shapes import json_object
 from bitknap.errors import FileError, InputError
-from bitknap.estimators.imported import autoround, exl2, modelopt
+from bitknap.estimators.evidence.of_weights import of_weights
+from bitknap.estimators.imported import autoround, exl2, imatrix, modelopt
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.models.tensor_names import INCLUDES
@@ -22,19 +24,30 @@ from bitknap.quantization.runtime.serving_needs import serving_of
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 
 _KNOWN = (
-    "ExLlamaV2's measurement.json, AutoRound's scheme_NN_KEY.json and ModelOpt's search state are"
+    "ExLlamaV2's measurement.json, AutoRound's scheme_NN_KEY.json, ModelOpt's search state and "
+    "llama.cpp's importance matrices are"
 )
 _ZIP = b"PK\x03\x04"
 
 
-def import_costs(*files: str | Path, model: str | Path | None = None) -> CostTable:
+def import_costs(
+    *files: str | Path,
+    model: str | Path | None = None,
+    formats: Sequence[Format] | None = None,
+    include: Collection[str] = (),
+) -> CostTable:
     """Return what another tool has measured as a cost table, so that `solve` can plan with it.
 
     Args:
-        files: ExLlamaV2's `measurement.json`; ModelOpt's search state; or the files of one run of
-            AutoRound's AutoScheme, one for each scheme. The file says which tool it is from.
-        model: The model that AutoRound scored; the others' units and options are their own, and a
-            plan names options by their number in the file, or in the table's provenance.
+        files: ExLlamaV2's `measurement.json`; ModelOpt's search state; the files of one run of
+            AutoRound's AutoScheme, one for each scheme; or an importance matrix of llama.cpp. The
+            file says which tool it is from.
+        model: The model that AutoRound scored, or that the importance matrix was made with; the
+            others' units and options are their own, and a plan names options by their number in
+            the file, or in the table's provenance.
+        formats: The formats that an importance matrix's costs are of; `default_formats()` when not
+            given. The other files have their own.
+        include: Roles besides routed experts that an importance matrix's costs are of.
 
     Raises:
         InputError: A scheme is no format of Bitknap, or files and model do not go together.
@@ -44,7 +57,12 @@ def import_costs(*files: str | Path, model: str | Path | None = None) -> CostTab
     if not files:
         raise InputError(f"files: none; {_KNOWN} read")
     first, *others = map(Path, files)
-    if _is_zip(first):
+    start = _start(first)
+    if start == imatrix.MAGIC or first.suffix == ".dat":
+        return _of_imatrix(first, others, model, formats, include)
+    if formats is not None or include:
+        raise InputError(f"{first}: has formats and units of its own; leave `formats` out")
+    if start == _ZIP:
         _check_alone(first, others, model)
         return modelopt.read(first)
     contents = [(path, _object(path)) for path in (first, *others)]
@@ -62,10 +80,26 @@ def import_costs(*files: str | Path, model: str | Path | None = None) -> CostTab
     return _of_model(autoround.table(scores, layout.units, {}), source)
 
 
-def _is_zip(path: Path) -> bool:
+def _of_imatrix(
+    path: Path,
+    others: Sequence[Path],
+    model: str | Path | None,
+    formats: Sequence[Format] | None,
+    include: Collection[str],
+) -> CostTable:
+    if model is None:
+        raise InputError(f"{path}: an importance matrix needs `model`, which it was made with")
+    _check_alone(path, others, None)
+    source = Checkpoint.open(resolve(model))
+    evidence = of_weights(source, include)
+    options = formats or default_formats(evidence.units)
+    return _of_model(imatrix.table(path, evidence, options), source)
+
+
+def _start(path: Path) -> bytes:
     try:
         with path.open("rb") as file:
-            return file.read(len(_ZIP)) == _ZIP
+            return file.read(len(_ZIP))
     except OSError as error:
         raise FileError(f"{path}: cannot be read ({error.strerror})") from None
 

@@ -19,7 +19,17 @@ _OPTIONS = {
 }
 # Arguments that have an option with the same name.
 _SAME = (
-    *("calibrate", "check", "coarsen", "device", "estimator", "gap", "imatrix", "include"),
+    *(
+        "calibrate",
+        "check",
+        "coarsen",
+        "device",
+        "estimator",
+        "formats",
+        "gap",
+        "imatrix",
+        "include",
+    ),
     *("journal", "keep", "max_memory", "measure_time", "model"),
     *("max_shard_size", "measurements", "overwrite", "permute", "refine", "robust", "risk"),
     *("rotate", "row_blocks", "samples", "seed", "text", "thorough", "time_limit", "tokens"),

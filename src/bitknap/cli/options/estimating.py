@@ -23,6 +23,7 @@ from bitknap.progress import Progress
 from bitknap.quiet import silence_transformers
 
 if TYPE_CHECKING:
+    from bitknap.allocation import Format
     from bitknap.api.requests import Calibration, Formats
 
 estimating = options_of(
@@ -205,9 +206,23 @@ def calibration_of(options: dict[str, Any], *, text: str | None = None) -> Calib
 
 def formats_of(options: dict[str, Any]) -> Formats:
     """Return the formats, row blocks and transforms that the options ask for."""
+    from bitknap.api.requests import Formats
+
+    return Formats(
+        options=grids_of(options),
+        keep=options["keep"],
+        protect=options["protect_bits"],
+        row_blocks=options["row_blocks"],
+        permute=options["permute"],
+        rotate=options["rotate"],
+        target=options["target"],
+    )
+
+
+def grids_of(options: dict[str, Any]) -> tuple[Format, ...] | None:
+    """Return the grids that the options ask for, None if they ask for none."""
     from bitknap.allocation import formats
     from bitknap.allocation.problem.format import GROUP_SIZES
-    from bitknap.api.requests import Formats
 
     bits, size, metadata = (listed(options[x]) for x in ("bits", "group_size", "metadata"))
     try:
@@ -216,19 +231,10 @@ def formats_of(options: dict[str, Any]) -> Formats:
         raise InputError(
             f"--formats {options['bits']!r}: widths are numbers, such as 2,3,4,8"
         ) from None
-    chosen = None
-    if bits or size or metadata:
-        sizes, ways = size or GROUP_SIZES, metadata or ("fp16", "compact")
-        chosen = formats(widths, sizes, (False, True), ways)
-    return Formats(
-        options=chosen,
-        keep=options["keep"],
-        protect=options["protect_bits"],
-        row_blocks=options["row_blocks"],
-        permute=options["permute"],
-        rotate=options["rotate"],
-        target=options["target"],
-    )
+    if not (bits or size or metadata):
+        return None
+    sizes, ways = size or GROUP_SIZES, metadata or ("fp16", "compact")
+    return formats(widths, sizes, (False, True), ways)
 
 
 def seconds_of(text: str | None) -> float | None:
