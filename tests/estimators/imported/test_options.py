@@ -12,6 +12,7 @@ import torch
 
 import bitknap
 from bitknap.errors import FileError, InputError
+from bitknap.estimators.imported import inert_pickle
 from bitknap.estimators.imported.inert_pickle import Inert, load
 
 
@@ -167,3 +168,15 @@ def test_a_pickle_runs_nothing(tmp_path):
     found = load(tmp_path / "evil.pth")
     assert isinstance(found["a"], Inert) and found["b"] == [1, {2}]
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_pickle_allocates_no_more_than_it_holds(tmp_path, monkeypatch):
+    class Greedy:
+        def __reduce__(self):
+            return bytearray, (1 << 50,)
+
+    torch.save({"a": Greedy()}, tmp_path / "greedy.pth")
+    assert isinstance(load(tmp_path / "greedy.pth")["a"], Inert)
+    monkeypatch.setattr(inert_pickle, "_MOST", 10)
+    with pytest.raises(FileError, match=r"a pickle of \d+ bytes, more than 10"):
+        load(tmp_path / "greedy.pth")
