@@ -99,7 +99,10 @@ def _pieces(known: Mapping[str, Any], vocabulary: int) -> tuple[dict[str, Value]
             "tokenizer.ggml.scores": _scores(tokens, model["merges"]),
             "tokenizer.ggml.add_space_prefix": _adds_space(known),
         }
-        return values, []
+        return values, [] if _merges_all(words, model["merges"]) else [
+            "llama.cpp merges any two pieces that are a token together, this tokenizer only some: "
+            "compare its tokens with transformers' before you serve it"
+        ]
     cut, warnings = _cut(known.get("pre_tokenizer"))
     values |= {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": cut}
     # llama.cpp asks for merges, even of a tokenizer that has none.
@@ -123,6 +126,19 @@ def _scores(tokens: Sequence[str], merges: Sequence[Any]) -> list[float]:
         left, right = pair.split(" ") if isinstance(pair, str) else pair
         rank.setdefault(left + right, number)
     return [-float(rank.get(token, len(merges))) for token in tokens]
+
+
+def _merges_all(words: Mapping[int, str], merges: Sequence[Any]) -> bool:
+    """Return whether any two tokens that make up a third are merged, as SentencePiece does."""
+    pairs = {tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in merges}
+    known = {left + right for left, right in pairs}
+    tokens = set(words.values())
+    return all(
+        (word[:at], word[at:]) in pairs
+        for word in known
+        for at in range(1, len(word))
+        if word[:at] in tokens and word[at:] in tokens
+    )
 
 
 def _adds_space(known: Mapping[str, Any]) -> bool:

@@ -18,7 +18,7 @@ TEXTS = (
 )
 
 
-def sentencepiece(folder, text):
+def sentencepiece(folder, text, *, whole=True):
     """Write a tokenizer as SentencePiece makes them: spaces replaced, and bytes to fall back to."""
     made = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     made.normalizer = normalizers.Sequence(
@@ -35,6 +35,14 @@ def sentencepiece(folder, text):
     )
     known = json.loads(made.to_str())
     known["added_tokens"] = [one for one in known["added_tokens"] if one["id"] < 3]
+    if whole:  # as merges are made from a model of SentencePiece, which merges whatever is a token
+        vocabulary = known["model"]["vocab"]
+        known["model"]["merges"] = [
+            [word[:at], word[at:]]
+            for word in sorted(vocabulary, key=lambda word: vocabulary[word])
+            for at in range(1, len(word))
+            if vocabulary[word] > 258 and {word[:at], word[at:]} <= vocabulary.keys()
+        ]
     names = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
     config = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
     (folder / "tokenizer.json").write_text(json.dumps(known))
@@ -70,6 +78,12 @@ def test_what_a_head_says_about_sentencepiece(tmp_path, llama):
     assert (tokens[1], kinds[1]) == ("<s>", 3)
     assert (tokens[3], kinds[3]) == ("<0x00>", 6)
     assert (tokens[-1], kinds[-1]) == ("[PAD1199]", 5)
+
+
+def test_merges_that_llama_cpp_would_add_are_said(tmp_path, llama):
+    sentencepiece(tmp_path, (llama.root / "LICENSE").read_text(), whole=False)
+    _, warnings = tokenizer.values_of(tmp_path, 1200)
+    assert "merges any two pieces" in warnings[0]
 
 
 @pytest.mark.parametrize(
