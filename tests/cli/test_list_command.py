@@ -91,7 +91,9 @@ def test_the_tables_are_those_of_the_commands(capsys):
 
     assert tuple(rows(capsys, "profiles")) == tuple(PROFILES)
     assert all(solver_of(name).name.startswith(name) for name in rows(capsys, "solvers"))
-    assert [method(name).name for name in rows(capsys, "methods")] == ["rtn", "hqq", "gptq", "ggml"]
+    assert [method(name).name for name in rows(capsys, "methods")] == [
+        *("rtn", "hqq", "gptq", "midtread", "ggml"),
+    ]
     assert {*rows(capsys, "estimators")} == {*names(), "calibrated", "fuzzy"}
     assert all(str(Format.parse(name)) == name for name in rows(capsys, "formats"))
     assert SOLVERS.names()[0] == "knapsack"

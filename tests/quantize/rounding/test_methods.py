@@ -30,7 +30,7 @@ def test_a_method_is_known_by_its_name(way):
 def test_another_name_lists_the_methods():
     with pytest.raises(InputError) as error:
         method("awq")
-    assert str(error.value) == "method 'awq' is unknown; one of rtn, hqq, gptq, ggml"
+    assert str(error.value) == "method 'awq' is unknown; one of rtn, hqq, gptq, midtread, ggml"
 
 
 @pytest.mark.slow
