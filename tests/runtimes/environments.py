@@ -49,11 +49,13 @@ class Runtime:
     Attributes:
         requirements: as pip takes them, pinned.
         without: packages that come along and keep the runtime from starting.
+        alone: packages that are installed last and without what they ask for, pinned.
         ours: whether Bitknap's own dependencies are there, as after `pip install bitknap`.
     """
 
     requirements: tuple[str, ...]
     without: tuple[str, ...] = ()
+    alone: tuple[str, ...] = ()
     ours: bool = False
 
     def words(self) -> list[str]:
@@ -63,7 +65,7 @@ class Runtime:
 
     def hash(self) -> str:
         """Return a name for exactly these packages."""
-        text = json.dumps([self.words(), self.without])
+        text = json.dumps([self.words(), self.without, *([self.alone] if self.alone else [])])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -76,6 +78,17 @@ RUNTIMES: dict[str, Runtime] = {
         ours=True,
     ),
     "mlx": Runtime(requirements=("mlx[cpu]==0.32.4", "mlx-lm==0.32.2")),
+    # Tools that quantize by themselves. GPTQModel asks for a later torch than the others take, and
+    # reads settings without it.
+    "tools": Runtime(
+        requirements=(
+            *("torch==2.13.0", "transformers==5.24.0", "compressed-tensors==0.20.1"),
+            *("auto-round==0.16.1", "torchao==0.18.0", "nvidia-modelopt==0.47.0"),
+            *("PyPcre==0.6.4", "LogBar==0.4.15", "Device-SMI==0.5.7", "TokeNicer==0.0.14"),
+            *("Defuser==0.0.28", "datasets==5.2.0", "ninja", "pillow", "protobuf", "requests"),
+        ),
+        alone=("gptqmodel==7.7.0",),
+    ),
 }
 
 
@@ -156,8 +169,12 @@ def _install(runtime: Runtime, folder: Path) -> str:
     """Make an environment; return "" or the reason why it could not be."""
     venv.create(folder, symlinks=True, with_pip=True)
     pip = [str(folder / "bin" / "python"), "-m", "pip", "--disable-pip-version-check", "-q"]
-    calls = [["install", *runtime.words()], ["uninstall", "-y", *runtime.without]]
-    for call in (call for call in calls if call[1:] not in ([], ["-y"])):
+    calls = [
+        ["install", *runtime.words()],
+        ["install", "--no-deps", *runtime.alone],
+        ["uninstall", "-y", *runtime.without],
+    ]
+    for call in (call for call in calls if not call[-1].startswith("-")):
         done = subprocess.run([*pip, *call], capture_output=True, text=True, check=False)
         if done.returncode:
             return (done.stderr.strip().splitlines() or ["pip failed"])[-1]
