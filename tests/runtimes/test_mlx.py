@@ -8,6 +8,7 @@ import torch
 from tests.runtimes.environments import ask
 
 import bitknap
+from bitknap.testing import FAMILIES
 
 pytestmark = pytest.mark.runtime
 
@@ -29,7 +30,7 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "deepseek_v2": (_LATENT, ("attention", "shared", "dense")),
     "deepseek_v3": (_LATENT, ("shared", "dense")),
     "gpt_oss": ({"rope_parameters": _YARN}, ()),
-    "llama": ({}, ("attention", "dense")),
+    **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ({}, ("attention", "dense"))),
 }
 # The runs of one process: importing mlx takes longer than all of them.
 _LOGITS = """
@@ -45,6 +46,18 @@ answer(found)
 """
 
 
+def dense(family, root):
+    """Save a tiny model without experts."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 2, "num_hidden_layers": 2}
+    sizes = {**_SIZES, **heads, "vocab_size": 128, "initializer_range": 0.2}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **sizes))
+    model.save_pretrained(root / family)
+    return root / family
+
+
 @pytest.fixture(scope="module")
 def exports(tmp_path_factory, wide, mixed):
     """Each model's folder for MLX, and the logits of its decoded weights by transformers."""
@@ -52,7 +65,7 @@ def exports(tmp_path_factory, wide, mixed):
     tokens = np.random.default_rng(0).integers(3, 120, 40).tolist()
     folders, known = {}, {}
     for family, (changes, include) in MODELS.items():
-        model = wide(family, **changes)
+        model = wide(family, **changes) if family in FAMILIES else dense(family, root / "models")
         plan = mixed(model, "mlx", include)
         bitknap.export(plan, model, "mlx", root / family)
         bitknap.quantize(model, plan, root / f"{family}-packed")

@@ -119,9 +119,9 @@ def exported(name, model, mixed, root):
     return Modules.stacked(job) if name == "torchao" else Modules.of(job)
 
 
-def known_of(name, modules) -> dict[str, Any]:
+def known_of(modules):
     """Return what a tool should answer."""
-    formats = {one: [f.bits, f.group_size] for one, f in modules.formats.items()}
+    formats: dict[str, Any] = {one: [f.bits, f.group_size] for one, f in modules.formats.items()}
     return {**dict.fromkeys(modules.others), **formats}
 
 
@@ -130,7 +130,7 @@ def known_of(name, modules) -> dict[str, Any]:
 def test_a_tool_reads_the_plan(name, family, wide, mixed, tmp_path):
     model = wide(family, **_LARGE)
     modules = exported(name, model, mixed, tmp_path / "out")
-    known = known_of(name, modules)
+    known = known_of(modules)
     question = {"folder": str(tmp_path / "out"), "model": str(model), "names": list(known)}
     found = ask("tools", SCRIPTS[name], question)
     if name == "modelopt":
