@@ -10,11 +10,17 @@ from bitknap.cli.argument_names import in_options
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("allocation", "estimators", "quantize", "src/bitknap/api", "src/bitknap/disk")
-# `Step.name` of a dry run is a command on purpose, as is what the table of published rules says.
+# `Step.name` of a dry run is a command on purpose, as is what the table of published rules says, and
+# so are lines for pip, for llama-quantize and of a model card.
 COMMANDS = {
     "estimate --estimator data-free",
     "quantize --method ",
     "mutation by level switches, selection in stages; `--strategies evolution`",
+    " --upgrade",
+    "The same types by llama.cpp's own tools, from a GGUF file of the source model in 16 or 32 "
+    "bits:\n\n    llama-quantize --imatrix ",
+    " --tensor-type-file ",
+    " --target {} --budget ",
 }
 OPTION = re.compile(r"(^|[\s(\"'`])--[a-z]")
 

@@ -113,7 +113,7 @@ class Ggml:
         if format.kind != "ggml":
             raise InputError(
                 f"{format}: ggml rounds to its own types alone, such as ggml-q4_k; choose formats "
-                "of --target gguf, or another method"
+                "of `target=gguf`, or another method"
             )
         count, _, cols = weights.shape
         type = stored_as(format.source, cols)
