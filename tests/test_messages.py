@@ -10,8 +10,8 @@ from bitknap.cli.argument_names import in_options
 
 ROOT = Path(__file__).parent.parent
 FOLDERS = ("allocation", "estimators", "quantize", "src/bitknap/api", "src/bitknap/disk")
-# `Step.name` of a dry run is a command on purpose, as is what the table of published rules says, and
-# so are lines for pip, for llama-quantize and of a model card.
+# Commands on purpose: `Step.name` of a dry run, what the table of published rules says, and lines
+# for pip, for llama-quantize and of a model card.
 COMMANDS = {
     "estimate --estimator data-free",
     "quantize --method ",

@@ -74,6 +74,12 @@ def quantize_budget(made):
 
 
 @writes("folder")
+def export(made):
+    words = ["export", made.plan, "--model", made.model, "--to", "vllm", "-o"]
+    return words, [made.plan, made.model]
+
+
+@writes("folder")
 def convert(made):
     return ["convert", made.out, "--layout", "tiles", "-o"], [made.out]
 
