@@ -128,6 +128,11 @@ def check_layer(layer: Any, routed: RoutedLayer) -> None:
     actual = (layer.swiglu_limit, layer.swiglu_alpha, layer.swiglu_beta)
     if any(value is not None and value not in known for value in actual):
         raise InputError(f"activation {name}: kernels do not have it with limits {actual}")
+    if layer.apply_router_weight_on_input and layer.top_k > 1:
+        raise InputError(
+            f"router weights on the inputs of {layer.top_k} experts a token: kernels take them on "
+            "the outputs, or on the inputs of one"
+        )
     routed.check_kernels()
 
 
