@@ -4,14 +4,20 @@ import json
 import re
 from fnmatch import fnmatch
 
+import numpy as np
 import pytest
 
 import bitknap
-from bitknap.allocation import BitPlan, Format
+from bitknap.allocation import BitPlan, Format, profile
+from bitknap.benchmarks.models.shapes import config as config_of
+from bitknap.benchmarks.models.shapes import headers as headers_of
+from bitknap.benchmarks.models.shapes import shape_of
 from bitknap.errors import MismatchError
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.safetensors_header import TensorInfo
 from bitknap.quantization.targets import autoround
+from bitknap.quantization.targets.catalog import target_of
 from bitknap.quantization.targets.configs import quantizers, settings
 from bitknap.quantization.targets.configs.module_names import Modules, unit_names
 from bitknap.quantization.targets.target import ExportJob
@@ -149,3 +155,31 @@ def test_parts_of_one_module_need_one_format(wide, mixed, tmp_path):
     job = ExportJob(source=source, layout=layout, plan=plan, out=tmp_path / "out")
     with pytest.raises(MismatchError, match=r"another part of .*input_linear has int8-g64-sym"):
         Modules.of(job)
+
+
+@pytest.fixture(scope="module")
+def largest(tmp_path_factory):
+    """Qwen3-235B by its names and shapes alone, which is all that settings need."""
+    shape = shape_of("Qwen3-235B-A22B")
+    folder = tmp_path_factory.mktemp("shapes")
+    headers = {
+        name: TensorInfo(dtype=dtype, shape=tuple(sizes), file=folder, start=0, stop=1)
+        for name, (dtype, sizes) in headers_of(shape).items()
+    }
+    source = Checkpoint(folder=folder, config=config_of(shape), headers=headers)
+    return source, walk_headers(source.config, source.shapes, ())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_a_plan_of_36_096_units(name, largest, tmp_path):
+    source, layout = largest
+    target, units = target_of(name), layout.units
+    menu = target.menu(units)
+    drawn = np.random.default_rng(0).integers(len(menu), size=len(units))
+    choice = drawn[profile(target.profile).labels(units)]
+    plan = BitPlan.from_choice(units, menu, choice)
+    target.check(plan)
+    job = ExportJob(source=source, layout=layout, plan=plan, out=tmp_path / "out")
+    covered = "188" if name == "torchao" else "36,096"
+    assert f"each of {covered} modules gets the plan's format" in target.export(job).checks[0]
