@@ -10,12 +10,13 @@ demo: .venv/.demo
 	$(BIN)/bitknap evaluate build/demo --reference reference:mixtral --uniform --tokens 16384
 
 # A process a core, up to 4, each with one thread; a file's tests stay together, for what they share.
+# Long files begin first (tests/conftest.py).
 test: .venv/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The tests that are not marked slow, to run between two changes.
 quick: .venv/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not runtime" -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not runtime" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The tests that run other runtimes, such as vLLM, each in an environment of its own, made once and
 # kept (tests/runtimes/environments.py): some gigabytes, and minutes the first time.

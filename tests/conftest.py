@@ -17,10 +17,27 @@ ROOT = Path(__file__).parent.parent
 _WIDE = {"hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "head_dim": 32}
 # Tests of what transformers arranges as Bitknap knows it since 5.20 alone.
 _SINCE_5_20 = ("aria", "test_a_token_beyond_the_capacity")
+# Files that take longest. They begin first, so that no process is left alone with one at the end.
+_LONGEST = (
+    "docs/test_blocks.py",
+    "benchmarks/compare/test_run.py",
+    "devices/test_devices.py",
+    "benchmarks/test_robustness.py",
+    "kernels/test_interpreted.py",
+    "cli/test_journal_of_estimate.py",
+    "quantize/runtime/test_serving_needs.py",
+    "benchmarks/scale/test_main.py",
+    "tests/test_packaging.py",
+    "benchmarks/reference/test_reference.py",
+    "api/test_refining.py",
+    "quantize/runtime/test_transformers_plugin.py",
+    "quantize/runtime/test_kernel_experts.py",
+)
 
 
 def pytest_collection_modifyitems(items):
-    """Skip what an older transformers, which pyproject.toml still allows, cannot do."""
+    """Order files, and skip what an older transformers, which pyproject.toml allows, cannot do."""
+    items.sort(key=lambda item: not item.path.as_posix().endswith(_LONGEST))
     major, minor = version("transformers").split(".")[:2]
     if (int(major), int(minor)) >= (5, 20):
         return

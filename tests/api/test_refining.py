@@ -209,7 +209,6 @@ def test_the_command_says_what_refining_and_the_gate_came_to(model, document, tm
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 @pytest.mark.parametrize("residency", ["whole", "layers"])
 def test_a_killed_loop_goes_on_and_ends_the_same(model, tmp_path, background, residency):
     words = ["quantize", str(model), "--budget", "4bpw", *FAST]

@@ -68,7 +68,7 @@ def test_a_real_process_takes_what_is_forecast(tmp_path):
     whole = shape_of("OLMoE-1B-7B")
     attention = {**(whole.attention or {}), "heads": 8, "kv_heads": 8}
     shape = replace(whole, attention=attention, experts=16, hidden=1024, size=512, vocabulary=4096)
-    source = Checkpoint.open(generate(shape, tmp_path / "model", layers=4))
+    source = Checkpoint.open(generate(shape, tmp_path / "model", layers=2))
     layout = walk_headers(source.config, source.shapes)
     plan = bitknap.BitPlan.uniform(
         layout.units, bitknap.Format.parse("int3-g64-asym"), source.fingerprint
