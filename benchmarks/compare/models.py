@@ -39,6 +39,7 @@ from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.rounding.rounding import recorded_for
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+from bitknap.quantization.source.devices import CPU, device_of
 
 # Domains of the bundled texts in order, a quarter of the text each.
 DOMAINS = ("books", "code", "speeches", "wiki")
@@ -63,6 +64,7 @@ class Options:
         judged: number of evaluation tokens, all texts together.
         seed: the random seed.
         formats: formats that Bitknap's own strategies choose from.
+        device: name of the device where the model runs and weights are rounded.
     """
 
     model: str
@@ -78,6 +80,7 @@ class Options:
     formats: tuple[Format, ...] = field(
         default_factory=lambda: make_formats(WIDTHS, SIZES, (False, True), ("compact",))
     )
+    device: str = str(CPU)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,7 +121,8 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
     check_source(source, reads_text=True)
     writer.check_finite(source)
     rounding = method_of(options.method)
-    model = load(source.folder, torch.float32)
+    device = device_of(options.device)
+    model = load(source.folder, torch.float32, device=device)
     layout = walk(model)
     words = read_text(options.text, "calibration")
     longest = longest_of(model.config)
@@ -138,6 +142,7 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
         provenance=provenance,
         rounding=Remembered(rounding=rounding),
         readings=Readings(in_memory=True),  # several strategies measure the same groups
+        device=device,
     )
     loop = open_loop(model, evidence, words, windows.ids, options.refine_tokens, source.folder)
     # The prefix that the tokenizer adds to every window does not count as shared text.

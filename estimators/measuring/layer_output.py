@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bitknap.errors import InputError
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay, decoder_layers
+from bitknap.estimators.measuring.language_model import device_of
 from bitknap.quantization.models.matrix_views import Layout
 
 
@@ -26,6 +27,7 @@ class LayerOutput:
 
     @torch.inference_mode()
     def __init__(self, replay: Replay, layout: Layout, number: int) -> None:
+        device = device_of(replay.model)
         layers, places = decoder_layers(replay.model, layout)
         if layers is None:
             raise InputError("the model has no single list of decoder layers; measure kl instead")
@@ -38,18 +40,18 @@ class LayerOutput:
         handle = self._module.register_forward_hook(keep, with_kwargs=True)
         try:
             for batch in replay.windows.split(max(1, BATCH_TOKENS // replay.windows.shape[1])):
-                replay.model(input_ids=batch[:, :-1], use_cache=False)
+                replay.model(input_ids=batch[:, :-1].to(device), use_cache=False)
         finally:
             handle.remove()
 
     @torch.inference_mode()
     def square_change(self) -> float:
         """Return the squared Frobenius norm of the present change of its output over the text."""
-        square = torch.zeros((), dtype=torch.float64)
+        square = 0.0
         for args, kwargs, reference in self._calls:
             output = _tensor(self._module(*args, **kwargs))
-            square += (output.double() - reference.double()).square().sum()
-        return float(square)
+            square += float((output.double() - reference.double()).square().sum())
+        return square
 
 
 def window_norms(change: Tensor, window: Tensor) -> Tensor:

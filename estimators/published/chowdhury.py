@@ -95,7 +95,7 @@ def _norms(source: Source | Mapping[str, Tensor], layer: ExpertLayer) -> Floats:
     rows = router[: layer.experts].detach().double()
     if not torch.isfinite(rows).all():
         raise InputError(f"{layer.router}: NaN or infinite weight; repair the checkpoint")
-    norms: Floats = torch.linalg.vector_norm(rows, dim=1).numpy()
+    norms: Floats = torch.linalg.vector_norm(rows, dim=1).cpu().numpy()
     return norms
 
 

@@ -11,6 +11,7 @@ import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from bitknap.allocation.problem.format import Format
@@ -70,10 +71,10 @@ class Remembered:
         new = [at for at, key in enumerate(keys) if key not in self._known]
         fresh: dict[bytes, Coded] = {}
         if new:
-            some = None
+            some, which = None, torch.tensor(new)
             if inputs is not None:
-                some = Inputs(moments=inputs.moments[new], tokens=inputs.tokens[new])
-            rounded = self.rounding.quantize(weights[new], format, some)
+                some = Inputs(moments=inputs.moments[which], tokens=inputs.tokens[which])
+            rounded = self.rounding.quantize(weights[which], format, some)
             for place, at in enumerate(new):
                 fresh[keys[at]] = rounded.rows(place * rows, (place + 1) * rows)
             if len(new) == len(keys) and not self._room(rounded):

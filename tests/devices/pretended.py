@@ -15,6 +15,9 @@ import torch
 import bitknap
 from bitknap.allocation import Budget, Problem, formats, solve
 from bitknap.api.calibration import calibration_windows
+from bitknap.benchmarks.compare.models import Options, prepare
+from bitknap.benchmarks.compare.run import compare
+from bitknap.benchmarks.compare.strategies import names
 from bitknap.estimators.named import Settings, named
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
 from bitknap.estimators.sweep.recorded import Recorded
@@ -25,9 +28,12 @@ from bitknap.testing import tiny_model
 from bitknap.testing.pretend_device import NAME, install, pretending
 
 ROOT = Path(__file__).parent.parent.parent
-MENU = formats((2, 4), (8, "row"), (True, False))
+MENU = (*formats(2, "row", (True, False)), *formats(4, 8, (True, False)))
 TEXT = ROOT / "benchmarks" / "reference" / "calibration.txt"
+# Some are read off routers, others from the outputs of layers or of the whole model.
+STRATEGIES = ("ours", "uniform", "chowdhury", "mxmoe", "gemq", "hawq", "moqa")
 ESTIMATORS = ("calibrated", "fisher", "fisher-output", "moments", "weight-error", "data-free")
+# Every job runs on the first family; on the others those whose code knows the model's parts.
 FAMILIES = ("mixtral", "deepseek_v2", "gpt_oss")
 
 
@@ -70,6 +76,30 @@ def packed(model, device, rounding, out):
     return {file.name: file.read_bytes() for file in out.glob("*.safetensors")}
 
 
+def compared(model, device, folder):
+    """Return the KL of strategies that measure in different ways."""
+    text = (ROOT / "benchmarks" / "reference" / "evaluation.txt").read_text()
+    judged = folder / "judged.txt"
+    judged.write_text(text[:20_000])
+    options = Options(
+        model=str(model),
+        text=str(TEXT),
+        tokens=128,
+        evaluations=2,
+        refine_tokens=128,
+        evaluation=(str(judged),),
+        judged=128,
+        formats=MENU,
+        device=device,
+    )
+    run = compare(prepare(options), names(STRATEGIES), (3.5,))
+    cells = run.done.values()
+    assert "failed" not in {cell.status for cell in cells}, [
+        (cell.strategy, cell.values) for cell in cells if cell.status == "failed"
+    ]
+    return [float(cell.kl.mean()) for cell in cells if cell.status == "ok"]
+
+
 def apart(a, b):
     """Return the largest difference of two arrays, relative to the second."""
     a, b = np.asarray(a), np.asarray(b)
@@ -78,15 +108,17 @@ def apart(a, b):
 
 def differences(folder, family):
     """Yield what was compared, and how far the two devices are apart."""
-    model = saved(folder / "model", family)
-    for name in ESTIMATORS:
+    model, every = saved(folder / "model", family), family == FAMILIES[0]
+    for name in ESTIMATORS if every else ("calibrated",):
         here = estimated(model, name, "cpu").cost
         yield name, apart(estimated(model, name, NAME).cost, here)
         if name in ("calibrated", "fisher"):
             yield f"{name}, layer by layer", apart(by_layer(model, name), here)
-    for rounding in ("rtn", "hqq", "gptq"):
+    for rounding in ("rtn", "hqq", "gptq") if every else ("rtn",):
         wrote = [packed(model, on, rounding, folder / f"{rounding}-{on}") for on in ("cpu", NAME)]
         yield f"quantize, {rounding}", float(wrote[0] != wrote[1])
+    if every:
+        yield "compare", apart(*(compared(model, on, folder) for on in (NAME, "cpu")))
     out = folder / "rtn-cpu"
     losses = [
         bitknap.evaluate(out, model, text=TEXT, tokens=256, device=on).kl for on in ("cpu", NAME)

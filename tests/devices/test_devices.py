@@ -17,14 +17,14 @@ SCRIPT = Path(__file__).parent / "pretended.py"
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", ["mixtral", "deepseek_v2", "gpt_oss"])
-def test_no_tensor_is_left_behind(family, tmp_path):
+@pytest.mark.parametrize(("family", "jobs"), [("mixtral", 13), ("deepseek_v2", 4), ("gpt_oss", 4)])
+def test_no_tensor_is_left_behind(family, jobs, tmp_path):
     """On a stand-in that refuses tensors elsewhere, values are those of the CPU up to rounding."""
     command = [sys.executable, str(SCRIPT), str(tmp_path), family]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
-    assert len(found) == 12
+    assert len(found) == jobs
     # Gains come from small differences of distributions.
     assert {name: far for name, far in found.items() if far > 1e-3} == {}
 

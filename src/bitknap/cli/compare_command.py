@@ -126,6 +126,7 @@ _PARTLY = 1
 )
 @common.output("DIR", "Folder to write.")
 @common.overwrite
+@measuring.device
 @measuring.seed
 @common.as_json
 def compare(
@@ -188,6 +189,7 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
     from bitknap.allocation import profile
     from bitknap.api.requests import REFINE_TOKENS
     from bitknap.benchmarks.compare.models import Options
+    from bitknap.quantization.source.devices import device_of
 
     profile(options["profile"])
     usual = 4 if listed(strategies) == ["quick"] else 64
@@ -208,6 +210,7 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
         judged=given(options["evaluation_tokens"], 8192),
         seed=options["seed"],
         formats=_formats(options),
+        device=str(device_of(options["device"])),
     )
 
 

@@ -120,7 +120,7 @@ def test_two_runs_are_the_same_but_for_times(words, tmp_path):
 
 
 def test_a_killed_comparison_goes_on(words, tmp_path, background):
-    some = ["--budgets", "3,4", "--strategies", "uniform,moments:knapsack,gemq,evolution"]
+    some = ["--budgets", "3,4", "--strategies", "uniform,gemq"]
     one, two = tmp_path / "one", tmp_path / "two"
     journal = tmp_path / ".two.partial" / running.WORK / "journal"
     worker = background([*words, *some, "-o", two], journal, 3)
@@ -175,6 +175,7 @@ def test_a_budget_below_a_strategys_reach_is_said_in_its_cell(words, tmp_path, d
         (["--strategies", "best"], "fisher:greedy"),
         (["--profile", "half"], "profile 'half' is unknown"),
         (["--refine", "0"], "at least 1"),
+        (["--device", "gpu"], "device: 'gpu' is no device; give auto, cpu, cuda or cuda:N"),
         (["--evaluation-tokens", "900000"], "lower --tokens or add text"),
     ],
 )

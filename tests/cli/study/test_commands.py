@@ -88,6 +88,7 @@ def test_the_whole_way_on_a_real_model(tmp_path, capsys, refused, document):
     assert refused(*measuring[:-2], "--text", held_out) == (
         f"bitknap: --text {held_out}: the evaluation text; a study must not see it"
     )
+    assert "'gpu' is no device" in refused(*measuring, "--device", "gpu")
     other = ("study", "run", "s", "--storage", url, "--model", "reference:qwen3moe")
     assert "reference:qwen3moe: not the model that the table of study 's' was made on" in refused(
         *other

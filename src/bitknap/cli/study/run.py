@@ -49,6 +49,7 @@ _WHAT = "KL, nats/token"
 )
 @measuring.text.but(default=None, usual="builtin")
 @measuring.tokens.but(usual="8192, or as before")
+@measuring.device
 @stored.moved
 @stored.features
 @common.as_json
@@ -69,14 +70,14 @@ def run(
     from bitknap.cli.views.study_view import present_study, watching
 
     study = load(name, storage, table=options["table"], features=options["features"])
-    measure, measured = _measurement(study, model, options["text"], options["tokens"])
+    measure, measured = _measurement(study, model, options)
     with watching(trials, as_json) as watch:
         go(study, measure, trials, measured=measured, watch=watch)
     present_study(study, as_json)
 
 
 def _measurement(
-    study: Study, model: str, text: str | None, tokens: int | None
+    study: Study, model: str, options: dict[str, Any]
 ) -> tuple[Callable[[Any], float], dict[str, Any]]:
     """Return how a plan is measured on the model, and what identifies the measurement."""
     import torch
@@ -91,8 +92,10 @@ def _measurement(
     from bitknap.quantization.packed.folder import roles_of
     from bitknap.quantization.runtime import loading
     from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+    from bitknap.quantization.source.devices import device_of
     from bitknap.quantization.stacks.apply import applied
 
+    text, device = options["text"], device_of(options["device"])
     silence_transformers()
     source = Checkpoint.open(resolve(model))
     if source.fingerprint != study.about["model"]:
@@ -103,10 +106,10 @@ def _measurement(
     words = read_text(text or BUILTIN, "calibration")
     if words == read_text(BUILTIN, "evaluation"):
         raise InputError(f"--text {text}: the evaluation text; a study must not see it")
-    count = given(tokens, study.measured.get("tokens", quantizing.CALIBRATION_TOKENS))
+    count = given(options["tokens"], study.measured.get("tokens", quantizing.CALIBRATION_TOKENS))
     check(source.folder, reads_text=True)
     writer.check_finite(source)
-    live = loading.load(source.folder, torch.float32)
+    live = loading.load(source.folder, torch.float32, device=device)
     layout = walk(live, roles_of(study.table.units))
     document = calibration.encoded(source.folder, words, live.config)
     windows = document.windows(count, calibration.longest_of(live.config))
