@@ -74,7 +74,7 @@ def plain(name: str, tokens: int, judged: int) -> tuple[Evidence, Judge]:
     """Calibrate a reference model as the default estimator needs it: moments alone.
 
     Args:
-        name: name of a bundled model.
+        name: name of a bundled model, or a folder.
         tokens: number of tokens of the bundled calibration text.
         judged: number of tokens of the bundled evaluation text.
     """
@@ -82,7 +82,7 @@ def plain(name: str, tokens: int, judged: int) -> tuple[Evidence, Judge]:
 
 
 def _calibrated(name: str, tokens: int, judged: int, recorded: Recorded) -> tuple[Evidence, Judge]:
-    folder = resolve(f"reference:{name}")
+    folder = resolve(name if "/" in name else f"reference:{name}")
     model = load(folder, torch.float32)
     layout = walk(model)
     text = read_text(BUILTIN, "calibration")

@@ -80,6 +80,28 @@ def generate(
     return folder
 
 
+def without_weights(model: str, folder: Path) -> Path:
+    """Write a checkpoint of a model's headers, whose weights are a hole in one sparse file.
+
+    Args:
+        model: name of the model.
+        folder: folder to write; it must not exist.
+
+    Raises:
+        InputError: there is no such model.
+        FileExistsError: the folder exists.
+    """
+    shape = shape_of(model)
+    tensors = {name: size for name, (_, size) in headers(shape).items()}
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config(shape), indent=1) + "\n")
+    header = _header(tensors)
+    with (folder / "model.safetensors").open("wb") as out:
+        out.write(header)
+        out.truncate(len(header) + 2 * sum(map(math.prod, tensors.values())))
+    return folder
+
+
 def _header(tensors: Mapping[str, Shape]) -> bytes:
     entries, at = {}, 0
     for name, size in tensors.items():

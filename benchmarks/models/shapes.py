@@ -50,6 +50,8 @@ _CLASSES = {"olmoe": "Olmoe", "mixtral": "Mixtral", "qwen2_moe": "Qwen2Moe"} | {
 }
 # Multimodal families keep their language model's configuration and tensors one level down.
 _NESTED = ("llama4", "qwen3_5_moe")
+# Families whose router adds a bias to its scores where it chooses experts.
+_BIASED_SCORES = ("deepseek_v3", "glm4_moe", "glm_moe_dsa", "kimi_k2")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -268,6 +270,8 @@ def _experts(shape: ModelShape, prefix: str) -> Iterator[tuple[str, Shape]]:
         case "block_sparse_moe" | "deepseek_v4" as style:
             at = f"{prefix}.{'ffn' if style == 'deepseek_v4' else style}"
             yield f"{at}.gate.weight", (count, hidden)
+            if shape.model_type == "minimax_m2":
+                yield f"{at}.e_score_correction_bias", (count,)
             for expert in range(count):
                 yield from _gated(f"{at}.experts.{expert}", hidden, size, old)
             if shape.shared:
@@ -275,6 +279,8 @@ def _experts(shape: ModelShape, prefix: str) -> Iterator[tuple[str, Shape]]:
         case "stacked" | "mlp" as style:
             at = f"{prefix}.mlp"
             yield f"{at}.gate.weight", (count, hidden)
+            if shape.model_type in _BIASED_SCORES:
+                yield f"{at}.gate.e_score_correction_bias", (count,)
             if style == "stacked":
                 yield f"{at}.experts.gate_up_proj", (count, 2 * size, hidden)
                 yield f"{at}.experts.down_proj", (count, hidden, size)

@@ -7,6 +7,12 @@ other table saves something; its plans are compared with the thorough table's, w
 Processor seconds are those of the table alone, without the calibration pass, and only of tables
 that share no reading with one before. Then the whole job of the command line runs with and without
 `--thorough`, one after the other. Writes `cheaper_costs.json` and `cheaper_costs.md`.
+
+Bundled models have four layers, which are all read. What reading some of many layers loses is asked
+of a model that is trained for it:
+
+    python -m bitknap.benchmarks.reference.train deep --corpus CORPUS --tokens 1.5e6 -o build/deep
+    python -m bitknap.benchmarks.questions.cheaper_costs --models build/deep -o benchmarks/results
 """
 
 from __future__ import annotations
@@ -59,6 +65,7 @@ class Way:
         rows: rows of each unit to round at first.
         tokens: tokens that groups are read on.
         narrow: widest grids that groups are read in alone; 0 for the narrowest only.
+        alone: most groups of a kind that are all read alone.
         readings: number of readings to take, in the order of worth; None for all.
         timed: whether its processor seconds are counted; it then shares no reading.
     """
@@ -68,6 +75,7 @@ class Way:
     rows: int = sampled_rows.ROWS
     tokens: int = READ_TOKENS
     narrow: int = chosen_readings.NARROW
+    alone: int = chosen_readings.MOST_ALONE
     readings: int | None = None
     timed: bool = False
 
@@ -77,15 +85,25 @@ WAYS = (
     Way(name="thorough", thorough=True, timed=True),
     Way(name="default", timed=True),
     Way(name="all rows", rows=_ALL),
-    Way(name="16 rows", rows=16),
+    Way(name="8 rows", rows=8),
+    Way(name="32 rows", rows=32),
     Way(name="512 tokens", tokens=512),
     Way(name="1,024 tokens", tokens=1024),
     Way(name="4,096 tokens", tokens=4096),
     Way(name="all tokens", tokens=CALIBRATION_TOKENS),
     Way(name="joint readings only", readings=15),
-    Way(name="joint, and every second layer at 2 bits", readings=21),
     Way(name="joint, and alone at 2 bits", readings=27),
     Way(name="joint, and alone at 1 to 4 bits", narrow=4),
+)
+# For models of many layers, whose groups are not read alone by default.
+_EVERY = 1 << 10
+DEEP_WAYS = (
+    *(Way(name="thorough", thorough=True, timed=True), Way(name="default", timed=True)),
+    Way(name="alone at 1 to 3 bits", alone=_EVERY),
+    Way(name="8 rows", rows=8),
+    Way(name="32 rows", rows=32),
+    *(Way(name=f"{tokens:,} tokens", tokens=tokens) for tokens in (512, 1024, 4096)),
+    Way(name="all tokens", tokens=CALIBRATION_TOKENS),
 )
 
 
@@ -115,6 +133,7 @@ def table_of(way: Way, evidence: Evidence, bases: dict[int, CostTable]) -> tuple
         patch.object(sampled_rows, "ROWS", way.rows),
         patch.object(calibrated, "READ_TOKENS", way.tokens),
         patch.object(chosen_readings, "NARROW", way.narrow),
+        patch.object(chosen_readings, "MOST_ALONE", way.alone),
     ):
         start = time.process_time()
         rows = _ALL if way.thorough else way.rows
@@ -132,14 +151,15 @@ def rows_for(name: str, judged: int) -> Iterator[dict[str, Any]]:
     first: dict[float, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
         journal = Readings.open(Path(folder) / "journal", {"model": name})
-        for way in WAYS:
+        deep = len(evidence.layout.layers) > chosen_readings.MOST_ALONE
+        for way in DEEP_WAYS if deep else WAYS:
             table, seconds = table_of(way, replace(evidence, readings=journal), bases)
             for bits in BUDGETS:
                 plan, losses = judge.losses(table, bits)
                 kl = losses.kl
                 paired = kl - first.setdefault(bits, kl)
                 yield {
-                    "model": name,
+                    "model": Path(name).name,
                     "way": way.name,
                     "budget_bpw": bits,
                     "bytes": plan.total_bytes,
@@ -199,9 +219,11 @@ def markdown(
         "formats and reads every group alone at 1, 2, 3, 4 and 8 bits on all "
         f"{CALIBRATION_TOKENS:,} calibration tokens. The default rounds {sampled_rows.ROWS} rows "
         f"at first and reads on {READ_TOKENS:,} tokens: three projections in all layers together "
-        "at five widths, then twelve groups alone at 1 to 3 bits. Each further line changes one "
-        "thing in it. The default was chosen by figures on this same text, of which there are many "
-        "here: differences below about two standard errors choose nothing.",
+        "at five widths; then, in the bundled models of four layers, twelve groups alone at 1 to 3 "
+        "bits, and in the deep one of sixteen a group of each projection, which only says how far "
+        "groups differ. Each further line changes one thing in it. The default was chosen by "
+        "figures on this same text, of which there are many here: differences below about two "
+        "standard errors choose nothing.",
         "",
         f"torch {about['torch']}, {about['device']}, profile gate_eq_up, rounding to nearest. "
         "Processor seconds are those of the table, without loading and calibrating.",
@@ -274,7 +296,8 @@ def main() -> None:
     for part, measured in (("tables", rows_for), ("jobs", jobs_for)):
         known = read_results(path).get(part, [])
         again = args.models if part in args.parts else []
-        found[part] = [row for row in known if row["model"] not in again]
+        names = {Path(model).name for model in again}
+        found[part] = [row for row in known if row["model"] not in names]
         for row in (row for model in again for row in measured(model, args.tokens)):
             found[part].append(row)
             print(json.dumps(row), flush=True)

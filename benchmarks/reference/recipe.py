@@ -1,7 +1,8 @@
 """The recipes of the bundled reference models: their shapes and their training text.
 
 Both are real trained Mixture-of-Experts language models built from transformers' own classes,
-small enough to ship (about 6 M parameters, 12 MB in bf16) and to train on two CPU cores.
+small enough to ship (about 6 M parameters, 12 MB in bf16) and to train on two CPU cores. A third
+one, which is not bundled, is as deep as a small real model, for questions about depth.
 The balancing loss is deliberately weak (0.003, methods.md#small-models), so that experts differ.
 """
 
@@ -45,6 +46,11 @@ class Recipe:
     model_class: str
     settings: dict[str, Any]
 
+    @property
+    def balance(self) -> float:
+        """Weight of the balancing loss."""
+        return float(self.settings["router_aux_loss_coef"])
+
 
 RECIPES: dict[str, Recipe] = {
     "mixtral": Recipe(
@@ -64,6 +70,21 @@ RECIPES: dict[str, Recipe] = {
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
+        },
+    ),
+    "deep": Recipe(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _COMMON
+        | {
+            "hidden_size": 96,
+            "num_hidden_layers": 16,
+            "num_attention_heads": 3,
+            "num_key_value_heads": 1,
+            "intermediate_size": 96,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.01,
         },
     ),
 }

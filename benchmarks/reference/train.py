@@ -23,7 +23,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from bitknap.arguments import add_output
 from bitknap.benchmarks.reference.muon import StackedMuon
-from bitknap.benchmarks.reference.recipe import BALANCE, CONTEXT, DOMAINS, RECIPES, VOCABULARY
+from bitknap.benchmarks.reference.recipe import CONTEXT, DOMAINS, RECIPES, VOCABULARY
 from bitknap.names import one_of
 
 WARMUP = 100  # steps
@@ -65,11 +65,12 @@ def batch_at(data: np.ndarray, step: int, rows: int, seed: int) -> torch.Tensor:
     return torch.from_numpy(data[order[at : at + rows]])
 
 
-def loss_of(model: Any, batch: torch.Tensor, balance: bool) -> torch.Tensor:
-    out = model(batch[:, :-1], use_cache=False, output_router_logits=balance)
+def loss_of(model: Any, batch: torch.Tensor, balance: float = 0.0) -> torch.Tensor:
+    """Return the loss in nats per token, with a weight of the balancing loss added."""
+    out = model(batch[:, :-1], use_cache=False, output_router_logits=balance > 0)
     logits = out.logits.flatten(0, 1)
     loss = torch.nn.functional.cross_entropy(logits, batch[:, 1:].flatten())
-    return loss + BALANCE * out.aux_loss if balance else loss
+    return loss + balance * out.aux_loss if balance else loss
 
 
 @torch.inference_mode()
@@ -79,7 +80,7 @@ def validate(model: Any, valid: dict[str, np.ndarray], rows: int = 32) -> dict[s
     losses = {}
     for domain, data in valid.items():
         parts = [torch.from_numpy(data[i : i + rows]) for i in range(0, len(data), rows)]
-        total = sum(loss_of(model, p, balance=False).item() * len(p) for p in parts)
+        total = sum(loss_of(model, p).item() * len(p) for p in parts)
         losses[domain] = total / len(data)
     model.train()
     return losses
@@ -145,7 +146,7 @@ def train(args: argparse.Namespace) -> None:
         for o, rates in zip(optimizers, full_rates, strict=True):
             for g, rate in zip(o.param_groups, rates, strict=True):
                 g["lr"] = rate * rate_at(step, steps)
-        loss = loss_of(forward, batch_at(data, step, rows, args.seed), balance=True)
+        loss = loss_of(forward, batch_at(data, step, rows, args.seed), recipe.balance)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for o in optimizers:

@@ -32,8 +32,9 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.quantization.rounding.magnitude import exponents_of, peaks
 from bitknap.quantization.stacks.grouping import stack_pieces
 
-# Rows of each unit that are rounded at first.
-ROWS = 32
+# Rows of each unit that are rounded at first. From 8 or 32, plans lose the same, and as many rows
+# or more are rounded in the end (benchmarks/results/cheaper_costs.md).
+ROWS = 16
 # Two formats are told apart when their costs differ by this many standard errors of the difference,
 _APART = 2.0
 # or when that standard error is below this share of the cost, as then either of them will do.

@@ -49,9 +49,8 @@ class Calibrated:
     Attributes:
         base: ranks units within a group.
         progress: called with (what, done, of).
-        measurements: maximum number of KL measurements, the most valuable ones; the gains of groups
-            that are not measured by themselves are interpolated. All that `by_worth` names when not
-            given.
+        measurements: maximum number of KL measurements, the most valuable ones; groups that are not
+            measured by themselves share a gain. All that `by_worth` names when not given.
         signals: proxies whose exponents are fitted on halves of the groups, with two more
             measurements per group; see `bitknap.estimators.group_kl.proxies`.
         check: number of held-out plans whose KL is measured after fitting and compared with the
@@ -185,8 +184,8 @@ def _scaled(
 ) -> CostTable:
     """Return the table with the costs of each group scaled to its KL, read or interpolated.
 
-    Its provenance has the number of readings, of groups whose gains are interpolated, and the
-    error of the logarithm of such gains, if any are known, under "readings".
+    Its provenance has the number of readings, of groups that share a gain, and the error of the
+    logarithm of such gains, if it is known, under "readings".
 
     Args:
         table: the costs to scale.
@@ -202,10 +201,10 @@ def _scaled(
         cost[run] *= gain
         if spread is not None:
             spread[run] *= gain
-    interpolated = int((~found.read).sum())
+    sharing = int((~found.own).sum())
     readings = {
         "taken": len(read),
-        **({"interpolated": interpolated} if interpolated else {}),
+        **({"sharing": sharing} if sharing else {}),
         **({"error": found.error} if math.isfinite(found.error) else {}),
     }
     spread = _with_gain_error(cost, spread, groups.runs, found)
@@ -217,11 +216,11 @@ def _scaled(
 def _with_gain_error(
     cost: Floats, spread: Floats | None, runs: Sequence[np.ndarray], found: GroupKl
 ) -> Floats | None:
-    """Return the spread with the error of gains that were not read but interpolated, if known."""
-    if found.read.all() or not math.isfinite(found.error):
+    """Return the spread with the error of gains that groups share, if it is known."""
+    if found.own.all() or not math.isfinite(found.error):
         return spread
     whole = np.zeros_like(cost) if spread is None else spread.copy()
-    for group in np.flatnonzero(~found.read).tolist():
+    for group in np.flatnonzero(~found.own).tolist():
         run = runs[group]
         whole[run] = np.hypot(whole[run], cost[run] * found.error)
     return whole

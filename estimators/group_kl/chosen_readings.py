@@ -1,17 +1,17 @@
 """Which KL readings calibration takes, in the order of what they are worth.
 
 Small errors add up: one reading of a projection in all layers together gives the gain of its
-groups but for how they differ. So those readings come first, at every width. Then each group is
-read by itself at narrow widths, where groups differ most and most is at stake; every second layer
-comes before the layers between, as neighbours are alike. The KL of a group at a wide width is near
-the noise, and stays what the joint reading says.
+groups but for how they differ. So those readings come first, at every width. In a model of few
+layers each group is then read by itself at narrow widths, where groups differ most and most is at
+stake. The KL of a group at a wide width is near the noise, and stays what the joint reading says.
+In a model of many layers such readings take most of the time and lower no KL
+(benchmarks/results/cheaper_costs.md); one group of each kind tells how far groups differ.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 
 import numpy as np
 
@@ -19,6 +19,8 @@ from bitknap.allocation.problem.units import Units
 
 # The widest grids that groups are read in by themselves.
 NARROW = 3
+# The most groups of a kind that are all read by themselves.
+MOST_ALONE = 8
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,26 +83,15 @@ def by_worth(groups: Groups, bits: Sequence[int], *, thorough: bool) -> list[Rea
     every = [*own, *(width for width in range(len(bits)) if width not in own)]
     kinds = [groups.members(kind) for kind in range(groups.kinds)]
     first = [] if thorough else [(same, width) for width in every for same in kinds]
-    spread = zip_longest(*(_coarse_first(same) for same in kinds if thorough or len(same) > 1))
-    alone = [group for places in spread for group in places if group is not None]
+    few = [same for same in kinds if thorough or 1 < len(same) <= MOST_ALONE]
+    many = [same for same in kinds if same not in few and len(same) > 1]
     return [
         *(Reading(tuple(same), width) for same, width in first),
-        *(Reading((group,), width) for width in own for group in alone),
+        *(Reading((group,), width) for width in own for same in few for group in same),
+        *(Reading((same[len(same) // 2],), own[0]) for same in many),
     ]
 
 
 def _middle_first(places: Sequence[int]) -> list[int]:
     middle = places[len(places) // 2]
     return [middle, *(place for place in places if place != middle)]
-
-
-def _coarse_first(members: Sequence[int]) -> list[int]:
-    """Return members so that every beginning is spread evenly: every second, then those between."""
-    step = 1
-    while 2 * step < len(members):
-        step *= 2
-    taken: list[int] = []
-    while step:
-        taken += [one for one in members[::step] if one not in taken]
-        step //= 2
-    return taken

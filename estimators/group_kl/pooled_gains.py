@@ -1,10 +1,11 @@
-"""Gains of groups from joint readings and the groups' own, where some of either are missing.
+"""Gains of groups from joint readings, or from the groups' own where all of a kind have them.
 
-The logarithm of a group's gain at an anchor is its kind's, from the joint reading, plus an offset,
-how the group's own reading differs. Offsets are interpolated in logarithms of predicted sums
-between the widths that were read, and constant beyond; a group that was not read by itself gets
-them interpolated between the nearest layers that were. What that misses is known from the groups
-that were read: each is predicted from the others of its kind.
+A joint reading gives all groups of a kind one gain: how layers differ is in the predicted sums,
+which layers' own gains have scaled. Where every group of a kind was read by itself at some width,
+each has its own gain, which stays in proportion to the joint one at widths that were not read. The
+two are not mixed within a kind: KL of parts does not add up to the KL of the whole, so groups of
+one sort of gain would look cheaper than those of the other (benchmarks/results/cheaper_costs.md).
+A few own readings still say how far groups are from the gain that they share.
 """
 
 from __future__ import annotations
@@ -27,13 +28,13 @@ class GroupKl:
 
     Attributes:
         kl: nats per token, float64 [groups, anchors].
-        read: whether a group was read by itself at any anchor, bool [groups].
-        error: root mean square error of the logarithm of gains that are interpolated between
-            layers; NaN where no group was read by itself.
+        own: whether a group has a gain of its own, bool [groups].
+        error: root mean square difference of logarithms between own gains that were read and the
+            shared ones that are used instead; NaN if none were read.
     """
 
     kl: Floats
-    read: Bools
+    own: Bools
     error: float
 
 
@@ -46,39 +47,43 @@ def group_kl(sums: Floats, groups: Groups, readings: Mapping[Reading, float]) ->
         readings: KL of those that were read, nats per token; at least one.
     """
     size = np.log(np.maximum(sums, 1e-300))
-    joint = _joint_gains(sums, groups, readings)
-    offset = np.full(sums.shape, np.nan)
+    alone = np.full(sums.shape, np.nan)
     for reading, kl in readings.items():
         if len(reading.groups) == 1:
             group, width = reading.groups[0], reading.width
-            gain = np.log(max(kl, FLOOR)) - size[group, width]
-            offset[group, width] = gain - joint[groups.kind[group], width]
-    read = np.isfinite(offset).any(1)
-    for group in np.flatnonzero(read).tolist():
-        known = np.isfinite(offset[group])
-        offset[group] = _between(size[group], size[group, known], offset[group, known])
-    misses: list[float] = []
+            alone[group, width] = np.log(max(kl, FLOOR)) - size[group, width]
+    shared = _shared_gains(sums, groups, readings, alone)
+    offset = alone - shared[np.array(groups.kind)]
+    own, misses = np.zeros(len(sums), dtype=bool), [np.zeros(0)]
     for kind in range(groups.kinds):
-        members = np.array(groups.members(kind))
-        layers = np.array([groups.layer[group] for group in members], dtype=np.float64)
-        seen = read[members]
-        if not seen.any():
+        members = groups.members(kind)
+        known = np.isfinite(offset[members])
+        whole = known.all(0)
+        if not whole.any():
+            misses.append(offset[members][known])
             offset[members] = 0.0
             continue
-        for width in range(sums.shape[1]):
-            own = offset[members[seen], width]
-            offset[members, width] = np.interp(layers, layers[seen], own)
-            misses += _misses(layers[seen], own) if len(members) > 1 else []
-    error = float(np.sqrt(np.mean(np.square(misses)))) if misses else float("nan")
-    kinds = np.array(groups.kind)
-    return GroupKl(np.exp(size + joint[kinds] + offset), read, error)
+        own[members] = True
+        for group in members:
+            offset[group] = _between(size[group], size[group, whole], offset[group, whole])
+    missed = np.concatenate(misses)
+    error = float(np.sqrt(np.mean(np.square(missed)))) if len(missed) else float("nan")
+    return GroupKl(np.exp(size + shared[np.array(groups.kind)] + offset), own, error)
 
 
-def _joint_gains(sums: Floats, groups: Groups, readings: Mapping[Reading, float]) -> Floats:
+def _shared_gains(
+    sums: Floats, groups: Groups, readings: Mapping[Reading, float], alone: Floats
+) -> Floats:
     """Return the log gain of each kind at each anchor, float64 [kinds, anchors].
 
-    A kind without joint readings gets the mean of the others, or 0 where its groups were read by
-    themselves or nothing was read jointly.
+    A kind without joint readings gets the mean of its groups' own, and one without these either the
+    mean of the other kinds.
+
+    Args:
+        sums: predicted sums of each group at each anchor, float64 [groups, anchors].
+        groups: the groups.
+        readings: KL of those that were read.
+        alone: log gains of groups that were read by themselves, float64 [groups, anchors].
     """
     found = np.full((groups.kinds, sums.shape[1]), np.nan)
     size = np.stack([sums[groups.members(kind)].sum(0) for kind in range(groups.kinds)])
@@ -88,14 +93,15 @@ def _joint_gains(sums: Floats, groups: Groups, readings: Mapping[Reading, float]
         if len(reading.groups) == len(groups.members(kind)):
             found[kind, reading.width] = np.log(max(kl, FLOOR)) - size[kind, reading.width]
     for kind, gains in enumerate(found):
+        if not np.isfinite(gains).any():
+            own = alone[groups.members(kind)]
+            for width in np.flatnonzero(np.isfinite(own).any(0)).tolist():
+                gains[width] = np.nanmean(own[:, width])
         known = np.isfinite(gains)
         if known.any():
             found[kind] = _between(size[kind], size[kind, known], gains[known])
-    jointly = np.isfinite(found).all(1)
-    if not jointly.any():
-        return np.zeros_like(found)
-    mean = found[jointly].mean(0)
-    return np.where(np.isfinite(found), found, mean)
+    read = np.isfinite(found).all(1)
+    return np.where(np.isfinite(found), found, found[read].mean(0))
 
 
 def _between(at: Floats, known: Floats, values: Floats) -> Floats:
@@ -103,14 +109,3 @@ def _between(at: Floats, known: Floats, values: Floats) -> Floats:
     order = np.argsort(known)
     between: Floats = np.interp(at, known[order], values[order])
     return between
-
-
-def _misses(layers: Floats, own: Floats) -> list[float]:
-    """Return how far each layer's value is from what the others' say; from 0 if there are none."""
-    if len(own) == 1:
-        return [float(own[0])]
-    others = [np.arange(len(own)) != place for place in range(len(own))]
-    return [
-        float(own[place] - np.interp(layers[place], layers[rest], own[rest]))
-        for place, rest in enumerate(others)
-    ]

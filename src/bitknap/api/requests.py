@@ -95,8 +95,8 @@ class Calibration:
         risk: Number of standard deviations that "mean+sd" adds.
         thorough: Round all rows of every matrix, not a sample of them, and measure every group by
             itself, on all tokens; takes many times as long on large models.
-        measure_time: Seconds after which no further reading of groups begins. Costs that were not
-            measured by then are interpolated, so the table depends on how fast the machine is;
+        measure_time: Seconds after which no further reading of groups begins. Groups that were not
+            measured by then share a gain, so the table depends on how fast the machine is;
             with a journal the same call goes on from the readings taken so far. None sets no limit.
     """
 

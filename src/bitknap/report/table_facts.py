@@ -159,20 +159,24 @@ def _proxies(said: Mapping[str, Any]) -> list[str]:
 
 
 def _readings(said: Mapping[str, Any]) -> list[str]:
-    """Return a line on readings of groups that were not taken, and what that leaves open."""
+    """Return lines on readings of groups that were not taken, and on gains that groups share."""
     readings = said.get("readings")
-    if not readings or not readings["left"]:
+    if not readings:
         return []
-    taken, left = readings["taken"], readings["left"]
-    line = f"{left:,} of {taken + left:,} readings of groups were not taken"
-    if not readings.get("interpolated"):
-        return [line]
-    error = readings.get("error")
-    known = "" if error is None else f", known to a factor of {math.exp(error):.2f}"
-    return [
-        f"{line}: the gains of {readings['interpolated']:,} groups are interpolated{known} "
-        "(--measure-time, --calibrate)"
-    ]
+    lines, left = [], readings["left"]
+    if left:
+        lines.append(
+            f"{left:,} of {readings['taken'] + left:,} readings of groups were not taken "
+            "(--measure-time, --calibrate)"
+        )
+    if readings.get("sharing"):
+        error = readings.get("error")
+        known = "" if error is None else f", known to a factor of {math.exp(error):.2f}"
+        lines.append(
+            f"{readings['sharing']:,} groups have the gain that their projection has in all layers "
+            f"together{known}"
+        )
+    return lines
 
 
 def _samples(said: Mapping[str, Any]) -> list[str]:

@@ -126,7 +126,7 @@ def test_moments_of_down_are_the_squared_output_error(case):
 def test_calibrated_groups_cost_what_was_measured(case):
     thorough = replace(case.evidence, effort=Effort(thorough=True))
     table = Calibrated().estimate(thorough, FORMATS)
-    base = SecondMoments().estimate(case.evidence, FORMATS)
+    base = SecondMoments().estimate(thorough, FORMATS)
     chosen = anchors(FORMATS, table.nbytes)
     assert [FORMATS[i].bits for i in chosen] == [1, 2, 3, 4, 8]
     replay = Replay(case.model, case.layout, case.windows, cache=False)

@@ -79,7 +79,7 @@ measure_time = option(
     usual="no limit",
     metavar="TIME",
     help="Take no further measurement of groups after a time such as 30min.",
-    more="What was not measured by then is interpolated, so the table depends on how fast the "
+    more="Groups that were not measured by then share a gain, so the table depends on how fast the "
     "machine is. The most valuable measurements come first.",
 )
 seed = option("--seed", group="measuring", default=0, metavar="N", help="Random seed.")
