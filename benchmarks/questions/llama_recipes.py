@@ -42,7 +42,8 @@ TARGET, PROFILE = "gguf", "layer_proj"
 # The aim: the most that a plan may lose, as a share of the recipe's loss.
 WITHIN = 0.7
 # Types of gate and up, and of down, that llama-quantize gives the experts of a Mixtral of four
-# layers when it has an importance matrix; one for all layers, or one each (read in its source).
+# layers when it has an importance matrix; one for all layers, or one each. They are those of its
+# source in November 2026, `src/llama-quant.cpp`.
 RECIPES: Mapping[str, tuple[str, ...] | tuple[tuple[str, ...], tuple[str, ...]]] = {
     "IQ1_S": ("iq1_s", "iq1_s"),
     "IQ1_M": ("iq1_m", "iq1_m"),
@@ -53,7 +54,7 @@ RECIPES: Mapping[str, tuple[str, ...] | tuple[tuple[str, ...], tuple[str, ...]]]
     "IQ3_XXS": ("iq3_xxs", "iq3_xxs"),
     "IQ3_XS": (("iq3_xxs", "iq3_xxs", "iq3_xxs", "iq3_s"), ("iq3_s",) * 4),
     "IQ3_M": (("iq3_s",) * 4, ("iq3_s", "iq3_s", "q4_k", "q4_k")),
-    "Q3_K_M": (("q3_k",) * 4, ("q3_k", "q3_k", "q4_k", "q4_k")),
+    "Q3_K_M": ("q3_k", "q4_k"),
     "Q3_K_L": ("q3_k", "q5_k"),
     "IQ4_XS": ("iq4_xs", "iq4_xs"),
     "Q4_K_S": ("q4_k", "q4_k"),
