@@ -4,8 +4,8 @@ A joint reading gives all groups of a kind one gain: how layers differ is in the
 which layers' own gains have scaled. Where every group of a kind was read by itself at some width,
 each has its own gain, which stays in proportion to the joint one at widths that were not read. The
 two are not mixed within a kind: KL of parts does not add up to the KL of the whole, so groups of
-one sort of gain would look cheaper than those of the other (benchmarks/results/cheaper_costs.md).
-A few own readings still say how far groups are from the gain that they share.
+one sort of gain would look cheaper than those of the other. A few own readings still say how far
+groups are from the gain that they share.
 """
 
 from __future__ import annotations
