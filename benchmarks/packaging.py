@@ -84,8 +84,10 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 def unpacked(sdist: Path, folder: Path) -> Path:
     """Unpack a source distribution and return the folder of its sources."""
+    # Python 3.11 has filters since 3.11.4.
+    filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
+        archive.extractall(folder, **filters)
     return next(path for path in folder.iterdir() if path.is_dir())
 
 

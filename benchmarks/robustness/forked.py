@@ -33,6 +33,8 @@ _PACKAGES = (
     *("bitknap.api", "bitknap.allocation", "bitknap.cli", "bitknap.disk", "bitknap.estimators"),
     *("bitknap.quantization", "bitknap.report", "bitknap.benchmarks.compare"),
 )
+# Modules that vLLM imports, in its own environment.
+_OF_VLLM = "bitknap.quantization.vllm."
 # Output beyond this is of no use in a report.
 _MOST_OUTPUT = 1 << 16
 
@@ -86,7 +88,8 @@ def prepare() -> None:
     for package in _PACKAGES:
         paths = importlib.import_module(package).__path__
         for module in pkgutil.walk_packages(paths, f"{package}."):
-            importlib.import_module(module.name)
+            if not module.name.startswith(_OF_VLLM):
+                importlib.import_module(module.name)
 
 
 def command(*words: str | Path) -> Callable[[], None]:

@@ -38,7 +38,8 @@ def model(saved, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def table(model):
-    return bitknap.estimate(model, SecondMoments(), formats((2, 4), (8, "row")), calibration=ASKED)
+    every = replace(ASKED, thorough=True)
+    return bitknap.estimate(model, SecondMoments(), formats((2, 4), (8, "row")), calibration=every)
 
 
 @pytest.fixture(scope="module")

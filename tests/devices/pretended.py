@@ -28,7 +28,7 @@ from bitknap.testing import tiny_model
 from bitknap.testing.pretend_device import NAME, install, pretending
 
 ROOT = Path(__file__).parent.parent.parent
-MENU = (*formats(2, "row", (True, False)), *formats(4, 8, (True, False)))
+MENU = formats((2, 4), (8, "row"), (True, False))
 TEXT = ROOT / "benchmarks" / "reference" / "calibration.txt"
 # Some are read off routers, others from the outputs of layers or of the whole model.
 STRATEGIES = ("ours", "uniform", "chowdhury", "mxmoe", "gemq", "hawq", "moqa")

@@ -80,6 +80,14 @@ CASES = [
     (("quantize", *MODEL, *BUDGET, "--refine-tokens", "9"), "only --refine N takes it"),
     (("quantize", *MODEL, *BUDGET, "--method", "gptq", *SEVERAL), "gptq calibrates on one text"),
     (("quantize", *MODEL, *PLAN, "--force"), "say which with --method"),
+    (
+        ("estimate", *MODEL, "--target", "gguf", "--estimator", "data-free"),
+        "--target gguf: it rounds otherwise, and the costs of --estimator data-free",
+    ),
+    (
+        ("quantize", *MODEL, *BUDGET, "--method", "midtread"),
+        "packed checkpoints have no grids with a code for zero",
+    ),
     (("solve", "nowhere"), "give one of --budget, --fit and --frontier"),
     (("solve", "nowhere", "--frontier", "--solver", "ilp"), "does not take --solver"),
     (("solve", "nowhere", "--frontier", "--gap", "0.1"), "does not take --gap"),

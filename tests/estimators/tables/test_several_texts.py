@@ -73,6 +73,7 @@ def test_robust_refuses(tables):
         formats=FORMATS[1:],
         cost=tables[1].cost[:, 1:],
         nbytes=tables[1].nbytes[:, 1:],
+        spread=None,
     )
     with pytest.raises(MismatchError, match="its formats differ from those"):
         robust([tables[0], fewer])
