@@ -84,10 +84,10 @@ def contents(wheel: Path) -> dict[str, bytes]:
 
 def unpacked(sdist: Path, folder: Path) -> Path:
     """Unpack a source distribution and return the folder of its sources."""
-    # Python 3.11 has filters since 3.11.4.
-    filters = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder, **filters)
+        # Python 3.11 has filters since 3.11.4.
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)
+        archive.extractall(folder)
     return next(path for path in folder.iterdir() if path.is_dir())
 
 
