@@ -184,6 +184,7 @@ def test_super_experts_are_protected_and_listed(large, tmp_path, capsys, refused
     main(["solve", str(path), "--budget", "2.95bpw", "-o", str(tmp_path / "plan.json")])
 
 
+@pytest.mark.slow
 def test_json_of_a_protected_table_is_json(large, tmp_path, document):
     path = tmp_path / "t.safetensors"
     found = document("estimate", large, *FAST, "--estimator", "moments", "-o", path)

@@ -39,6 +39,7 @@ def test_the_same_rows_layer_by_layer(made, document, refused, tmp_path):
     assert re.search(r"measuring takes about .* limit is .*; raise --max-memory, or take", line)
 
 
+@pytest.mark.slow
 def test_a_reference_of_another_tokenizer(made, tmp_path, refused):
     other = shutil.copytree(made.model, tmp_path / "other")
     content = json.loads((other / "tokenizer.json").read_text())

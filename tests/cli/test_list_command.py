@@ -99,6 +99,7 @@ def test_the_tables_are_those_of_the_commands(capsys):
     assert SOLVERS.names()[0] == "knapsack"
 
 
+@pytest.mark.slow
 def test_most_kinds_need_no_torch():
     code = (
         "import sys; from bitknap.api.listing import rows_of\n"

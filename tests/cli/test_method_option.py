@@ -52,6 +52,7 @@ def test_gptq_reads_one_text(made, tmp_path, refused):
     )
 
 
+@pytest.mark.slow
 def test_gptq_keeps_to_the_memory_it_is_given(made, tmp_path, refused, document):
     words = ("--plan", made.plan, "--method", "gptq", "--force", "--tokens", 64, *TEXT)
     out = ("-o", tmp_path / "out")

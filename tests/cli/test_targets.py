@@ -123,6 +123,7 @@ def test_an_output_of_others_is_not_replaced(made, tmp_path, refused):
     assert "mine.txt was not written by Bitknap" in refused(*words, "--overwrite")
 
 
+@pytest.mark.slow
 def test_quantize_ends_in_the_files_of_a_target(model, tmp_path, document):
     out = tmp_path / "out"
     words = ("quantize", model, *FAST, "--target", "mlx", "--budget", "5bpw", "-o", out)
@@ -135,6 +136,7 @@ def test_quantize_ends_in_the_files_of_a_target(model, tmp_path, document):
     assert document(*words, "--overwrite")["bytes_on_disk"] == said["bytes_on_disk"]
 
 
+@pytest.mark.slow
 def test_costs_are_of_the_rounding_of_a_target(model, tmp_path, document, refused):
     out = tmp_path / "out"
     said = refused("estimate", model, *FAST, "--target", "compressed-tensors", "-o", out)

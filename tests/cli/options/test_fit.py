@@ -22,6 +22,7 @@ def test_solve_shows_what_the_device_holds(made, document, capsys, tmp_path):
     assert "memory of the device" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_quantize_fits_a_device_and_reports_it(made, document, tmp_path):
     page = tmp_path / "page.html"
     words = ("quantize", made.model, *FIT, *FAST, "--report", page, "-o", tmp_path / "out")

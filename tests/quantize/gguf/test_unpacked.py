@@ -80,6 +80,7 @@ def test_16_bits_stay_16_bits(tmp_path, llama):
     assert torch.equal(source.read(name), file.source.read(name))
 
 
+@pytest.mark.slow
 def test_commands_take_the_file(tmp_path, llama, document):
     llama.model(tmp_path / "model", "mixtral")
     path = llama.write(tmp_path / "model", tmp_path / "a.gguf").path

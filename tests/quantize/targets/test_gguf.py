@@ -128,6 +128,7 @@ def test_the_importances_beside_it_give_the_same_blocks(tiny, tmp_path):
         np.testing.assert_array_equal(held.data(name), np.concatenate(blocks).reshape(-1))
 
 
+@pytest.mark.slow
 def test_an_importance_matrix_stands_for_a_text(tiny, tmp_path, document):
     """The importance matrix beside a file makes that file again, and no model is run."""
     first = tmp_path / "out"
@@ -139,6 +140,7 @@ def test_an_importance_matrix_stands_for_a_text(tiny, tmp_path, document):
     assert again.read_bytes() == (first / "model.gguf").read_bytes()
 
 
+@pytest.mark.slow
 def test_importance_matrices_that_do_not_fit_are_refused(tiny, saved, tmp_path, refused):
     other = saved(tmp_path / "other", hidden_size=32, intermediate_size=96)
     write(plan_of(other), other, tmp_path / "out")
@@ -192,6 +194,7 @@ def test_a_damaged_model_gets_no_folder(saved, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.slow
 def test_only_its_own_files_are_replaced(tiny, tmp_path):
     out = tmp_path / "a.gguf"
     out.write_bytes(container.head({"general.architecture": "llama"}, []))
