@@ -65,7 +65,7 @@ class Output:
         for (file, start), data in spans:
             if file not in self._handles:
                 self._handles[file] = os.open(self._folder / file, os.O_WRONLY | os.O_NOFOLLOW)
-            _write_at(self._handles[file], data, start)
+            write_at(self._handles[file], data, start)
             self._touched.add(self._handles[file])
             self._bytes += len(data)
         self._waiting.append(line)
@@ -82,8 +82,9 @@ class Output:
         self._bytes, self._since = 0, time.monotonic()
 
 
-def _write_at(handle: int, data: Tensor, start: int) -> None:
-    left = data.contiguous().numpy().data
+def write_at(handle: int, data: Tensor, start: int) -> None:
+    """Write all bytes of a tensor, uint8, into an open file from byte `start` on."""
+    left = data.contiguous().numpy().reshape(-1).data
     while left:
         written = os.pwrite(handle, left, start)
         left, start = left[written:], start + written

@@ -77,24 +77,9 @@ class Gguf(GridTarget):
 
     def export(self, job: ExportJob) -> Exported:
         """Write the model whole, and in a folder the recipe for llama-quantize beside it."""
-        from bitknap.quantization.gguf import files
+        from bitknap.quantization.targets.folders import gguf_files
 
         assert job.rounded is not None
-        asked = files.Job(
-            source=job.source,
-            plan=job.plan,
-            rounded=job.rounded,
-            out=job.out,
-            overwrite=job.overwrite,
-            progress=job.progress,
-        )
         whole = self.output(job.out) == "file"
-        made = files.write_file(asked) if whole else files.write_folder(asked)
-        return Exported(
-            path=job.out,
-            files=made.names,
-            nbytes=made.nbytes,
-            unit_bytes=made.unit_bytes,
-            checks=made.checks,
-            warnings=made.warnings,
-        )
+        write = gguf_files.write_file if whole else gguf_files.write_folder
+        return write(job, job.rounded)

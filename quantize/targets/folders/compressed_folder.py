@@ -11,7 +11,6 @@ everything else      the tokenizer and similar files, copied
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,20 +18,22 @@ import torch
 from torch import Tensor
 
 from bitknap.allocation.problem.format import Format
-from bitknap.disk.atomic import folder_bytes, write_whole
-from bitknap.disk.manifest import names_in
-from bitknap.disk.outputs import whole_folder
-from bitknap.errors import MismatchError, ModelError
+from bitknap.errors import ModelError
 from bitknap.kernels.layout.exponents import power
-from bitknap.kernels.layout.plain_codes import pack_bits, unpack_bits
-from bitknap.quantization.packed.folder import PLAN
+from bitknap.kernels.layout.plain_codes import pack_bits
 from bitknap.quantization.packed.outline import kept_tensors
 from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.targets.configs import settings
 from bitknap.quantization.targets.configs.groups import config_groups
 from bitknap.quantization.targets.configs.module_names import Modules
 from bitknap.quantization.targets.configs.patterns import Pattern
-from bitknap.quantization.targets.folders.tensor_folder import Folder, Module, times_power
+from bitknap.quantization.targets.folders.tensor_folder import (
+    Folder,
+    Module,
+    codes_of,
+    times_power,
+    whole_module,
+)
 from bitknap.quantization.targets.target import Exported, ExportJob
 
 _NAME = "compressed-tensors"
@@ -52,30 +53,8 @@ def write(job: ExportJob) -> Exported:
     covered = [one for one in made if one.format is not None]
     kept = {name: name for name in kept_tensors(job.source, job.layout)}
     folder = Folder(job=job, form=_Packed(), modules=modules, kept=kept, made=_shapes(job, modules))
-    with whole_folder(job.out, overwrite=job.overwrite, inputs=[job.source.folder]) as into:
-        job.source.copy_companions(into)
-        unit_bytes = folder.write(into)
-        config = {**job.source.config, "quantization_config": _quantization(made)}
-        write_whole(into / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-        job.plan.save(into / PLAN)
-        if unit_bytes != job.plan.total_bytes:
-            raise MismatchError(
-                f"{job.out}: {unit_bytes:,} bytes of units, the plan says "
-                f"{job.plan.total_bytes:,}; report this as a bug"
-            )
-        checks = (
-            f"the units take {unit_bytes:,} bytes, as the plan says",
-            folder.read_back(into),
-            settings.matched(names, len(covered)),
-        )
-    return Exported(
-        path=job.out,
-        files=tuple(names_in(job.out)),
-        nbytes=folder_bytes(job.out),
-        unit_bytes=unit_bytes,
-        checks=checks,
-        warnings=_warnings(job),
-    )
+    config = {**job.source.config, "quantization_config": _quantization(made)}
+    return folder.export(config, [settings.matched(names, len(covered))], _warnings(job))
 
 
 class _Packed:
@@ -98,13 +77,10 @@ class _Packed:
 
     def values(self, parts: Mapping[str, Tensor], format: Format) -> Tensor:
         """Return the weights that the tensors stand for, float32 [rows, cols]."""
-        scale = parts["weight_scale"].float()[..., None]
-        rows, groups, _ = scale.shape
-        cols = groups * format.group_size
-        stream = parts["weight_packed"].contiguous().view(torch.uint8).reshape(-1)
-        codes = unpack_bits(stream, format.bits, rows * cols).view(rows, groups, -1)
-        weights: Tensor = (codes.float() - 2 ** (format.bits - 1)) * scale
-        return weights.view(rows, cols)
+        scale = parts["weight_scale"]
+        codes = codes_of(parts["weight_packed"], format, scale)
+        weights = (codes - (1 << format.bits - 1)) * scale.float()[..., None]
+        return weights.flatten(1)
 
 
 def _modules(job: ExportJob) -> list[Module]:
@@ -115,15 +91,7 @@ def _modules(job: ExportJob) -> list[Module]:
                 f"{_NAME}: {layer.module} stacks its experts in one tensor, and the format has one "
                 "module an expert; choose another target"
             )
-    modules = []
-    for unit, view in enumerate(job.layout.views):
-        if view.start is not None or view.index is not None or view.transposed:
-            raise MismatchError(
-                f"{_NAME}: {job.plan.units.label(unit)} is a part of {view.tensor}, which the "
-                "format keeps whole; leave its role out of `include`"
-            )
-        modules.append(Module(name=view.tensor.removesuffix(".weight")))
-    return modules
+    return [whole_module(job, unit, _NAME) for unit in range(len(job.layout.views))]
 
 
 def _rules(job: ExportJob) -> list[Pattern]:

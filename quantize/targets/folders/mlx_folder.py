@@ -11,26 +11,26 @@ everything else      the tokenizer and similar files, copied
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.units import ROLES
-from bitknap.disk.atomic import folder_bytes, write_whole
-from bitknap.disk.manifest import names_in
-from bitknap.disk.outputs import whole_folder
 from bitknap.errors import MismatchError
 from bitknap.kernels.layout.exponents import power
-from bitknap.kernels.layout.plain_codes import pack_bits, unpack_bits
-from bitknap.quantization.packed.folder import PLAN
+from bitknap.kernels.layout.plain_codes import pack_bits
 from bitknap.quantization.packed.outline import kept_tensors
 from bitknap.quantization.rounding.grid import Quantized
-from bitknap.quantization.targets.folders.tensor_folder import Folder, Module, times_power
+from bitknap.quantization.targets.folders.tensor_folder import (
+    Folder,
+    Module,
+    codes_of,
+    times_power,
+    whole_module,
+)
 from bitknap.quantization.targets.target import Exported, ExportJob
 
 # Models that mlx-lm runs with scaled positions only; a factor of 1 changes nothing.
@@ -56,30 +56,8 @@ def write(job: ExportJob, experts: str) -> Exported:
     modules = _modules(job, experts)
     kept, made = _others(job)
     folder = Folder(job=job, form=_Affine(), modules=modules, kept=kept, made=made)
-    inputs = [job.source.folder]
-    with whole_folder(job.out, overwrite=job.overwrite, inputs=inputs) as into:
-        job.source.copy_companions(into)
-        unit_bytes = folder.write(into)
-        config = _config(job.source.config) | _quantization(job, modules)
-        write_whole(into / "config.json", (json.dumps(config, indent=1) + "\n").encode())
-        job.plan.save(into / PLAN)
-        if unit_bytes != job.plan.total_bytes:
-            raise MismatchError(
-                f"{job.out}: {unit_bytes:,} bytes of units, the plan says "
-                f"{job.plan.total_bytes:,}; report this as a bug"
-            )
-        checks = (
-            f"the units take {unit_bytes:,} bytes, as the plan says",
-            folder.read_back(into),
-        )
-    return Exported(
-        path=job.out,
-        files=tuple(names_in(job.out)),
-        nbytes=folder_bytes(job.out),
-        unit_bytes=unit_bytes,
-        checks=checks,
-        warnings=_warnings(job.source.config),
-    )
+    config = _config(job.source.config) | _quantization(job, modules)
+    return folder.export(config, [], _warnings(job.source.config))
 
 
 def _warnings(config: Mapping[str, Any]) -> tuple[str, ...]:
@@ -117,11 +95,8 @@ class _Affine:
     def values(self, parts: Mapping[str, Tensor], format: Format) -> Tensor:
         """Return the weights that the tensors stand for, float32 [rows, cols]."""
         scales, biases = (parts[name].float()[..., None] for name in ("scales", "biases"))
-        rows, groups = parts["scales"].shape
-        cols = groups * format.group_size
-        stream = parts["weight"].contiguous().view(torch.uint8).reshape(-1)
-        codes = unpack_bits(stream, format.bits, rows * cols).view(rows, groups, -1)
-        return (codes.float() * scales + biases).view(rows, cols)
+        codes = codes_of(parts["weight"], format, parts["scales"])
+        return (codes * scales + biases).flatten(1)
 
 
 def _modules(job: ExportJob, experts: str) -> list[Module]:
@@ -136,17 +111,13 @@ def _modules(job: ExportJob, experts: str) -> list[Module]:
             name = f"{stack}.{key.projection}_proj"
             modules.append(Module(name=name, index=key.expert, count=layer.experts))
             continue
-        if view.start is not None or view.index is not None or view.transposed:
-            raise MismatchError(
-                f"mlx: {units.label(unit)} is a part of {view.tensor}, which mlx-lm keeps whole; "
-                "leave its role out of `include`"
-            )
+        module = whole_module(job, unit, "mlx")
         if key.projection == "kv_b" and job.source.config["model_type"] in _TAKES_APART:
             raise MismatchError(
                 f"mlx: {view.tensor} is taken apart by mlx-lm and rounded again; leave attention "
                 "out of `include`"
             )
-        modules.append(Module(name=view.tensor.removesuffix(".weight")))
+        modules.append(module)
     return modules
 
 

@@ -6,12 +6,13 @@ stack of weights is in memory.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +21,13 @@ from torch import Tensor
 from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.budget import parse_size
 from bitknap.allocation.problem.format import Format
-from bitknap.disk.atomic import check_space
+from bitknap.disk.atomic import check_space, folder_bytes, write_whole
+from bitknap.disk.manifest import names_in
+from bitknap.disk.outputs import whole_folder
 from bitknap.errors import MismatchError, ModelError
+from bitknap.kernels.layout.plain_codes import unpack_bits
+from bitknap.quantization.packed.folder import PLAN
+from bitknap.quantization.packed.pipeline import write_at
 from bitknap.quantization.packed.shards import Entry, Shards, lay_out
 from bitknap.quantization.packed.work_pieces import (
     COPY,
@@ -37,7 +43,7 @@ from bitknap.quantization.source.partial_reads import read_bytes
 from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo, read_header
 from bitknap.quantization.stacks.grouping import plan_pieces
 from bitknap.quantization.stacks.reading import read_stored
-from bitknap.quantization.targets.target import ExportJob
+from bitknap.quantization.targets.target import Exported, ExportJob
 
 # Weights that are not equal bit for bit have scales that 16 bits hold with fewer digits only; this
 # much of the largest weight.
@@ -94,6 +100,42 @@ class Folder:
     modules: Sequence[Module]
     kept: Mapping[str, str]
     made: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def export(
+        self, config: Mapping[str, Any], checks: Sequence[str], warnings: Sequence[str]
+    ) -> Exported:
+        """Write the folder whole: weights, configuration, tokenizer and plan.
+
+        Args:
+            config: content of `config.json`.
+            checks: what was verified before.
+            warnings: what a user should know before serving it.
+
+        Raises:
+            ModelError: a weight is NaN, infinite, or beyond what the form's scales hold.
+            MismatchError: what was written is not what the plan says.
+            InputError: the output may not be written, or the disk has no room.
+        """
+        job = self.job
+        with whole_folder(job.out, overwrite=job.overwrite, inputs=[job.source.folder]) as into:
+            job.source.copy_companions(into)
+            unit_bytes = self.write(into)
+            write_whole(into / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+            job.plan.save(into / PLAN)
+            if unit_bytes != job.plan.total_bytes:
+                raise MismatchError(
+                    f"{job.out}: {unit_bytes:,} bytes of units, the plan says "
+                    f"{job.plan.total_bytes:,}; report this as a bug"
+                )
+            found = self.read_back(into)
+        return Exported(
+            path=job.out,
+            files=tuple(names_in(job.out)),
+            nbytes=folder_bytes(job.out),
+            unit_bytes=unit_bytes,
+            checks=(f"the units take {unit_bytes:,} bytes, as the plan says", found, *checks),
+            warnings=tuple(warnings),
+        )
 
     def write(self, folder: Path) -> int:
         """Write the weights; return the bytes of the units.
@@ -179,8 +221,7 @@ class Folder:
         job = self.job
         how = job.rounded or BY_RTN
         weights = read_stored(job.layout, which, job.source).to(how.device)
-        asks = how.inputs is not None and how.rounding.needs_inputs
-        known = how.inputs(which) if how.inputs is not None and asks else None
+        known = how.inputs(which) if how.inputs and how.rounding.needs_inputs else None
         stack = how.rounding.quantize(weights, format, known)
         assert isinstance(stack, Quantized), format  # `check` lets grids alone through
         rows = weights.shape[1]
@@ -219,11 +260,41 @@ class _Files:
         file, begin = self._places[name]
         if file not in self._open:
             self._open[file] = os.open(self._folder / file, os.O_WRONLY | os.O_NOFOLLOW)
-        left = tensor.contiguous().view(torch.uint8).cpu().numpy().reshape(-1).data
-        at = begin + start
-        while left:
-            written = os.pwrite(self._open[file], left, at)
-            left, at = left[written:], at + written
+        write_at(self._open[file], tensor.contiguous().view(torch.uint8).cpu(), begin + start)
+
+
+def whole_module(job: ExportJob, unit: int, reader: str) -> Module:
+    """Return the module of a unit that is a tensor of its own.
+
+    Args:
+        job: what is to be written.
+        unit: the unit.
+        reader: the runtime, or its format, for messages.
+
+    Raises:
+        MismatchError: the unit is a part of a tensor, which the runtime keeps whole.
+    """
+    view = job.layout.views[unit]
+    if view.start is not None or view.index is not None or view.transposed:
+        raise MismatchError(
+            f"{reader}: {job.plan.units.label(unit)} is a part of {view.tensor}, which it keeps "
+            "whole; leave its role out of `include`"
+        )
+    return Module(name=view.tensor.removesuffix(".weight"))
+
+
+def codes_of(words: Tensor, format: Format, scales: Tensor) -> Tensor:
+    """Return the codes of a matrix, float32 [rows, groups, size], from words of dense codes.
+
+    Args:
+        words: codes from the lowest bit on, int32 or uint32 [rows, words].
+        format: the grid.
+        scales: one for each group, [rows, groups].
+    """
+    rows, groups = scales.shape
+    stream = words.contiguous().view(torch.uint8).reshape(-1)
+    codes = unpack_bits(stream, format.bits, rows * groups * format.group_size)
+    return codes.view(rows, groups, -1).float()
 
 
 def times_power(target: str, values: Tensor, factor: Tensor) -> Tensor:

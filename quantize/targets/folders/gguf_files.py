@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -22,69 +21,29 @@ from bitknap.disk.atomic import folder_bytes, write_whole
 from bitknap.disk.manifest import names_in
 from bitknap.disk.outputs import whole_folder, writing
 from bitknap.errors import ModelError
-from bitknap.progress import Progress
 from bitknap.quantization.gguf import imatrix, names, writer
 from bitknap.quantization.gguf.architectures import Unwritable
 from bitknap.quantization.gguf.tensors import type_of
 from bitknap.quantization.packed.model_card import hub_id
 from bitknap.quantization.packed.writer import Rounded
 from bitknap.quantization.rounding.ggml import importance
-from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.grouping import stacks
+from bitknap.quantization.targets.target import Exported, ExportJob
 
 MODEL, TYPE_FILE, IMPORTANCE = "model.gguf", "tensor-types.txt", "imatrix.gguf"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Job:
-    """What is to be written.
-
-    Attributes:
-        source: the model, opened.
-        plan: the format of every unit, in the order of the model's layout.
-        rounded: how weights are rounded, with the statistics of units' inputs.
-        out: the file or folder.
-        overwrite: whether an output that this tool wrote is replaced.
-        progress: called with (what, done, of).
-    """
-
-    source: Checkpoint
-    plan: BitPlan
-    rounded: Rounded
-    out: Path
-    overwrite: bool = False
-    progress: Progress | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Files:
-    """What was written.
-
-    Attributes:
-        names: the files, relative to a folder; the name alone of a single file.
-        nbytes: bytes of all files.
-        unit_bytes: bytes of the planned units; None where no model was written.
-        checks: what was verified and how.
-        warnings: what a user should know before serving it.
-    """
-
-    names: tuple[str, ...]
-    nbytes: int
-    unit_bytes: int | None
-    checks: tuple[str, ...]
-    warnings: tuple[str, ...]
-
-
-def write_file(job: Job) -> Files:
+def write_file(job: ExportJob, rounded: Rounded) -> Exported:
     """Write the model whole.
 
     Raises:
         ModelError: llama.cpp has no such architecture or tokenizer, or a weight is NaN.
     """
     with writing(job.out):
-        made = _model(job, job.out)
-    return Files(
-        names=(job.out.name,),
+        made = _model(job, rounded, job.out)
+    return Exported(
+        path=job.out,
+        files=(job.out.name,),
         nbytes=made.nbytes,
         unit_bytes=made.unit_bytes,
         checks=(_said(made),),
@@ -92,20 +51,21 @@ def write_file(job: Job) -> Files:
     )
 
 
-def write_folder(job: Job) -> Files:
+def write_folder(job: ExportJob, rounded: Rounded) -> Exported:
     """Write the recipe for llama-quantize, and the model whole if its architecture is known."""
     with whole_folder(job.out, overwrite=job.overwrite, inputs=[job.source.folder]) as part:
-        checks, warnings = _recipe(job, part)
+        checks, warnings = _recipe(job.plan, rounded, part)
         try:
-            made = _model(job, part / MODEL)
+            made = _model(job, rounded, part / MODEL)
             checks, warnings = [_said(made), *checks], [*made.warnings, *warnings]
             size: int | None = made.unit_bytes
         except Unwritable as error:
             size = None
             warnings.append(f"no {MODEL} was written: {error}")
         write_whole(part / "README.md", _readme(whole=size is not None).encode())
-    return Files(
-        names=tuple(names_in(job.out)),
+    return Exported(
+        path=job.out,
+        files=tuple(names_in(job.out)),
         nbytes=folder_bytes(job.out),
         unit_bytes=size,
         checks=tuple(checks),
@@ -113,8 +73,8 @@ def write_folder(job: Job) -> Files:
     )
 
 
-def _model(job: Job, out: Path) -> writer.Written:
-    model = writer.model_of(job.source, job.plan, job.rounded)
+def _model(job: ExportJob, rounded: Rounded, out: Path) -> writer.Written:
+    model = writer.model_of(job.source, job.plan, rounded)
     name = hub_id(job.source.folder) or str(model.config.model_type)
     return writer.save(model, out, name, job.progress)
 
@@ -126,9 +86,9 @@ def _said(made: writer.Written) -> str:
     )
 
 
-def _recipe(job: Job, folder: Path) -> tuple[list[str], list[str]]:
+def _recipe(plan: BitPlan, rounded: Rounded, folder: Path) -> tuple[list[str], list[str]]:
     """Write the types and the importances of the planned tensors; return checks and warnings."""
-    units, types = job.plan.units, {}
+    units, types = plan.units, {}
     known: dict[str, np.ndarray] = {}
     nameless = []
     for run in stacks(units):
@@ -138,14 +98,13 @@ def _recipe(job: Job, folder: Path) -> tuple[list[str], list[str]]:
             nameless.append(units.label(first))
             continue
         tensor = f"{name}.weight"
-        types[tensor] = type_of(job.plan.format_of(first), int(units.cols[first]))
-        if job.rounded.inputs is not None:
-            known[tensor] = importance(job.rounded.inputs(run).squares)
+        types[tensor] = type_of(plan.format_of(first), int(units.cols[first]))
+        if rounded.inputs is not None:
+            known[tensor] = importance(rounded.inputs(run).squares)
     write_whole(folder / TYPE_FILE, imatrix.types_text(list(types.items())).encode())
-    plan = writer.digest(job.plan)
-    text = str(job.rounded.about.get("text", ""))
+    text = str(rounded.about.get("text", ""))
     if known:
-        write_whole(folder / IMPORTANCE, imatrix.content_of(known, text, plan))
+        write_whole(folder / IMPORTANCE, imatrix.content_of(known, text, writer.digest(plan)))
     warnings = (
         [
             f"llama.cpp's names for {len(nameless)} matrices are not known here, first "
