@@ -1,8 +1,9 @@
 """The recipes of the bundled reference models: their shapes and their training text.
 
 Both are real trained Mixture-of-Experts language models built from transformers' own classes,
-small enough to ship (about 6 M parameters, 12 MB in bf16) and to train on two CPU cores. A third
-one, which is not bundled, is as deep as a small real model, for questions about depth.
+small enough to ship (about 6 M parameters, 12 MB in bf16) and to train on two CPU cores. Two more
+are not bundled: one has rows that llama.cpp's formats take, and one is as deep as a small real
+model, for questions about depth.
 The balancing loss is deliberately weak (0.003, methods.md#small-models), so that experts differ.
 """
 
@@ -70,6 +71,20 @@ RECIPES: dict[str, Recipe] = {
             "norm_topk_prob": True,
             "decoder_sparse_step": 1,
             "mlp_only_layers": [],
+        },
+    ),
+    # Rows of 256 numbers, the block of llama.cpp's formats, and experts that share the work.
+    "wide": Recipe(
+        "MixtralConfig",
+        "MixtralForCausalLM",
+        _COMMON
+        | {
+            "hidden_size": 256,
+            "num_attention_heads": 8,
+            "intermediate_size": 256,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "router_aux_loss_coef": 0.02,
         },
     ),
     "deep": Recipe(
