@@ -49,7 +49,8 @@ bitknap.quantization.runtime bitknap.quantization.targets
 bitknap.quantization.vllm
 bitknap.quantization
 
-bitknap.estimators.measuring bitknap.estimators.tables
+bitknap.estimators.measuring
+bitknap.estimators.tables
 bitknap.estimators.evidence
 bitknap.estimators.sweep
 bitknap.estimators.judging

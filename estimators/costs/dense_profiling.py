@@ -59,9 +59,9 @@ _Reading = tuple[_Part, Longs, Floats]
 class Measured:
     """Measures every unit in every format: units × formats measurements.
 
-    A unit whose measurement is not above 0 (its expert saw no token, or rounding noise exceeds the
-    KL) gets the smallest positive cost of its layer's projection in the same format; if there is
-    none, the second moments' estimate. So only a kept precision costs zero.
+    A unit whose measurement is not above 0 (its expert saw no token, or the KL is not above the
+    noise of arithmetic) gets the smallest positive cost of its layer's projection in the same
+    format; if there is none, the second moments' estimate. So only a kept precision costs zero.
 
     Attributes:
         kind: "kl", in nats per token; or "layer" or "block", norms of output changes, which only
@@ -156,8 +156,11 @@ class Measured:
         measure = kl_of if self.kind == "kl" else square_changes
         for done, (number, value) in enumerate(measure(evidence, variants), start=1):
             part, i = cells[number]
-            norm = value if self.kind == "kl" or self.squared else math.sqrt(value)
-            yield part, np.array([i]), np.array([norm])
+            if self.kind == "kl":
+                value = value if value > evidence.floor else 0.0
+            elif not self.squared:
+                value = math.sqrt(value)
+            yield part, np.array([i]), np.array([value])
             if self.progress:
                 self.progress("measure units", done, len(cells))
 

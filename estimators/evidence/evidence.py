@@ -22,6 +22,7 @@ from bitknap.estimators.evidence.effort import Effort
 from bitknap.estimators.evidence.variants import TextSweep
 from bitknap.estimators.measuring.expert_forward import Experts
 from bitknap.estimators.measuring.kl_replay import Replay
+from bitknap.estimators.measuring.noise_floor import USUAL
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 from bitknap.quantization.rounding.methods import RTN, round_trip
@@ -202,6 +203,7 @@ class Evidence:
         rounding: rounding method; costs are charged for this method.
         readings: the journal that keeps measurements.
         device: where weights are rounded, and experts run again; all tensors here are on the CPU.
+        floor: KL below this is noise of arithmetic, nats per token, as measured on the text.
     """
 
     layout: Layout
@@ -218,6 +220,7 @@ class Evidence:
     experts: Callable[[ExpertLayer], Experts] | None = None
     span: int = 0
     device: torch.device = CPU
+    floor: float = USUAL
 
     @property
     def mark(self) -> str:

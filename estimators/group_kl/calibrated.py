@@ -30,8 +30,9 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.evidence.variant_kl import check_measurable, kl_of
 from bitknap.estimators.evidence.variants import Variant
 from bitknap.estimators.group_kl.chosen_readings import Groups, Reading, by_worth
-from bitknap.estimators.group_kl.pooled_gains import FLOOR, GroupKl, group_kl
+from bitknap.estimators.group_kl.pooled_gains import GroupKl, group_kl
 from bitknap.estimators.group_kl.text_part import on_part
+from bitknap.estimators.measuring.noise_floor import LEAST
 from bitknap.estimators.signals.signal import Signal
 from bitknap.estimators.sweep.variant_streams import TOGETHER
 from bitknap.progress import Progress
@@ -116,7 +117,7 @@ class Calibrated:
             for one, kl in zip(asked, measure(parts, effort.seconds), strict=True)
             if not math.isnan(kl)
         }
-        scaled = _scaled(table, groups, chosen, read)
+        scaled = _scaled(table, groups, chosen, read, evidence.floor)
         provenance = {
             **scaled.provenance,
             "estimator": self.name,
@@ -180,31 +181,37 @@ def _most(measurements: int | None, split: int) -> int | None:
 
 
 def _scaled(
-    table: CostTable, groups: Groups, chosen: Sequence[int], read: Mapping[Reading, float]
+    table: CostTable,
+    groups: Groups,
+    chosen: Sequence[int],
+    read: Mapping[Reading, float],
+    floor: float,
 ) -> CostTable:
     """Return the table with the costs of each group scaled to its KL, read or interpolated.
 
-    Its provenance has the number of readings, of groups that share a gain, and the error of the
-    logarithm of such gains, if it is known, under "readings".
+    Its provenance has under "readings" the number of readings, of groups that share a gain and of
+    readings that are noise, and the error of the logarithm of shared gains, if it is known.
 
     Args:
         table: the costs to scale.
         groups: the groups.
         chosen: columns of the anchors.
         read: the readings that were taken, nats per token.
+        floor: KL below this is noise, and counts as this.
     """
     sums = np.stack([table.cost[run].sum(0) for run in groups.runs])
-    found = group_kl(sums[:, chosen], groups, read)
+    found = group_kl(sums[:, chosen], groups, read, floor)
     cost, spread = table.cost.copy(), None if table.spread is None else table.spread.copy()
     for group, run in enumerate(groups.runs):
         gain = gains(sums[group], sums[group][chosen], found.kl[group])
         cost[run] *= gain
         if spread is not None:
             spread[run] *= gain
-    sharing = int((~found.own).sum())
+    sharing, below = int((~found.own).sum()), sum(kl < floor for kl in read.values())
     readings = {
         "taken": len(read),
         **({"sharing": sharing} if sharing else {}),
+        **({"noise": below} if below else {}),
         **({"error": found.error} if math.isfinite(found.error) else {}),
     }
     spread = _with_gain_error(cost, spread, groups.runs, found)
@@ -234,7 +241,7 @@ def gains(sums: np.ndarray, anchor_sums: np.ndarray, anchor_kl: np.ndarray) -> n
     """
     order = np.argsort(anchor_sums)
     x = np.log(np.maximum(anchor_sums[order], 1e-300))
-    y = np.log(np.maximum.accumulate(np.maximum(anchor_kl[order], FLOOR)))
+    y = np.log(np.maximum.accumulate(np.maximum(anchor_kl[order], LEAST)))
     at = np.log(np.maximum(sums, 1e-300))
     ratio: np.ndarray = np.exp(np.interp(at, x, y - x))
     return ratio

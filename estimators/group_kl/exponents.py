@@ -18,9 +18,8 @@ from bitknap.allocation.problem.arrays import Bools, Floats, Longs
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError
 from bitknap.estimators.group_kl.regression import Sums, each, log_sums
+from bitknap.estimators.measuring.noise_floor import USUAL
 
-# KL below this, in nats per token, is rounding noise of float32 logits.
-_FLOOR = 1e-9
 # Noise over prior variance: log KL of a group is assumed known to 0.2, exponents within ±0.5.
 _PENALTY = (0.2 / 0.5) ** 2
 # Penalty of gains, which only keeps the equations solvable.
@@ -88,15 +87,15 @@ def fit_exponents(
     names: Sequence[str] | None = None,
     penalty: float = _PENALTY,
     nonnegative: npt.ArrayLike = False,
+    floor: float = USUAL,
 ) -> Fitted:
     """Fit θ of each signal and a gain of each format to the measured KL of groups of units.
 
     The KL of a group in format f is modelled as gain_f × Σ base cost × exp(Σ θ z) over its units;
     the squared error of its logarithm, plus penalty × θ², is minimised by Gauss-Newton (a
-    log-linear mixture; methods.md#modifiers). Gains carry no penalty. They are fitted as
-    logarithms, so they are above 0, and they keep KL non-decreasing in the base's mean cost over
-    formats (isotonic). A column that was not measured gets a gain interpolated in logarithms
-    between those that were, or the nearest one outside their range.
+    log-linear mixture; methods.md#modifiers). Gains, fitted as logarithms without a penalty, are
+    above 0 and keep KL non-decreasing in the base's mean cost over formats (isotonic). A column
+    that was not measured gets a gain interpolated in logarithms, or the nearest one outside.
 
     Args:
         base_table: the costs to correct.
@@ -106,6 +105,7 @@ def fit_exponents(
         penalty: pull of every θ to 0. The default, (0.2 / 0.5)², assumes log KL known to 0.2
             and θ within ±0.5.
         nonnegative: signals whose θ must not fall below 0, bool[K] or one for all.
+        floor: KL below this is noise, and counts as this.
 
     Raises:
         InputError: shapes differ, there are no groups, a group has no units, a KL is not a number,
@@ -115,7 +115,7 @@ def fit_exponents(
     called = _names(names, len(z))
     if not (np.isfinite(penalty) and penalty >= 0):
         raise InputError(f"penalty: {penalty} is not a finite number of at least 0")
-    measured = [_checked_group(base_table, index, group) for index, group in enumerate(groups)]
+    measured = [_checked_group(base_table, at, group, floor) for at, group in enumerate(groups)]
     if not measured:
         raise InputError("groups: the list is empty; measure at least one group of units")
     touched = np.unique(np.concatenate([group.units for group in measured]))
@@ -175,7 +175,7 @@ class _Fit:
     def solve(self, groups: Sequence[MeasuredGroup]) -> tuple[Floats, Floats]:
         """Return θ of the used signals and the gains of all columns, float64[F]."""
         columns = sorted({group.format for group in groups})
-        target = np.log([max(group.kl, _FLOOR) for group in groups])
+        target = np.log([group.kl for group in groups])
         count = len(self.use)
         coefficients = log_sums(
             self.sums(groups, columns),
@@ -240,7 +240,7 @@ def _left_out(fit: _Fit, groups: Sequence[MeasuredGroup], folds: int) -> float:
         out = set(order[part::folds].tolist())
         theta, gains = fit.solve([g for i, g in enumerate(groups) if i not in out])
         left = [groups[i] for i in sorted(out)]
-        target = np.log([max(group.kl, _FLOOR) for group in left])
+        target = np.log([group.kl for group in left])
         total += float(((target - fit.predicted(left, theta, gains)) ** 2).sum())
     return float(np.sqrt(total / len(groups)))
 
@@ -270,6 +270,7 @@ def _checked_group(
     table: CostTable,
     index: int,
     group: MeasuredGroup | tuple[npt.NDArray[np.integer], int, float],
+    floor: float,
 ) -> MeasuredGroup:
     units, column, kl = np.asarray(group[0]), int(group[1]), float(group[2])
     if units.ndim != 1 or not units.size or units.dtype.kind not in "iu":
@@ -286,4 +287,4 @@ def _checked_group(
             f"groups[{index}]: its cost in {table.formats[column]} is {total:g}, so no gain can "
             "be fitted; measure groups in formats that round"
         )
-    return MeasuredGroup(units, column, kl)
+    return MeasuredGroup(units, column, max(kl, floor))

@@ -21,8 +21,6 @@ from bitknap.progress import Progress
 # Bits per weight at which tables are checked if feasible: the middle of the range that this library
 # is meant for.
 USUAL_BITS = 2.5
-# KL below this, in nats per token, is rounding noise of float32 logits.
-_FLOOR = 1e-9
 
 
 def on_held_out_plans(
@@ -63,7 +61,7 @@ def on_held_out_plans(
         progress("check plans", 0, len(plans))
     variants = [Variant.plan(plan) for plan in plans]
     for done, (which, kl) in enumerate(kl_of(evidence, variants), start=1):
-        measured[which] = max(kl, _FLOOR)
+        measured[which] = max(kl, evidence.floor)
         if progress:
             progress("check plans", done, len(plans))
     result = check_plans(table, plans, measured)

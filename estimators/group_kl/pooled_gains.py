@@ -17,9 +17,7 @@ import numpy as np
 
 from bitknap.allocation.problem.arrays import Bools, Floats
 from bitknap.estimators.group_kl.chosen_readings import Groups, Reading
-
-# KL below this, in nats per token, is rounding noise of float32 logits.
-FLOOR = 1e-9
+from bitknap.estimators.measuring.noise_floor import LEAST
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -38,20 +36,24 @@ class GroupKl:
     error: float
 
 
-def group_kl(sums: Floats, groups: Groups, readings: Mapping[Reading, float]) -> GroupKl:
+def group_kl(
+    sums: Floats, groups: Groups, readings: Mapping[Reading, float], floor: float = LEAST
+) -> GroupKl:
     """Return the KL of every group at every anchor.
 
     Args:
         sums: predicted sums of each group at each anchor, float64 [groups, anchors].
         groups: the groups.
         readings: KL of those that were read, nats per token; at least one.
+        floor: KL below this is noise, and counts as this.
     """
+    readings = {one: max(kl, floor) for one, kl in readings.items()}
     size = np.log(np.maximum(sums, 1e-300))
     alone = np.full(sums.shape, np.nan)
     for reading, kl in readings.items():
         if len(reading.groups) == 1:
             group, width = reading.groups[0], reading.width
-            alone[group, width] = np.log(max(kl, FLOOR)) - size[group, width]
+            alone[group, width] = np.log(kl) - size[group, width]
     shared = _shared_gains(sums, groups, readings, alone)
     offset = alone - shared[np.array(groups.kind)]
     own, misses = np.zeros(len(sums), dtype=bool), [np.zeros(0)]
@@ -91,7 +93,7 @@ def _shared_gains(
     for reading, kl in readings.items():
         kind = groups.kind[reading.groups[0]]
         if len(reading.groups) == len(groups.members(kind)):
-            found[kind, reading.width] = np.log(max(kl, FLOOR)) - size[kind, reading.width]
+            found[kind, reading.width] = np.log(kl) - size[kind, reading.width]
     for kind, gains in enumerate(found):
         if not np.isfinite(gains).any():
             own = alone[groups.members(kind)]

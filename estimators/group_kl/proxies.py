@@ -53,7 +53,7 @@ def with_proxies(
         MeasuredGroup(units=half, format=column, kl=kl)
         for half, kl in zip(cut, measure([(half, column) for half in cut]), strict=True)
     ]
-    clear = [group for group in halves if group.kl > _LEAST]
+    clear = [group for group in halves if group.kl > max(_LEAST, evidence.floor)]
     names = [signal.name for signal in signals]
     fitted = fit_exponents(table, z, clear, names=names) if clear else None
     better = fitted is not None and fitted.report.error < fitted.report.error_without

@@ -227,6 +227,16 @@ class Replay:
         ]
         return torch.cat(parts).cpu().numpy()
 
+    @torch.inference_mode()
+    def kl_by_token(self, layer: int | None = None) -> np.ndarray:
+        """Return the KL of the model as it is now at each token, nats, float64 [tokens].
+
+        Args:
+            layer: the first MoE layer that differs from the reference pass; None for any.
+        """
+        parts = [kl_of(mine, log).double() for mine, log, _ in self._runs(layer)]
+        return torch.cat(parts).cpu().numpy()
+
     def _runs(self, layer: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (logits now, log-probabilities of the reference, labels) of each batch."""
         first = self._places.get(layer, 0) if layer is not None else 0

@@ -31,10 +31,11 @@ from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.evidence.variant_kl import check_measurable
 from bitknap.estimators.evidence.variants import Variant
 from bitknap.estimators.group_kl.calibrated import finite_kls
+from bitknap.estimators.measuring.noise_floor import KEY
 from bitknap.estimators.sparse.cell_choice import Measure
 from bitknap.estimators.sparse.cell_features import Antecedents, Predictor
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
-from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
+from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.shrunk_predictor import Shrunk
 from bitknap.progress import Progress
 from bitknap.quantization.stacks.grouping import stacks
@@ -100,11 +101,13 @@ class Fuzzy:
             scale = np.maximum(self.base.estimate(evidence, samples.formats).cost, _LEAST)
             known = scale[samples.unit, samples.column]
             with np.errstate(over="ignore"):  # `LossSamples` refuses what is not finite
-                relative = samples.loss / known
+                relative = samples.believed / known
                 error = None if samples.error is None else samples.error / known
             if self.shrink:
-                predictor = Shrunk(inner=predictor, weight=np.sqrt(np.maximum(samples.loss, FLOOR)))
-            samples = replace(samples, loss=relative, error=error)
+                predictor = Shrunk(inner=predictor, weight=np.sqrt(samples.believed))
+            # No ratio is noise: losses that are were raised before.
+            said = {**samples.provenance, KEY: float(relative.min())}
+            samples = replace(samples, loss=relative, error=error, provenance=said)
         fitted = predictor.fit(samples, antecedents)
         mean, spread = (part * scale for part in fitted.predict(antecedents))
         cost = np.zeros((len(evidence.units), len(formats)))
@@ -126,7 +129,7 @@ class Fuzzy:
                 "unit": "nats/token",
                 "estimator": self.name,
                 "predictor": repr(self.predictor),
-                "samples": dict(samples.provenance),
+                "samples": dict(self.samples.provenance),
                 "measurements": len(samples),
                 "note": getattr(fitted, "note", ""),
             },

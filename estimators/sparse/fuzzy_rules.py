@@ -19,7 +19,7 @@ from bitknap.allocation.problem.arrays import Floats, Longs, numbered
 from bitknap.allocation.problem.checks import whole
 from bitknap.estimators.sparse.cell_features import Antecedents, Fitted, nats
 from bitknap.estimators.sparse.fuzzy_sets import deviation, representative, scale_and_move, triangle
-from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
+from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.scaled_features import Frame, equal, learned, standardised
 from bitknap.names import check_name
 
@@ -73,6 +73,7 @@ class FuzzyRules:
                 values=values,
                 neighbours=min(self.neighbours, len(samples)),
                 logarithmic=target is not None,
+                floor=samples.floor,
             )
         values = samples.logs if target is None else target
         make = learned if self.weighted else equal
@@ -127,6 +128,7 @@ class _Nearest:
     values: Floats
     neighbours: int
     logarithmic: bool
+    floor: float
 
     def _answer(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
         shape = antecedents.values.shape
@@ -146,13 +148,13 @@ class _Nearest:
         mean, spread = self._answer(antecedents)
         if self.logarithmic:
             return mean, spread
-        kept = np.maximum(mean, FLOOR)
+        kept = np.maximum(mean, self.floor)
         return np.log(kept), np.log1p(spread / kept)
 
     def predict(self, antecedents: Antecedents) -> tuple[Floats, Floats]:
         """Return the weighted mean of the nearest rules, and their weighted deviation."""
         mean, spread = self._answer(antecedents)
-        return nats(mean, spread) if self.logarithmic else (np.maximum(mean, FLOOR), spread)
+        return nats(mean, spread) if self.logarithmic else (np.maximum(mean, self.floor), spread)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

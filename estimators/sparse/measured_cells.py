@@ -20,6 +20,7 @@ from bitknap.allocation.problem.format import Format
 from bitknap.allocation.problem.units import COLUMNS, Units
 from bitknap.disk.column_file import read_columns, write_columns
 from bitknap.errors import FileError, InputError, MismatchError
+from bitknap.estimators.measuring.noise_floor import KEY, USUAL
 
 KIND, VERSION = "bitknap.samples", "1.0"
 _DTYPES: dict[str, npt.DTypeLike] = {
@@ -32,8 +33,6 @@ _DTYPES: dict[str, npt.DTypeLike] = {
 # Provenance that every set of samples must have, and that must agree when two are joined.
 _ORIGIN = ("model", "method", "text", "tokens", "seed")
 _JOINED = ("model", "method", "text")
-# Losses below this, in nats a token, are rounding noise of float32 logits.
-FLOOR = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -97,16 +96,27 @@ class LossSamples:
 
     @property
     def logs(self) -> Floats:
-        """Logarithm of the losses, which are raised to FLOOR first; float64[N]."""
-        logarithms: Floats = np.log(np.maximum(self.loss, FLOOR))
+        """Logarithm of the losses that are believed; float64[N]."""
+        logarithms: Floats = np.log(self.believed)
         return logarithms
+
+    @property
+    def floor(self) -> float:
+        """Losses below this are noise of arithmetic, nats per token, above 0."""
+        return float(self.provenance.get(KEY, USUAL))
+
+    @property
+    def believed(self) -> Floats:
+        """The losses, those below the floor raised to it; float64[N]."""
+        believed: Floats = np.maximum(self.loss, self.floor)
+        return believed
 
     @property
     def log_errors(self) -> Floats:
         """Standard error of `logs` to first order, at most 1; zeros where none is known."""
         if self.error is None:
             return np.zeros(len(self))
-        errors: Floats = np.minimum(self.error / np.maximum(self.loss, FLOOR), 1.0)
+        errors: Floats = np.minimum(self.error / self.believed, 1.0)
         return errors
 
     @property
@@ -172,6 +182,8 @@ class LossSamples:
         if self.error is not None and other.error is not None:
             errors = np.concatenate([self.error, other.error])
         kept = {k: v for k, v in self.provenance.items() if other.provenance.get(k) == v}
+        if KEY in self.provenance or KEY in other.provenance:
+            kept[KEY] = max(self.floor, other.floor)
         return LossSamples(
             units=self.units,
             formats=self.formats,

@@ -14,7 +14,7 @@ import numpy as np
 
 from bitknap.allocation.problem.arrays import Bools, Floats, numbered
 from bitknap.estimators.sparse.cell_features import Antecedents, Fitted, Predictor, nats
-from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
+from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.predictors import left_out
 
 
@@ -35,7 +35,7 @@ class Shrunk:
     ) -> FittedShrunk:
         """Fit the inner predictor, and how far to follow it."""
         values = samples.logs if target is None else target
-        weight = np.sqrt(np.maximum(samples.loss, FLOOR)) if self.weight is None else self.weight
+        weight = np.sqrt(samples.believed) if self.weight is None else self.weight
         weight = weight / weight.sum()
 
         def learn(kept: Bools) -> Floats:

@@ -16,6 +16,7 @@ from bitknap.estimators.measuring.drawn_loss import drawn_labels, loss_of, roote
 from bitknap.estimators.measuring.expert_forward import experts_at
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay
 from bitknap.estimators.measuring.language_model import settle
+from bitknap.estimators.measuring.noise_floor import KEY, LEAST, ROUNDINGS, floor_of
 from bitknap.estimators.measuring.windows import Windows, logits_of, part_of
 from bitknap.estimators.sweep.expert_recording import LayerSums, check_seen, recording
 from bitknap.estimators.sweep.layer_gains import GAIN_TOKENS, gain_of, noisy
@@ -66,13 +67,15 @@ def calibrate(
     replay = Replay(model, layout, windows)
     part = part_of(*windows.shape, GAIN_TOKENS)
     some = replay if part is None else Replay(model, layout, windows.part(part))
+    floor = _floor(model, layout, sums, some, generator)
     return Evidence(
         layout=layout,
-        layers=_layers(model, layout, sums, some, generator, progress),
+        layers=_layers(model, layout, sums, some, floor, generator, progress),
         linears={unit: seen.evidence() for unit, seen in linears.items()},
         weights=_weights_of(model, layout),
         replay=replay,
-        provenance=provenance_of(windows.ids, seed),
+        provenance=provenance_of(windows.ids, seed, floor),
+        floor=floor,
         traces={number: kept for number, layer in sums.items() if (kept := layer.trace())},
         experts=partial(experts_at, model),
         span=replay.span,
@@ -90,9 +93,16 @@ def digest_of(windows: Tensor) -> str:
     return hashlib.sha256(windows.numpy().tobytes()).hexdigest()[:32]
 
 
-def provenance_of(windows: Tensor, seed: int) -> dict[str, Any]:
-    """Return the provenance of a pass over windows, token ids int64 [windows, length]."""
-    return {"text": digest_of(windows), "tokens": windows.numel(), "seed": seed}
+def provenance_of(windows: Tensor, seed: int, floor: float) -> dict[str, Any]:
+    """Return the provenance of a pass over windows, token ids int64 [windows, length].
+
+    Args:
+        windows: the text.
+        seed: random seed of the pass.
+        floor: KL below this is noise, nats per token.
+    """
+    said = {"text": digest_of(windows), "tokens": windows.numel(), "seed": seed}
+    return {**said, KEY: floor}
 
 
 def _run(
@@ -124,11 +134,28 @@ def _run(
             torch.autograd.grad(loss_of(logits, drawn_labels(logits, race)), [root])
 
 
+def _floor(
+    model: Any,
+    layout: Layout,
+    sums: dict[int, LayerSums],
+    replay: Replay,
+    generator: torch.Generator,
+) -> float:
+    """Return the KL below which readings are noise, nats per token."""
+    if not layout.layers:
+        return LEAST
+    number = layout.layers[0].layer
+    fresh = torch.Generator().manual_seed(generator.initial_seed())
+    with noisy(model, sums[number], fresh, ROUNDINGS):
+        return floor_of(replay.kl_by_token(number))
+
+
 def _layers(
     model: Any,
     layout: Layout,
     sums: dict[int, LayerSums],
     replay: Replay,
+    floor: float,
     generator: torch.Generator,
     progress: Progress | None,
 ) -> dict[int, LayerEvidence]:
@@ -139,7 +166,7 @@ def _layers(
             progress("gains", done, len(layout.layers))
         watched = sums[layer.layer]
         with noisy(model, watched, generator):
-            gain = gain_of(replay.kl(layer.layer), watched)
+            gain = gain_of(replay.kl(layer.layer), watched, floor)
         evidence[layer.layer] = layer_evidence(watched, gain)
     return evidence
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
+from bitknap.estimators.measuring.noise_floor import LEAST, ROUNDINGS, floor_of
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.windows import Windows, part_of
 from bitknap.estimators.measuring.windows import seen as seen_by_layers
@@ -47,8 +48,9 @@ from bitknap.estimators.sweep.variant_streams import VariantStreams
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
 
-# Labels of streams without noise: the first sweep's, and the second sweep's unchanged one.
-_FIRST, _PLAIN = "first", "plain"
+# Labels of streams: the first sweep's, and the second sweep's unchanged one, and the one that
+# differs from it by a few roundings.
+_FIRST, _PLAIN, _ROUNDED = "first", "plain", "rounded"
 
 
 def calibrate_by_layer(
@@ -92,17 +94,18 @@ def calibrate_by_layer(
         check_seen(sums)
         if recorded.differentiates:
             work.backward(text).catch(sums, generator, progress)
-    losses = work.losses(text, sums, generator, progress)
+    losses, floor = work.losses(text, sums, generator, progress)
     if not recorded.streams:
         work.forget()
     skeleton.drop_rest()
     return Evidence(
         layout=layout,
-        layers={n: layer_evidence(x, gain_of(losses[n], x)) for n, x in sums.items()},
+        layers={n: layer_evidence(x, gain_of(losses[n], x, floor)) for n, x in sums.items()},
         linears={unit: seen.evidence() for unit, seen in linears.items()},
         weights=skeleton.weights,
         replay=None,
-        provenance=provenance_of(windows.ids, seed),
+        provenance=provenance_of(windows.ids, seed, floor),
+        floor=floor,
         traces={number: kept for number, x in sums.items() if (kept := x.trace())},
         sweep=work.sweep(text) if recorded.streams else None,
         experts=skeleton.experts,
@@ -187,29 +190,38 @@ class _Pass:
         sums: Mapping[int, LayerSums],
         generator: torch.Generator,
         progress: Progress | None,
-    ) -> dict[int, float]:
-        """Return the KL caused by noise at each MoE layer's expert output, nats per token."""
+    ) -> tuple[dict[int, float], float]:
+        """Return the KL that noise at each MoE layer's expert output causes, nats per token.
+
+        Beside it, the KL below which readings are noise of arithmetic.
+        """
         skeleton, (plain, outputs) = self.run.skeleton, self._to_measure(text)
-        changed: dict[int, Stream] = {}
+        changed: dict[str, Stream] = {}
         for place in range(len(skeleton.layers)):
             if progress:
                 progress("gains", place, len(skeleton.layers))
-            here = skeleton.numbers.get(place, ())
+            here = {_noise(number): sums[number] for number in skeleton.numbers.get(place, ())}
+            first = next(iter(here.values())) if here and _ROUNDED not in changed else None
             known = outputs.get(place)
-            steps = [*map(_noise, (*changed, *here)), *([] if known else [_PLAIN])]
+            steps = [*changed, *here, *([_ROUNDED] if first else []), *([] if known else [_PLAIN])]
             with self._loaded(place, steps):
-                for number, other in changed.items():
-                    changed[number], _ = self._advanced(_noise(number), place, other)
-                for number in here:
-                    with noisy(skeleton.model, sums[number], generator):
-                        changed[number], finished = self._advanced(
-                            _noise(number), place, plain, lambda: {"drawn": generator.get_state()}
+                for label, other in changed.items():
+                    changed[label], _ = self._advanced(label, place, other)
+                if first:
+                    fresh = torch.Generator().manual_seed(generator.initial_seed())
+                    with noisy(skeleton.model, first, fresh, ROUNDINGS):
+                        changed[_ROUNDED], _ = self._advanced(_ROUNDED, place, plain)
+                for label, watched in here.items():
+                    with noisy(skeleton.model, watched, generator):
+                        changed[label], finished = self._advanced(
+                            label, place, plain, lambda: {"drawn": generator.get_state()}
                         )
                     generator.set_state(finished["drawn"])
                 plain = known or self._advanced(_PLAIN, place, plain)[0]
-        losses = self._divergences(plain, changed)
-        self._end([*map(_noise, changed), _PLAIN])
-        return losses
+        found = self._divergences(plain, changed)
+        self._end([*changed, _PLAIN])
+        floor = floor_of(found.pop(_ROUNDED).numpy()) if changed else LEAST
+        return {number: float(found[_noise(number)].mean()) for number in sums}, floor
 
     def _to_measure(self, text: Stream) -> tuple[Stream, Mapping[int, Stream]]:
         """Return the part of a text that gains are measured on, and what is kept of it."""
@@ -264,19 +276,20 @@ class _Pass:
             self.shelf.clear(_step(label, place - 1))
         return stream, finished
 
-    def _divergences(self, plain: Stream, changed: Mapping[int, Stream]) -> dict[int, float]:
-        """Return the mean KL of changed streams after the last layer."""
-        total, tokens = torch.zeros(len(changed), dtype=torch.float64), 0
+    def _divergences(self, plain: Stream, changed: Mapping[str, Stream]) -> dict[str, Tensor]:
+        """Return the KL of changed streams after the last layer, float64 [tokens] each."""
+        if not changed:
+            return {}
+        parts = []
         for number in range(len(plain.batches)):
-            step = f"loss.{number}"
+            step = f"kl.{number}"
             if self.shelf.done(step):
                 finished = self.shelf.get(step)
             else:
-                sums, seen = batch_divergences(self.run, number, plain, list(changed.values()))
-                finished = self.shelf.put(step, {"loss": sums, "tokens": torch.tensor(seen)})
-            total += finished["loss"]
-            tokens += int(finished["tokens"])
-        return dict(zip(changed, (total / tokens).tolist(), strict=True))
+                kl = batch_divergences(self.run, number, plain, list(changed.values()))
+                finished = self.shelf.put(step, {"kl": kl})
+            parts.append(finished["kl"])
+        return dict(zip(changed, torch.cat(parts, dim=1), strict=True))
 
     def _end(self, labels: Collection[str]) -> None:
         """Delete streams that have passed the last layer and been read."""

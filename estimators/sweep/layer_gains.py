@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from bitknap.errors import ModelError
 from bitknap.estimators.measuring.expert_forward import experts_at
+from bitknap.estimators.measuring.noise_floor import LEAST
 from bitknap.estimators.sweep.expert_recording import LayerSums
 
 # Noise that measures a layer's gain, relative to its output's size: small enough for KL to be
@@ -21,16 +22,30 @@ _NOISE = 0.05
 GAIN_TOKENS = 2_048
 
 
-def noise_scale(sums: LayerSums) -> float:
-    """Return the standard deviation of the noise at each element of a layer's expert output."""
+def noise_scale(sums: LayerSums, relative: float = _NOISE) -> float:
+    """Return the standard deviation of the noise at each element of a layer's expert output.
+
+    Args:
+        sums: what was recorded of the layer.
+        relative: the noise's size, relative to the output's.
+    """
     square = float(sums.output_square) / max(1, sums.tokens) / sums.layer.hidden
-    return math.sqrt(max(square * _NOISE**2, 1e-30))
+    return math.sqrt(max(square * relative**2, 1e-30))
 
 
 @contextlib.contextmanager
-def noisy(model: Any, sums: LayerSums, generator: torch.Generator) -> Iterator[None]:
-    """Add noise to the output of one layer's experts while the block runs."""
-    scale, experts = noise_scale(sums), experts_at(model, sums.layer)
+def noisy(
+    model: Any, sums: LayerSums, generator: torch.Generator, relative: float = _NOISE
+) -> Iterator[None]:
+    """Add noise to the output of one layer's experts while the block runs.
+
+    Args:
+        model: the model.
+        sums: what was recorded of the layer.
+        generator: draws the noise.
+        relative: its size, relative to the output's.
+    """
+    scale, experts = noise_scale(sums, relative), experts_at(model, sums.layer)
 
     def add_noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         shape = experts.summed(output).shape
@@ -44,8 +59,13 @@ def noisy(model: Any, sums: LayerSums, generator: torch.Generator) -> Iterator[N
         handle.remove()
 
 
-def gain_of(kl: float, sums: LayerSums) -> float:
+def gain_of(kl: float, sums: LayerSums, floor: float = LEAST) -> float:
     """Return nats per unit of squared error at a layer's expert output, from the KL of `noisy`.
+
+    Args:
+        kl: the KL, nats per token.
+        sums: what was recorded of the layer.
+        floor: KL below this is noise, and counts as this.
 
     Raises:
         ModelError: the KL is NaN or infinite.
@@ -56,4 +76,4 @@ def gain_of(kl: float, sums: LayerSums) -> float:
             "the model's own output leaves float32 on this text; repair its weights, or use "
             "`estimator=DataFree()`"
         )
-    return float(max(kl, 1e-12) / (noise_scale(sums) ** 2 * sums.layer.hidden))
+    return float(max(kl, floor) / (noise_scale(sums) ** 2 * sums.layer.hidden))

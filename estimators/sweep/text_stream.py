@@ -320,14 +320,11 @@ def losses_between(reference: Passed, others: Sequence[Passed]) -> list[Losses]:
 @torch.no_grad()
 def batch_divergences(
     run: Streamed, number: int, plain: Stream, changed: Sequence[Stream]
-) -> tuple[Tensor, int]:
-    """Return the summed KL of one batch, float64 [changed], and its tokens."""
-    total, tokens = torch.zeros(len(changed), dtype=torch.float64), 0
-    reference = Passed(run=run, end=plain)
+) -> Tensor:
+    """Return the KL of each token of one batch, nats, float64 [changed, tokens]."""
+    reference, rows = Passed(run=run, end=plain), []
     for row in range(len(plain.batches[number])):
         log = torch.log_softmax(reference.logits(number, row), dim=-1)
-        tokens += len(log)
-        for place, other in enumerate(changed):
-            logits = Passed(run=run, end=other).logits(number, row)
-            total[place] += float(kl_of(logits, log).double().sum())
-    return total, tokens
+        others = (Passed(run=run, end=other).logits(number, row) for other in changed)
+        rows.append(torch.stack([kl_of(logits, log).double().cpu() for logits in others]))
+    return torch.cat(rows, dim=1)

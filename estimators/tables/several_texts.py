@@ -16,6 +16,7 @@ import numpy.typing as npt
 from bitknap.allocation.problem.checks import number
 from bitknap.allocation.problem.table import CostTable
 from bitknap.errors import InputError, MismatchError
+from bitknap.estimators.measuring.noise_floor import KEY
 from bitknap.names import check_name
 
 Rule = Literal["mean", "worst", "mean+sd"]
@@ -29,7 +30,8 @@ def robust(tables: Sequence[CostTable], rule: Rule = "mean", k: float = 1.0) -> 
     Its spread is the standard deviation over the sets (n − 1); the
     spread that the single tables have is not added. A format that any set forbids is forbidden.
     Frequencies are averaged. The provenance keeps entries that are equal in all tables and adds up
-    numbers of measurements; the other entries of each table are in a list under "each".
+    numbers of measurements; of floors of KL it has the highest. The other entries of each table are
+    in a list under "each".
 
     Args:
         tables: one per calibration set, at least two, from one model and one estimator.
@@ -69,7 +71,7 @@ def robust(tables: Sequence[CostTable], rule: Rule = "mean", k: float = 1.0) -> 
 
 
 def _together(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return common entries, sums of measurements, and under "each" the other entries."""
+    """Return common entries, sums of measurements, the highest floor, and the rest under "each"."""
     first, *others = provenances
     alike = {
         key: value
@@ -81,9 +83,14 @@ def _together(provenances: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for key in ("measurements", "check_measurements")
         if all(key in each for each in provenances)
     }
-    said = {"text", *alike, *sums}
+    floor = (
+        {KEY: max(each[KEY] for each in provenances)}
+        if all(KEY in each for each in provenances)
+        else {}
+    )
+    said = {"text", *alike, *sums, *floor}
     rest = [{key: each[key] for key in each if key not in said} for each in provenances]
-    return {**alike, **sums, **({"each": rest} if any(rest) else {})}
+    return {**alike, **sums, **floor, **({"each": rest} if any(rest) else {})}
 
 
 def check_sets(provenances: Sequence[Mapping[str, object]]) -> None:

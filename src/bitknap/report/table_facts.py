@@ -169,6 +169,11 @@ def _readings(said: Mapping[str, Any]) -> list[str]:
             f"{left:,} of {readings['taken'] + left:,} readings of groups were not taken "
             "(--measure-time, --calibrate)"
         )
+    if readings.get("noise"):
+        lines.append(
+            f"{readings['noise']:,} of {readings['taken']:,} readings of groups are below the "
+            f"noise of arithmetic and count as that: {said['kl_floor']:.2g} nats a token"
+        )
     if readings.get("sharing"):
         error = readings.get("error")
         known = "" if error is None else f", known to a factor of {math.exp(error):.2f}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.measuring.noise_floor import KEY
 from bitknap.estimators.sweep.in_memory import PLAIN, calibrate
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.quantization.models.live_model import walk
@@ -18,7 +19,15 @@ from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.stacks.reading import read_units
 from bitknap.testing.models import SIZES, tiny_model
 
-__all__ = ["UNSEEN", "Case", "lopsided_case", "lopsided_model", "random_windows", "weights_alone"]
+__all__ = [
+    "UNSEEN",
+    "Case",
+    "lopsided_case",
+    "lopsided_model",
+    "origin_of",
+    "random_windows",
+    "weights_alone",
+]
 
 # The expert of `lopsided_case` that no token reaches.
 UNSEEN = 4
@@ -39,6 +48,12 @@ class Case:
     layout: Layout
     windows: Tensor
     evidence: Evidence
+
+
+def origin_of(provenance: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a provenance without measured floors, which differ a little from pass to pass."""
+    kept = {name: value for name, value in provenance.items() if name != KEY}
+    return {n: origin_of(x) if isinstance(x, Mapping) else x for n, x in kept.items()}
 
 
 def random_windows(count: int = 6, *, seed: int = 0) -> Tensor:

@@ -1,3 +1,5 @@
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
@@ -7,6 +9,8 @@ from bitknap.estimators.group_kl.proxies import with_proxies
 from bitknap.testing import routed_units
 
 FORMATS = formats((2, 4), "row", True)
+# All that is read of it.
+EVIDENCE = SimpleNamespace(floor=1e-9)
 
 
 class Told:
@@ -40,7 +44,7 @@ def test_a_signal_that_tells_is_used_and_totals_are_kept():
         readings.extend(len(units) for units, _ in groups)
         return [float(truth[units, column].sum() / weight.mean()) for units, column in groups]
 
-    found = with_proxies(table, None, [Told("score", score)], runs, 0, measure)  # type: ignore[arg-type]
+    found = with_proxies(table, EVIDENCE, [Told("score", score)], runs, 0, measure)  # type: ignore[arg-type]
     assert readings == [8, 8] * 6
     proxies = found.provenance["proxies"]
     assert proxies["exponents"]["score"] > 0.5
@@ -57,7 +61,7 @@ def test_a_signal_that_does_not_tell_changes_nothing():
     def measure(groups):
         return [float(table.cost[units, column].sum()) for units, column in groups]
 
-    found = with_proxies(table, None, [Told("noise", noise)], runs, 0, measure)  # type: ignore[arg-type]
+    found = with_proxies(table, EVIDENCE, [Told("noise", noise)], runs, 0, measure)  # type: ignore[arg-type]
     assert np.abs(np.log(found.cost / table.cost)).max() < 0.05
 
 
@@ -67,7 +71,7 @@ def test_halves_that_lose_nothing_are_no_evidence():
     def measure(groups):
         return [0.0] * len(groups)
 
-    found = with_proxies(table, None, [Told("score", score)], runs, 0, measure)  # type: ignore[arg-type]
+    found = with_proxies(table, EVIDENCE, [Told("score", score)], runs, 0, measure)  # type: ignore[arg-type]
     assert np.array_equal(found.cost, table.cost)
     assert found.provenance["proxies"] == {
         "exponents": {"score": 0.0},

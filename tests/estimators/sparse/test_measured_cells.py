@@ -8,7 +8,8 @@ from safetensors.numpy import load_file, save_file
 
 from bitknap.allocation import Format, formats
 from bitknap.errors import FileError, InputError, MismatchError
-from bitknap.estimators.sparse.measured_cells import FLOOR, LossSamples
+from bitknap.estimators.measuring.noise_floor import USUAL
+from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.testing import routed_units
 
 ORIGIN = {"model": "abc", "method": "rtn", "text": "def", "tokens": 96, "seed": 0}
@@ -43,7 +44,7 @@ def test_a_cell_measured_twice_is_its_mean():
 
 def test_logarithms_have_a_floor():
     found = samples(loss=(-1e-12, 2.0), error=(1e-3, 0.5))
-    assert found.logs == pytest.approx([np.log(2.0), np.log(FLOOR)])
+    assert found.logs == pytest.approx([np.log(2.0), np.log(USUAL)])
     assert found.log_errors == pytest.approx([0.25, 1.0])
     assert samples().log_errors.tolist() == [0, 0]
 

@@ -30,6 +30,7 @@ from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 from bitknap.testing import tiny_model
+from bitknap.testing.evidence import origin_of
 
 FAMILIES = ("mixtral", "qwen3_moe", "gpt_oss", "deepseek_v2", "qwen3_next", "longcat_flash")
 INCLUDE = ("attention", "shared", "dense")
@@ -61,7 +62,7 @@ def both(source, include=(), **recorded):
 def test_the_same_evidence(family, tmp_path):
     one, other = both(stored(tmp_path, family), INCLUDE, full=True, traces=True)
     assert other.replay is None
-    assert other.provenance == one.provenance
+    assert origin_of(other.provenance) == origin_of(one.provenance)
     assert (other.layout.views, other.layout.layers) == (one.layout.views, one.layout.layers)
     assert list(other.layers) == list(one.layers)
     names = ("input_square", "middle_square", "gate_sum", "input_full", "middle_full", "output_max")
@@ -90,7 +91,8 @@ def test_the_same_costs(tmp_path):
     options = formats((2, 4), (32,), (False,), ("fp16",))
     tables = [SecondMoments().estimate(evidence, options) for evidence in (one, other)]
     assert tables[1].cost == pytest.approx(tables[0].cost, rel=1e-3)
-    assert tables[1].provenance == tables[0].provenance
+    assert other.floor == pytest.approx(one.floor, rel=0.5)
+    assert origin_of(tables[1].provenance) == origin_of(tables[0].provenance)
 
 
 @pytest.mark.slow
@@ -108,7 +110,7 @@ def test_estimate_within_a_limit():
         for most in (None, limit)
     )
     assert other.cost == pytest.approx(one.cost, rel=1e-3)
-    assert other.provenance == one.provenance
+    assert origin_of(other.provenance) == origin_of(one.provenance)
 
 
 def test_a_dense_model(tmp_path):
@@ -171,6 +173,7 @@ def test_progress(tmp_path):
 
 def same(one, other):
     """Whether two pieces of evidence are the same to the bit."""
+    assert one.floor == other.floor
     for number, layer in one.layers.items():
         mine = other.layers[number]
         assert (mine.tokens, mine.gain, mine.output_square) == (

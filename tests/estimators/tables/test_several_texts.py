@@ -88,6 +88,7 @@ def test_what_each_table_says_for_itself_is_kept(tables):
     found = robust([replace(t, provenance=p) for t, p in zip(tables, said, strict=True)])
     assert found.provenance["measurements"] == 18
     assert found.provenance["check_measurements"] == 9
+    assert found.provenance["kl_floor"] == max(t.provenance["kl_floor"] for t in tables)
     assert found.provenance["each"] == [{"check": check} for check in checks]
     assert found.provenance["method"] == "rtn"
     assert "check" not in found.provenance
