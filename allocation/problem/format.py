@@ -22,7 +22,8 @@ _KEPT_BITS = {"bf16": 16, "fp16": 16, "fp32": 32, "fp8": 8, "fp8-block": 8, "mxf
 # Block sharing one scale (rows, weights along a row), and bytes per scale.
 _KEPT_SCALES = {"fp8-block": (128, 128, 4), "mxfp4": (1, 32, 1)}
 # Bits of a group's scale as a fraction of its row's scale; 0: the group has its own fp16 scale.
-_SHARE_BITS = {"fp16": 0, "compact": 8, "compact6": 6}
+_SHARE_BITS = {"fp16": 0, "compact": 8, "compact6": 6, "gptq": 0}
+_GRID = r"int(\d)-(?:g([1-9]\d{0,8})|row)-(a?)sym(?:-(compact6?|gptq))?"
 _EXAMPLES = "int3-g64-sym, int4-row-asym-compact, int2-g32-asym-compact6, keep-bf16, ggml-q4_k"
 
 
@@ -36,7 +37,8 @@ class Format:
         symmetric: whether there is no zero point (at 1 bit, no mean).
         metadata: "fp16": one fp16 scale (and zero) per group; "compact": one fp16 scale per row, an
             8-bit scale per group, and zeros as wide as the codes; "compact6": the same with 6-bit
-            scales.
+            scales; "gptq": what files in the format of GPTQ hold, one fp16 scale and one zero as
+            wide as the codes per group, and the group of each column in 32 bits.
         kind: "grid", "ggml" (a block type of GGUF files), "keep" (source precision) or "made-up"
             (no storage at all).
         source: the type of ggml ("q4_k", …), the kept precision ("bf16", …) or the number of the
@@ -67,6 +69,8 @@ class Format:
                 f"{self.name}: 1 bit is sign times scale, and its mean has no compact form; "
                 "use symmetric or fp16 metadata"
             )
+        if self.bits == 1 and self.metadata == "gptq":
+            raise InputError(f"{self.name}: files of GPTQ hold 2 bits or more; use other metadata")
 
     @classmethod
     def keep(cls, source: str) -> Format:
@@ -111,6 +115,23 @@ class Format:
         return self.share_bits > 0
 
     @property
+    def integer_zero(self) -> bool:
+        """Whether a grid's zero point, if it has one, is an integer as wide as the codes."""
+        return self.metadata != "fp16"
+
+    @property
+    def middle(self) -> float:
+        """The code that stands for 0 in a symmetric grid; between two codes, but for GPTQ's."""
+        if self.metadata == "gptq":
+            return float(1 << self.bits - 1)
+        return ((1 << self.bits) - 1) / 2
+
+    @property
+    def foreign(self) -> bool:
+        """Whether files of another runtime alone hold it, and packed checkpoints do not."""
+        return self.kind == "ggml" or (self.kind == "grid" and self.metadata == "gptq")
+
+    @property
     def name(self) -> str:
         """The text that `parse` reads back, such as "int3-g64-sym"."""
         if self.kind == "keep":
@@ -120,7 +141,7 @@ class Format:
         if self.kind == "made-up":
             return f"option-{self.source}"
         group = f"g{self.group_size}" if self.group_size else "row"
-        metadata = f"-{self.metadata}" if self.compact else ""
+        metadata = "" if self.metadata == "fp16" else f"-{self.metadata}"
         return f"int{self.bits}-{group}-{'sym' if self.symmetric else 'asym'}{metadata}"
 
     def __str__(self) -> str:
@@ -139,6 +160,8 @@ class Format:
         scale = f"{self.share_bits}-bit" if self.compact else "fp16"
         shift = "mean" if self.bits == 1 else "zero point"
         shift = f"no {shift}" if self.symmetric else f"a {shift}"
+        if self.metadata == "gptq":
+            shift = f"{'a fixed' if self.symmetric else 'an integer'} zero point; for files of GPTQ"
         return f"{self.bits}-bit codes, {scale} scale for each {group}, {shift}."
 
     @classmethod
@@ -148,7 +171,7 @@ class Format:
         Raises:
             InputError: the name is malformed.
         """
-        if match := re.fullmatch(r"int(\d)-(?:g([1-9]\d{0,8})|row)-(a?)sym(?:-(compact6?))?", name):
+        if match := re.fullmatch(_GRID, name):
             return cls(
                 int(match[1]),
                 int(match[2] or 0),
@@ -194,6 +217,9 @@ class Format:
             tall, wide, size = _KEPT_SCALES.get(self.source, (1, 1, 0))
             return np.asarray(codes + size * _ceil(height, tall) * _ceil(width, wide))
         per_row = self.groups(width)
+        if self.metadata == "gptq":  # words of 32 bits, each with codes or zeros of one group only
+            words = height * _ceil(width * self.bits, 32) + per_row * _ceil(height * self.bits, 32)
+            return np.asarray(4 * words + 2 * height * per_row + 4 * width, dtype=np.int64)
         if not self.compact:
             return codes + height * per_row * (2 if self.symmetric else 4)
         # With one group per row, the fp16 row scale is enough.
@@ -216,7 +242,7 @@ def formats(
         bits: code widths, 1 to 8.
         group_size: weights that share a scale; "row" or 0 is the whole row.
         symmetric: True (no zero point), False (a zero point), or both.
-        metadata: "fp16", "compact", "compact6", or several.
+        metadata: "fp16", "compact", "compact6", "gptq", or several.
         keep: a source precision such as "bf16" to include; it comes last.
 
     Raises:
@@ -230,12 +256,13 @@ def formats(
         [symmetric] if isinstance(symmetric, bool) else list(symmetric),
         [metadata] if isinstance(metadata, str) else list(metadata),
     ):
-        # 1 bit with a mean has no compact form.
-        if (width, even) != (1, False) or not _SHARE_BITS.get(meta):
+        # 1 bit with a mean has no compact form, and GPTQ has no 1 bit.
+        if width != 1 or (meta != "gptq" and (even or not _SHARE_BITS.get(meta))):
             combinations.add(Format(width, size, symmetric=even, metadata=meta))
     if not combinations:
         raise InputError(
-            "formats: no combination is valid: 1 bit with compact metadata must be symmetric"
+            "formats: no combination is valid: 1 bit with compact metadata must be symmetric, and "
+            "gptq metadata need 2 bits"
         )
     grids = sorted(
         combinations, key=lambda f: (f.bits, f.group_size or 1 << 62, f.symmetric, f.metadata)
@@ -245,7 +272,8 @@ def formats(
 
 def menu() -> tuple[Format, ...]:
     """Return every usual format: 1 to 8 bits in the usual groups, and the kept precisions."""
-    grids = formats(range(1, 9), GROUP_SIZES, (False, True), tuple(_SHARE_BITS))
+    ours = ("fp16", "compact", "compact6")
+    grids = formats(range(1, 9), GROUP_SIZES, (False, True), ours)
     return (*grids, *map(Format.keep, _KEPT_BITS))
 
 

@@ -101,7 +101,7 @@ def plainest(format: Format, cols: int) -> Format:
     if format.kind == "ggml":
         return Format.ggml(stored_as(format.source, cols))
     size = 0 if format.group_size >= cols else format.group_size
-    one_scale = format.symmetric and size == 0
+    one_scale = format.compact and format.symmetric and size == 0
     return replace(format, group_size=size, metadata="fp16" if one_scale else format.metadata)
 
 

@@ -260,17 +260,18 @@ def _decoded(source: Checkpoint, kept: Iterable[str]) -> dict[str, int]:
 
 
 def _check_kept(source: Checkpoint, layout: Layout, plan: BitPlan) -> None:
-    """Refuse a plan that keeps units in another precision than the stored one, or has GGUF's types.
+    """Refuse a plan that keeps units in another precision than the stored one, or of other files.
 
     Raises:
         MismatchError: it does; names the first unit.
     """
     for unit, view in enumerate(layout.views):
         format, stored = plan.format_of(unit), source.precision(view.tensor)
-        if format.kind == "ggml":
+        if format.foreign:
+            files, target = ("GGUF", "gguf") if format.kind == "ggml" else ("GPTQ's", "gptq")
             raise MismatchError(
-                f"{plan.units.label(unit)}: the plan says {format.name}, which GGUF files alone "
-                "hold; export the plan to gguf"
+                f"{plan.units.label(unit)}: the plan says {format.name}, which {files} files alone "
+                f"hold; export the plan to {target}"
             )
         if format.kind == "keep" and stored != format.source:
             raise MismatchError(

@@ -5,6 +5,8 @@ A group of weights x becomes codes q and, by format:
     symmetric            x ≈ s (q - (2^b - 1) / 2)  mid-rise grid; 1 bit is sign × scale
     asymmetric, fp16     x ≈ s q + m    m: fp16 value of code 0; 1 bit is sign × scale + mean
     asymmetric, compact  x ≈ s (q - z)  z: integer zero of b bits
+    symmetric, gptq      x ≈ s (q - 2^(b-1))  one step more below zero than above
+    asymmetric, gptq     x ≈ s (q - z)  z: integer zero of b bits
 
 `compact` stores s as an 8-bit share of one fp16 scale a row, `compact6` as a 6-bit one. Every
 rounding method uses these grids: scales and zeros are rounded to their stored precision before
@@ -73,7 +75,7 @@ class Grid:
                 share = (scale / row.float() * most).round_().clamp_(1, most).to(torch.uint8)
         else:
             row = scale.clamp(LEAST_SCALE, top).half()
-        if not format.symmetric and format.compact:
+        if not format.symmetric and format.integer_zero:
             kept = zero.round().clamp(0, 2**format.bits - 1).to(torch.uint8)
         elif not format.symmetric:
             kept = (-scale * zero).clamp(-top, top).half()
@@ -97,7 +99,7 @@ class Grid:
         if self.exponent is not None:
             x = x * power(-self.exponent)
         if self.zero is None:
-            zero = torch.full_like(step, top / 2)
+            zero = torch.full_like(step, self.format.middle)
         else:
             zero = (
                 self.zero.float() if self.zero.dtype == torch.uint8 else -self.zero.float() / step
@@ -132,7 +134,7 @@ class Grid:
                 s = steps[:, groups, None]
                 part = part.unflatten(1, (s.shape[1], -1))  # a view: x is changed in place
                 if self.zero is None:
-                    part.sub_((2**self.format.bits - 1) / 2).mul_(s)
+                    part.sub_(self.format.middle).mul_(s)
                 elif self.zero.dtype == torch.uint8:
                     part.sub_(self.zero[:, groups, None].float()).mul_(s)
                 else:

@@ -139,7 +139,7 @@ def _refit(
     """Return the step and zero [groups, 1] that fit codes `q` best to x, both [groups, size]."""
     if not format.symmetric:
         zero = torch.addcdiv(q, x, step, value=-1).mean(1, keepdim=True)
-        if format.metadata == "fp16":
+        if not format.integer_zero:
             return step, zero
         zero = zero.round_().clamp_(0, 2**format.bits - 1)
     q = q - zero

@@ -80,10 +80,10 @@ def fit_groups(block: Tensor, format: Format) -> tuple[Tensor, Tensor]:
 def _fit(x: Tensor, format: Format) -> tuple[Tensor, Tensor]:
     """Return the best scale s and zero z of each group of `x` [groups, size]: x ≈ s (q - z).
 
-    Both are float32 [groups, 1]. z is half the levels for a symmetric grid, an integer for compact
-    metadata, and any real number for an fp16 zero.
+    Both are float32 [groups, 1]. z is the middle of a symmetric grid, an integer where zeros are
+    stored as integers, and any real number for an fp16 zero.
     """
-    real = not format.symmetric and format.metadata == "fp16"
+    real = not (format.symmetric or format.integer_zero)
     mean = x.mean(1, keepdim=True)
     if real:
         x = x - mean
@@ -131,12 +131,14 @@ def _range_grid(low: Tensor, high: Tensor, format: Format) -> tuple[Tensor, Tens
     """Return the grid that spans low .. high, as far as the format allows."""
     levels = 2**format.bits - 1
     if format.symmetric:
-        return _positive(torch.maximum(-low, high) * (2 / levels)), torch.full_like(low, levels / 2)
-    if format.compact:  # an integer zero among the codes needs 0 inside the range
+        middle = format.middle
+        reach = torch.maximum(-low, high * (middle / (levels - middle)))
+        return _positive(reach * (1 / middle)), torch.full_like(low, middle)
+    if format.integer_zero:  # an integer zero among the codes needs 0 inside the range
         low, high = low.clamp_max(0), high.clamp_min(0)
     scale = _positive((high - low) / levels)
     zero = -low / scale
-    return scale, zero.round().clamp_(0, levels) if format.compact else zero
+    return scale, zero.round().clamp_(0, levels) if format.integer_zero else zero
 
 
 def _refit(

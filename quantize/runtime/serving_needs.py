@@ -85,7 +85,7 @@ def _tiles(units: Units, formats: Sequence[Format]) -> dict[str, dict[str, int]]
         sizes = {
             item.name: int(tiled_bytes(item, rows, cols)) - int(item.nbytes(rows, cols))
             for item in formats
-            if item.kind not in ("made-up", "ggml")
+            if item.kind != "made-up" and not item.foreign
         }
         more[f"{rows}x{cols}"] = {name: size for name, size in sizes.items() if size}
     return more

@@ -17,6 +17,7 @@ TARGETS = Catalog(
         Entry(name="gguf", place=f"{_ROOM}.gguf:Gguf"),
         Entry(name="mlx", place=f"{_ROOM}.mlx:Mlx"),
         Entry(name="compressed-tensors", place=f"{_ROOM}.compressed_tensors:CompressedTensors"),
+        Entry(name="gptq", place=f"{_ROOM}.gptq:Gptq"),
         Entry(name="gptqmodel", place=f"{_ROOM}.gptqmodel:GptqModel"),
         Entry(name="autoround", place=f"{_ROOM}.autoround:AutoRound"),
         Entry(name="llm-compressor", place=f"{_ROOM}.llm_compressor:LlmCompressor"),

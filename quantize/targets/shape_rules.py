@@ -67,6 +67,7 @@ class GridTarget:
         profile: which units must share a format.
         rule: its widths, group sizes and blocks.
         symmetric: whether grids have no zero point, or both.
+        metadata: how scales and zeros are stored.
         rounding: the method that its files are rounded by; "" if any will do.
         reads_weights: whether weights are rounded and written.
         cuts_rows: whether row blocks of a matrix may have formats of their own.
@@ -77,6 +78,7 @@ class GridTarget:
     profile: str
     rule: ShapeRule
     symmetric: tuple[bool, ...] = (False, True)
+    metadata: str = "fp16"
     rounding: str = ""
     reads_weights: bool = True
     cuts_rows: bool = False
@@ -104,7 +106,7 @@ class GridTarget:
 
     def formats(self) -> tuple[Format, ...]:
         """Return every format that the runtime has."""
-        return formats(self.rule.bits, self.rule.groups, self.symmetric)
+        return formats(self.rule.bits, self.rule.groups, self.symmetric, self.metadata)
 
     def menu(self, units: Units) -> tuple[Format, ...]:
         """Return the formats that at least one of the units can have, from few bits to many."""

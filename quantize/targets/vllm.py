@@ -50,9 +50,10 @@ class Vllm:
         return formats(self.bits, GROUP_SIZES, (False, True), ("fp16", "compact", "compact6"))
 
     def holds(self, format: Format, rows: npt.ArrayLike, cols: npt.ArrayLike) -> Bools:
-        """Every grid, and every precision that a source can have, is stored as it is."""
+        """Every grid but GPTQ's, and every precision that a source can have, is stored as it is."""
         shape = np.broadcast(np.asarray(rows), np.asarray(cols)).shape
-        return np.full(shape, format.kind in ("grid", "keep"), dtype=np.bool_)
+        held = format.kind in ("grid", "keep") and not format.foreign
+        return np.full(shape, held, dtype=np.bool_)
 
     def check(self, plan: BitPlan) -> None:
         """Every plan can be written; whether it belongs to the model is checked on writing."""

@@ -40,6 +40,17 @@ def test_a_table_for_a_target_has_its_formats(model, tmp_path):
     assert {one.bits for one in CostTable.load(some).formats} == {2, 4}
 
 
+def test_formats_of_other_files_are_asked_for_by_their_grids(model, tmp_path):
+    some = tmp_path / "some.safetensors"
+    asked = ("--formats", "3,4", "--group-size", "32")
+    main(["estimate", str(model), *FAST, "--target", "gptq", *asked, "-o", str(some)])
+    assert set(CostTable.load(some).formats) == {
+        Format(bits, 32, symmetric=symmetric, metadata="gptq")
+        for bits in (3, 4)
+        for symmetric in (False, True)
+    }
+
+
 def test_a_plan_for_a_target_has_its_profile(made, tmp_path, refused):
     words = ["solve", str(made.table), "--budget", "5bpw", "--target", "vllm"]
     main([*words, "-o", str(tmp_path / "plan.json")])

@@ -54,7 +54,8 @@ def write(job: ExportJob) -> Exported:
     kept = {name: name for name in kept_tensors(job.source, job.layout)}
     folder = Folder(job=job, form=_Packed(), modules=modules, kept=kept, made=_shapes(job, modules))
     config = {**job.source.config, "quantization_config": _quantization(made)}
-    return folder.export(config, [settings.matched(names, len(covered))], _warnings(job))
+    matched = settings.matched(names, len(covered))
+    return folder.export({"config.json": config}, [matched], _warnings(job))
 
 
 class _Packed:

@@ -57,7 +57,7 @@ def write(job: ExportJob, experts: str) -> Exported:
     kept, made = _others(job)
     folder = Folder(job=job, form=_Affine(), modules=modules, kept=kept, made=made)
     config = _config(job.source.config) | _quantization(job, modules)
-    return folder.export(config, [], _warnings(job.source.config))
+    return folder.export({"config.json": config}, [], _warnings(job.source.config))
 
 
 def _warnings(config: Mapping[str, Any]) -> tuple[str, ...]:

@@ -102,12 +102,12 @@ class Folder:
     made: Mapping[str, Tensor] = field(default_factory=dict)
 
     def export(
-        self, config: Mapping[str, Any], checks: Sequence[str], warnings: Sequence[str]
+        self, texts: Mapping[str, Any], checks: Sequence[str], warnings: Sequence[str]
     ) -> Exported:
         """Write the folder whole: weights, configuration, tokenizer and plan.
 
         Args:
-            config: content of `config.json`.
+            texts: content of `config.json` and its like, by name.
             checks: what was verified before.
             warnings: what a user should know before serving it.
 
@@ -120,7 +120,8 @@ class Folder:
         with whole_folder(job.out, overwrite=job.overwrite, inputs=[job.source.folder]) as into:
             job.source.copy_companions(into)
             unit_bytes = self.write(into)
-            write_whole(into / "config.json", (json.dumps(config, indent=1) + "\n").encode())
+            for name, content in texts.items():
+                write_whole(into / name, (json.dumps(content, indent=1) + "\n").encode())
             job.plan.save(into / PLAN)
             if unit_bytes != job.plan.total_bytes:
                 raise MismatchError(

@@ -257,13 +257,9 @@ class Formats:
         target.check_model(source.config)
         menu = target.menu(self.layout(source, include).units)
         if self.options is not None:
-            # Runtimes' own codecs are known by their widths, grids by all that they are.
-            bits = {one.bits for one in self.options}
-            menu = tuple(
-                one
-                for one in menu
-                if one in self.options or (one.kind != "grid" and one.bits in bits)
-            )
+            # Types of ggml are known by their widths, grids by all but how they are stored.
+            wanted = {*self.options, *(one.bits for one in self.options if not one.foreign)}
+            menu = tuple(one for one in menu if one in wanted or _asked_as(one) in wanted)
         if not menu:
             raise InputError(
                 f"`options`: {target.name} has none of these formats for this model; leave them out"
@@ -279,6 +275,13 @@ class Formats:
         """
         whole = walk_headers(source.config, source.shapes, include)
         return whole if self.row_blocks == 1 else split_rows(whole, self.row_blocks)
+
+
+def _asked_as(format: Format) -> Format | int:
+    """Return what a format of another runtime's own files has in common with those asked for."""
+    if not format.foreign:
+        return format
+    return format.bits if format.kind == "ggml" else replace(format, metadata="fp16")
 
 
 def _precision(source: Checkpoint) -> str:

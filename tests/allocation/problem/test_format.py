@@ -27,6 +27,10 @@ from bitknap.errors import InputError
         ("int3-g64-sym-compact6", 3, 128, 144 + 3 * 2 + 5),
         ("int3-row-asym-compact6", 4, 128, 192 + 8 + 2),
         ("int1-g128-sym-compact6", 4, 256, 128 + 4 * 2 + 6),
+        # Words of 32 bits: 64 rows of 12 words of codes; 2 groups of 6 words of zeros; 64 x 2 fp16
+        # scales; and the group of each of 128 columns.
+        ("int3-g64-asym-gptq", 64, 128, 64 * 48 + 2 * 24 + 64 * 2 * 2 + 128 * 4),
+        ("int3-g64-sym-gptq", 64, 128, 64 * 48 + 2 * 24 + 64 * 2 * 2 + 128 * 4),
         ("keep-bf16", 4, 128, 1024),
         ("keep-fp32", 3, 5, 60),
         ("keep-fp8", 3, 5, 15),
@@ -56,11 +60,11 @@ def test_names_round_trip():
         bits=range(1, 9),
         group_size=(32, 64, "row"),
         symmetric=(True, False),
-        metadata=("fp16", "compact", "compact6"),
+        metadata=("fp16", "compact", "compact6", "gptq"),
         keep="bf16",
     )
-    # 8 widths x 3 x 2 x 3, less the six 1-bit asymmetric compact ones, and the source.
-    assert len(every) == 144 - 6 + 1
+    # 8 widths x 3 x 2 x 4, less six 1-bit asymmetric compact ones and six of GPTQ, and the source.
+    assert len(every) == 192 - 6 - 6 + 1
     assert all(Format.parse(item.name) == item for item in every)
     assert Format.parse("int3-row-asym-compact") == Format(3, 0, metadata="compact")
     assert Format.parse("int3-g64-asym-compact6") == Format(3, metadata="compact6")
@@ -100,6 +104,8 @@ def test_formats_are_sorted_and_distinct():
             lambda: Format(1, metadata="compact6"),
             "int1-g64-asym-compact6: 1 bit is sign times scale, and its mean has no compact form; ",
         ),
+        (lambda: Format.parse("int1-g64-sym-gptq"), "files of GPTQ hold 2 bits or more"),
+        (lambda: formats(bits=1, metadata="gptq"), "and gptq metadata need 2 bits"),
         (lambda: Format.parse("int3-g64-sym-compact8"), "'int3-g64-sym-compact8' is unknown"),
         (lambda: Format.keep("int4"), "keep 'int4' is unknown; one of bf16, fp16, fp32, fp8"),
         (lambda: Format.parse("q4_k"), "format 'q4_k' is unknown; examples: int3-g64-sym"),
