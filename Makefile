@@ -1,22 +1,27 @@
 # demo and test work on a fresh machine with Python >= 3.11, make and a C compiler; no GPU needed.
 PYTHON ?= python3
 BIN := .venv/bin
+# A process a core, up to 4, each with one thread; a file's tests stay together, for what they share.
+# Long files begin first (tests/conftest.py).
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 export OMP_NUM_THREADS ?= $(shell nproc 2>/dev/null || echo 2)
 
-.PHONY: demo test quick runtimes lint docs clean
+.PHONY: demo test quick campaigns runtimes lint docs clean
 
 demo: .venv/.demo
 	$(BIN)/bitknap quantize reference:mixtral --budget 2.5bpw -o build/demo --overwrite
 	$(BIN)/bitknap evaluate build/demo --reference reference:mixtral --uniform --tokens 16384
 
-# A process a core, up to 4, each with one thread; a file's tests stay together, for what they share.
-# Long files begin first (tests/conftest.py).
 test: .venv/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 # The tests that are not marked slow, to run between two changes.
 quick: .venv/.test
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "not slow and not runtime" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not slow and not runtime and not campaign"
+
+# Every benchmark in short, every page of the documentation, the wheel, and whole jobs.
+campaigns: .venv/.test
+	$(PYTEST) -m campaign
 
 # The tests that run other runtimes, such as vLLM, each in an environment of its own, made once and
 # kept (tests/runtimes/environments.py): some gigabytes, and minutes the first time.

@@ -11,7 +11,7 @@ import nox
 nox.options.sessions = ["lint", "tests"]
 nox.options.error_on_missing_interpreters = False
 PYTEST = ("python", "-m", "pytest", "-n", "auto", "--maxprocesses", "4", "--dist", "loadfile")
-QUICK = ("-m", "not slow and not runtime")
+QUICK = ("-m", "not slow and not runtime and not campaign")
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 
 

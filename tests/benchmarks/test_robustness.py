@@ -30,7 +30,7 @@ run(Path(sys.argv[1]), counts, 1, print, [*commands, *CIRCUMSTANCES])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_short_campaign_finds_no_fault(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(bitknap.__file__).parent.parent)}
     subprocess.run(

@@ -240,7 +240,7 @@ def estimates():
     return {}
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.parametrize("page", PAGES, ids=_name)
 def test_blocks_of_a_page_run_top_to_bottom(page, tmp_path, capsys, monkeypatch, estimates):
     monkeypatch.chdir(tmp_path)

@@ -17,7 +17,7 @@ from bitknap.cli import main
 from bitknap.errors import InputError
 from bitknap.testing import routed_units
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.campaign
 
 ROOT = Path(__file__).parent.parent.parent.parent
 NUMBERS = ("kl", "kl_se", "perplexity", "top1", "rank", "bytes", "bpw")

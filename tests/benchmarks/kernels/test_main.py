@@ -49,7 +49,7 @@ print("naive agrees")
 """
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_toy_run_goes_through_everything(tmp_path):
     done = subprocess.run(
         [sys.executable, "-P", "-c", TOY_RUN, str(tmp_path)],

@@ -14,7 +14,7 @@ from bitknap.benchmarks.result_files import HEADER
 ABOUT = {"versions": {"python": "3"}, "cpu": "a processor", "cores": 1, "threads": 1, "load": 0.5}
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_toy_run_writes_every_part(tmp_path):
     said: list[str] = []
     run(tmp_path / "out", PARTS, toy(), tmp_path, said.append)

@@ -35,7 +35,7 @@ def test_texts_are_small_and_do_not_overlap():
     assert len(shared) < 20  # boilerplate of licences and file headers
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_main_job_beats_the_best_uniform_recipe(tmp_path):
     options = bitknap.formats((1, 2, 3, 4), 64, True, ("fp16", "compact"))
     table = bitknap.estimate(

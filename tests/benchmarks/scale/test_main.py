@@ -14,7 +14,7 @@ from bitknap.benchmarks.watched import killed_after, watched
 from bitknap.errors import BitknapError
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_toy_run_takes_every_step(tmp_path):
     job = Job(
         shape=replace(small(shape_of(MODEL)), vocabulary=4096),

@@ -116,7 +116,7 @@ def test_what_is_not_tried_says_why():
     assert why_not("pulp-cbc", instance("tiny")) == ""
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_quick_run_of_everything_and_its_resumption(tmp_path):
     pairs = quick()
     assert {name for name, _ in pairs} == {*OURS, *BASELINES}
