@@ -7,8 +7,9 @@ change in layer l then runs layers l, l + 1, ... only; earlier layers return the
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,10 +18,13 @@ from torch import Tensor, nn
 
 from bitknap.estimators.measuring.language_model import settle
 from bitknap.estimators.measuring.skipped_layers import answering
+from bitknap.estimators.measuring.window_portions import batches_of, portions, until_it_fits
 from bitknap.estimators.measuring.windows import Windows, labels_of, logits_of, predicted, seen
 from bitknap.quantization.models.matrix_views import Layout
 
 BATCH_TOKENS = 2048
+# What is done before a text is read once more; None for nothing.
+Again = Callable[[], object] | None
 # Logarithms worked on at a time; beside the reference's and their exponentials they fit in a cache.
 _CACHED = 1 << 16
 
@@ -151,15 +155,18 @@ class Replay:
         self._text = Windows.of(windows)
         self.model, self.windows, self.base = model, self._text.ids, ""
         self._layers, self._places = decoder_layers(model, layout) if cache else (None, {})
-        self._batches = self._text.batches(BATCH_TOKENS)
         settle(model, self.windows)
-        self._logs: list[Tensor] = []
-        self._outputs: list[list[Any]] = []
-        for batch in self._batches:
-            outputs: list[Any] = []
+        self._batches, self._logs, self._outputs = until_it_fits(model, self._reference)
+
+    def _reference(self) -> tuple[list[Windows], list[Tensor], list[list[Any]]]:
+        """Return the batches of the text, and log-probabilities and layer outputs of each."""
+        batches = batches_of(self.model, self._text, BATCH_TOKENS)
+        logs: list[Tensor] = []
+        kept: list[list[Any]] = [[] for _ in batches]
+        for batch, outputs in zip(batches, kept, strict=True):
             with self._listening(outputs):
-                self._logs.append(log_probabilities(model, batch))
-            self._outputs.append(outputs)
+                logs.append(log_probabilities(self.model, batch))
+        return batches, logs, kept
 
     @torch.inference_mode()
     def rebase(self, name: str) -> None:
@@ -174,11 +181,15 @@ class Replay:
         self.base = name
         if self._layers is None:
             return
-        for at, batch in enumerate(self._batches):
-            outputs: list[Any] = []
-            with self._listening(outputs):
-                log_probabilities(self.model, batch)
-            self._outputs[at] = outputs
+
+        def run() -> list[list[Any]]:
+            kept: list[list[Any]] = [[] for _ in self._batches]
+            for batch, outputs in zip(self._batches, kept, strict=True):
+                with self._listening(outputs):
+                    log_probabilities(self.model, batch)
+            return kept
+
+        self._outputs = until_it_fits(self.model, run, self._split)
 
     @property
     def text(self) -> Windows:
@@ -202,40 +213,70 @@ class Replay:
         Args:
             layer: the first MoE layer that differs from the reference pass; None for any.
         """
-        parts = [losses_of(mine, log, labels) for mine, log, labels in self._runs(layer)]
-        return Losses.of(torch.cat(parts, dim=1))
+        return Losses.of(torch.cat(self._each(losses_of, layer), dim=1))
 
     @torch.inference_mode()
-    def kl(self, layer: int | None = None) -> float:
+    def kl(self, layer: int | None = None, *, again: Again = None) -> float:
         """Return the mean KL of the model as it is now, nats per token; cheaper than `measure`.
 
         Args:
             layer: the first MoE layer that differs from the reference pass; None for any.
+            again: called before the text is read once more, with fewer windows at a time.
         """
-        return float(self.kl_by_window(layer).mean())
+        return float(self.kl_by_window(layer, again=again).mean())
 
     @torch.inference_mode()
-    def kl_by_window(self, layer: int | None = None) -> np.ndarray:
+    def kl_by_window(self, layer: int | None = None, *, again: Again = None) -> np.ndarray:
         """Return the KL of the model as it is now, nats per token, float64 [windows].
 
         Args:
             layer: the first MoE layer that differs from the reference pass; None for any.
+            again: called before the text is read once more, with fewer windows at a time.
         """
-        parts = [
-            kl_of(mine, log).double().view(len(labels), -1).mean(1)
-            for mine, log, labels in self._runs(layer)
-        ]
-        return torch.cat(parts).cpu().numpy()
+
+        def means(mine: Tensor, log: Tensor, labels: Tensor) -> Tensor:
+            return kl_of(mine, log).double().view(len(labels), -1).mean(1)
+
+        return torch.cat(self._each(means, layer, again)).cpu().numpy()
 
     @torch.inference_mode()
-    def kl_by_token(self, layer: int | None = None) -> np.ndarray:
+    def kl_by_token(self, layer: int | None = None, *, again: Again = None) -> np.ndarray:
         """Return the KL of the model as it is now at each token, nats, float64 [tokens].
 
         Args:
             layer: the first MoE layer that differs from the reference pass; None for any.
+            again: called before the text is read once more, with fewer windows at a time.
         """
-        parts = [kl_of(mine, log).double() for mine, log, _ in self._runs(layer)]
+        parts = self._each(lambda mine, log, _: kl_of(mine, log).double(), layer, again)
         return torch.cat(parts).cpu().numpy()
+
+    def _each(
+        self,
+        measure: Callable[[Tensor, Tensor, Tensor], Tensor],
+        layer: int | None,
+        again: Again = None,
+    ) -> list[Tensor]:
+        """Return a measure of each batch, from what `_runs` yields."""
+
+        def begin_anew() -> None:
+            self._split()
+            if again is not None:
+                again()
+
+        def run() -> list[Tensor]:
+            return [measure(*parts) for parts in self._runs(layer)]
+
+        return until_it_fits(self.model, run, begin_anew)
+
+    def _split(self) -> None:
+        """Cut batches into those of as many windows as fit."""
+        every = list(zip(self._batches, self._logs, self._outputs, strict=True))
+        self._batches, self._logs, self._outputs = [], [], []
+        for batch, log, outputs in every:
+            for rows in portions(self.model, batch):
+                self._batches.append(batch[rows])
+                self._logs.append(_rows_of(log, rows, len(batch)))
+                self._outputs.append([_rows_of(kept, rows, len(batch)) for kept in outputs])
 
     def _runs(self, layer: int | None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """Yield (logits now, log-probabilities of the reference, labels) of each batch."""
@@ -259,12 +300,31 @@ class Replay:
                 handle.remove()
 
 
+def _rows_of(output: Any, rows: slice, count: int) -> Any:
+    """Return what belongs to some of a batch's windows in an output, whose first axis is theirs."""
+    if isinstance(output, tuple):
+        return tuple(_rows_of(part, rows, count) for part in output)
+    if not isinstance(output, Tensor):
+        return output
+    each = len(output) // count
+    return output[rows.start * each : rows.stop * each]
+
+
 @torch.inference_mode()
 def compare(model: Any, reference: Any, windows: Tensor | Windows) -> Losses:
     """Measure `model` on windows against a reference model."""
     parts = []
     for batch in Windows.of(windows).batches(BATCH_TOKENS):
-        known = logits_of(reference, batch)
-        mine = known if model is reference else logits_of(model, batch)
-        parts.append(losses_of(mine, torch.log_softmax(known, dim=-1), labels_of(model, batch)))
+        parts += until_it_fits(model, partial(_compared, model, reference, batch))
     return Losses.of(torch.cat(parts, dim=1))
+
+
+def _compared(model: Any, reference: Any, batch: Windows) -> list[Tensor]:
+    """Return nll, kl and top-1 agreement by window, float64 [3, windows] of each portion."""
+    parts = []
+    for rows in portions(model, batch):
+        known = logits_of(reference, batch[rows])
+        mine = known if model is reference else logits_of(model, batch[rows])
+        log = torch.log_softmax(known, dim=-1)
+        parts.append(losses_of(mine, log, labels_of(model, batch[rows])))
+    return parts

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from bitknap.errors import InputError
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay, decoder_layers
-from bitknap.estimators.measuring.language_model import device_of
+from bitknap.estimators.measuring.window_portions import batches_of, until_it_fits
+from bitknap.estimators.measuring.windows import logits_of
 from bitknap.quantization.models.matrix_views import Layout
 
 
@@ -27,7 +28,6 @@ class LayerOutput:
 
     @torch.inference_mode()
     def __init__(self, replay: Replay, layout: Layout, number: int) -> None:
-        device = device_of(replay.model)
         layers, places = decoder_layers(replay.model, layout)
         if layers is None:
             raise InputError("the model has no single list of decoder layers; measure kl instead")
@@ -39,10 +39,13 @@ class LayerOutput:
 
         handle = self._module.register_forward_hook(keep, with_kwargs=True)
         try:
-            for batch in replay.windows.split(max(1, BATCH_TOKENS // replay.windows.shape[1])):
-                replay.model(input_ids=batch[:, :-1].to(device), use_cache=False)
+            until_it_fits(replay.model, lambda: self._run(replay), self._calls.clear)
         finally:
             handle.remove()
+
+    def _run(self, replay: Replay) -> None:
+        for batch in batches_of(replay.model, replay.text, BATCH_TOKENS):
+            logits_of(replay.model, batch)
 
     @torch.inference_mode()
     def square_change(self) -> float:

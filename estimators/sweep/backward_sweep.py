@@ -8,7 +8,7 @@ up to rounding, are those of `calibrate`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -105,7 +105,8 @@ class BackwardSweep:
             caught = self.shelf.get(step)
         else:
             with self.run.skeleton.loaded(place):
-                stream = self.run.backward(place, start, gradient, self.shelf.room(step))
+                room = self.shelf.room(step)
+                stream = self.run.backward(place, start, gradient, room, _clearing(here))
             caught = self.shelf.put(step, _caught(here))
         self.shelf.clear(_step(place + 1))
         for number, layer in here.items():
@@ -119,6 +120,16 @@ class BackwardSweep:
 def _caught(layers: Mapping[int, LayerSums]) -> dict[str, Tensor]:
     """Return all gradients, by number of the layer and name."""
     return {f"{n}/{name}": x for n, layer in layers.items() for name, x in layer.caught().items()}
+
+
+def _clearing(layers: Mapping[int, LayerSums]) -> Callable[[], None]:
+    """Return a function that lets gradients begin anew."""
+
+    def clear() -> None:
+        for layer in layers.values():
+            layer.clear_caught()
+
+    return clear
 
 
 def _step(place: int) -> str:

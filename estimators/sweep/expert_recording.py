@@ -58,16 +58,19 @@ class LayerSums:
         gradients: bool = False,
         copies: int = 1,
     ) -> None:
-        e, h, i = layer.experts, layer.hidden, layer.intermediate
         self.layer, self.curved, self.graded = layer, curvature, gradients
         self.summing = True  # whether a call adds to the sums
-        self.tracing = trace_tokens > 0
-        # Tokens of which the trace has room for inputs, and has asked for gradients.
-        self.trace_tokens = self.room = trace_tokens
-        self.asked = 0
-        self.copies = copies
+        self.tracing, self.trace_tokens = trace_tokens > 0, trace_tokens
+        self.copies, self.full = copies, full
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew, as if nothing had been recorded."""
+        layer = self.layer
+        e, h, i = layer.experts, layer.hidden, layer.intermediate
+        # Tokens of which the trace has room for inputs.
+        self.room = self.trace_tokens
         self.kept: list[tuple[Tensor, ...]] = []
-        self.gradients: dict[int, Tensor] = {}  # by place in the trace
         self.calls = self.tokens = 0
         self.count = torch.zeros(e, dtype=torch.int64)
         self.gate_sum, self.gate_square, self.output_square = zeros(e), zeros(e), zeros(1)
@@ -75,9 +78,14 @@ class LayerSums:
         self.input_square, self.middle_square = zeros(e, h), zeros(e, i)
         names = ("gate", "up") if layer.gated else ("up",)
         self.slopes = {name: zeros(e, i) for name in names}
-        self.full = full
         self.input_full: Tensor | None = None
         self.middle_full: Tensor | None = None
+        self.clear_caught()
+
+    def clear_caught(self) -> None:
+        """Begin anew with gradients."""
+        self.asked = 0  # tokens of which the trace has asked for gradients
+        self.gradients: dict[int, Tensor] = {}  # by place in the trace
         self.curvature: dict[str, Tensor] = {}
 
     def move(self, device: torch.device) -> None:

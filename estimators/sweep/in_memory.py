@@ -17,10 +17,11 @@ from bitknap.estimators.measuring.expert_forward import experts_at
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay
 from bitknap.estimators.measuring.language_model import settle
 from bitknap.estimators.measuring.noise_floor import KEY, LEAST, ROUNDINGS, floor_of
-from bitknap.estimators.measuring.windows import Windows, logits_of, part_of
+from bitknap.estimators.measuring.window_portions import portions, until_it_fits
+from bitknap.estimators.measuring.windows import Windows, logits_of, part_of, predicted
 from bitknap.estimators.sweep.expert_recording import LayerSums, check_seen, recording
 from bitknap.estimators.sweep.layer_gains import GAIN_TOKENS, gain_of, noisy
-from bitknap.estimators.sweep.linear_recording import recording_linears
+from bitknap.estimators.sweep.linear_recording import LinearSums, recording_linears
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.progress import Progress
 from bitknap.quantization.models.matrix_views import Layout
@@ -54,15 +55,23 @@ def calibrate(
 
     Raises:
         ModelError: an MoE layer saw no expert call, or cannot be recorded.
+        DeviceMemoryError: one window at a time does not fit into the device's memory.
     """
     windows = Windows.of(windows)
     batches = windows.batches(BATCH_TOKENS)
     generator = torch.Generator().manual_seed(seed)
     settle(model, windows.ids)
-    with recording(model, layout, **recorded.of_experts(windows.ids.numel())) as sums:
-        drawn = generator if recorded.differentiates else None
-        with recording_linears(model, layout, full=recorded.full) as linears:
+
+    def run() -> tuple[dict[int, LayerSums], dict[int, LinearSums]]:
+        drawn = generator.manual_seed(seed) if recorded.differentiates else None
+        with (
+            recording(model, layout, **recorded.of_experts(windows.ids.numel())) as sums,
+            recording_linears(model, layout, full=recorded.full) as linears,
+        ):
             _run(model, batches, drawn, progress)
+        return sums, linears
+
+    sums, linears = until_it_fits(model, run)
     check_seen(sums)
     replay = Replay(model, layout, windows)
     part = part_of(*windows.shape, GAIN_TOKENS)
@@ -122,16 +131,30 @@ def _run(
     for done, batch in enumerate(batches):
         if progress:
             progress("calibrate", done, len(batches))
-        if generator is None:
-            with torch.no_grad():
-                logits_of(model, batch)
-            continue
-        with rooted(model) as root, torch.enable_grad():
-            logits = logits_of(model, batch)
-            # Drawn on the CPU, so that labels are the same on every device.
-            race = torch.empty(logits.shape, dtype=logits.dtype).exponential_(generator=generator)
-            # Hooks on the way see the gradients.
-            torch.autograd.grad(loss_of(logits, drawn_labels(logits, race)), [root])
+        race: Tensor | None = None
+        for rows in portions(model, batch):
+            if generator is None:
+                with torch.no_grad():
+                    logits_of(model, batch[rows])
+                continue
+            with rooted(model) as root, torch.enable_grad():
+                logits = logits_of(model, batch[rows])
+                if race is None:
+                    race = _race(model, batch, logits.shape[1], generator)
+                labels = drawn_labels(logits, race[rows].flatten(0, 1))
+                # Hooks on the way see the gradients.
+                torch.autograd.grad(loss_of(logits, labels), [root])
+
+
+def _race(model: Any, batch: Windows, words: int, generator: torch.Generator) -> Tensor:
+    """Return the variates that draw a batch's labels, float32 [windows, predicted, words].
+
+    They are drawn on the CPU and for the whole batch, so that labels are the same on every device
+    and however many windows run at a time.
+    """
+    count = predicted(model, batch.shape[1], batch.prefix)
+    drawn = torch.empty(len(batch) * count, words).exponential_(generator=generator)
+    return drawn.view(len(batch), count, words)
 
 
 def _floor(
@@ -145,9 +168,10 @@ def _floor(
     if not layout.layers:
         return LEAST
     number = layout.layers[0].layer
-    fresh = torch.Generator().manual_seed(generator.initial_seed())
+    seed = generator.initial_seed()
+    fresh = torch.Generator().manual_seed(seed)
     with noisy(model, sums[number], fresh, ROUNDINGS):
-        return floor_of(replay.kl_by_token(number))
+        return floor_of(replay.kl_by_token(number, again=lambda: fresh.manual_seed(seed)))
 
 
 def _layers(
@@ -165,8 +189,9 @@ def _layers(
         if progress:
             progress("gains", done, len(layout.layers))
         watched = sums[layer.layer]
+        again = partial(generator.set_state, generator.get_state())
         with noisy(model, watched, generator):
-            gain = gain_of(replay.kl(layer.layer), watched, floor)
+            gain = gain_of(replay.kl(layer.layer, again=again), watched, floor)
         evidence[layer.layer] = layer_evidence(watched, gain)
     return evidence
 

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
+from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Again
 from bitknap.estimators.measuring.noise_floor import LEAST, ROUNDINGS, floor_of
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.windows import Windows, part_of
@@ -157,7 +157,9 @@ class _Pass:
                     watched[f"linear {unit}"] = seen
             with self._loaded(place, [_FIRST]):
                 sums_here = partial(_finished, watched)
-                stream, finished = self._advanced(_FIRST, place, stream, sums_here, keep=keep)
+                stream, finished = self._advanced(
+                    _FIRST, place, stream, sums_here, _clearing(watched), keep=keep
+                )
             if keep:
                 self.outputs[place] = stream
             for name, watcher in watched.items():
@@ -210,11 +212,17 @@ class _Pass:
                 if first:
                     fresh = torch.Generator().manual_seed(generator.initial_seed())
                     with noisy(skeleton.model, first, fresh, ROUNDINGS):
-                        changed[_ROUNDED], _ = self._advanced(_ROUNDED, place, plain)
+                        changed[_ROUNDED], _ = self._advanced(
+                            _ROUNDED, place, plain, again=_redrawing(fresh)
+                        )
                 for label, watched in here.items():
                     with noisy(skeleton.model, watched, generator):
                         changed[label], finished = self._advanced(
-                            label, place, plain, lambda: {"drawn": generator.get_state()}
+                            label,
+                            place,
+                            plain,
+                            lambda: {"drawn": generator.get_state()},
+                            _redrawing(generator),
                         )
                     generator.set_state(finished["drawn"])
                 plain = known or self._advanced(_PLAIN, place, plain)[0]
@@ -245,6 +253,7 @@ class _Pass:
         place: int,
         start: Stream,
         also: Callable[[], Mapping[str, Tensor]] = dict,
+        again: Again = None,
         *,
         keep: bool = False,
     ) -> tuple[Stream, Mapping[str, Tensor]]:
@@ -255,6 +264,7 @@ class _Pass:
             place: the layer, which is loaded unless the step is done.
             start: output of the layer before.
             also: returns further tensors to keep, once the layer has run.
+            again: called before the layer runs once more, with fewer windows at a time.
             keep: keep the stream that came in, too.
         """
         step, after = _step(label, place), self.run.after
@@ -265,7 +275,7 @@ class _Pass:
             # -1 stands for none: see `after`.
             after[place] = None if int(finished["after"]) < 0 else int(finished["after"])
         else:
-            stream = self.run.advance(place, start, self.shelf.room(step))
+            stream = self.run.advance(place, start, self.shelf.room(step), again)
             nones = after[place]
             about = {
                 "shape": torch.tensor(stream.shape),
@@ -304,6 +314,21 @@ def _finished(watched: Mapping[str, LayerSums | LinearSums]) -> dict[str, Tensor
         for owner, sums in watched.items()
         for name, tensor in sums.finished().items()
     }
+
+
+def _clearing(watched: Mapping[str, LayerSums | LinearSums]) -> Callable[[], None]:
+    """Return a function that lets sums begin anew."""
+
+    def clear() -> None:
+        for sums in watched.values():
+            sums.clear()
+
+    return clear
+
+
+def _redrawing(generator: torch.Generator) -> Callable[[], object]:
+    """Return a function that lets a generator draw once more what it draws from now on."""
+    return partial(generator.set_state, generator.get_state())
 
 
 def _noise(number: int) -> str:

@@ -24,8 +24,13 @@ class LinearSums:
     """
 
     def __init__(self, cols: int, *, full: bool) -> None:
-        self.tokens, self.square = 0, zeros(cols)
-        self.full = torch.zeros(cols, cols) if full else None
+        self.cols, self.whole = cols, full
+        self.clear()
+
+    def clear(self) -> None:
+        """Begin anew, as if nothing had been recorded."""
+        self.tokens, self.square = 0, zeros(self.cols)
+        self.full = torch.zeros(self.cols, self.cols) if self.whole else None
 
     def keep(self, module: nn.Module, args: Any) -> None:
         """Add the inputs of a call; a forward pre-hook."""

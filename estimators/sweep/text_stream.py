@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from bitknap.errors import ModelError
 from bitknap.estimators.measuring.drawn_loss import rooted
-from bitknap.estimators.measuring.kl_replay import Losses, kl_of, losses_of
+from bitknap.estimators.measuring.kl_replay import Again, Losses, kl_of, losses_of
 from bitknap.estimators.measuring.skipped_layers import answering
+from bitknap.estimators.measuring.window_portions import portions, until_it_fits
 from bitknap.estimators.measuring.windows import Part, Windows, labels_of, logits_of
 from bitknap.estimators.sweep.disk_tensors import on_disk, read_back
 from bitknap.estimators.sweep.weightless_model import Skeleton
@@ -133,28 +134,47 @@ class Streamed:
         self.after: dict[int, int | None] = {}
 
     @torch.no_grad()
-    def advance(self, place: int, start: Stream, path: Path | None = None) -> Stream:
+    def advance(
+        self, place: int, start: Stream, path: Path | None = None, again: Again = None
+    ) -> Stream:
         """Run a layer and return its output.
 
         Args:
             place: the layer, which must be loaded.
             start: output of the layer before; ignored for the first layer.
             path: file for the output; a file without a name when not given.
+            again: called before the layer runs once more, with fewer windows at a time.
 
         Raises:
             ModelError: the layer cannot be run alone.
             BitknapError: the disk has no room for the output.
+            DeviceMemoryError: one window at a time does not fit into the device's memory.
         """
         stream = Stream(start.batches, start.dtype, path=path)
-        for number, batch in enumerate(start.batches):
-            stream.write(
-                number, self._run(place, batch, self._at(start, number) if place else None)
-            )
+
+        def run() -> None:
+            for number, batch in enumerate(start.batches):
+                stream.write(number, self._output(place, start, number, batch))
+
+        until_it_fits(self.skeleton.model, run, again)
         return stream
 
-    @torch.enable_grad()
+    def _output(self, place: int, start: Stream, number: int, batch: Windows) -> Tensor:
+        """Return a layer's output for a batch, given the output of the layer before."""
+        before = self._at(start, number) if place else None
+        parts = [
+            self._run(place, batch[rows], None if before is None else before[rows])
+            for rows in portions(self.skeleton.model, batch)
+        ]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
     def backward(
-        self, place: int, start: Stream, gradient: Stream, path: Path | None = None
+        self,
+        place: int,
+        start: Stream,
+        gradient: Stream,
+        path: Path | None = None,
+        again: Again = None,
     ) -> Stream:
         """Run a layer again with a graph of its own, and return the gradient at its input.
 
@@ -164,20 +184,43 @@ class Streamed:
                 the embeddings and for which nothing is written.
             gradient: gradient at the layer's output.
             path: file for the gradient; a file without a name when not given.
+            again: called before the layer runs once more, with fewer windows at a time.
+
+        Raises:
+            DeviceMemoryError: one window at a time does not fit into the device's memory.
         """
         stream = Stream(start.batches, start.dtype, path=path)
-        for number, batch in enumerate(start.batches):
-            if place:
-                before = self._at(start, number).detach().requires_grad_()
-                # The layer gets a copy, since it may write into its input.
-                output = self._run(place, batch, before.clone())
-                after = self._at(gradient, number)
-                stream.write(number, torch.autograd.grad(output, before, after)[0])
-            else:
-                with rooted(self.skeleton.model) as root:
-                    after = self._at(gradient, number)
-                    torch.autograd.grad(self._run(0, batch, None), root, after)
+
+        def run() -> None:
+            for number, batch in enumerate(start.batches):
+                after, parts = self._at(gradient, number), []
+                before = self._at(start, number) if place else None
+                for rows in portions(self.skeleton.model, batch):
+                    here = None if before is None else before[rows]
+                    parts.append(self._gradient(place, batch[rows], here, after[rows]))
+                if place:
+                    stream.write(number, torch.cat(parts))
+
+        until_it_fits(self.skeleton.model, run, again)
         return stream
+
+    @torch.enable_grad()
+    def _gradient(self, place: int, batch: Windows, before: Tensor | None, after: Tensor) -> Tensor:
+        """Return the gradient at a layer's input; for the first layer, at what was added to it.
+
+        Args:
+            place: the layer.
+            batch: the windows.
+            before: its input; None for the first layer, whose graph starts at the embeddings.
+            after: the gradient at its output.
+        """
+        if before is None:
+            with rooted(self.skeleton.model) as root:
+                return torch.autograd.grad(self._run(0, batch, None), root, after)[0]
+        start = before.detach().requires_grad_()
+        # The layer gets a copy, since it may write into its input.
+        output = self._run(place, batch, start.clone())
+        return torch.autograd.grad(output, start, after)[0]
 
     def logits(self, hidden: Tensor, windows: Windows) -> Tensor:
         """Return the logits of the tokens to predict, [tokens, vocabulary].
@@ -186,9 +229,14 @@ class Streamed:
             hidden: output of the last layer for these windows, [windows, tokens, ...].
             windows: the windows.
         """
-        there = hidden.to(self.skeleton.device)
-        with self._answering(len(self.skeleton.layers), there):
-            return logits_of(self.skeleton.model, windows)
+        model = self.skeleton.model
+
+        def run() -> Tensor:
+            portions(model, windows)  # for the message: all windows are read at once
+            with self._answering(len(self.skeleton.layers), hidden.to(self.skeleton.device)):
+                return logits_of(model, windows)
+
+        return until_it_fits(model, run)
 
     def _at(self, stream: Stream, number: int) -> Tensor:
         """Return a batch of a stream where the model computes."""

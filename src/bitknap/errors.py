@@ -4,6 +4,7 @@ BitknapError                  one line: what, the value, the limit, the remedy
 ├── InputError (ValueError)   an argument, a text or a name that cannot be used
 ├── FileError (ValueError)    a file that is missing, truncated, corrupt or of another version
 ├── ModelError (ValueError)   a model that cannot be walked, read or calibrated
+├── DeviceMemoryError         a device's memory does not hold the least that must run on it
 ├── MismatchError             two things that do not belong together: a plan and another model
 └── InfeasibleError           no plan satisfies the limits; says the smallest reachable value
 """
@@ -27,9 +28,17 @@ class ModelError(BitknapError, ValueError):
     """A model that cannot be walked, read, or calibrated."""
 
 
+class DeviceMemoryError(BitknapError):
+    """A device's memory does not hold the least that must run on it."""
+
+
 class MismatchError(BitknapError):
     """Two things that do not belong together, such as a plan and another model."""
 
 
 class InfeasibleError(BitknapError):
     """No plan satisfies the limits."""
+
+
+class BitknapWarning(UserWarning):
+    """What a caller should know of work that goes on; the CLI prints it as one line."""

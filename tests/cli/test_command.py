@@ -1,11 +1,17 @@
 """The command line, in process: help, one JSON document each, the main job end to end."""
 
+import warnings
 from pathlib import Path
 
 import pytest
+import torch
 
 from bitknap.allocation import BitPlan
 from bitknap.cli import main
+from bitknap.cli.terminal import quiet
+from bitknap.errors import BitknapWarning
+from bitknap.estimators.measuring import windows as reading
+from bitknap.quantization.packed import writer
 
 COMMANDS = ("inspect", "estimate", "solve", "quantize", "evaluate", "convert", "show")
 TEXT = ("--text", str(Path(__file__).parent.parent.parent / "LICENSE"))  # short: quick to tokenize
@@ -25,6 +31,38 @@ def test_help_names_every_command(capsys):
     text = capsys.readouterr().out
     assert "Example: bitknap quantize" in text
     assert all(command in text for command in COMMANDS)
+
+
+def test_a_full_device_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr(reading, "token_logits", _out_of_memory)
+    command = ["evaluate", "reference:mixtral", *TEXT, "--tokens", "64", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        main(command)
+    message = capsys.readouterr().err
+    assert message.startswith(
+        "bitknap: cpu: out of memory with one window of 64 tokens at a time; compute with "
+        "--device cpu, or with --device-memory below what the whole model takes: one decoder layer "
+        "at a time takes about "
+    )
+    assert message.count("\n") == 1
+    # Weights are rounded there too, in pieces that no option makes smaller.
+    monkeypatch.setattr(writer, "check_finite", _out_of_memory)
+    with pytest.raises(SystemExit):
+        main(command)
+    assert capsys.readouterr().err == (
+        "bitknap: the device is out of memory; free some of it, or compute with --device cpu\n"
+    )
+
+
+def _out_of_memory(*_):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nAnd more.")
+
+
+def test_what_a_caller_should_know_is_one_line(capsys):
+    with quiet():
+        warnings.warn("going on with 2 windows; see `max_memory`", BitknapWarning, stacklevel=1)
+    line = "bitknap: going on with 2 windows; see --max-memory\n"
+    assert capsys.readouterr().err == line
 
 
 @pytest.mark.slow

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from bitknap.allocation.problem.budget import human
 from bitknap.api.live import LiveModel
 from bitknap.api.requests import Calibration
-from bitknap.errors import InputError, ModelError
+from bitknap.errors import DeviceMemoryError, InputError, ModelError
 from bitknap.estimators.evidence.evidence import Evidence, LinearEvidence
 from bitknap.estimators.evidence.of_weights import of_weights
 from bitknap.estimators.measuring.documents import Documents, TextLike, TokenWindows, text_of
@@ -20,7 +22,7 @@ from bitknap.estimators.measuring.text import Encoded, document_of, encode
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.in_memory import calibrate, digest_of
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
-from bitknap.estimators.sweep.peak_memory import way_to_calibrate
+from bitknap.estimators.sweep.peak_memory import layer_bytes, way_to_calibrate
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
@@ -121,15 +123,32 @@ def _pass(
             readings=readings,
             progress=progress,
         )
-    model = loading.load(source.folder, torch.float32, device=asked.on_device)
-    return calibrate(
-        model,
-        walk(model, asked.include),
-        windows,
-        recorded,
-        seed=asked.seed,
-        progress=progress,
-    )
+    with saying_what_fits(lambda: layer_bytes(source, layout, asked.tokens, needs)):
+        model = loading.load(source.folder, torch.float32, device=asked.on_device)
+        return calibrate(
+            model,
+            walk(model, asked.include),
+            windows,
+            recorded,
+            seed=asked.seed,
+            progress=progress,
+        )
+
+
+@contextlib.contextmanager
+def saying_what_fits(least: Callable[[], int]) -> Iterator[None]:
+    """Add to a lack of memory for a whole model on a device what its layers take one at a time.
+
+    Args:
+        least: returns that number of bytes.
+    """
+    try:
+        yield
+    except DeviceMemoryError as error:
+        raise DeviceMemoryError(
+            f"{error}, or with `device_memory` below what the whole model takes: one decoder layer "
+            f"at a time takes about {human(least())}"
+        ) from None
 
 
 def readings_about(

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from bitknap.allocation import BitPlan, uniform_plans
-from bitknap.api.calibration import evaluation_windows
+from bitknap.api.calibration import evaluation_windows, saying_what_fits
 from bitknap.api.live import LiveModel, Model, opened
 from bitknap.api.requests import default_formats
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.evidence.variant_kl import Replayed
 from bitknap.estimators.evidence.variants import Changing, Variant, VariantSweep
 from bitknap.estimators.judging.by_layer import through
-from bitknap.estimators.judging.memory import Way, way_to_judge
+from bitknap.estimators.judging.memory import Way, judging_layer_bytes, way_to_judge
 from bitknap.estimators.measuring.documents import TextLike, text_of
 from bitknap.estimators.measuring.kl_replay import Losses, Replay, compare, standard_error
 from bitknap.estimators.measuring.text import BUILTIN
@@ -35,6 +35,7 @@ from bitknap.quantization.packed.opened import open_weights
 from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 from bitknap.quantization.source.devices import AUTO, CPU, device_of, memory_limit
+from bitknap.quantization.source.source import Stored
 
 EVALUATION_TOKENS = 32_768
 
@@ -47,13 +48,15 @@ class Judging:
         text: evaluation text: a path, "builtin", a list of strings, or token windows.
         tokens: number of tokens of it to use.
         device: where models in folders run: "auto", "cpu", "cuda" or "cuda:N".
-        max_memory: maximum bytes; None sets no bound.
+        max_memory: maximum bytes; None sets no bound. It holds for the CPU.
+        device_memory: maximum bytes on a GPU; what is free there when not given.
     """
 
     text: TextLike = BUILTIN
     tokens: int = EVALUATION_TOKENS
     device: str | torch.device = AUTO
     max_memory: int | None = None
+    device_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +83,8 @@ class _Asked:
         reference: the model that it is compared with; the same one if there is none.
         windows: the text.
         device: where models in folders run.
-        most: maximum bytes; None sets no bound.
+        most: maximum bytes of the CPU; None sets no bound.
+        own: maximum bytes of another device; None stands for what is free there.
     """
 
     model: Path | LiveModel
@@ -88,6 +92,7 @@ class _Asked:
     windows: Windows
     device: torch.device
     most: int | None
+    own: int | None
 
     @classmethod
     def of(cls, model: Model, reference: Model | None, on: Judging) -> _Asked:
@@ -115,7 +120,14 @@ class _Asked:
                 f"{_named(model)} and {_named(reference)} split the text differently; compare "
                 "models with the same tokenizer"
             )
-        return cls(model=asked, reference=other, windows=windows, device=device, most=on.max_memory)
+        return cls(
+            model=asked,
+            reference=other,
+            windows=windows,
+            device=device,
+            most=on.max_memory,
+            own=on.device_memory,
+        )
 
     def way(self, needs: Collection[str] = ()) -> Way:
         """Return whether the models are run whole or layer by layer.
@@ -123,7 +135,7 @@ class _Asked:
         Raises:
             InputError: neither is within `max_memory`.
         """
-        limit = memory_limit(self.device, self.most, None)
+        limit = memory_limit(self.device, self.most, self.own)
         live = isinstance(self.model, LiveModel) or isinstance(self.reference, LiveModel)
         if live and self.most is not None:
             raise InputError(
@@ -131,9 +143,15 @@ class _Asked:
             )
         if live or limit is None:
             return "whole"
+        return way_to_judge(self._sources(), self.windows.ids.numel(), limit, needs)
+
+    def least(self) -> int:
+        """Return about how many bytes the models in folders take one decoder layer at a time."""
+        return judging_layer_bytes(self._sources(), self.windows.ids.numel())
+
+    def _sources(self) -> list[Stored]:
         folders = dict.fromkeys((self.model, self.reference))
-        sources = [open_weights(folder) for folder in folders if isinstance(folder, Path)]
-        return way_to_judge(sources, self.windows.ids.numel(), limit, needs)
+        return [open_weights(folder) for folder in folders if isinstance(folder, Path)]
 
 
 def evaluate(
@@ -228,7 +246,7 @@ def summary(losses: Losses, nbytes: int | None = None) -> dict[str, Any]:
 
 def _in_memory(asked: _Asked) -> Losses:
     """Return the losses of the model, with both models in memory."""
-    with _running(asked.model, asked.device) as measured:
+    with saying_what_fits(asked.least), _running(asked.model, asked.device) as measured:
         if asked.reference == asked.model:
             return compare(measured, measured, asked.windows)
         with _running(asked.reference, asked.device) as original:

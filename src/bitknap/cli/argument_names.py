@@ -24,6 +24,7 @@ _SAME = (
         "check",
         "coarsen",
         "device",
+        "device_memory",
         "estimator",
         "formats",
         "gap",

@@ -32,8 +32,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         fail(error.format_message())
     except BitknapError as error:
         fail(in_options(str(error)))
+    except RuntimeError as error:
+        if not _out_of_memory(error):
+            raise
+        fail("the device is out of memory; free some of it, or compute with --device cpu")
     except OSError as error:
         fail(f"{error.filename or 'output'}: {no_room(error) or error.strerror or error}")
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    """Return whether torch found no memory; commands without tensors do not import it."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(error, torch.OutOfMemoryError)
 
 
 # Location and description of each command, in the order of the help.

@@ -9,7 +9,7 @@ import click
 from bitknap.cli.options import common, completing, measuring
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import option
-from bitknap.cli.options.estimating import size_of
+from bitknap.cli.options.estimating import computing_of
 from bitknap.cli.options.rules import check_options
 from bitknap.cli.options.solving import given
 from bitknap.cli.terminal import present, progress_bars
@@ -39,6 +39,7 @@ from bitknap.quiet import silence_transformers
 @measuring.tokens.but(group="evaluation", usual="32768", help="Number of evaluation tokens.")
 @measuring.max_memory.but(group="evaluation")
 @measuring.device.but(group="evaluation")
+@measuring.device_memory.but(group="evaluation")
 @measuring.seed.but(group="evaluation")
 @common.as_json
 def evaluate(
@@ -54,8 +55,7 @@ def evaluate(
         on = Judging(
             text=options["text"],
             tokens=given(options["tokens"], EVALUATION_TOKENS),
-            device=options["device"],
-            max_memory=size_of(options["max_memory"]),
+            **computing_of(options),
         )
         rows = rows_for(model, reference, on, uniform=uniform, progress=progress)
     present(as_json, rows, losses_table(rows))

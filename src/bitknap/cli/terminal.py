@@ -10,6 +10,8 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from bitknap.cli.argument_names import in_options
+from bitknap.errors import BitknapWarning
 from bitknap.progress import Progress
 
 
@@ -31,6 +33,16 @@ def quiet() -> Iterator[None]:
     """Keep libraries from writing to stderr: only Bitknap writes there."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", module=r"(transformers|torch|huggingface_hub)(\..*)?")
+        warnings.simplefilter("always", BitknapWarning)
+        others = warnings.showwarning
+
+        def show(message: Any, category: type[Warning], *where: Any, **options: Any) -> None:
+            if issubclass(category, BitknapWarning):
+                print(f"bitknap: {in_options(str(message))}", file=sys.stderr)
+            else:
+                others(message, category, *where, **options)
+
+        warnings.showwarning = show
         yield
 
 

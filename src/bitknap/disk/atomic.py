@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from bitknap.errors import FileError, InputError
+from bitknap.errors import BitknapWarning, FileError, InputError
 
 # Characters that a temporary file of `mkstemp` adds to a name, for which `beside` leaves room.
 _RANDOM = 9
@@ -218,5 +218,6 @@ def check_version(header: Mapping[str, Any], kind: str, version: str, path: Path
     if minor > known_minor:
         warnings.warn(
             f"{path}: version {stated} is newer than {version}, so parts of it may be ignored",
+            BitknapWarning,
             stacklevel=2,
         )

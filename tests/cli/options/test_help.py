@@ -19,6 +19,7 @@ _OF_ITS_OWN = {
     ("compare", "--budget"),
     ("export", "--model"),
     ("import", "--model"),
+    ("inspect", "--device-memory"),
     ("quantize", "--method"),
     ("study create", "--budget"),
     ("study create", "--table"),

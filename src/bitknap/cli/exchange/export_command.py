@@ -11,7 +11,7 @@ from bitknap.cli.interrupts import stoppable
 from bitknap.cli.options import common, measuring
 from bitknap.cli.options.commands import Command
 from bitknap.cli.options.declare import argument, option
-from bitknap.cli.options.estimating import size_of
+from bitknap.cli.options.estimating import computing_of
 from bitknap.cli.options.solving import free_path, given
 from bitknap.cli.terminal import present, progress_bars
 from bitknap.quiet import silence_transformers
@@ -43,6 +43,7 @@ from bitknap.quiet import silence_transformers
 @measuring.tokens
 @measuring.max_memory
 @measuring.device
+@measuring.device_memory
 @measuring.seed
 @common.output("OUT", "File or folder to write.")
 @common.overwrite
@@ -79,8 +80,7 @@ def export(
         text=options["text"],
         tokens=given(options["tokens"], CALIBRATION_TOKENS),
         seed=options["seed"],
-        device=options["device"],
-        max_memory=size_of(options["max_memory"]),
+        **computing_of(options),
         imatrix=options["imatrix"],
     )
     with stoppable(), progress_bars() as progress:

@@ -33,6 +33,7 @@ estimating = options_of(
     measuring.max_memory,
     measuring.thorough,
     measuring.device,
+    measuring.device_memory,
     measuring.measure_time,
     measuring.seed,
     measuring.calibrate,
@@ -195,8 +196,7 @@ def calibration_of(options: dict[str, Any], *, text: str | None = None) -> Calib
         include=listed(options["include"]),
         seed=options["seed"],
         rounding=options["method"] or "rtn",
-        device=options["device"],
-        max_memory=size_of(options["max_memory"]),
+        **computing_of(options),
         robust=robust,
         risk=1.0 if options["risk"] is None else options["risk"],
         thorough=options["thorough"],
@@ -247,8 +247,22 @@ def seconds_of(text: str | None) -> float | None:
     return float(match[1]) * {"s": 1, "min": 60, "h": 3600}[match[2]]
 
 
-def size_of(text: str | None) -> int | None:
-    """Return a size such as 12GiB in bytes."""
+def computing_of(options: dict[str, Any]) -> dict[str, Any]:
+    """Return where the options want models to run, as arguments of requests."""
+    return {
+        "device": options["device"],
+        "max_memory": size_of(options["max_memory"]),
+        "device_memory": size_of(options["device_memory"], "--device-memory"),
+    }
+
+
+def size_of(text: str | None, option: str = "--max-memory") -> int | None:
+    """Return a size such as 12GiB in bytes.
+
+    Args:
+        text: the size.
+        option: the option that has it.
+    """
     from bitknap.allocation import Budget
 
     if text is None:
@@ -258,5 +272,5 @@ def size_of(text: str | None) -> int | None:
     except InputError:
         size = None
     if size is None or size.kind != "checkpoint":
-        raise InputError(f"--max-memory {text!r}: write a size, such as 12GiB or 800MB")
+        raise InputError(f"{option} {text!r}: write a size, such as 12GiB or 800MB")
     return int(size.value)

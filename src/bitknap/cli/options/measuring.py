@@ -72,6 +72,15 @@ device = option(
     help="Where to compute: auto, cpu, cuda or cuda:N.",
     more="auto is the first GPU, if there is one.",
 )
+device_memory = option(
+    "--device-memory",
+    group="measuring",
+    default=None,
+    usual="what is free",
+    metavar="SIZE",
+    help="Memory of a GPU to use, such as 20GiB.",
+    more="Larger models are run layer by layer.",
+)
 measure_time = option(
     "--measure-time",
     group="measuring",

@@ -7,7 +7,7 @@ from typing import Any
 
 from bitknap.cli.options import common
 from bitknap.cli.options.declare import options_of
-from bitknap.cli.options.estimating import size_of
+from bitknap.cli.options.estimating import computing_of
 from bitknap.cli.options.solving import given, limits_of, pinned
 from bitknap.disk.atomic import beside
 from bitknap.errors import InputError
@@ -54,7 +54,7 @@ def run_refine(model: str, table: Any, budget: str, options: dict[str, Any], out
                 text=options["text"][0],
                 tokens=given(options["tokens"], CALIBRATION_TOKENS),
                 seed=options["seed"],
-                max_memory=size_of(options["max_memory"]),
+                **computing_of(options),
             ),
             resume=Resume(journal=refine_journal(out)),
             progress=progress,
