@@ -11,10 +11,12 @@ from torch import Tensor
 
 from bitknap.allocation import BitPlan
 from bitknap.allocation.problem.arrays import Floats
-from bitknap.api.plan_measures import stored
+from bitknap.api.plan_measures import Sample, losses_of
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import Losses, Replay
+from bitknap.estimators.sweep.text_stream import losses_between
+from bitknap.estimators.sweep.variant_streams import TOGETHER
 
 # Bootstrap resamples: the relative error of a standard error is then about 2 %.
 _RESAMPLES = 1000
@@ -27,31 +29,53 @@ class Judge:
     """Measures plans on one text, each plan once.
 
     Attributes:
-        replay: replay of the whole text.
+        sample: the whole text.
         evidence: how plans are rounded.
         domain: domain of each window, int64[W].
         names: names of the domains.
         known: losses of the plans measured so far.
     """
 
-    replay: Replay
+    sample: Sample
     evidence: Evidence
     domain: np.ndarray
     names: tuple[str, ...]
     known: dict[bytes, Losses] = field(default_factory=dict)
 
+    @property
+    def together(self) -> int:
+        """Number of plans that are better measured together than one after another."""
+        return 1 if isinstance(self.sample, Replay) else TOGETHER
+
+    def original(self) -> Losses:
+        """Return the losses of the model as it is."""
+        if isinstance(self.sample, Replay):
+            return self.sample.measure()
+        return losses_between(self.sample.reference, [self.sample.reference])[0]
+
     def of(self, plan: BitPlan) -> Losses:
         """Return the losses of a plan, which may cover blocks of matrices."""
-        names = " ".join(format.name for format in plan.formats)
-        key = names.encode() + plan.choice.tobytes()
-        if key not in self.known:
-            with stored(self.replay, self.evidence, plan):
-                self.known[key] = self.replay.measure()
-        return self.known[key]
+        self.read([plan])
+        return self.known[_key(plan)]
+
+    def read(self, plans: Sequence[BitPlan]) -> None:
+        """Measure the plans that are not known yet, in as few sweeps as possible."""
+        left = {key: plan for plan in plans if (key := _key(plan)) not in self.known}
+        by_units: dict[int, dict[bytes, BitPlan]] = {}
+        for key, plan in left.items():
+            by_units.setdefault(len(plan.units), {})[key] = plan
+        for some in by_units.values():
+            losses = losses_of(self.evidence, self.sample, list(some.values()))
+            self.known.update(zip(some, losses, strict=True))
 
     def by_domain(self, values: Floats) -> dict[str, float]:
         """Return the mean over the windows of each domain."""
         return {name: float(values[self.domain == at].mean()) for at, name in enumerate(self.names)}
+
+
+def _key(plan: BitPlan) -> bytes:
+    names = " ".join(format.name for format in plan.formats)
+    return names.encode() + plan.choice.tobytes()
 
 
 def bootstrap_error(values: Floats, seed: int = 0) -> float:

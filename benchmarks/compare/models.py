@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,32 +15,34 @@ from safetensors.torch import load_file
 from bitknap.allocation import Format
 from bitknap.allocation import formats as make_formats
 from bitknap.allocation.problem.arrays import Floats
-from bitknap.api.calibration import encoded, longest_of
+from bitknap.api.calibration import calibration_windows, encoded, gather, longest_of
 from bitknap.api.plan_measures import Loop
-from bitknap.api.refining import open_loop
-from bitknap.api.requests import REFINE_TOKENS
+from bitknap.api.refining import GATE_TOKENS, open_loop
+from bitknap.api.requests import REFINE_TOKENS, Calibration
 from bitknap.benchmarks.compare.judge import Judge, check_apart
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
-from bitknap.estimators.measuring.kl_replay import Replay
+from bitknap.estimators.judging.memory import way_to_measure_plans
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.text import BUILTIN, read_text
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.published.chowdhury import router_norms
 from bitknap.estimators.sweep.in_memory import calibrate
-from bitknap.estimators.sweep.recorded import Recorded
+from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
+from bitknap.estimators.sweep.peak_memory import Way
+from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
-from bitknap.quantization.models.live_model import walk
+from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check_source
 from bitknap.quantization.rounding.memo import Remembered
 from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.rounding.rounding import recorded_for
-from bitknap.quantization.runtime.loading import load
+from bitknap.quantization.source.architecture import config_of
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
-from bitknap.quantization.source.devices import CPU, device_of
+from bitknap.quantization.source.devices import CPU
 
+NOT_IN_MEMORY = "--tasks: need the whole model in memory; raise --max-memory, or leave out --tasks"
 # Domains of the bundled texts in order, a quarter of the text each.
 DOMAINS = ("books", "code", "speeches", "wiki")
 WIDTHS, SIZES = (1, 2, 3, 4, 5, 6, 8), (32, 64, "row")
@@ -65,6 +67,9 @@ class Options:
         seed: the random seed.
         formats: formats that Bitknap's own strategies choose from.
         device: name of the device where the model runs and weights are rounded.
+        tasks: whether plans are also evaluated on tasks, which takes the model in memory.
+        max_memory: maximum bytes; a model that needs more is run one decoder layer at a time.
+        device_memory: maximum bytes on a GPU.
     """
 
     model: str
@@ -81,6 +86,9 @@ class Options:
         default_factory=lambda: make_formats(WIDTHS, SIZES, (False, True), ("compact",))
     )
     device: str = str(CPU)
+    tasks: bool = False
+    max_memory: int | None = None
+    device_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -119,58 +127,81 @@ def prepare(options: Options, progress: Progress | None = None) -> Setting:
     """
     source = Checkpoint.open(resolve(options.model))
     check_source(source, reads_text=True)
-    writer.check_finite(source)
-    rounding = method_of(options.method)
-    device = device_of(options.device)
-    model = load(source.folder, torch.float32, device=device)
-    layout = walk(model)
-    words = read_text(options.text, "calibration")
-    longest = longest_of(model.config)
-    windows = encoded(source.folder, words, model.config).windows(options.tokens, longest)
-    held_out, domain, names = _held_out(options, source.folder, model.config)
-    calibrated = calibrate(
-        model,
-        layout,
-        windows,
-        Recorded(full="full" in recorded_for(rounding), curvature=True, gradients=True),
-        seed=options.seed,
+    asked, way = _asked(options, source)
+    config = config_of(source.folder)
+    held_out, domain, names = _held_out(options, source.folder, config)
+    # Several strategies measure the same groups.
+    evidence = gather(
+        source,
+        _needs(options),
+        asked,
+        way=way,
+        readings=Readings(in_memory=True),
         progress=progress,
     )
-    provenance = {**calibrated.provenance, "model": source.fingerprint}
-    evidence = replace(
-        calibrated,
-        provenance=provenance,
-        rounding=Remembered(rounding=rounding),
-        readings=Readings(in_memory=True),  # several strategies measure the same groups
-        device=device,
+    loop = open_loop(
+        source, evidence, asked, options.refine_tokens, judged=held_out, progress=progress
     )
-    loop = open_loop(model, evidence, words, windows.ids, options.refine_tokens, source.folder)
+    assert loop.judged is not None
     # The prefix that the tokenizer adds to every window does not count as shared text.
+    windows = calibration_windows(source, asked)
     read = (windows.ids, *(part.windows for part in loop.parts), loop.gate.windows)
     check_apart(held_out.ids[:, held_out.prefix :], torch.cat(read)[:, held_out.prefix :])
     return Setting(
         options=options,
         source=source,
         evidence=evidence,
-        judge=Judge(
-            replay=Replay(model, layout, held_out, cache=False),
-            evidence=evidence,
-            domain=domain,
-            names=names,
-        ),
+        judge=Judge(sample=loop.judged, evidence=loop.evidence, domain=domain, names=names),
         loop=loop,
-        sets=lambda: tuple(_sets(model, layout, windows, options.seed)),
-        final=router_norms(dict(model.named_parameters()), layout),
-        initial=_initial(source.folder, layout),
+        sets=lambda: tuple(_sets(source, asked, evidence, windows)),
+        final=router_norms(source, walk_headers(source.config, source.shapes)),
+        initial=_initial(source.folder, evidence.layout),
         progress=progress,
     )
 
 
-def _sets(model: Any, layout: Layout, windows: Windows, seed: int) -> list[Evidence]:
-    """Return passes over quarters of the calibration windows, in the text's order."""
+def _needs(options: Options) -> frozenset[str]:
+    """Return what strategies read off the calibration pass."""
+    return frozenset({"kl", "curvature", "gradients"} | recorded_for(method_of(options.method)))
+
+
+def _asked(options: Options, source: Checkpoint) -> tuple[Calibration, Way]:
+    """Return how the model is calibrated, and whether it goes one layer at a time.
+
+    Raises:
+        InputError: neither way is within the limit, or tasks need more.
+    """
+    rounding = method_of(options.method)
+    asked = Calibration(
+        text=options.text,
+        tokens=options.tokens,
+        seed=options.seed,
+        rounding=rounding,
+        device=options.device,
+        max_memory=options.max_memory,
+        device_memory=options.device_memory,
+    )
+    tokens = options.tokens + options.refine_tokens + GATE_TOKENS + options.judged
+    layout = walk_headers(source.config, source.shapes)
+    way = way_to_measure_plans(source, layout, tokens, asked.memory, _needs(options))
+    if way == "layers" and options.tasks:
+        raise InputError(NOT_IN_MEMORY)
+    if way == "whole":
+        asked = replace(asked, rounding=Remembered(rounding=rounding))
+    return asked, way
+
+
+def _sets(
+    source: Checkpoint, asked: Calibration, evidence: Evidence, windows: Windows
+) -> Iterator[Evidence]:
+    """Yield passes over quarters of the calibration windows, in the text's order."""
     cuts = [len(windows) * part // len(DOMAINS) for part in range(len(DOMAINS) + 1)]
-    parts = [windows[a:b] for a, b in pairwise(cuts) if b > a]
-    return [calibrate(model, layout, part, seed=seed) for part in parts]
+    for part in [windows[a:b] for a, b in pairwise(cuts) if b > a]:
+        if evidence.replay is not None:
+            yield calibrate(evidence.replay.model, evidence.layout, part, seed=asked.seed)
+        else:
+            skeleton = Skeleton(source, asked.include, device=asked.on_device)
+            yield calibrate_by_layer(skeleton, part, seed=asked.seed)
 
 
 def _held_out(

@@ -59,7 +59,7 @@ def about(run: Comparison, command: str) -> dict[str, Any]:
         "calibration_tokens": options.tokens,
         "refine_tokens": sum(part.windows.numel() for part in loop.parts),
         "gate_tokens": loop.gate.windows.numel(),
-        "evaluation_tokens": setting.judge.replay.windows.numel(),
+        "evaluation_tokens": setting.judge.sample.windows.numel(),
         "domains": list(setting.judge.names),
         "versions": {package: version(package) for package in _PACKAGES},
         "device": f"CPU, {platform.machine()}, {torch.get_num_threads()} threads",
@@ -102,7 +102,7 @@ def document(run: Comparison, command: str) -> dict[str, Any]:
 
 def original(run: Comparison) -> dict[str, Any]:
     """Return the losses of the original model, and its scores if tasks were requested."""
-    row: dict[str, Any] = {"perplexity": run.setting.judge.replay.measure().perplexity}
+    row: dict[str, Any] = {"perplexity": run.setting.judge.original().perplexity}
     if run.tasks is not None:
         row["tasks"] = run.tasks.scores(run.setting, None)
     return row

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import time
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,92 +12,25 @@ from typing import Any
 import numpy as np
 
 from bitknap.allocation import BitPlan, Budget, CostTable, profile
-from bitknap.allocation.problem.arrays import Floats
 from bitknap.allocation.tradeoffs.profile_price import under
 from bitknap.api.refining import run_loop
 from bitknap.api.requests import Refinement
-from bitknap.benchmarks.compare.judge import bootstrap_error, mean_ranks
+from bitknap.benchmarks.compare.cells import OK, UNREACHABLE, Cell, cells_of, failure
+from bitknap.benchmarks.compare.judge import Judge, bootstrap_error, mean_ranks
 from bitknap.benchmarks.compare.models import Setting
 from bitknap.benchmarks.compare.strategies import OURS, Strategy, plan_of, strategies
 from bitknap.benchmarks.compare.tables import CALIBRATED, Tables
 from bitknap.benchmarks.compare.tasks import Tasks
 from bitknap.disk.append_log import append_lines, open_lines
-from bitknap.errors import BitknapError, FileError, InfeasibleError
 from bitknap.estimators.measuring.kl_replay import Losses
 from bitknap.estimators.measuring.readings import Readings
+from bitknap.estimators.published.rule import Offer
 from bitknap.report.quantize_document import steps_of
 
 # Files read again when a killed run is resumed, and useless afterwards.
 WORK = ".work"
-OK, UNREACHABLE, FAILED = "ok", "unreachable", "failed"
 # Plans that differ in size from Bitknap's by less than this share are compared with it unchanged.
 _SAME_BYTES = 0.002
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Cell:
-    """The result of one strategy at one budget.
-
-    Attributes:
-        strategy: its name.
-        budget: bits per weight.
-        status: "ok", "unreachable" or "failed".
-        values: its values in the report, JSON values.
-        kl: KL by window, [W]; empty without a plan.
-        ours: KL of Bitknap's plan at the same bytes, [W].
-        seconds: time that it took.
-    """
-
-    strategy: str
-    budget: float
-    status: str
-    values: Mapping[str, Any]
-    kl: Floats = field(default_factory=lambda: np.zeros(0))
-    ours: Floats = field(default_factory=lambda: np.zeros(0))
-    seconds: float = 0.0
-
-    def line(self) -> dict[str, Any]:
-        """Return the cell as JSON values."""
-        fields = {
-            "strategy": self.strategy,
-            "budget": self.budget,
-            "status": self.status,
-            "values": dict(self.values),
-            "kl": self.kl.tolist(),
-            "ours": self.ours.tolist(),
-            "seconds": self.seconds,
-        }
-        return {**fields, "sum": _sum(fields)}
-
-    @classmethod
-    def of_line(cls, line: bytes) -> Cell:
-        """Return the cell of a line, the inverse of `line`.
-
-        Raises:
-            ValueError: the line is damaged.
-        """
-        fields: dict[str, Any] = json.loads(line)
-        if not isinstance(fields, dict) or fields.pop("sum", None) != _sum(fields):
-            raise ValueError("damaged")
-        for name in ("kl", "ours"):
-            fields[name] = np.array(fields[name], dtype=np.float64)
-        return cls(**fields)
-
-
-def _sum(values: Mapping[str, Any]) -> int:
-    """Return the CRC-32 of JSON values."""
-    return zlib.crc32(json.dumps(values, sort_keys=True).encode())
-
-
-def _cells(journal: Path, lines: Sequence[bytes]) -> Iterator[Cell]:
-    """Yield the cells of a journal from the lines after its header."""
-    for number, line in enumerate(lines, start=2):
-        try:
-            yield Cell.of_line(line)
-        except (ValueError, RecursionError):
-            raise FileError(
-                f"{journal}: line {number} is damaged; delete {journal.parent} to start anew"
-            ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +94,7 @@ def compare(
     journal = None if work is None else work / "journal"
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
-    cells = [] if journal is None else list(_cells(journal, open_lines(journal, about or {})))
+    cells = [] if journal is None else list(cells_of(journal, open_lines(journal, about or {})))
     run = Comparison(
         setting=setting,
         tables=Tables(
@@ -178,12 +110,17 @@ def compare(
     total = len(wanted) * len(budgets)
     for budget in budgets:
         _ours(run, budget, work)
+    waiting: list[_Planned] = []
     for strategy in _drawn(run, wanted):
         for budget in budgets:
             if setting.progress:
                 setting.progress("strategies × budgets", len(run.done), total)
             if (strategy.name, budget) not in run.done:
-                run.keep(_isolated(strategy.name, budget, lambda b: _judged(run, strategy, b)))  # noqa: B023
+                waiting += _planned(run, strategy, budget)
+            if sum(len(one.offers) for one in waiting) >= setting.judge.together:
+                _judge(run, waiting)
+                waiting = []
+    _judge(run, waiting)
     return run
 
 
@@ -206,51 +143,84 @@ def _made(
         for name in names:
             for budget in run.budgets:
                 if (name, budget) not in run.done and name != OURS:
-                    run.keep(_failure(name, budget, error))
+                    run.keep(failure(name, budget, error))
 
 
-def _isolated(name: str, budget: float, judge: Callable[[float], Cell]) -> Cell:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Planned:
+    """A strategy's plans at a budget, which are still to be judged.
+
+    Attributes:
+        strategy: the strategy.
+        budget: bits per weight.
+        offers: its plans, at least one.
+        seconds: time that the plans took.
+    """
+
+    strategy: Strategy
+    budget: float
+    offers: Sequence[Offer]
+    seconds: float
+
+    def best(self, judge: Judge) -> tuple[Offer, Losses]:
+        """Return the plan that counts, and the strategy's losses."""
+        judged = [(offer, judge.of(offer.plan)) for offer in self.offers]
+        if self.strategy.average:
+            return judged[0][0], _mean([losses for _, losses in judged])
+        return min(judged, key=lambda pair: float(pair[1].kl.mean()))
+
+    @property
+    def about(self) -> dict[str, Any]:
+        """The strategy as JSON values."""
+        fields = ("group", "source", "measurements")
+        return {name: getattr(self.strategy, name) for name in fields}
+
+
+def _planned(run: Comparison, strategy: Strategy, budget: float) -> list[_Planned]:
+    """Return a strategy's plans; none if it has none or fails, which its cell then says."""
+    start = time.perf_counter()
     try:
-        return judge(budget)
+        offers = list(strategy.offers(run.limit(budget)))
     except Exception as error:  # one failing strategy must not stop the others
-        return _failure(name, budget, error)
-
-
-def _failure(name: str, budget: float, error: Exception) -> Cell:
-    status = UNREACHABLE if isinstance(error, InfeasibleError) else FAILED
-    kind = "" if isinstance(error, BitknapError) else f"{type(error).__name__}: "
-    return Cell(strategy=name, budget=budget, status=status, values={"reason": f"{kind}{error}"})
-
-
-def _judged(run: Comparison, strategy: Strategy, budget: float) -> Cell:
-    """Return the losses of a strategy's plan, and of our plan at the same bytes."""
-    setting, start = run.setting, time.perf_counter()
-    about: dict[str, Any] = {
-        "group": strategy.group,
-        "source": strategy.source,
-        "measurements": strategy.measurements,
-    }
-    offers = list(strategy.offers(run.limit(budget)))
+        run.keep(failure(strategy.name, budget, error))
+        return []
     seconds = time.perf_counter() - start
-    if not offers:
-        reason = f"no plan of at most {run.limit(budget):,} bytes"
-        values = {**about, "reason": reason}
-        return Cell(strategy=strategy.name, budget=budget, status=UNREACHABLE, values=values)
-    judged = [(offer, setting.judge.of(offer.plan)) for offer in offers]
-    if strategy.average:
-        offer, losses = judged[0][0], _mean([losses for _, losses in judged])
-    else:
-        offer, losses = min(judged, key=lambda pair: float(pair[1].kl.mean()))
-    tasks = None if strategy.average else run.tasks
-    values = {**about, "setting": offer.setting, **_facts(run, offer.plan, losses, tasks)}
+    planned = _Planned(strategy=strategy, budget=budget, offers=offers, seconds=seconds)
+    if offers:
+        return [planned]
+    reason = f"no plan of at most {run.limit(budget):,} bytes"
+    values = {**planned.about, "reason": reason}
+    run.keep(Cell(strategy=strategy.name, budget=budget, status=UNREACHABLE, values=values))
+    return []
+
+
+def _judge(run: Comparison, waiting: Sequence[_Planned]) -> None:
+    """Judge plans together, and keep their cells."""
+    judge = run.setting.judge
+    with contextlib.suppress(Exception):  # a plan that cannot be measured fails alone, below
+        judge.read([offer.plan for one in waiting for offer in one.offers])
+        best = [(one, one.best(judge)[0].plan.total_bytes) for one in waiting]
+        judge.read([_ours_at(run, one.budget, nbytes) for one, nbytes in best])
+    for one in waiting:
+        try:
+            run.keep(_judged(run, one))
+        except Exception as error:  # one failing strategy must not stop the others
+            run.keep(failure(one.strategy.name, one.budget, error))
+
+
+def _judged(run: Comparison, planned: _Planned) -> Cell:
+    """Return the losses of a strategy's plan, and of our plan at the same bytes."""
+    judge, strategy = run.setting.judge, planned.strategy
+    offer, losses = planned.best(judge)
+    facts = _facts(run, offer.plan, losses, None if strategy.average else run.tasks)
     return Cell(
         strategy=strategy.name,
-        budget=budget,
+        budget=planned.budget,
         status=OK,
-        values=values,
+        values={**planned.about, "setting": offer.setting, **facts},
         kl=losses.kl,
-        ours=_ours_at(run, budget, offer.plan.total_bytes),
-        seconds=seconds,
+        ours=judge.of(_ours_at(run, planned.budget, offer.plan.total_bytes)).kl,
+        seconds=planned.seconds,
     )
 
 
@@ -280,12 +250,12 @@ def _predicted(run: Comparison, plan: BitPlan) -> float | None:
     return float(table.cost[np.arange(len(columns)), columns].sum())
 
 
-def _ours_at(run: Comparison, budget: float, nbytes: int) -> Floats:
-    """Return our KL by window at a plan's bytes, of the refined plan or of a newly solved one."""
+def _ours_at(run: Comparison, budget: float, nbytes: int) -> BitPlan:
+    """Return our plan at a plan's bytes: the refined plan, or a newly solved one."""
     plan = run.plans[budget]
     if abs(plan.total_bytes - nbytes) > _SAME_BYTES * nbytes:
         plan = plan_of(run.setting, run.tables.of(CALIBRATED), nbytes)
-    return run.setting.judge.of(plan).kl
+    return plan
 
 
 def _ours(run: Comparison, budget: float, work: Path | None) -> None:

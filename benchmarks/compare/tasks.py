@@ -19,8 +19,9 @@ from typing import Any
 from bitknap.allocation import BitPlan
 from bitknap.api.calibration import tokenizer_of
 from bitknap.api.plan_measures import stored
-from bitknap.benchmarks.compare.models import Setting
+from bitknap.benchmarks.compare.models import NOT_IN_MEMORY, Setting
 from bitknap.errors import InputError
+from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.names import guess
 
 # Batch size of questions.
@@ -64,7 +65,9 @@ class Tasks:
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
 
-        replay, seed = setting.judge.replay, setting.options.seed
+        replay, seed = setting.judge.sample, setting.options.seed
+        if not isinstance(replay, Replay):
+            raise InputError(NOT_IN_MEMORY)
         where: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if plan is not None:
             where = stored(replay, setting.evidence, plan)

@@ -137,7 +137,7 @@ def main() -> None:
             setting = prepare(Options(model=model, refine_tokens=_TOKENS), _say)
             settings[name] = (setting, Tables(setting=setting).of(CALIBRATED))
         setting, table = settings[name]
-        document["judged"] = setting.judge.replay.windows.numel()
+        document["judged"] = setting.judge.sample.windows.numel()
         document["rows"] += rows(setting, table, bits, both)
         write_results(path, document)
         write_report(args.out / "refine.md", markdown(document))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from typing import Literal
 
 from bitknap.allocation.problem.budget import human
 from bitknap.errors import InputError
@@ -12,6 +11,7 @@ from bitknap.estimators.judging.by_layer import units_of
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
 from bitknap.estimators.sweep.peak_memory import (
     LOGITS,
+    Way,
     layer_bytes,
     peak_bytes,
     read_bytes,
@@ -22,9 +22,6 @@ from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.opened import PackedFolder
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.source import Stored
-
-# The whole models, or one layer at a time.
-Way = Literal["whole", "layers"]
 
 
 def way_to_judge(

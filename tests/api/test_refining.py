@@ -45,10 +45,7 @@ def table(model):
 @pytest.fixture(scope="module")
 def loop(model):
     source = Checkpoint.open(model)
-    evidence = gather(source, frozenset({"moments"}), ASKED)
-    replay = evidence.replay
-    assert replay is not None
-    return open_loop(replay.model, evidence, TEXT.read_text(), replay.windows, 512, model)
+    return open_loop(source, gather(source, frozenset({"moments"}), ASKED), ASKED, 512)
 
 
 def _kl(loop, sample, plan):

@@ -22,7 +22,7 @@ from bitknap.estimators.measuring.text import Encoded, document_of, encode
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.in_memory import calibrate, digest_of
 from bitknap.estimators.sweep.layer_by_layer import calibrate_by_layer
-from bitknap.estimators.sweep.peak_memory import layer_bytes, way_to_calibrate
+from bitknap.estimators.sweep.peak_memory import Way, layer_bytes, way_to_calibrate
 from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
@@ -46,6 +46,7 @@ def gather(
     needs: frozenset[str],
     asked: Calibration,
     *,
+    way: Way | None = None,
     readings: Readings | None = None,
     progress: Progress | None = None,
 ) -> Evidence:
@@ -55,6 +56,8 @@ def gather(
         source: the model.
         needs: what an estimator needs.
         asked: the calibration request, with one text.
+        way: the whole model in memory or one layer at a time; when not given, the quickest way
+            within the request's limits.
         readings: where measurements are kept; they are not kept if this is not given.
         progress: called with (what, done, of).
 
@@ -67,7 +70,7 @@ def gather(
     if not needs:
         return of_weights(source, asked.include, rounding=asked.method, seed=asked.seed)
     kept = readings or Readings()
-    evidence = _pass(source, needs, asked, kept, progress)
+    evidence = _pass(source, needs, asked, way, kept, progress)
     provenance = {**evidence.provenance, "model": source.fingerprint}
     return replace(
         evidence,
@@ -106,12 +109,13 @@ def _pass(
     source: Checkpoint,
     needs: frozenset[str],
     asked: Calibration,
+    way: Way | None,
     readings: Readings,
     progress: Progress | None,
 ) -> Evidence:
     """Return the evidence from a pass over the text, in one piece or layer by layer."""
     layout = walk_headers(source.config, source.shapes, asked.include)
-    way = way_to_calibrate(source, layout, asked.tokens, needs, asked.memory)
+    way = way or way_to_calibrate(source, layout, asked.tokens, needs, asked.memory)
     windows, recorded = calibration_windows(source, asked), Recorded.of(needs)
     writer.check_finite(source)
     if way == "layers":

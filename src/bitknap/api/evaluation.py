@@ -19,11 +19,12 @@ from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.evidence.variant_kl import Replayed
 from bitknap.estimators.evidence.variants import Changing, Variant, VariantSweep
 from bitknap.estimators.judging.by_layer import through
-from bitknap.estimators.judging.memory import Way, judging_layer_bytes, way_to_judge
+from bitknap.estimators.judging.memory import judging_layer_bytes, way_to_judge
 from bitknap.estimators.measuring.documents import TextLike, text_of
 from bitknap.estimators.measuring.kl_replay import Losses, Replay, compare, standard_error
 from bitknap.estimators.measuring.text import BUILTIN
 from bitknap.estimators.measuring.windows import Windows
+from bitknap.estimators.sweep.peak_memory import Way
 from bitknap.estimators.sweep.text_stream import losses_between
 from bitknap.progress import Progress
 from bitknap.quantization.models.live_model import walk

@@ -33,11 +33,13 @@ class Loop:
         evidence: how plans are rounded.
         parts: the parts of the text that plans are measured on.
         gate: text that nothing else has read.
+        judged: a text of the caller's; None without one.
     """
 
     evidence: Evidence
     parts: tuple[Sample, ...]
     gate: Sample
+    judged: Sample | None = None
 
 
 def losses_of(evidence: Evidence, sample: Sample, plans: Sequence[BitPlan]) -> list[Losses]:

@@ -24,13 +24,13 @@ from bitknap.api.calibration import encoded, gather, longest_of
 from bitknap.api.evaluation import name_of
 from bitknap.api.former_keywords import former_keywords, group
 from bitknap.api.live import Model, on_disk
-from bitknap.api.plan_measures import Loop, losses_of, measures
+from bitknap.api.plan_measures import Loop, Sample, losses_of, measures
 from bitknap.api.requests import Calibration, Refinement, Resume
 from bitknap.errors import InputError, MismatchError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.judging.by_layer import all_through
 from bitknap.estimators.judging.memory import way_to_measure_plans
-from bitknap.estimators.measuring.documents import Documents, TokenWindows, text_of
+from bitknap.estimators.measuring.documents import TokenWindows, text_of
 from bitknap.estimators.measuring.kl_replay import Losses, Replay, standard_error
 from bitknap.estimators.measuring.readings import Readings, beside
 from bitknap.estimators.measuring.text import Encoded, document_of
@@ -124,32 +124,49 @@ def loop_windows(
 
 
 def open_loop(
-    model: Any,
+    source: Checkpoint,
     evidence: Evidence,
-    text: str | Documents | TokenWindows,
-    taken: Tensor,
+    asked: Calibration,
     tokens: int,
-    folder: Path,
+    *,
+    judged: Windows | None = None,
+    progress: Progress | None = None,
 ) -> Loop:
-    """Return a loop on a live model.
+    """Return a loop on the model of a calibration pass, or layer by layer if it is not in memory.
 
     Args:
-        model: the model.
+        source: the model.
         evidence: its calibration pass.
-        text: the calibration text.
-        taken: windows of it that calibration read.
+        asked: the calibration request, with one text.
         tokens: number of tokens to measure plans on.
-        folder: folder of the model, for its tokenizer.
+        judged: a text of the caller's, to measure whole plans on.
+        progress: called with (what, done, of).
 
     Raises:
         InputError: the text is too short.
     """
-    windows, gate = loop_windows(encoded(folder, text, model.config), taken, tokens)
-    layout = evidence.layout
+    text = document_of(text_of(asked.only_text), "calibration")
+    document = encoded(source.folder, text, config_of(source.folder))
+    taken = document.windows(asked.tokens, longest_of(config_of(source.folder))).ids
+    windows, gate = loop_windows(document, taken, tokens)
+    parts, others = _parts(windows), [gate, *([] if judged is None else [judged])]
+    samples: list[Sample] = []
+    if evidence.replay is not None:
+        model, layout = evidence.replay.model, evidence.layout
+        samples += [Replay(model, layout, part) for part in parts]
+        samples += [Replay(model, layout, other, cache=False) for other in others]
+    else:
+        roles, device = asked.include, asked.on_device
+        streams = all_through(
+            source, [*parts, *others], roles, varied=True, device=device, progress=progress
+        )
+        evidence = replace(evidence, layout=streams[0].run.skeleton.layout)
+        samples += streams
     return Loop(
         evidence=evidence,
-        parts=tuple(Replay(model, layout, part) for part in _parts(windows)),
-        gate=Replay(model, layout, gate, cache=False),
+        parts=tuple(samples[: len(parts)]),
+        gate=samples[len(parts)],
+        judged=samples[-1] if judged is not None else None,
     )
 
 
@@ -284,35 +301,12 @@ def _opened(
     layout = walk_headers(source.config, source.shapes, asked.include)
     tokens = asked.tokens + how.tokens + GATE_TOKENS
     needs = {"kl"} | recorded_for(rounding)
-    if way_to_measure_plans(source, layout, tokens, asked.memory, needs) == "layers":
-        return _by_layer(source, asked, how, progress)
-    asked = replace(asked, rounding=Remembered(rounding=rounding), max_memory=None)
-    evidence = gather(source, frozenset({"moments"}), asked, progress=progress)
-    assert evidence.replay is not None
-    live, taken = evidence.replay.model, evidence.replay.windows
-    text = document_of(text_of(asked.only_text), "calibration")
-    return open_loop(live, evidence, text, taken, how.tokens, source.folder)
-
-
-def _by_layer(
-    source: Checkpoint, asked: Calibration, how: Refinement, progress: Progress | None
-) -> Loop:
-    """Return the loop for a model of which one layer at a time is in memory."""
-    evidence = gather(source, frozenset(), asked, progress=progress)
-    config = config_of(source.folder)
-    text = encoded(source.folder, document_of(text_of(asked.only_text), "calibration"), config)
-    taken = text.windows(asked.tokens, longest_of(config))
-    windows, gate = loop_windows(text, taken.ids, how.tokens)
-    *parts, last = all_through(
-        source,
-        [*_parts(windows), gate],
-        asked.include,
-        varied=True,
-        device=asked.on_device,
-        progress=progress,
-    )
-    evidence = replace(evidence, layout=last.run.skeleton.layout)
-    return Loop(evidence=evidence, parts=tuple(parts), gate=last)
+    way = way_to_measure_plans(source, layout, tokens, asked.memory, needs)
+    read: frozenset[str] = frozenset()
+    if way == "whole":
+        asked, read = replace(asked, rounding=Remembered(rounding=rounding)), frozenset({"moments"})
+    evidence = gather(source, read, asked, way=way, progress=progress)
+    return open_loop(source, evidence, asked, how.tokens, progress=progress)
 
 
 def _parts(windows: Windows) -> list[Windows]:

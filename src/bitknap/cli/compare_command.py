@@ -126,7 +126,9 @@ _PARTLY = 1
 )
 @common.output("DIR", "Folder to write.")
 @common.overwrite
+@measuring.max_memory
 @measuring.device
+@measuring.device_memory
 @measuring.seed
 @common.as_json
 def compare(
@@ -144,9 +146,9 @@ def compare(
     when the command is repeated. If a strategy fails, the others are still reported, and the exit
     status is 1.
     """
+    from bitknap.benchmarks.compare.cells import FAILED
     from bitknap.benchmarks.compare.models import prepare
     from bitknap.benchmarks.compare.output import write, writing_into
-    from bitknap.benchmarks.compare.run import FAILED
     from bitknap.benchmarks.compare.run import compare as judge_all
     from bitknap.benchmarks.compare.strategies import names
     from bitknap.cli.views.compare_view import strategies_tables
@@ -189,6 +191,7 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
     from bitknap.allocation import profile
     from bitknap.api.requests import REFINE_TOKENS
     from bitknap.benchmarks.compare.models import Options
+    from bitknap.cli.options.estimating import size_of
     from bitknap.quantization.source.devices import device_of
 
     profile(options["profile"])
@@ -211,6 +214,9 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
         seed=options["seed"],
         formats=_formats(options),
         device=str(device_of(options["device"])),
+        tasks=bool(listed(options["tasks"])),
+        max_memory=size_of(options["max_memory"]),
+        device_memory=size_of(options["device_memory"], "--device-memory"),
     )
 
 
@@ -257,6 +263,8 @@ def _about(
     texts = [read_text(chosen.text, "calibration")]
     texts += [read_text(name, "evaluation") for name in chosen.evaluation]
     said = asdict(chosen) | {"formats": [item.name for item in chosen.formats]}
+    for limit in ("max_memory", "device_memory"):  # a run may go on with less
+        del said[limit]
     return said | {
         "strategies": list(wanted),
         "budgets": list(sizes),

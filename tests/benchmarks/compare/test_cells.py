@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from bitknap.benchmarks.compare import output
+from bitknap.benchmarks.compare.cells import OK, Cell, cells_of
 from bitknap.benchmarks.compare.output import writing_into
-from bitknap.benchmarks.compare.run import OK, WORK, Cell, _cells
+from bitknap.benchmarks.compare.run import WORK
 from bitknap.disk.append_log import open_lines
 from bitknap.errors import FileError, MismatchError
 
@@ -24,7 +25,7 @@ CELL = Cell(
 
 
 def test_a_cell_comes_back_to_the_bit(tmp_path):
-    (again,) = _cells(tmp_path / "journal", [json.dumps(CELL.line()).encode()])
+    (again,) = cells_of(tmp_path / "journal", [json.dumps(CELL.line()).encode()])
     assert again.line() == CELL.line()
     assert np.array_equal(again.kl, CELL.kl)
 
@@ -43,7 +44,7 @@ def test_a_cell_comes_back_to_the_bit(tmp_path):
 def test_a_damaged_cell_is_refused_by_its_line(line, tmp_path):
     lines = [json.dumps(CELL.line()).encode(), line]
     with pytest.raises(FileError, match=r"journal: line 3 is damaged; delete .* to start anew$"):
-        list(_cells(tmp_path / "journal", lines))
+        list(cells_of(tmp_path / "journal", lines))
 
 
 def test_a_kill_before_the_folder_has_its_place_leaves_no_folder(tmp_path, monkeypatch):

@@ -10,11 +10,16 @@ import pytest
 
 from bitknap.allocation import BitPlan, formats
 from bitknap.api import refining
+from bitknap.benchmarks.compare import models
 from bitknap.benchmarks.compare import run as running
 from bitknap.benchmarks.compare.hand_recipes import down_first, first_layers, offers
 from bitknap.benchmarks.compare.strategies import PUBLISHED, names
+from bitknap.benchmarks.compare.tasks import Tasks
 from bitknap.cli import main
 from bitknap.errors import InputError
+from bitknap.estimators.sweep.peak_memory import layer_bytes
+from bitknap.quantization.models.headers_only import walk_headers
+from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.testing import routed_units
 
 pytestmark = pytest.mark.campaign
@@ -28,6 +33,7 @@ def short_gate():
     """The gate judges every uniform recipe; on its usual text it takes half of the time here."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(refining, "GATE_TOKENS", 512)
+        patch.setattr(models, "GATE_TOKENS", 512)
         yield
 
 
@@ -107,6 +113,34 @@ def test_files_beside_the_document(everything):
     assert set(PUBLISHED) <= set(json.loads((everything / "times.json").read_text())["plans"])
     page = (everything / "report.html").read_text()
     assert "evolution" in page
+
+
+@pytest.fixture
+def layered(words):
+    """A limit that the model can just be compared in, layer by layer."""
+    source = Checkpoint.open(Path(words[1]))
+    layout = walk_headers(source.config, source.shapes)
+    needs = ("kl", "curvature", "gradients")
+    return ["--max-memory", f"{layer_bytes(source, layout, 256 + 256 + 512 + 512, needs)}B"]
+
+
+def test_a_model_larger_than_memory_is_compared_layer_by_layer(words, layered, tmp_path, document):
+    # Read off routers, single units, groups, whole plans, and passes over parts of the text.
+    some = ["--budgets", "3,4", "--strategies", "uniform,chowdhury,fuzzy:greedy,evolution,moqa"]
+    whole = document(*words, *some, "-o", tmp_path / "whole")
+    layers = document(*words, *some, *layered, "-o", tmp_path / "layers")
+    assert layers["original"]["perplexity"] == pytest.approx(whole["original"]["perplexity"])
+    for one, other in zip(whole["rows"], layers["rows"], strict=True):
+        assert (one["strategy"], one["bytes"]) == (other["strategy"], other["bytes"])
+        assert other["kl"] == pytest.approx(one["kl"], rel=1e-4)
+
+
+def test_tasks_need_the_model_in_memory(words, layered, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tasks, "check", lambda tasks: None)
+    line = refused(*words, *layered, "--tasks", "piqa", "-o", tmp_path / "out")
+    assert line == (
+        "bitknap: --tasks: need the whole model in memory; raise --max-memory, or leave out --tasks"
+    )
 
 
 def test_two_runs_are_the_same_but_for_times(words, tmp_path):
