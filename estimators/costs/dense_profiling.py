@@ -39,6 +39,8 @@ from bitknap.progress import Progress
 from bitknap.quantization.stacks.grouping import stacks
 
 Kind = Literal["kl", "layer", "block"]
+# Relative difference of one change that two ways of computing it may make by rounding alone.
+_SAME = 1e-3
 
 
 class _Part(NamedTuple):
@@ -140,8 +142,8 @@ class Measured:
     def _raw(self, evidence: Evidence, formats: Sequence[Format], parts: Sequence[_Part]) -> Floats:
         """Return the measurements, float64 [U, F]; 0 for a kept precision."""
         raw = np.zeros((len(evidence.units), len(formats)))
-        values = self._blocks if self.kind == "block" else self._variants
-        for part, chosen, value in values(evidence, parts):
+        values = {"kl": self._variants, "layer": self._layers, "block": self._traced}
+        for part, chosen, value in values[self.kind](evidence, parts):
             raw[np.ix_(part.run[chosen], part.columns)] = value[:, None]
         return raw
 
@@ -164,7 +166,18 @@ class Measured:
             if self.progress:
                 self.progress("measure units", done, len(cells))
 
-    def _blocks(self, evidence: Evidence, parts: Sequence[_Part]) -> Iterator[_Reading]:
+    def _layers(self, evidence: Evidence, parts: Sequence[_Part]) -> Iterator[_Reading]:
+        """Yield the change of the layer's output that each unit in each part's format makes.
+
+        Most models add the experts' output to the rest as it is. There it is the change of that
+        output, which a trace, if the pass kept one, gives for all experts of a layer at once.
+        """
+        numbers = sorted({part.layer for part in parts})
+        added = {number for number in numbers if _adds(evidence, parts, number)}
+        yield from self._traced(evidence, [part for part in parts if part.layer in added])
+        yield from self._variants(evidence, [part for part in parts if part.layer not in added])
+
+    def _traced(self, evidence: Evidence, parts: Sequence[_Part]) -> Iterator[_Reading]:
         """Yield the measurements of each part's units, read from the journal if it has them."""
         mark = f"{evidence.mark} {self.name}{' squared' if self.squared else ''} "
         block: Block | None = None
@@ -174,7 +187,11 @@ class Measured:
                 if block is None or block.layer.layer != part.layer:
                     block = None  # one layer's outputs at a time
                     block = block_of(evidence, part.layer)
-                values = _of_block(evidence, block, part, self.squared)
+                if self.kind == "block":
+                    values = _of_block(evidence, block, part, self.squared)
+                else:
+                    squares = _of_matrices(evidence, block, part)
+                    values = squares if self.squared else np.sqrt(squares)
                 evidence.readings.keep(mark + part.key, values)
             yield part, np.arange(len(part.run)), values
             if self.progress:
@@ -281,6 +298,37 @@ def _of_block(evidence: Evidence, block: Block, part: _Part, squared: bool) -> F
     expert = units.expert[part.run]
     share: Floats = whole[expert] * units.numel[part.run] / weights[expert]
     return share
+
+
+def _of_matrices(evidence: Evidence, block: Block, part: _Part) -> Floats:
+    """Return the squared change of the experts' output that each matrix makes, float64 [n]."""
+    units, squares = evidence.units, np.zeros(len(part.run))
+    at = {int(expert): place for place, expert in enumerate(units.expert[part.run])}
+    name = str(units.projections[units.projection[part.run[0]]])
+    rounded = evidence.round_trip(part.run, evidence.weights(part.run), part.format)
+    changed = block.weights[name].clone()
+    changed[torch.tensor(list(at))] = rounded.to(changed.device)
+    for expert, _, change in block.changes({name: changed}):
+        if expert in at:
+            squares[at[expert]] = float(change.double().square().sum())
+    return squares
+
+
+def _adds(evidence: Evidence, parts: Sequence[_Part], layer: int) -> bool:
+    """Return whether a layer adds its experts' output to the rest as it is.
+
+    One matrix tells: the expert with most tokens in the format that changes it most.
+    """
+    trace = evidence.traces.get(layer)
+    whole = trace is not None and len(trace.hidden) == evidence.layers[layer].tokens
+    if not whole or evidence.experts is None:
+        return False
+    part = min((part for part in parts if part.layer == layer), key=lambda part: part.format.bits)
+    at = int(np.argmax(token_share(evidence)[part.run]))
+    one = part._replace(run=part.run[at : at + 1])
+    ((_, real),) = square_changes(evidence, [Variant.group(one.run, one.format)])
+    alone = float(_of_matrices(evidence, block_of(evidence, layer), one)[0])
+    return abs(alone - real) <= _SAME * real
 
 
 def _fingerprint(evidence: Evidence) -> str:

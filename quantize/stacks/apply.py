@@ -62,9 +62,10 @@ def replaced(
         which: equally shaped units.
         change: function from their weights, float32 [n, rows, cols], to the new ones.
     """
-    tensors = dict(model.named_parameters())
     with torch.no_grad():
-        targets = [layout.views[i].of(tensors[layout.views[i].tensor]) for i in which]
+        # Named one by one: a list of all parameters takes longer than a small matrix.
+        views = [layout.views[i] for i in which]
+        targets = [view.of(model.get_parameter(view.tensor)) for view in views]
         before = [target.clone() for target in targets]
     try:
         _write(targets, change(torch.stack(before).float()))
