@@ -10,10 +10,10 @@ import torch
 
 from bitknap.allocation import Format
 from bitknap.errors import FileError, InputError, MismatchError
-from bitknap.estimators.costs import dense_profiling
 from bitknap.estimators.costs.dense_profiling import Measured
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.evidence.super_experts import super_experts
+from bitknap.estimators.evidence.variant_kl import square_changes
 from bitknap.estimators.measuring.kl_replay import Replay
 from bitknap.estimators.sweep.in_memory import calibrate
 from bitknap.estimators.sweep.recorded import Recorded
@@ -125,13 +125,13 @@ def test_a_trace_gives_the_same_where_the_layer_adds_what_its_experts_return(
     layout = walk(model)
     recorded = Recorded(traces=True)
     evidence = calibrate(model, layout, random_windows(), recorded)
-    alone, measured = [], dense_profiling.square_changes
+    alone, measured = [], square_changes
 
     def counted(evidence, variants):
         alone.extend(variants)
         return measured(evidence, variants)
 
-    monkeypatch.setattr(dense_profiling, "square_changes", counted)
+    monkeypatch.setattr("bitknap.estimators.costs.dense_profiling.square_changes", counted)
     by_trace = Measured(kind="layer").estimate(evidence, FORMATS[:2])
     layers = len(np.unique(layout.units.layer))
     assert (len(alone) == layers) == added
