@@ -40,7 +40,7 @@ from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.rounding.rounding import recorded_for
 from bitknap.quantization.source.architecture import config_of
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
-from bitknap.quantization.source.devices import CPU
+from bitknap.quantization.source.devices import CPU, dtype_name
 
 NOT_IN_MEMORY = "--tasks: need the whole model in memory; raise --max-memory, or leave out --tasks"
 # Domains of the bundled texts in order, a quarter of the text each.
@@ -70,6 +70,7 @@ class Options:
         tasks: whether plans are also evaluated on tasks, which takes the model in memory.
         max_memory: maximum bytes; a model that needs more is run one decoder layer at a time.
         device_memory: maximum bytes on a GPU.
+        dtype: name of the dtype of the model's matrix products.
     """
 
     model: str
@@ -89,6 +90,7 @@ class Options:
     tasks: bool = False
     max_memory: int | None = None
     device_memory: int | None = None
+    dtype: str = dtype_name(torch.float32)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -178,6 +180,7 @@ def _asked(options: Options, source: Checkpoint) -> tuple[Calibration, Way]:
         seed=options.seed,
         rounding=rounding,
         device=options.device,
+        dtype=options.dtype,
         max_memory=options.max_memory,
         device_memory=options.device_memory,
     )
@@ -200,7 +203,7 @@ def _sets(
         if evidence.replay is not None:
             yield calibrate(evidence.replay.model, evidence.layout, part, seed=asked.seed)
         else:
-            skeleton = Skeleton(source, asked.include, device=asked.on_device)
+            skeleton = Skeleton(source, asked.include, device=asked.on_device, dtype=asked.products)
             yield calibrate_by_layer(skeleton, part, seed=asked.seed)
 
 

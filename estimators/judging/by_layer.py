@@ -33,6 +33,7 @@ def through(
     *,
     varied: bool = False,
     device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> VariantStreams:
     """Return a text that has passed a checkpoint's layers.
@@ -45,6 +46,7 @@ def through(
         varied: keep what variants start from: the output of the layer before the first that holds
             units.
         device: where layers are loaded and computed.
+        dtype: of matrix products, float32 or bfloat16.
         progress: called with ("evaluate", done, of).
 
     Raises:
@@ -52,8 +54,15 @@ def through(
         FileError: a tensor is missing or damaged.
         BitknapError: the disk has no room for the activations.
     """
-    texts = [windows]
-    return all_through(source, texts, include, varied=varied, device=device, progress=progress)[0]
+    return all_through(
+        source,
+        [windows],
+        include,
+        varied=varied,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )[0]
 
 
 def all_through(
@@ -63,11 +72,12 @@ def all_through(
     *,
     varied: bool = False,
     device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> list[VariantStreams]:
     """Return several texts that have passed a checkpoint's layers together; see `through`."""
     roles = units_of(source) if include is None else include
-    skeleton = Skeleton(source, roles, otherwise="raise `max_memory`", device=device)
+    skeleton = Skeleton(source, roles, "raise `max_memory`", device, dtype)
     run, last = Streamed(skeleton), len(skeleton.layers) - 1
     batches = [text.batches(BATCH_TOKENS) for text in texts]
     whole, kept = Stream([one for text in batches for one in text]), {last}

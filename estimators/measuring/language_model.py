@@ -7,13 +7,16 @@ with its own head or that of the outer model.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bitknap.errors import ModelError
+from bitknap.estimators.measuring.products import Products
 from bitknap.quantization.source.architecture import text_config_of
 from bitknap.quantization.source.transformers_calls import calling_transformers
 
@@ -21,14 +24,44 @@ from bitknap.quantization.source.transformers_calls import calling_transformers
 _INSIDE = "_bitknap_calls_inside"
 # Set on a model of which only the layer in use is on the device where it computes.
 _DEVICE = "_bitknap_computes_on"
+# Set on a model whose matrix products are computed in another dtype than its parameters'.
+_PRODUCTS = "_bitknap_products"
 # Settings by which a wrapper changes logits after its head; without them the logits are wrong.
 _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_head_multiplier")
 _PROBE_TOKENS = 8
 
 
-def compute_on(model: Any, device: torch.device) -> None:
-    """Say where a model computes; by default that is where its parameters are."""
+def loaded(
+    folder: Path, device: torch.device, dtype: torch.dtype, *, packed: bool | None = None
+) -> Any:
+    """Return the model in a folder in float32, which computes its matrix products in a dtype.
+
+    Args:
+        folder: the checkpoint.
+        device: where it runs.
+        dtype: of matrix products, float32 or bfloat16.
+        packed: keep the weights of a packed checkpoint packed; see `runtime.loading.load`.
+    """
+    from bitknap.quantization.runtime.loading import load
+
+    model = load(folder, torch.float32, device=device, packed=packed)
+    compute_on(model, device, dtype)
+    return model
+
+
+def compute_on(model: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+    """Say where a model computes, and the dtype of its matrix products.
+
+    By default they are computed where its parameters are, in their own dtype.
+    """
     setattr(model, _DEVICE, device)
+    setattr(model, _PRODUCTS, Products(model) if dtype == torch.bfloat16 else None)
+
+
+def computing(model: Any) -> contextlib.AbstractContextManager[object]:
+    """Return the context in which a model's modules are called."""
+    products: Products | None = getattr(model, _PRODUCTS, None)
+    return contextlib.nullcontext() if products is None else products
 
 
 def device_of(model: Any) -> torch.device:
@@ -117,8 +150,8 @@ def _logits(whole: Any, model: Any, given: Mapping[str, Tensor]) -> Tensor:
     return logits
 
 
-def _running(model: Any) -> Any:
-    return calling_transformers(
-        f"{type(model).__name__}: transformers cannot run it on text alone",
-        "use `estimator=DataFree()`",
-    )
+@contextlib.contextmanager
+def _running(model: Any) -> Iterator[None]:
+    what = f"{type(model).__name__}: transformers cannot run it on text alone"
+    with calling_transformers(what, "use `estimator=DataFree()`"), computing(model):
+        yield

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from bitknap.errors import InputError
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS, Replay, decoder_layers
+from bitknap.estimators.measuring.language_model import computing
 from bitknap.estimators.measuring.window_portions import batches_of, until_it_fits
 from bitknap.estimators.measuring.windows import logits_of
 from bitknap.quantization.models.matrix_views import Layout
@@ -32,6 +33,7 @@ class LayerOutput:
         if layers is None:
             raise InputError("the model has no single list of decoder layers; measure kl instead")
         self.number, self._module = number, layers[places[number]]
+        self._model = replay.model
         self._calls: list[tuple[Any, Any, Tensor]] = []
 
         def keep(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
@@ -52,7 +54,8 @@ class LayerOutput:
         """Return the squared Frobenius norm of the present change of its output over the text."""
         square = 0.0
         for args, kwargs, reference in self._calls:
-            output = _tensor(self._module(*args, **kwargs))
+            with computing(self._model):
+                output = _tensor(self._module(*args, **kwargs))
             square += float((output.double() - reference.double()).square().sum())
         return square
 

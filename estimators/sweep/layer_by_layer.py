@@ -83,7 +83,9 @@ def calibrate_by_layer(
     """
     windows = Windows.of(windows)
     text = Stream(windows.batches(BATCH_TOKENS), recorded.spilled)
+    about: tuple[object, ...]
     about = (skeleton.source.fingerprint, digest_of(windows.ids), len(skeleton.layout.views), seed)
+    about += (skeleton.dtype,)
     shelf = Shelf.of(readings or Readings(), *about, GAIN_TOKENS, *recorded.by_layer)
     work = _Pass(Streamed(skeleton), shelf, {})
     model, layout = skeleton.model, skeleton.layout

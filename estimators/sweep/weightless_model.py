@@ -43,11 +43,13 @@ class Skeleton:
         include: roles that are units in addition to the routed experts.
         otherwise: what to do about a model that cannot be run layer by layer, for messages.
         device: where layers are loaded and computed.
+        dtype: of matrix products, float32 or bfloat16.
 
     Attributes:
         source: the checkpoint.
         otherwise: see above.
         device: see above.
+        dtype: see above.
         model: the model, float32, in evaluation mode; it can run only layers that are `loaded`.
         layout: its units.
         on_disk: the same units in the checkpoint, in the same order.
@@ -64,9 +66,11 @@ class Skeleton:
         include: Collection[str] = (),
         otherwise: str = OTHERWISE,
         device: torch.device = CPU,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.source, self.otherwise, self.device = source, otherwise, device
+        self.source, self.otherwise, self.device, self.dtype = source, otherwise, device, dtype
         self.model = _hollow(source, otherwise, device)
+        compute_on(self.model, device, dtype)
         self.layout = walk(self.model, include)
         self.on_disk = walk_headers(source.config, source.shapes, include)
         self._list = _list_of_layers(self.model, self.layout, otherwise)
@@ -232,7 +236,6 @@ def _hollow(source: Stored, otherwise: str, device: torch.device) -> Any:
     for name, buffer in list(model.named_non_persistent_buffers()):
         _put(model, name, buffer.to(device))
     align_experts(model)
-    compute_on(model, device)
     return model.eval().requires_grad_(False)
 
 

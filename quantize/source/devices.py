@@ -37,6 +37,31 @@ def device_of(name: str | torch.device) -> torch.device:
     return torch.device("cuda", number)
 
 
+def dtype_of(name: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype in which matrix products are computed on a device.
+
+    Args:
+        name: "auto" is bfloat16 on a CUDA device that computes in it, float32 elsewhere; or
+            "float32" or "bfloat16", also as torch's own dtype.
+        device: where they are computed.
+
+    Raises:
+        InputError: the name is none of these.
+    """
+    if name == AUTO:
+        fast = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+        return torch.bfloat16 if fast else torch.float32
+    for dtype in (torch.float32, torch.bfloat16):
+        if name in (dtype, dtype_name(dtype)):
+            return dtype
+    raise InputError(f"dtype: {name!r} is none of auto, float32 and bfloat16; give one of these")
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a dtype, such as "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def memory_limit(device: torch.device, host: int | None, own: int | None) -> int | None:
     """Return how many bytes a computation may take on its device; None for any number.
 

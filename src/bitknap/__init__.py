@@ -39,7 +39,7 @@ if TYPE_CHECKING:
         solve,
     )
     from bitknap.api.estimation import estimate
-    from bitknap.api.evaluation import evaluate
+    from bitknap.api.evaluation import Evaluation, evaluate
     from bitknap.api.exporting import coarsen, export
     from bitknap.api.importing import import_costs
     from bitknap.api.inspection import serving
@@ -87,7 +87,7 @@ _HOMES = {
     "bitknap.api.importing": ("import_costs",),
     "bitknap.api.inspection": ("serving",),
     "bitknap.api.live": ("LiveModel",),
-    "bitknap.api.evaluation": ("evaluate",),
+    "bitknap.api.evaluation": ("Evaluation", "evaluate"),
     "bitknap.api.exporting": ("coarsen", "export"),
     "bitknap.api.quantizing": ("load", "quantize"),
     "bitknap.api.refining": ("Outcome", "refine"),
@@ -120,6 +120,7 @@ __all__ = [
     "CostTable",
     "DataFree",
     "Estimator",
+    "Evaluation",
     "Fisher",
     "Format",
     "Formats",

@@ -2,6 +2,7 @@
 
 import inspect
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import bitknap
 from bitknap.allocation import formats
+from bitknap.api.calibration import readings_about
 from bitknap.api.former_keywords import former_keywords, group
 from bitknap.errors import InputError, ModelError
 from bitknap.estimators.costs.data_free import DataFree
 from bitknap.estimators.costs.moments import SecondMoments
 from bitknap.estimators.measuring.documents import Documents, TokenWindows, text_of
 from bitknap.quantization.rounding.methods import Gptq, Rtn
+from bitknap.quantization.source.checkpoint import Checkpoint
 
 TEXT = Path(__file__).parent.parent.parent / "LICENSE"
 GRIDS = formats((2, 4), "row")
@@ -145,6 +148,27 @@ def test_former_keywords_of_estimate(model, table, tmp_path):
     assert several.provenance["rule"] == "mean"
 
 
+def test_former_keywords_of_evaluate(model):
+    with pytest.warns(DeprecationWarning, match=r"use evaluation=Evaluation\(device=…\)"):
+        old = bitknap.evaluate(model, text=TEXT, tokens=64, device="cpu")  # type: ignore[call-arg]
+    asked = bitknap.Evaluation(text=TEXT, tokens=999, device="cpu")
+    assert bitknap.evaluate(model, tokens=64, evaluation=asked).nll == pytest.approx(old.nll)
+
+
+def test_tables_and_journals_say_the_dtype(model, tmp_path):
+    made, menu = bitknap.SecondMoments(), bitknap.formats((2,), "row")
+    asked = bitknap.Calibration(text=TEXT, tokens=64, device="cpu")
+    rounded = replace(asked, dtype="bfloat16")
+    tables = [bitknap.estimate(model, made, menu, calibration=one) for one in (asked, rounded)]
+    assert [table.provenance["dtype"] for table in tables] == ["float32", "bfloat16"]
+    assert not np.array_equal(tables[0].cost, tables[1].cost)
+    source = Checkpoint.open(model)
+    said = [readings_about(source, [one]) for one in (asked, rounded)]
+    assert said[0] | {"dtype": "bfloat16"} == said[1]
+    with pytest.raises(InputError, match=r"^dtype: 'fp16' is none of auto, float32 and bfloat16"):
+        bitknap.Calibration(device="cpu", dtype="fp16")
+
+
 def test_former_keywords_of_quantize(model, table, tmp_path):
     old: dict[str, Any] = {"max_shard_size": "1MB", "overwrite": True}
     plan = bitknap.solve(bitknap.Problem(table, bitknap.Budget.bits(4))).plan
@@ -197,9 +221,10 @@ def test_a_live_model_is_its_folder(model, live, table, tmp_path):
 
 
 def test_a_live_model_is_in_memory_already(live, model):
+    limited = bitknap.Evaluation(text=TEXT, tokens=64, max_memory=1 << 40)
     for pair in ((live, model), (model, live)):
         with pytest.raises(InputError, match=r"^`max_memory`: a live model is in memory already"):
-            bitknap.evaluate(*pair, text=TEXT, tokens=64, max_memory=1 << 40)
+            bitknap.evaluate(*pair, evaluation=limited)
 
 
 def test_a_live_model_keeps_its_mode(live):

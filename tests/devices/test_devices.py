@@ -12,7 +12,7 @@ import torch
 import bitknap
 from bitknap.errors import InputError
 from bitknap.quantization.source import devices
-from bitknap.quantization.source.devices import device_of, memory_limit
+from bitknap.quantization.source.devices import device_of, dtype_of, memory_limit
 
 SCRIPT = Path(__file__).parent / "pretended.py"
 
@@ -25,7 +25,7 @@ def test_no_tensor_is_left_behind(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     families = Counter(name.partition(":")[0] for name in found)
-    assert families == {"mixtral": 13, "deepseek_v2": 4, "gpt_oss": 4}
+    assert families == {"mixtral": 14, "deepseek_v2": 4, "gpt_oss": 4}
     # Gains come from small differences of distributions.
     assert {name: far for name, far in found.items() if far > 1e-3} == {}
 
@@ -34,6 +34,15 @@ def test_auto_is_a_gpu_if_there_is_one(monkeypatch):
     assert device_of("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert device_of("auto") == torch.device("cuda", 0)
+
+
+def test_products_are_bfloat16_on_a_gpu_that_has_it(monkeypatch):
+    cpu, gpu, found = torch.device("cpu"), torch.device("cuda", 0), [(9, 0)]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: found[0])
+    assert dtype_of("auto", cpu) == dtype_of("float32", gpu) == torch.float32
+    assert dtype_of("auto", gpu) == dtype_of(torch.bfloat16, cpu) == torch.bfloat16
+    found[0] = (7, 5)
+    assert dtype_of("auto", gpu) == torch.float32
 
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:x", ""])
@@ -59,7 +68,7 @@ def test_requests_refuse_a_device_that_is_not_there():
     with pytest.raises(InputError, match=r"device: cuda is not there; this machine has cpu$"):
         bitknap.Calibration(device="cuda")
     with pytest.raises(InputError, match="device: cuda is not there"):
-        bitknap.evaluate("reference:mixtral", device="cuda")
+        bitknap.evaluate("reference:mixtral", evaluation=bitknap.Evaluation(device="cuda"))
 
 
 def test_the_limit_is_that_of_the_memory_where_it_computes(monkeypatch):

@@ -17,6 +17,7 @@ from bitknap.errors import DeviceMemoryError, InputError, ModelError
 from bitknap.estimators.evidence.evidence import Evidence, LinearEvidence
 from bitknap.estimators.evidence.of_weights import of_weights
 from bitknap.estimators.measuring.documents import Documents, TextLike, TokenWindows, text_of
+from bitknap.estimators.measuring.language_model import loaded
 from bitknap.estimators.measuring.readings import Readings
 from bitknap.estimators.measuring.text import Encoded, document_of, encode
 from bitknap.estimators.measuring.windows import Windows
@@ -34,9 +35,9 @@ from bitknap.quantization.packed.folder import roles_of
 from bitknap.quantization.packed.outline import settings
 from bitknap.quantization.rounding.methods import Gptq
 from bitknap.quantization.rounding.rounding import recorded_for, takes_squares
-from bitknap.quantization.runtime import loading
 from bitknap.quantization.source.architecture import config_of, text_config_of
 from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.devices import dtype_name
 from bitknap.quantization.source.transformers_calls import calling_transformers
 from bitknap.quantization.stacks.grouping import stacks
 
@@ -71,10 +72,10 @@ def gather(
         return of_weights(source, asked.include, rounding=asked.method, seed=asked.seed)
     kept = readings or Readings()
     evidence = _pass(source, needs, asked, way, kept, progress)
-    provenance = {**evidence.provenance, "model": source.fingerprint}
+    about = {"model": source.fingerprint, "dtype": dtype_name(asked.products)}
     return replace(
         evidence,
-        provenance=provenance,
+        provenance={**evidence.provenance, **about},
         rounding=asked.method,
         readings=kept,
         effort=asked.effort,
@@ -120,7 +121,7 @@ def _pass(
     writer.check_finite(source)
     if way == "layers":
         return calibrate_by_layer(
-            Skeleton(source, asked.include, device=asked.on_device),
+            Skeleton(source, asked.include, device=asked.on_device, dtype=asked.products),
             windows,
             recorded,
             seed=asked.seed,
@@ -128,7 +129,7 @@ def _pass(
             progress=progress,
         )
     with saying_what_fits(lambda: layer_bytes(source, layout, asked.tokens, needs)):
-        model = loading.load(source.folder, torch.float32, device=asked.on_device)
+        model = loaded(source.folder, asked.on_device, asked.products)
         return calibrate(
             model,
             walk(model, asked.include),
@@ -179,6 +180,7 @@ def readings_about(
         "include": sorted(roles_of(units)),
         "seed": first.seed,
         "method": settings(first.method),
+        "dtype": dtype_name(first.products),
         "rotation": rotation,
         "sorting": blocks,
     }

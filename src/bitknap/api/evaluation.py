@@ -13,6 +13,7 @@ import torch
 
 from bitknap.allocation import BitPlan, uniform_plans
 from bitknap.api.calibration import evaluation_windows, saying_what_fits
+from bitknap.api.former_keywords import former_keywords, group
 from bitknap.api.live import LiveModel, Model, opened
 from bitknap.api.requests import default_formats
 from bitknap.errors import InputError, MismatchError
@@ -22,6 +23,7 @@ from bitknap.estimators.judging.by_layer import through
 from bitknap.estimators.judging.memory import judging_layer_bytes, way_to_judge
 from bitknap.estimators.measuring.documents import TextLike, text_of
 from bitknap.estimators.measuring.kl_replay import Losses, Replay, compare, standard_error
+from bitknap.estimators.measuring.language_model import loaded
 from bitknap.estimators.measuring.text import BUILTIN
 from bitknap.estimators.measuring.windows import Windows
 from bitknap.estimators.sweep.peak_memory import Way
@@ -33,29 +35,33 @@ from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.buildable import check
 from bitknap.quantization.packed.folder import PLAN, roles_of
 from bitknap.quantization.packed.opened import open_weights
-from bitknap.quantization.runtime.loading import load
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
-from bitknap.quantization.source.devices import AUTO, CPU, device_of, memory_limit
+from bitknap.quantization.source.devices import AUTO, CPU, device_of, dtype_of, memory_limit
 from bitknap.quantization.source.source import Stored
 
 EVALUATION_TOKENS = 32_768
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Judging:
+class Evaluation:
     """What models are measured on, and where.
 
     Attributes:
-        text: evaluation text: a path, "builtin", a list of strings, or token windows.
-        tokens: number of tokens of it to use.
-        device: where models in folders run: "auto", "cpu", "cuda" or "cuda:N".
-        max_memory: maximum bytes; None sets no bound. It holds for the CPU.
-        device_memory: maximum bytes on a GPU; what is free there when not given.
+        text: Evaluation text: a path, "builtin", a list of strings, or token windows.
+        tokens: Number of tokens of it to use.
+        device: Where models in folders run: "auto" (a GPU if there is one), "cpu", "cuda" or
+            "cuda:N". A live model runs where it is.
+        dtype: Dtype of matrix products in models in folders: "auto" (bfloat16 on a GPU, float32 on
+            the CPU), "float32" or "bfloat16". All else is computed in float32.
+        max_memory: Maximum bytes; models that would take more are run one decoder layer at a time,
+            with the same losses. None sets no bound. It holds for the CPU.
+        device_memory: Maximum bytes on a GPU; what is free there when not given.
     """
 
     text: TextLike = BUILTIN
     tokens: int = EVALUATION_TOKENS
     device: str | torch.device = AUTO
+    dtype: str | torch.dtype = AUTO
     max_memory: int | None = None
     device_memory: int | None = None
 
@@ -84,6 +90,7 @@ class _Asked:
         reference: the model that it is compared with; the same one if there is none.
         windows: the text.
         device: where models in folders run.
+        dtype: of their matrix products, float32 or bfloat16.
         most: maximum bytes of the CPU; None sets no bound.
         own: maximum bytes of another device; None stands for what is free there.
     """
@@ -92,19 +99,21 @@ class _Asked:
     reference: Path | LiveModel
     windows: Windows
     device: torch.device
+    dtype: torch.dtype
     most: int | None
     own: int | None
 
     @classmethod
-    def of(cls, model: Model, reference: Model | None, on: Judging) -> _Asked:
+    def of(cls, model: Model, reference: Model | None, on: Evaluation) -> _Asked:
         """Return what was asked for, after all checks that need no run of a model.
 
         Raises:
             MismatchError: the two have different tokenizers.
             ModelError: a weight is NaN or infinite, or the model predicts no text.
-            InputError: the device is not there.
+            InputError: the device is not there, or the dtype is none.
         """
         device = device_of(on.device)
+        dtype = dtype_of(on.dtype, device)
         asked, given = opened(model), text_of(on.text)
         other = asked if reference is None else opened(reference)
         folders = [one for one in dict.fromkeys((asked, other)) if isinstance(one, Path)]
@@ -126,6 +135,7 @@ class _Asked:
             reference=other,
             windows=windows,
             device=device,
+            dtype=dtype,
             most=on.max_memory,
             own=on.device_memory,
         )
@@ -155,14 +165,14 @@ class _Asked:
         return [open_weights(folder) for folder in folders if isinstance(folder, Path)]
 
 
+@former_keywords(evaluation=group(Evaluation, "device", "max_memory"))
 def evaluate(
     model: Model,
     reference: Model | None = None,
     *,
-    text: TextLike = BUILTIN,
-    tokens: int = EVALUATION_TOKENS,
-    device: str = AUTO,
-    max_memory: int | None = None,
+    text: TextLike | None = None,
+    tokens: int | None = None,
+    evaluation: Evaluation | None = None,
     progress: Progress | None = None,
 ) -> Losses:
     """Measure a model on a text that calibration did not see, against a reference model.
@@ -171,12 +181,9 @@ def evaluate(
         model: The model to measure: a folder, a hub id, "reference:NAME", or a `LiveModel`, run
             as it is.
         reference: The model that KL and top-1 agreement refer to; `model` itself when not given.
-        text: Evaluation text: a path, "builtin", a list of strings, or token windows.
-        tokens: Number of tokens of it to use.
-        device: Where models in folders run: "auto" (a GPU if there is one), "cpu", "cuda" or
-            "cuda:N". A live model runs where it is.
-        max_memory: Maximum bytes; models that would take more are run one decoder layer at a time,
-            with the same losses. None sets no bound on the CPU; a GPU's is what is free there.
+        text: Shorthand for `evaluation=Evaluation(text=…)`; the bundled text when not given.
+        tokens: Shorthand for `evaluation=Evaluation(tokens=…)`.
+        evaluation: The text, and where models run.
         progress: Called with (what, done, of).
 
     Raises:
@@ -184,9 +191,14 @@ def evaluate(
         ModelError: A weight is NaN or infinite, the model predicts no text, or it cannot be run
             layer by layer.
         InputError: `max_memory` is too low, or the device is not there.
+        DeviceMemoryError: The device's memory does not hold one window of text.
         BitknapError: The disk has no room for the activations.
     """
-    on = Judging(text=text, tokens=tokens, device=device, max_memory=max_memory)
+    on = evaluation or Evaluation()
+    if text is not None:
+        on = replace(on, text=text)
+    if tokens is not None:
+        on = replace(on, tokens=tokens)
     return _measured(_Asked.of(model, reference, on), progress)
 
 
@@ -200,7 +212,7 @@ def _measured(asked: _Asked, progress: Progress | None) -> Losses:
 def rows_for(
     model: str,
     reference: str | None,
-    on: Judging,
+    on: Evaluation,
     *,
     uniform: bool = False,
     progress: Progress | None = None,
@@ -247,10 +259,10 @@ def summary(losses: Losses, nbytes: int | None = None) -> dict[str, Any]:
 
 def _in_memory(asked: _Asked) -> Losses:
     """Return the losses of the model, with both models in memory."""
-    with saying_what_fits(asked.least), _running(asked.model, asked.device) as measured:
+    with saying_what_fits(asked.least), _running(asked, asked.model) as measured:
         if asked.reference == asked.model:
             return compare(measured, measured, asked.windows)
-        with _running(asked.reference, asked.device) as original:
+        with _running(asked, asked.reference) as original:
             return compare(measured, original, asked.windows)
 
 
@@ -261,7 +273,14 @@ def _all_in_memory(asked: _Asked, size: BitPlan | None, progress: Progress | Non
     uniform = None
     if size is not None:
         assert isinstance(asked.reference, Path)
-        uniform = best_uniform_of(asked.reference, size, asked.windows, asked.device, progress)
+        uniform = best_uniform_of(
+            asked.reference,
+            size,
+            asked.windows,
+            device=asked.device,
+            dtype=asked.dtype,
+            progress=progress,
+        )
     return Judged(ours=ours, original=_in_memory(original), uniform=uniform)
 
 
@@ -275,12 +294,17 @@ def _by_layer(asked: _Asked, size: BitPlan | None, progress: Progress | None) ->
         None if size is None else roles_of(size.units),
         varied=size is not None,
         device=asked.device,
+        dtype=asked.dtype,
         progress=progress,
     )
     ours = original
     if asked.model != asked.reference:
         ours = through(
-            open_weights(asked.model), asked.windows, device=asked.device, progress=progress
+            open_weights(asked.model),
+            asked.windows,
+            device=asked.device,
+            dtype=asked.dtype,
+            progress=progress,
         )
     known, measured = losses_between(original.reference, [original.reference, ours.reference])
     uniform = None
@@ -294,11 +318,13 @@ def best_uniform_of(
     reference: str | Path,
     plan: BitPlan,
     windows: Windows,
+    *,
     device: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
     progress: Progress | None = None,
 ) -> tuple[str, BitPlan, Losses]:
     """Return the best uniform recipe for a model at a plan's bytes: name, plan, losses."""
-    live = load(resolve(reference), torch.float32, device=device)
+    live = loaded(resolve(reference), device, dtype)
     layout = walk(live, roles_of(plan.units))
     replay = Replay(live, layout, windows, cache=False)
     return best_uniform(Replayed(replay), layout, plan.total_bytes, progress)
@@ -338,13 +364,11 @@ def name_of(plan: BitPlan) -> str:
     return "+".join(plan.formats[c].name for c in sorted({int(c) for c in plan.choice}))
 
 
-def _running(
-    model: Path | LiveModel, device: torch.device
-) -> contextlib.AbstractContextManager[Any]:
+def _running(asked: _Asked, model: Path | LiveModel) -> contextlib.AbstractContextManager[Any]:
     """Return a context that yields the model to run: loaded in float32, or live."""
     if isinstance(model, LiveModel):
         return model.evaluating()
-    return contextlib.nullcontext(load(model, torch.float32, device=device, packed=False))
+    return contextlib.nullcontext(loaded(model, asked.device, asked.dtype, packed=False))
 
 
 def _named(model: Model) -> str:

@@ -44,6 +44,7 @@ from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.rounding.rounding import recorded_for
 from bitknap.quantization.source.architecture import config_of
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
+from bitknap.quantization.source.devices import dtype_name
 
 # Tokens of the calibration text that the gate judges on.
 GATE_TOKENS = 8_192
@@ -156,9 +157,14 @@ def open_loop(
         samples += [Replay(model, layout, part) for part in parts]
         samples += [Replay(model, layout, other, cache=False) for other in others]
     else:
-        roles, device = asked.include, asked.on_device
         streams = all_through(
-            source, [*parts, *others], roles, varied=True, device=device, progress=progress
+            source,
+            [*parts, *others],
+            asked.include,
+            varied=True,
+            device=asked.on_device,
+            dtype=asked.products,
+            progress=progress,
         )
         evidence = replace(evidence, layout=streams[0].run.skeleton.layout)
         samples += streams
@@ -270,13 +276,14 @@ def refine(
         InputError: The text is too short, or `calibration.max_memory` too low.
         ModelError: The model does not fit in memory and cannot be run layer by layer.
     """
-    how, kept = refinement or Refinement(), resume or Resume()
+    how, kept, asked = refinement or Refinement(), resume or Resume(), calibration or Calibration()
     with on_disk(model) as place:
-        loop = _opened(place, table, calibration or Calibration(), how, progress)
+        loop = _opened(place, table, asked, how, progress)
         about = {
             "what": "refine, KL of windows in nats/token",
             "model": loop.evidence.provenance["model"],
             "method": loop.evidence.rounding.name,
+            "dtype": dtype_name(asked.products),
             "formats": [item.name for item in table.formats],
             "text": [digest_of(part.windows) for part in loop.parts],
         }

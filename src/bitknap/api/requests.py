@@ -35,7 +35,7 @@ from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.source.devices import AUTO, device_of, memory_limit
+from bitknap.quantization.source.devices import AUTO, device_of, dtype_of, memory_limit
 from bitknap.quantization.stacks.row_blocks import split_rows
 from bitknap.quantization.targets.catalog import target_of
 from bitknap.quantization.targets.target import Target
@@ -85,6 +85,8 @@ class Calibration:
         rounding: How weights will be rounded; costs are measured for this method.
         device: Where models run and weights are rounded: "auto" (a GPU if there is one), "cpu",
             "cuda" or "cuda:N".
+        dtype: Dtype of matrix products in running models: "auto" (bfloat16 on a GPU, float32 on the
+            CPU), "float32" or "bfloat16". All else is computed in float32.
         max_memory: Maximum bytes; a model that needs more is run layer by layer. None sets no
             bound. It holds for the CPU.
         device_memory: Maximum bytes on a GPU; what is free there when not given.
@@ -106,6 +108,7 @@ class Calibration:
     seed: int = 0
     rounding: Rounding | str = RTN
     device: str | torch.device = AUTO
+    dtype: str | torch.dtype = AUTO
     max_memory: int | None = None
     device_memory: int | None = None
     imatrix: Path | None = None
@@ -120,6 +123,7 @@ class Calibration:
         object.__setattr__(self, "include", tuple(self.include))
         object.__setattr__(self, "rounding", method_of(self.rounding))
         object.__setattr__(self, "device", device_of(self.device))
+        dtype_of(self.dtype, self.on_device)
         number("risk", self.risk)
         if self.measure_time is not None:
             number("measure_time", self.measure_time)
@@ -140,6 +144,11 @@ class Calibration:
     def on_device(self) -> torch.device:
         """Where models run and weights are rounded, as a value."""
         return device_of(self.device)
+
+    @property
+    def products(self) -> torch.dtype:
+        """Dtype of matrix products, as a value."""
+        return dtype_of(self.dtype, self.on_device)
 
     @property
     def memory(self) -> int | None:

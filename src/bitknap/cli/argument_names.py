@@ -25,6 +25,7 @@ _SAME = (
         "coarsen",
         "device",
         "device_memory",
+        "dtype",
         "estimator",
         "formats",
         "gap",

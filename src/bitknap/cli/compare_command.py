@@ -128,6 +128,7 @@ _PARTLY = 1
 @common.overwrite
 @measuring.max_memory
 @measuring.device
+@measuring.dtype
 @measuring.device_memory
 @measuring.seed
 @common.as_json
@@ -192,9 +193,10 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
     from bitknap.api.requests import REFINE_TOKENS
     from bitknap.benchmarks.compare.models import Options
     from bitknap.cli.options.estimating import size_of
-    from bitknap.quantization.source.devices import device_of
+    from bitknap.quantization.source.devices import device_of, dtype_name, dtype_of
 
     profile(options["profile"])
+    device = device_of(options["device"])
     usual = 4 if listed(strategies) == ["quick"] else 64
     evaluations = given(options["refine"], usual)
     if evaluations < 1:
@@ -213,7 +215,8 @@ def _options(model: str, strategies: str, options: dict[str, Any]) -> Options:
         judged=given(options["evaluation_tokens"], 8192),
         seed=options["seed"],
         formats=_formats(options),
-        device=str(device_of(options["device"])),
+        device=str(device),
+        dtype=dtype_name(dtype_of(options["dtype"], device)),
         tasks=bool(listed(options["tasks"])),
         max_memory=size_of(options["max_memory"]),
         device_memory=size_of(options["device_memory"], "--device-memory"),

@@ -39,6 +39,7 @@ from bitknap.quiet import silence_transformers
 @measuring.tokens.but(group="evaluation", usual="32768", help="Number of evaluation tokens.")
 @measuring.max_memory.but(group="evaluation")
 @measuring.device.but(group="evaluation")
+@measuring.dtype.but(group="evaluation")
 @measuring.device_memory.but(group="evaluation")
 @measuring.seed.but(group="evaluation")
 @common.as_json
@@ -46,13 +47,13 @@ def evaluate(
     model: str, reference: str | None, uniform: bool, as_json: bool, **options: Any
 ) -> None:
     """Measure the perplexity of MODEL and, with --reference, its KL to that model."""
-    from bitknap.api.evaluation import EVALUATION_TOKENS, Judging, rows_for
+    from bitknap.api.evaluation import EVALUATION_TOKENS, Evaluation, rows_for
     from bitknap.cli.views.tables import losses_table
 
     check_options("evaluate")
     silence_transformers()
     with progress_bars() as progress:
-        on = Judging(
+        on = Evaluation(
             text=options["text"],
             tokens=given(options["tokens"], EVALUATION_TOKENS),
             **computing_of(options),

@@ -43,6 +43,7 @@ from bitknap.quiet import silence_transformers
 @measuring.tokens
 @measuring.max_memory
 @measuring.device
+@measuring.dtype
 @measuring.device_memory
 @measuring.seed
 @common.output("OUT", "File or folder to write.")

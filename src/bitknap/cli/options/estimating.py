@@ -33,6 +33,7 @@ estimating = options_of(
     measuring.max_memory,
     measuring.thorough,
     measuring.device,
+    measuring.dtype,
     measuring.device_memory,
     measuring.measure_time,
     measuring.seed,
@@ -251,6 +252,7 @@ def computing_of(options: dict[str, Any]) -> dict[str, Any]:
     """Return where the options want models to run, as arguments of requests."""
     return {
         "device": options["device"],
+        "dtype": options["dtype"],
         "max_memory": size_of(options["max_memory"]),
         "device_memory": size_of(options["device_memory"], "--device-memory"),
     }

@@ -72,6 +72,15 @@ device = option(
     help="Where to compute: auto, cpu, cuda or cuda:N.",
     more="auto is the first GPU, if there is one.",
 )
+dtype = option(
+    "--dtype",
+    group="measuring",
+    default="auto",
+    usual="auto",
+    metavar="NAME",
+    help="Dtype of matrix products in running models: auto, float32 or bfloat16.",
+    more="auto is bfloat16 on a GPU and float32 on the CPU; all else is computed in float32.",
+)
 device_memory = option(
     "--device-memory",
     group="measuring",

@@ -50,6 +50,7 @@ _WHAT = "KL, nats/token"
 @measuring.text.but(default=None, usual="builtin")
 @measuring.tokens.but(usual="8192, or as before")
 @measuring.device
+@measuring.dtype
 @stored.moved
 @stored.features
 @common.as_json
@@ -84,18 +85,19 @@ def _measurement(
 
     from bitknap.api import calibration, quantizing
     from bitknap.estimators.measuring.kl_replay import Replay
+    from bitknap.estimators.measuring.language_model import loaded
     from bitknap.estimators.measuring.text import BUILTIN, read_text
     from bitknap.estimators.sweep.in_memory import digest_of
     from bitknap.quantization.models.live_model import walk
     from bitknap.quantization.packed import writer
     from bitknap.quantization.packed.buildable import check
     from bitknap.quantization.packed.folder import roles_of
-    from bitknap.quantization.runtime import loading
     from bitknap.quantization.source.checkpoint import Checkpoint, resolve
-    from bitknap.quantization.source.devices import device_of
+    from bitknap.quantization.source.devices import device_of, dtype_name, dtype_of
     from bitknap.quantization.stacks.apply import applied
 
     text, device = options["text"], device_of(options["device"])
+    dtype = dtype_of(options["dtype"], device)
     silence_transformers()
     source = Checkpoint.open(resolve(model))
     if source.fingerprint != study.about["model"]:
@@ -109,7 +111,7 @@ def _measurement(
     count = given(options["tokens"], study.measured.get("tokens", quantizing.CALIBRATION_TOKENS))
     check(source.folder, reads_text=True)
     writer.check_finite(source)
-    live = loading.load(source.folder, torch.float32, device=device)
+    live = loaded(source.folder, device, dtype)
     layout = walk(live, roles_of(study.table.units))
     document = calibration.encoded(source.folder, words, live.config)
     windows = document.windows(count, calibration.longest_of(live.config))
@@ -124,4 +126,6 @@ def _measurement(
         "model": source.fingerprint,
         "tokens": windows.ids.numel(),
         "text": digest_of(windows.ids),
+        # Studies from before there was a choice computed in float32.
+        **({} if dtype == torch.float32 else {"dtype": dtype_name(dtype)}),
     }
