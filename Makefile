@@ -24,7 +24,7 @@ campaigns: .venv/.test
 	$(PYTEST) -m campaign
 
 # The tests that run other runtimes, such as vLLM, each in an environment of its own, made once and
-# kept (tests/runtimes/environments.py): some gigabytes, and minutes the first time.
+# kept (benchmarks/runtimes/environments.py): some gigabytes, and minutes the first time.
 runtimes: .venv/.test
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m runtime
 

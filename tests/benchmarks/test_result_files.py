@@ -29,6 +29,7 @@ PROGRAMS = {
     "questions.row_blocks": "row_blocks.json",
     "questions.uniform": "uniform.md",
     "robustness.__main__": "robustness.json",
+    "runtimes.__main__": "runtimes.md",
     "solvers.__main__": "solvers.svg",
 }
 

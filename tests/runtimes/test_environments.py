@@ -1,8 +1,11 @@
 """The environments of other runtimes are made whole or not at all, and found again."""
 
 import pytest
-from tests.runtimes import environments
-from tests.runtimes.environments import RUNTIMES, Runtime, ask, environment
+from tests.runtimes.environments import ask, environment
+
+from bitknap.benchmarks.runtimes import environments
+from bitknap.benchmarks.runtimes.environments import RUNTIMES, Runtime
+from bitknap.errors import BitknapError
 
 
 @pytest.fixture
@@ -40,7 +43,7 @@ def test_an_environment_is_made_once_and_asked(offered):
         {"a": 1},
         str(python.parent.parent),
     ]
-    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+    with pytest.raises(BitknapError, match="ZeroDivisionError"):
         ask("some", "answer(1 / 0)", None)
 
 

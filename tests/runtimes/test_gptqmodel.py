@@ -11,6 +11,7 @@ from tests.runtimes.environments import ask
 
 import bitknap
 from bitknap.allocation import formats
+from bitknap.benchmarks.runtimes.scripts import LOGITS
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.rounding.methods import method
 from bitknap.quantization.stacks.apply import apply
@@ -25,20 +26,6 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...], bool]] = {
     "qwen2_moe": ({"shared_expert_intermediate_size": 64}, ("attention", "shared"), False),
     "olmoe": ({}, (), True),
 }
-# Its plain torch kernel takes 16 bits only; the loaded model runs in 32, so that nothing is rounded
-# again.
-_LOGITS = """
-import torch
-from gptqmodel import BACKEND, GPTQModel
-found = {}
-for name, folder in question["folders"].items():
-    loaded = GPTQModel.load(folder, device="cpu", backend=BACKEND.GPTQ_TORCH, dtype=torch.float16)
-    kinds = [type(module).__name__ for module in loaded.model.modules()]
-    with torch.no_grad():
-        logits = loaded.model.float()(torch.tensor([question["tokens"]])).logits[0]
-    found[name] = [kinds.count("TorchLinear"), logits.tolist()]
-answer(found)
-"""
 
 
 @pytest.fixture(scope="module")
@@ -65,8 +52,10 @@ def exports(tmp_path_factory, saved, mixed):
         with torch.no_grad():
             known[family] = len(plan.units), live(torch.tensor([tokens])).logits[0]
         folders[family] = str(root / f"{family}-gptq")
-    found = ask("tools", _LOGITS, {"folders": folders, "tokens": tokens})
-    return {family: (*found[family], *known[family]) for family in MODELS}
+    found = ask("tools", LOGITS["gptq"], {"folders": folders, "tokens": tokens})
+    return {
+        family: (found[f"{family} modules"], found[family], *known[family]) for family in MODELS
+    }
 
 
 @pytest.mark.parametrize("family", MODELS)

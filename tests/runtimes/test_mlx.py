@@ -8,6 +8,7 @@ import torch
 from tests.runtimes.environments import ask
 
 import bitknap
+from bitknap.benchmarks.runtimes.scripts import LOGITS
 from bitknap.testing import FAMILIES
 
 pytestmark = pytest.mark.runtime
@@ -32,18 +33,6 @@ MODELS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "gpt_oss": ({"rope_parameters": _YARN}, ()),
     **dict.fromkeys(("llama", "mistral", "qwen2", "qwen3"), ({}, ("attention", "dense"))),
 }
-# The runs of one process: importing mlx takes longer than all of them.
-_LOGITS = """
-import mlx.core as mx
-from pathlib import Path
-from mlx_lm.utils import load_model
-found = {}
-for name, folder in question["folders"].items():
-    model, _ = load_model(Path(folder))
-    model.set_dtype(mx.float32)
-    found[name] = model(mx.array([question["tokens"]])).tolist()[0]
-answer(found)
-"""
 
 
 def dense(family, root):
@@ -73,7 +62,8 @@ def exports(tmp_path_factory, wide, mixed):
             run = bitknap.load(root / f"{family}-packed", "float32")
             known[family] = run(torch.tensor([tokens])).logits[0].numpy()
         folders[family] = str(root / family)
-    found = ask("mlx", _LOGITS, {"folders": folders, "tokens": tokens})
+    # One process for all: importing mlx takes longer than they do.
+    found = ask("mlx", LOGITS["mlx"], {"folders": folders, "tokens": tokens})
     return {family: (np.array(found[family]), known[family]) for family in MODELS}
 
 

@@ -21,6 +21,7 @@ import pytest
 import torch
 from tests.runtimes.environments import ask, environment
 
+from bitknap.benchmarks.runtimes.scripts import VLLM_VARIABLES
 from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.runtime import loading
 from bitknap.testing import packed_checkpoint
@@ -32,12 +33,6 @@ ROOT = Path(__file__).parents[2]
 NEAR = 1e-4  # nats; the same models unquantized are up to 3e-5 apart
 IDS = [1, *((7 * i) % 4000 + 3 for i in range(60))]
 NEW = 8
-QUIET = {
-    "VLLM_CPU_KVCACHE_SPACE": "1",
-    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-    "VLLM_NO_USAGE_STATS": "1",
-    "OMP_NUM_THREADS": "1",
-}
 SIZES = {
     "vocab_size": 4096,
     "hidden_size": 64,
@@ -158,7 +153,7 @@ def asked(folders, path, broken=(), home="", **options):
     """Return what vLLM says of checkpoints in one process; of several processes with options."""
     question = {"folders": list(map(str, folders)), "ids": IDS, "new": NEW}
     question |= {"options": options, "inside": not options, "broken": list(map(str, broken))}
-    variables = QUIET | {"PYTHONPATH": path} | ({"HF_HOME": str(home)} if home else {})
+    variables = VLLM_VARIABLES | {"PYTHONPATH": path} | ({"HF_HOME": str(home)} if home else {})
     if not options:
         variables["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     return ask("vllm", SCRIPT, question, env=variables)
@@ -247,7 +242,9 @@ def test_serving_needs_no_option(folders, site, tmp_path):
     server = subprocess.Popen(
         [environment("vllm"), *words, "--host", "127.0.0.1", "--port", str(port)],
         cwd="/",
-        env=own | QUIET | {"PYTHONPATH": f"{site}{os.pathsep}{tmp_path}", "HF_HUB_OFFLINE": "1"},
+        env=own
+        | VLLM_VARIABLES
+        | {"PYTHONPATH": f"{site}{os.pathsep}{tmp_path}", "HF_HUB_OFFLINE": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         start_new_session=True,

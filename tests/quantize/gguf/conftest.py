@@ -1,6 +1,5 @@
 """Fixtures of the tests of GGUF files: tiny models that llama.cpp knows, and llama.cpp itself."""
 
-import json
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import torch
 import transformers
 
 from bitknap.allocation import BitPlan, Format
+from bitknap.benchmarks.runtimes.scripts import llama_distributions
 from bitknap.quantization.gguf import writer
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.packed.writer import Rounded
@@ -117,34 +117,7 @@ def log_probabilities(path, prompts, vocabulary=VOCABULARY):
 
     A row is NaN where llama.cpp's first choice ends the text, since it then returns none.
     """
-    import xllamacpp as llama
-
-    asked = llama.CommonParams()
-    asked.model.path = str(path)
-    asked.n_ctx = asked.n_batch = asked.n_ubatch = 256
-    asked.n_parallel = asked.cpuparams.n_threads = 1
-    asked.warmup, asked.verbosity = False, 0
-    asked.cache_type_k = asked.cache_type_v = llama.ggml_type.GGML_TYPE_F32
-    asked.flash_attn_type = llama.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
-    server = llama.Server(asked)
-    found = np.full((len(prompts), vocabulary), np.nan)
-    for row, prompt in enumerate(prompts):
-        answer = server.handle_completions(
-            {
-                "prompt": prompt,
-                "n_predict": 1,
-                "n_probs": vocabulary,
-                "temperature": 0,
-                "cache_prompt": False,
-                "samplers": [],
-            }
-        )
-        answer = json.loads(answer) if isinstance(answer, str | bytes) else answer
-        answer = answer[0] if isinstance(answer, list) else answer
-        said = answer["choices"][0].get("logprobs")
-        for token in said["content"][0]["top_logprobs"] if said else ():
-            found[row, token["id"]] = token["logprob"]
-    return found
+    return llama_distributions(path, prompts, vocabulary)
 
 
 def expected(model, prompts):

@@ -1,0 +1,1 @@
+"""Each target, from the plan to the runtime that loads its files."""
