@@ -6,9 +6,10 @@ leaves out keep their stored precision; norms, routers and biases are float32, a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -34,22 +35,38 @@ from bitknap.quantization.stacks.reading import all_finite, read_stored
 _KEPT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _OF_FORMAT = {"fp32": "f32", "fp16": "f16", "bf16": "bf16", "mxfp4": "mxfp4"}
 _DTYPES = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
-# Rows of a kept tensor that are converted at a time, by their weights.
-_STEP = 1 << 24
+
+
+class Part(NamedTuple):
+    """Bytes of a tensor that are made together.
+
+    Attributes:
+        start: the first of them.
+        nbytes: how many they are.
+        read: returns what they are made of.
+        make: returns the bytes of what `read` gave, uint8.
+    """
+
+    start: int
+    nbytes: int
+    read: Callable[[], Tensor]
+    make: Callable[[Tensor], np.ndarray]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Piece:
+class Stored:
     """A tensor of a file.
 
     Attributes:
         entry: its name, shape and type.
-        parts: yields its bytes, uint8, in order.
+        parts: how its bytes come about, in order.
+        tensors: names of the checkpoint's tensors that it is made of.
         units: the planned units in it, by number in the plan.
     """
 
     entry: Entry
-    parts: Callable[[], Iterator[np.ndarray]]
+    parts: tuple[Part, ...]
+    tensors: tuple[str, ...] = ()
     units: tuple[int, ...] = ()
 
 
@@ -76,7 +93,7 @@ class Model:
     plan: BitPlan
     rounded: Rounded
 
-    def pieces(self) -> list[Piece]:
+    def stored(self) -> list[Stored]:
         """Return all tensors, in the order in which they are written: block after block.
 
         Raises:
@@ -85,8 +102,8 @@ class Model:
         every = walk_headers(
             self.source.config, self.source.shapes, ("shared", "attention", "dense")
         )
-        pieces = [*self._matrices(every), *self._others(every), *self._factors()]
-        return sorted(pieces, key=lambda piece: _place(piece.entry.name))
+        found = [*self._matrices(every), *self._others(every), *self._factors()]
+        return sorted(found, key=lambda one: _place(one.entry.name))
 
     @property
     def absorbed(self) -> bool:
@@ -100,7 +117,7 @@ class Model:
         planned = attention & (units.projection == known.get("kv_b", -1))
         return self.architecture.latent and not planned.any()
 
-    def _matrices(self, every: Layout) -> Iterator[Piece]:
+    def _matrices(self, every: Layout) -> Iterator[Stored]:
         planned = {self.plan.units.label(i): i for i in range(len(self.plan.units))}
         for run in stacks(every.units):
             unit = every.units.row(int(run[0]))
@@ -117,9 +134,13 @@ class Model:
                 shape if unit.role == "routed" else shape[1:],
                 self._type(numbers[0], every.views[run[0]].tensor, unit.cols),
             )
-            parts = _Matrices(self, every, run, numbers, entry.type, self._order(unit))
-            known = tuple(number for number in numbers if number >= 0)
-            yield Piece(entry=entry, parts=parts, units=known)
+            made = _Matrices(self, every, run, numbers, entry, self._order(unit))
+            yield Stored(
+                entry=entry,
+                parts=tuple(made.parts()),
+                tensors=tuple({every.views[one].tensor for one in run}),
+                units=tuple(number for number in numbers if number >= 0),
+            )
 
     def _type(self, number: int, tensor: str, cols: int) -> str:
         if number >= 0:
@@ -139,7 +160,7 @@ class Model:
         count = heads.get(unit.projection)
         return None if count is None else rotary_pairs(unit.rows, int(count))
 
-    def _split_latent(self, unit: Unit, tensor: str) -> Iterator[Piece]:
+    def _split_latent(self, unit: Unit, tensor: str) -> Iterator[Stored]:
         """Yield MLA's up-projection as two tensors by head: of keys, transposed, and of values."""
         nope, value = int(self.config.qk_nope_head_dim), int(self.config.v_head_dim)
         heads = unit.rows // (nope + value)
@@ -154,15 +175,17 @@ class Model:
             (heads, unit.cols, nope),
             dtype,
             lambda: by_head()[:, :nope].mT,
+            tensor,
         )
         yield _kept(
             f"{base}attn_v_b.weight",
             (heads, value, unit.cols),
             dtype,
             lambda: by_head()[:, nope:],
+            tensor,
         )
 
-    def _others(self, every: Layout) -> Iterator[Piece]:
+    def _others(self, every: Layout) -> Iterator[Stored]:
         """Yield the tensors that hold no matrix of `every`."""
         held = {view.tensor for view in every.views}
         for tensor, (_, shape) in self.source.shapes.items():
@@ -183,7 +206,7 @@ class Model:
             if name == "token_embd.weight" and tied:
                 yield self._other("output.weight", tensor, shape)
 
-    def _other(self, name: str, tensor: str, shape: tuple[int, ...]) -> Piece:
+    def _other(self, name: str, tensor: str, shape: tuple[int, ...]) -> Stored:
         squeezed = tuple(size for size in shape if size > 1) or (1,)
         wide = len(squeezed) == 1 or "ffn_gate_inp" in name or name.endswith(".bias")
         dtype = torch.float32 if wide else self._dtype(tensor)
@@ -193,7 +216,7 @@ class Model:
             values = self.source.read(tensor).reshape(squeezed)
             return values if order is None else values[torch.from_numpy(order)]
 
-        return _kept(name, squeezed, dtype, read)
+        return _kept(name, squeezed, dtype, read, tensor)
 
     def _bias_order(self, name: str, rows: int) -> np.ndarray | None:
         heads = {"q": self.config.num_attention_heads, "k": self.config.num_key_value_heads}
@@ -202,7 +225,7 @@ class Model:
             return None
         return rotary_pairs(rows, int(heads[leaf]))
 
-    def _split_bias(self, tensor: str, shape: tuple[int, ...]) -> Iterator[Piece]:
+    def _split_bias(self, tensor: str, shape: tuple[int, ...]) -> Iterator[Stored]:
         """Yield the biases of gate and up, which alternate."""
         layer = tensor.partition("layers.")[2].partition(".")[0]
         for start, leaf in enumerate(("gate", "up")):
@@ -211,9 +234,10 @@ class Model:
                 (shape[0], shape[1] // 2),
                 torch.float32,
                 lambda start=start: self.source.read(tensor)[:, start::2],  # type: ignore[misc]
+                tensor,
             )
 
-    def _factors(self) -> Iterator[Piece]:
+    def _factors(self) -> Iterator[Stored]:
         """Yield the factors by which Llama 3 slows its rotary embedding down."""
         rope = dict(self.config.rope_parameters or {})
         if rope.get("rope_type") != "llama3":
@@ -241,7 +265,7 @@ class _Matrices:
         layout: all its matrices.
         run: these, int64 [n].
         numbers: their numbers in the plan; -1 where it has none.
-        type: their type in the file.
+        entry: the tensor.
         order: the order of their rows in the file.
     """
 
@@ -249,25 +273,31 @@ class _Matrices:
     layout: Layout
     run: np.ndarray
     numbers: Sequence[int]
-    type: str
+    entry: Entry
     order: np.ndarray | None
 
-    def __call__(self) -> Iterator[np.ndarray]:
-        """Yield the bytes, some experts at a time."""
+    def parts(self) -> Iterator[Part]:
+        """Yield the parts, some experts at a time."""
         units = self.layout.units
         size = 4 * int(units.rows[self.run[0]]) * int(units.cols[self.run[0]])
         step = max(1, PIECE // max(1, size))
+        each = self.entry.nbytes // len(self.run)
         for first in range(0, len(self.run), step):
             which = self.run[first : first + step]
-            weights = read_stored(self.layout, which, self.model.source)
-            yield self._bytes(weights, np.array(self.numbers[first : first + step]))
+            yield Part(
+                start=first * each,
+                nbytes=len(which) * each,
+                read=partial(read_stored, self.layout, which, self.model.source),
+                make=partial(self._bytes, np.array(self.numbers[first : first + step])),
+            )
 
-    def _bytes(self, weights: Tensor, numbers: np.ndarray) -> np.ndarray:
+    def _bytes(self, numbers: np.ndarray, weights: Tensor) -> np.ndarray:
         count, rows, _ = weights.shape
-        if self.type in _DTYPES:
-            lines = raw(weights, _DTYPES[self.type]).reshape(count, rows, -1)
+        type = self.entry.type
+        if type in _DTYPES:
+            lines = raw(weights, _DTYPES[type]).reshape(count, rows, -1)
         elif self.model.plan.format_of(int(numbers[0])).kind == "keep":
-            lines = library.quantize(weights.flatten(0, 1).numpy(), self.type)
+            lines = library.quantize(weights.flatten(0, 1).numpy(), type)
         else:
             how = self.model.rounded
             known = None if how.inputs is None else how.inputs(numbers)
@@ -294,19 +324,32 @@ def raw(values: Tensor, dtype: torch.dtype) -> np.ndarray:
 
 
 def _kept(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype, read: Callable[[], Tensor]
-) -> Piece:
-    def parts() -> Iterator[np.ndarray]:
-        values = read()
+    name: str,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    read: Callable[[], Tensor],
+    tensor: str = "",
+) -> Stored:
+    """Return a tensor that keeps its precision.
+
+    Args:
+        name: its name in the file.
+        shape: its shape there.
+        dtype: its dtype there.
+        read: returns its values.
+        tensor: the checkpoint's tensor that they are of; "" if they are computed.
+    """
+
+    def make(values: Tensor) -> np.ndarray:
         if not all_finite(values.float() if values.dtype.itemsize < 2 else values):
             raise ModelError(
                 f"{name}: NaN or infinite weight; repair the checkpoint before exporting it"
             )
-        step = max(1, _STEP // max(1, values[0].numel()))
-        for part in values.split(step):
-            yield raw(part, dtype)
+        return raw(values, dtype)
 
-    return Piece(entry=Entry(name, shape, _KEPT[dtype]), parts=parts)
+    entry = Entry(name, shape, _KEPT[dtype])
+    part = Part(0, entry.nbytes, read, make)
+    return Stored(entry=entry, parts=(part,), tensors=(tensor,) * bool(tensor))
 
 
 def _beyond(tensor: str, layers: int) -> bool:
@@ -319,8 +362,3 @@ def _place(name: str) -> tuple[int, int, str]:
     """Return where a tensor stands: what is outside the blocks first, then block after block."""
     block = name.split(".")[1] if name.startswith("blk.") else ""
     return (1, int(block), name) if block else (0, 0, name)
-
-
-def by_name(pieces: Sequence[Piece]) -> Mapping[str, Piece]:
-    """Return pieces by the names of their tensors."""
-    return {piece.entry.name: piece for piece in pieces}

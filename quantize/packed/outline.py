@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -18,10 +15,7 @@ from bitknap.errors import FileError, ModelError
 from bitknap.kernels.layout.exponents import ROWS
 from bitknap.kernels.layout.plain_codes import packed_bytes
 from bitknap.quantization.models.matrix_views import Layout
-from bitknap.quantization.packed.config import WITH_EXPONENTS
 from bitknap.quantization.packed.shards import Entry, Place, Shards, lay_out
-from bitknap.quantization.packed.work_pieces import Piece, Work
-from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import DTYPES, PACKED, Checkpoint, TensorInfo
 from bitknap.quantization.source.safetensors_header import read_header
 
@@ -106,31 +100,6 @@ def outline(source: Checkpoint, layout: Layout, plan: BitPlan, limit: int) -> Ou
         for unit, at in zip(run, begin.tolist(), strict=True):
             places[unit] = Place(file, at)
     return Outline(kept=kept, shards=shards, unit_places=tuple(places))
-
-
-def identity(work: Work, shards: Shards, pieces: Sequence[Piece]) -> dict[str, Any]:
-    """Return the values that tell a journal whether other work would write the same bytes."""
-    names = [work.plan.format_of(unit).name for unit in range(len(work.plan.units))]
-    return {
-        "model": work.source.fingerprint,
-        "plan": _digest(json.dumps(names)),
-        "method": settings(work.rounding),
-        "layout": _digest(repr([WITH_EXPONENTS, *shards.headers.values(), *map(_listed, pieces)])),
-    }
-
-
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _listed(piece: Piece) -> list[Any]:
-    return [x.tolist() if isinstance(x, np.ndarray) else str(x) for x in piece]
-
-
-def settings(rounding: Rounding) -> dict[str, str]:
-    """Return the name of a rounding method and its settings."""
-    names: list[str] = [f.name for f in fields(rounding)] if is_dataclass(rounding) else []
-    return {"name": rounding.name} | {name: str(getattr(rounding, name)) for name in names}
 
 
 def has_exponents(folder: Path, plan: BitPlan) -> bool:

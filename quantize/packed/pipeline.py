@@ -14,12 +14,12 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from torch import Tensor
 
 from bitknap.disk.append_log import append_lines
-from bitknap.quantization.packed.work_pieces import Piece, Span, Work
+from bitknap.quantization.packed.work_pieces import Span
 
 # A kill loses at most what was written since the last batch.
 BATCH_BYTES, BATCH_SECONDS = 1 << 28, 5.0
@@ -28,6 +28,19 @@ _AHEAD = 2
 
 Item = TypeVar("Item")
 Given = TypeVar("Given")
+Asked = TypeVar("Asked", contravariant=True)
+
+
+class Maker(Protocol[Asked]):
+    """What makes the bytes of pieces; reading and making may happen at the same time."""
+
+    def read(self, piece: Asked) -> Tensor:
+        """Return a piece's input."""
+        ...
+
+    def make(self, piece: Asked, given: Tensor) -> list[Span]:
+        """Return the bytes that a piece writes, from what `read` gave."""
+        ...
 
 
 class Output:
@@ -91,8 +104,8 @@ def write_at(handle: int, data: Tensor, start: int) -> None:
 
 
 def run(
-    work: Work,
-    todo: Mapping[int, Piece],
+    work: Maker[Item],
+    todo: Mapping[int, Item],
     lines: Sequence[Mapping[str, Any]],
     output: Output,
     done: Callable[[int], None],

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -113,20 +113,8 @@ class Work:
 
     def pieces(self) -> list[Piece]:
         """Return the pieces, in the order in which they lie in the source's files."""
-        pieces: list[Piece] = [*self._copied(), *self._decoded(), *self._rounded()]
-        return sorted(pieces, key=self._position)
-
-    def _copied(self) -> Iterator[Copied]:
-        for name, info in self.kept.items():
-            size = 0 if name in self.source.low_bit else info.stop - info.start
-            for start in range(0, size, COPY):
-                yield Copied(name, start, min(size, start + COPY))
-
-    def _decoded(self) -> Iterator[Decoded]:
-        for name in self.kept:
-            if name in self.source.low_bit:
-                for first, last in slabs(self.source, name):
-                    yield Decoded(name, first, last)
+        pieces: list[Piece] = [*kept_pieces(self.source, self.kept), *self._rounded()]
+        return sorted(pieces, key=lambda piece: position(self.source, self.layout, piece))
 
     def _rounded(self) -> Iterator[Rounded]:
         for which, format in plan_pieces(self.plan):
@@ -143,40 +131,9 @@ class Work:
             return self.layout.views[which[0]].tensor in self.source.low_bit
         return self.rounding.needs_inputs  # other methods round row by row
 
-    def _position(self, piece: Piece) -> tuple[Path, int, int]:
-        if isinstance(piece, Copied):
-            info = self.kept[piece.name]
-            return info.file, info.start + piece.start, 0
-        if isinstance(piece, Decoded):
-            info = self.kept[piece.name]
-            stride = (info.stop - info.start) // info.shape[0]
-            return info.file, info.start + piece.first * stride, 0
-        view = self.layout.views[piece.which[0]]
-        info = self.source.headers[view.tensor]
-        stride = (info.stop - info.start) // (view.parts or info.shape[0])
-        begin = info.start + (view.index or 0) * stride
-        return info.file, begin, int(piece.which[0]) + piece.first
-
     def stamps(self, pieces: Sequence[Piece]) -> list[str]:
         """Return, for each piece, a digest that changes with the files that it is read from."""
-        known: dict[Path, list[Any]] = {}
-        digests = []
-        for piece in pieces:
-            if isinstance(piece, Copied):
-                files = {self.kept[piece.name].file}
-            else:
-                names = (
-                    {piece.name}
-                    if isinstance(piece, Decoded)
-                    else {self.layout.views[unit].tensor for unit in piece.which}
-                )
-                files = {info.file for info in self.source.stored(names).values()}
-            for file in files - known.keys():
-                stat = file.stat()
-                known[file] = [file.name, stat.st_size, stat.st_mtime_ns]
-            text = json.dumps([known[file] for file in sorted(files)])
-            digests.append(hashlib.sha256(text.encode()).hexdigest()[:16])
-        return digests
+        return stamps(self.source, [read_from(self.layout, piece) for piece in pieces])
 
     def read(self, piece: Piece) -> Tensor:
         """Return a piece's input: bytes (of each unit), or weights float32 [n, rows, cols].
@@ -185,10 +142,8 @@ class Work:
             ModelError: a weight is NaN or infinite.
             FileError: a file has shrunk since it was opened.
         """
-        if isinstance(piece, Copied):
-            return read_finite(piece.name, self.kept[piece.name], piece.start, piece.stop)
-        if isinstance(piece, Decoded):
-            return decode_finite(self.source, piece)
+        if not isinstance(piece, Rounded):
+            return read_kept(self.source, piece)
         if piece.format.kind == "keep":
             return torch.stack([self._kept_bytes(unit, piece) for unit in piece.which])
         rows = slice(piece.first, piece.last)
@@ -198,13 +153,8 @@ class Work:
 
     def make(self, piece: Piece, given: Tensor) -> list[Span]:
         """Return the bytes that a piece writes, from what `read` gave."""
-        if isinstance(piece, Copied):
-            file, start = self.places[piece.name]
-            return [Span(Place(file, start + piece.start), given)]
-        if isinstance(piece, Decoded):
-            file, start = self.places[piece.name]
-            before = len(given) // (piece.last - piece.first) * piece.first
-            return [Span(Place(file, start + before), given)]
+        if not isinstance(piece, Rounded):
+            return [kept_span(self.places, piece, given)]
         if piece.format.kind == "keep":
             return self._kept_spans(piece, given)
         given = given.to(self.device)
@@ -286,6 +236,83 @@ class Work:
                 f"{self.plan.units.label(unit)}: {size} bytes, the plan says "
                 f"{self.plan.nbytes[unit]}"
             )
+
+
+def kept_pieces(source: Checkpoint, names: Iterable[str]) -> Iterator[Copied | Decoded]:
+    """Yield the pieces of tensors that are copied, or decoded if they are stored in few bits."""
+    for name in names:
+        if name in source.low_bit:
+            for first, last in slabs(source, name):
+                yield Decoded(name, first, last)
+            continue
+        info = source.headers[name]
+        size = info.stop - info.start
+        for start in range(0, size, COPY):
+            yield Copied(name, start, min(size, start + COPY))
+
+
+def read_kept(source: Checkpoint, piece: Copied | Decoded) -> Tensor:
+    """Return the bytes of a piece of a kept tensor, uint8; raises like `Work.read`."""
+    if isinstance(piece, Copied):
+        return read_finite(piece.name, source.headers[piece.name], piece.start, piece.stop)
+    return decode_finite(source, piece)
+
+
+def kept_span(places: Mapping[str, Place], piece: Copied | Decoded, given: Tensor) -> Span:
+    """Return where the bytes of a piece of a kept tensor go.
+
+    Args:
+        places: where each tensor begins in the output, by its name in the source.
+        piece: the piece.
+        given: its bytes.
+    """
+    file, start = places[piece.name]
+    if isinstance(piece, Copied):
+        return Span(Place(file, start + piece.start), given)
+    before = len(given) // (piece.last - piece.first) * piece.first
+    return Span(Place(file, start + before), given)
+
+
+def position(source: Checkpoint, layout: Layout, piece: Piece) -> tuple[Path, int, int]:
+    """Return what orders pieces as they lie in the source's files."""
+    if isinstance(piece, Copied):
+        info = source.headers[piece.name]
+        return info.file, info.start + piece.start, 0
+    if isinstance(piece, Decoded):
+        info = source.headers[piece.name]
+        stride = (info.stop - info.start) // info.shape[0]
+        return info.file, info.start + piece.first * stride, 0
+    view = layout.views[piece.which[0]]
+    info = source.headers[view.tensor]
+    stride = (info.stop - info.start) // (view.parts or info.shape[0])
+    begin = info.start + (view.index or 0) * stride
+    return info.file, begin, int(piece.which[0]) + piece.first
+
+
+def read_from(layout: Layout, piece: Piece) -> set[str]:
+    """Return the names of the source's tensors that a piece is read from."""
+    if isinstance(piece, Rounded):
+        return {layout.views[unit].tensor for unit in piece.which}
+    return {piece.name}
+
+
+def stamps(source: Checkpoint, pieces: Iterable[Collection[str]]) -> list[str]:
+    """Return, for each piece, a digest that changes with the files that it is read from.
+
+    Args:
+        source: the checkpoint.
+        pieces: the names of the tensors that each piece is read from.
+    """
+    known: dict[Path, list[Any]] = {}
+    digests = []
+    for names in pieces:
+        files = {info.file for info in source.stored(names).values()}
+        for file in files - known.keys():
+            stat = file.stat()
+            known[file] = [file.name, stat.st_size, stat.st_mtime_ns]
+        text = json.dumps([known[file] for file in sorted(files)])
+        digests.append(hashlib.sha256(text.encode()).hexdigest()[:16])
+    return digests
 
 
 def sections(format: Format, rows: int, cols: int) -> list[int]:

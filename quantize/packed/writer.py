@@ -16,8 +16,7 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -29,26 +28,31 @@ from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.budget import parse_size
 from bitknap.disk.atomic import check_space, folder_bytes, write_whole
 from bitknap.disk.manifest import sign
-from bitknap.disk.outputs import check_output, place
+from bitknap.disk.outputs import check_output
 from bitknap.errors import BitknapError, InputError, MismatchError
 from bitknap.progress import Progress
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed import model_card
 from bitknap.quantization.packed.buildable import check
-from bitknap.quantization.packed.config import LAYOUTS, STUB, lies, packed_config, stub
+from bitknap.quantization.packed.config import (
+    LAYOUTS,
+    STUB,
+    WITH_EXPONENTS,
+    lies,
+    packed_config,
+    stub,
+)
 from bitknap.quantization.packed.folder import PLAN, SOURCE, VERSION, digest, roles_of
 from bitknap.quantization.packed.outline import (
     PREFIX,
     has_exponents,
-    identity,
     kept_tensors,
     outline,
     stream_name,
     streams,
 )
-from bitknap.quantization.packed.pipeline import Output, run
-from bitknap.quantization.packed.resume import Partial
+from bitknap.quantization.packed.resume import Task, identity
 from bitknap.quantization.packed.shards import MAX_SHARD_SIZE, Shards
 from bitknap.quantization.packed.work_pieces import (
     COPY,
@@ -156,18 +160,11 @@ def save(
     )
     limit = _limit(max_shard_size)
     work, shards = _work(source, plan, rounded, limit)
-    pieces = work.pieces()
-    known = identity(work, shards, pieces) | {"max_shard_size": limit, **rounded.about}
-    lines = [{"piece": n, "source": stamp} for n, stamp in enumerate(work.stamps(pieces))]
-    partial = Partial(out=out, lines=lines)
-    check_space(out, fixed_bytes(source, work.layout) + plan.total_bytes - partial.allocated())
-    with partial.locked():
-        done = partial.begin(known, shards, overwrite=overwrite)
-        with partial.keeping():
-            _fill(work, pieces, done, partial, progress)
-            sizes = _finish(source, work.layout, work.plan, partial.files, out)
-        place(partial.files, out, overwrite=overwrite, copied_from=source.folder)
-        shutil.rmtree(partial.folder)
+    task = _task(work, shards, out, {"max_shard_size": limit, **rounded.about})
+    there = task.partial.allocated()
+    check_space(out, fixed_bytes(source, work.layout) + plan.total_bytes - there)
+    with task.made("quantize", overwrite=overwrite, progress=progress) as files:
+        sizes = _finish(source, work.layout, work.plan, files, out)
     return sizes | _decoded(source, work.kept)
 
 
@@ -190,6 +187,22 @@ def _work(source: Checkpoint, plan: BitPlan, rounded: Rounded, limit: int) -> tu
         device=rounded.device,
     )
     return work, planned.shards
+
+
+def _task(work: Work, shards: Shards, out: Path, about: Mapping[str, Any]) -> Task[Piece]:
+    """Return the task of writing the pieces; `about` is what they depend on besides the work."""
+    pieces = work.pieces()
+    layout = [WITH_EXPONENTS, *shards.headers.values(), *pieces]
+    return Task(
+        out=out,
+        kind="folder",
+        maker=work,
+        pieces=pieces,
+        stamps=work.stamps(pieces),
+        frame=shards,
+        about={**identity(work.source, work.plan, work.rounding, layout), **about},
+        copied_from=work.source.folder,
+    )
 
 
 def _limit(max_shard_size: int | str) -> int:
@@ -217,23 +230,6 @@ def _check_grids(rounding: Rounding) -> None:
             "packed checkpoints have no grids with a code for zero, which the plan's costs are of "
             "(method midtread); export the plan to compressed-tensors"
         )
-
-
-def _fill(
-    work: Work,
-    pieces: Sequence[Piece],
-    done: set[int],
-    partial: Partial,
-    progress: Progress | None,
-) -> None:
-    todo = {number: piece for number, piece in enumerate(pieces) if number not in done}
-
-    def tell(count: int) -> None:
-        if progress is not None:
-            progress("quantize", len(done) + count - 1, len(pieces))
-
-    with Output(partial.files, partial.journal) as output:
-        run(work, todo, partial.lines, output, tell)
 
 
 def _finish(

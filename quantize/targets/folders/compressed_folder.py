@@ -27,9 +27,9 @@ from bitknap.quantization.targets.configs import settings
 from bitknap.quantization.targets.configs.groups import config_groups
 from bitknap.quantization.targets.configs.module_names import Modules
 from bitknap.quantization.targets.configs.patterns import Pattern
+from bitknap.quantization.targets.folders.folder_work import Module
 from bitknap.quantization.targets.folders.tensor_folder import (
     Folder,
-    Module,
     codes_of,
     times_power,
     whole_module,

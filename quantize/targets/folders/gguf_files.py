@@ -11,19 +11,19 @@ README.md         how to serve the one, and to use the others
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bitknap.allocation.plans.plan import BitPlan
-from bitknap.disk.atomic import folder_bytes, write_whole
-from bitknap.disk.manifest import names_in
-from bitknap.disk.outputs import whole_folder, writing
+from bitknap.disk.atomic import check_space, folder_bytes, write_whole
+from bitknap.disk.manifest import names_in, sign
+from bitknap.disk.outputs import check_output, whole_folder
 from bitknap.errors import ModelError
 from bitknap.quantization.gguf import imatrix, names, writer
 from bitknap.quantization.gguf.architectures import Unwritable
-from bitknap.quantization.gguf.tensors import type_of
+from bitknap.quantization.gguf.tensors import Model, type_of
 from bitknap.quantization.packed.model_card import hub_id
 from bitknap.quantization.packed.writer import Rounded
 from bitknap.quantization.rounding.ggml import importance
@@ -39,8 +39,10 @@ def write_file(job: ExportJob, rounded: Rounded) -> Exported:
     Raises:
         ModelError: llama.cpp has no such architecture or tokenizer, or a weight is NaN.
     """
-    with writing(job.out):
-        made = _model(job, rounded, job.out)
+    model = writer.model_of(job.source, job.plan, rounded)
+    made = writer.save(
+        model, job.out, _name(job, model), overwrite=job.overwrite, progress=job.progress
+    )
     return Exported(
         path=job.out,
         files=(job.out.name,),
@@ -53,30 +55,50 @@ def write_file(job: ExportJob, rounded: Rounded) -> Exported:
 
 def write_folder(job: ExportJob, rounded: Rounded) -> Exported:
     """Write the recipe for llama-quantize, and the model whole if its architecture is known."""
-    with whole_folder(job.out, overwrite=job.overwrite, inputs=[job.source.folder]) as part:
-        checks, warnings = _recipe(job.plan, rounded, part)
-        try:
-            made = _model(job, rounded, part / MODEL)
-            checks, warnings = [_said(made), *checks], [*made.warnings, *warnings]
-            size: int | None = made.unit_bytes
-        except Unwritable as error:
-            size = None
-            warnings.append(f"no {MODEL} was written: {error}")
-        write_whole(part / "README.md", _readme(whole=size is not None).encode())
+    inputs, laid, why = [job.source.folder], None, ""
+    check_output(job.out, "folder", overwrite=job.overwrite, inputs=inputs)
+    try:
+        model = writer.model_of(job.source, job.plan, rounded)
+        laid = writer.lay_out(model, _name(job, model), MODEL)
+    except Unwritable as error:
+        why = f"no {MODEL} was written: {error}"
+    if laid is None:
+        with whole_folder(job.out, overwrite=job.overwrite, inputs=inputs) as part:
+            checks, warnings = _texts(job.plan, rounded, part, whole=False)
+        return _exported(job, checks, [*warnings, why])
+    task = laid.task(job.out, "folder")
+    check_space(job.out, laid.starts[-1] - task.partial.allocated())
+    with task.made("export", overwrite=job.overwrite, progress=job.progress) as part:
+        checks, warnings = _texts(job.plan, rounded, part, whole=True)
+        made = laid.checked(part)
+        sign(part)
+    return _exported(job, [_said(made), *checks], [*made.warnings, *warnings], made.unit_bytes)
+
+
+def _texts(
+    plan: BitPlan, rounded: Rounded, folder: Path, *, whole: bool
+) -> tuple[list[str], list[str]]:
+    """Write all but the model; return checks and warnings."""
+    said = _recipe(plan, rounded, folder)
+    write_whole(folder / "README.md", _readme(whole=whole).encode())
+    return said
+
+
+def _exported(
+    job: ExportJob, checks: Sequence[str], warnings: Sequence[str], unit_bytes: int | None = None
+) -> Exported:
     return Exported(
         path=job.out,
         files=tuple(names_in(job.out)),
         nbytes=folder_bytes(job.out),
-        unit_bytes=size,
+        unit_bytes=unit_bytes,
         checks=tuple(checks),
         warnings=tuple(warnings),
     )
 
 
-def _model(job: ExportJob, rounded: Rounded, out: Path) -> writer.Written:
-    model = writer.model_of(job.source, job.plan, rounded)
-    name = hub_id(job.source.folder) or str(model.config.model_type)
-    return writer.save(model, out, name, job.progress)
+def _name(job: ExportJob, model: Model) -> str:
+    return hub_id(job.source.folder) or str(model.config.model_type)
 
 
 def _said(made: writer.Written) -> str:

@@ -25,9 +25,9 @@ from bitknap.quantization.packed.outline import kept_tensors
 from bitknap.quantization.rounding.grid import Quantized
 from bitknap.quantization.targets.configs.gptq_settings import quantize_config, stores_zeros
 from bitknap.quantization.targets.configs.module_names import Modules, present, unit_names
+from bitknap.quantization.targets.folders.folder_work import Module
 from bitknap.quantization.targets.folders.tensor_folder import (
     Folder,
-    Module,
     times_power,
     whole_module,
 )

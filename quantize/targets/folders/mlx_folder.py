@@ -24,9 +24,9 @@ from bitknap.kernels.layout.exponents import power
 from bitknap.kernels.layout.plain_codes import pack_bits
 from bitknap.quantization.packed.outline import kept_tensors
 from bitknap.quantization.rounding.grid import Quantized
+from bitknap.quantization.targets.folders.folder_work import Module
 from bitknap.quantization.targets.folders.tensor_folder import (
     Folder,
-    Module,
     codes_of,
     times_power,
     whole_module,

@@ -1,7 +1,7 @@
-"""Folders of safetensors for other runtimes: kept tensors, and units in a runtime's own form.
+"""Folders of safetensors for other runtimes, laid out before any weight is read.
 
-Everything is laid out before any weight is read, and written piece by piece: little more than one
-stack of weights is in memory.
+They are written piece by piece, with few of them in memory, and a run that was killed goes on from
+the pieces that are finished (`packed/resume`).
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,65 +22,27 @@ from bitknap.allocation.plans.plan import BitPlan
 from bitknap.allocation.problem.budget import parse_size
 from bitknap.allocation.problem.format import Format
 from bitknap.disk.atomic import check_space, folder_bytes, write_whole
-from bitknap.disk.manifest import names_in
-from bitknap.disk.outputs import whole_folder
+from bitknap.disk.manifest import names_in, sign
+from bitknap.disk.outputs import check_output
 from bitknap.errors import MismatchError, ModelError
 from bitknap.kernels.layout.plain_codes import unpack_bits
 from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.packed.pipeline import write_at
+from bitknap.quantization.packed.resume import Task, digest_of, identity
 from bitknap.quantization.packed.shards import Entry, Shards, lay_out
-from bitknap.quantization.packed.work_pieces import (
-    COPY,
-    Decoded,
-    decode_finite,
-    read_finite,
-    slabs,
-)
+from bitknap.quantization.packed.work_pieces import Piece
 from bitknap.quantization.packed.writer import BY_RTN
-from bitknap.quantization.rounding.grid import Quantized
-from bitknap.quantization.source.checkpoint import PLAIN, Checkpoint
+from bitknap.quantization.source.checkpoint import PLAIN
 from bitknap.quantization.source.partial_reads import read_bytes
 from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo, read_header
 from bitknap.quantization.stacks.grouping import plan_pieces
 from bitknap.quantization.stacks.reading import read_stored
+from bitknap.quantization.targets.folders.folder_work import FolderWork, Form, Module
 from bitknap.quantization.targets.target import Exported, ExportJob
 
 # Weights that are not equal bit for bit have scales that 16 bits hold with fewer digits only; this
 # much of the largest weight.
 _CLOSE = 2.0**-8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Module:
-    """Where one unit goes.
-
-    Attributes:
-        name: the runtime's name of the module whose weight it is.
-        index: its place among the experts that the module stacks.
-        count: number of these; 0 if the module holds one matrix.
-    """
-
-    name: str
-    index: int = 0
-    count: int = 0
-
-
-class Form(Protocol):
-    """How a runtime stores one matrix: some tensors, by the ends of their names."""
-
-    def shapes(
-        self, format: Format, rows: int, cols: int
-    ) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """Return dtype (as safetensors spells it) and shape of each tensor of one matrix."""
-        ...
-
-    def parts(self, matrix: Quantized) -> dict[str, Tensor]:
-        """Return the tensors of one matrix."""
-        ...
-
-    def values(self, parts: Mapping[str, Tensor], format: Format) -> Tensor:
-        """Return the weights that the tensors stand for, float32 [rows, cols]."""
-        ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -117,18 +79,26 @@ class Folder:
             InputError: the output may not be written, or the disk has no room.
         """
         job = self.job
-        with whole_folder(job.out, overwrite=job.overwrite, inputs=[job.source.folder]) as into:
+        check_output(job.out, "folder", overwrite=job.overwrite, inputs=[job.source.folder])
+        unit_bytes = self._unit_bytes()
+        shards = self._shards()
+        work = FolderWork(
+            job=job,
+            form=self.form,
+            modules=self.modules,
+            kept=self.kept,
+            places=shards.places,
+        )
+        task = self._task(work, shards, texts)
+        check_space(job.out, sum(shards.sizes.values()) - task.partial.allocated())
+        with task.made("export", overwrite=job.overwrite, progress=job.progress) as into:
+            self._write_made(into, shards)
             job.source.copy_companions(into)
-            unit_bytes = self.write(into)
             for name, content in texts.items():
                 write_whole(into / name, (json.dumps(content, indent=1) + "\n").encode())
             job.plan.save(into / PLAN)
-            if unit_bytes != job.plan.total_bytes:
-                raise MismatchError(
-                    f"{job.out}: {unit_bytes:,} bytes of units, the plan says "
-                    f"{job.plan.total_bytes:,}; report this as a bug"
-                )
-            found = self.read_back(into)
+            sign(into)
+            found = self.read_back(work, into)
         return Exported(
             path=job.out,
             files=tuple(names_in(job.out)),
@@ -138,27 +108,56 @@ class Folder:
             warnings=tuple(warnings),
         )
 
-    def write(self, folder: Path) -> int:
-        """Write the weights; return the bytes of the units.
+    def _unit_bytes(self) -> int:
+        """Return the bytes of the units.
 
         Raises:
-            ModelError: a weight is NaN or infinite.
-            InputError: the disk has no room.
+            MismatchError: they are not the plan's.
         """
-        limit = self.job.max_shard_size
-        entries = self._entries()
-        size = parse_size(limit) if isinstance(limit, str) else limit
-        check_space(folder, sum(entry.nbytes for entry in entries.values()))
-        shards = lay_out(entries, PLAIN, size)
-        shards.create(folder)
-        with _Files(folder, shards) as files:
-            for source, name in self.kept.items():
-                _copy(self.job.source, source, name, files)
-            for name, tensor in self.made.items():
-                files.write(name, 0, tensor)
-            return sum(self._write_units(files))
+        plan = self.job.plan
+        total = 0
+        for unit in range(len(self.modules)):
+            shape = int(plan.units.rows[unit]), int(plan.units.cols[unit])
+            for dtype, sizes in self.form.shapes(plan.format_of(unit), *shape).values():
+                total += math.prod(sizes) * DTYPES[dtype].itemsize
+        if total != plan.total_bytes:
+            raise MismatchError(
+                f"{self.job.out}: {total:,} bytes of units, the plan says {plan.total_bytes:,}; "
+                "report this as a bug"
+            )
+        return total
 
-    def read_back(self, folder: Path) -> str:
+    def _shards(self) -> Shards:
+        limit = self.job.max_shard_size
+        size = parse_size(limit) if isinstance(limit, str) else limit
+        return lay_out(self._entries(), PLAIN, size)
+
+    def _task(self, work: FolderWork, shards: Shards, texts: Mapping[str, Any]) -> Task[Piece]:
+        job, pieces = self.job, work.pieces()
+        how = job.rounded or BY_RTN
+        layout = [*shards.headers.values(), *pieces]
+        about = identity(job.source, job.plan, how.rounding, layout)
+        return Task(
+            out=job.out,
+            kind="folder",
+            maker=work,
+            pieces=pieces,
+            stamps=work.stamps(pieces),
+            frame=shards,
+            about=about | {"texts": digest_of(json.dumps(texts)), **how.about},
+        )
+
+    def _write_made(self, folder: Path, shards: Shards) -> None:
+        """Write the further tensors, which are small and may depend on any of the files."""
+        for name, tensor in self.made.items():
+            file, begin = shards.places[name]
+            handle = os.open(folder / file, os.O_WRONLY | os.O_NOFOLLOW)
+            try:
+                write_at(handle, tensor.contiguous().view(torch.uint8).cpu(), begin)
+            finally:
+                os.close(handle)
+
+    def read_back(self, work: FolderWork, folder: Path) -> str:
         """Compare one unit of each stack and format with its rounding; return what was verified.
 
         Raises:
@@ -170,8 +169,9 @@ class Folder:
         plan, apart = self.job.plan, []
         for which, format in _firsts(plan):
             unit = int(which[0])
-            known = self._rounded(which, format)[0].dequantize()
-            found = self.form.values(self._stored(headers, unit), format)
+            weights = read_stored(self.job.layout, which, self.job.source)
+            known = work.rounded(which, format, weights)[0].dequantize()
+            found = self.form.values(_stored(work, headers, unit), format)
             worst = float((known - found).abs().max() / known.abs().max().clamp_min(1e-30))
             if worst > _CLOSE:
                 raise MismatchError(
@@ -182,8 +182,8 @@ class Folder:
         worst = max(apart)
         how = f"to within {worst:.1g} of the largest one" if worst else "bit for bit"
         return (
-            f"{len(apart)} of {len(plan.units)} matrices, one of each stack, were read back: their "
-            f"weights are those of the plan's rounding, {how}"
+            f"{len(apart)} of {len(plan.units)} matrices, one of each stack and format, were read "
+            f"back: their weights are those of the plan's rounding, {how}"
         )
 
     def _entries(self) -> dict[str, Entry]:
@@ -205,63 +205,15 @@ class Folder:
                 entries[f"{module.name}.{end}"] = Entry(dtype, whole, nbytes)
         return entries
 
-    def _write_units(self, files: _Files) -> Iterator[int]:
-        done, total = 0, len(self.modules)
-        for which, format in plan_pieces(self.job.plan):
-            for unit, matrix in zip(which.tolist(), self._rounded(which, format), strict=True):
-                module = self.modules[unit]
-                for end, tensor in self.form.parts(matrix).items():
-                    files.write(f"{module.name}.{end}", module.index * tensor.nbytes, tensor)
-                    yield tensor.nbytes
-            done += len(which)
-            if self.job.progress is not None:
-                self.job.progress("export", done, total)
 
-    def _rounded(self, which: np.ndarray, format: Format) -> list[Quantized]:
-        """Return equally shaped units of one format, rounded."""
-        job = self.job
-        how = job.rounded or BY_RTN
-        weights = read_stored(job.layout, which, job.source).to(how.device)
-        known = how.inputs(which) if how.inputs and how.rounding.needs_inputs else None
-        stack = how.rounding.quantize(weights, format, known)
-        assert isinstance(stack, Quantized), format  # `check` lets grids alone through
-        rows = weights.shape[1]
-        return [stack.rows(n * rows, (n + 1) * rows) for n in range(len(which))]
-
-    def _stored(self, headers: Mapping[str, TensorInfo], unit: int) -> dict[str, Tensor]:
-        """Return the tensors of one unit as they are in the files."""
-        module, units = self.modules[unit], self.job.plan.units
-        shape = int(units.rows[unit]), int(units.cols[unit])
-        parts = {}
-        for end, (dtype, sizes) in self.form.shapes(self.job.plan.format_of(unit), *shape).items():
-            name = f"{module.name}.{end}"
-            nbytes = math.prod(sizes) * DTYPES[dtype].itemsize
-            start = module.index * nbytes
-            raw = read_bytes(name, headers[name], start, start + nbytes)
-            parts[end] = raw.view(DTYPES[dtype]).view(sizes)
-        return parts
-
-
-class _Files:
-    """The open files of a folder, written in place."""
-
-    def __init__(self, folder: Path, shards: Shards) -> None:
-        self._folder, self._places = folder, shards.places
-        self._open: dict[str, int] = {}
-
-    def __enter__(self) -> _Files:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for handle in self._open.values():
-            os.close(handle)
-
-    def write(self, name: str, start: int, tensor: Tensor) -> None:
-        """Write a tensor's bytes from byte `start` of a named tensor on."""
-        file, begin = self._places[name]
-        if file not in self._open:
-            self._open[file] = os.open(self._folder / file, os.O_WRONLY | os.O_NOFOLLOW)
-        write_at(self._open[file], tensor.contiguous().view(torch.uint8).cpu(), begin + start)
+def _stored(work: FolderWork, headers: Mapping[str, TensorInfo], unit: int) -> dict[str, Tensor]:
+    """Return the tensors of one unit as they are in the files."""
+    parts = {}
+    for end, name, dtype, sizes, start in work.parts_of(unit):
+        stop = start + math.prod(sizes) * DTYPES[dtype].itemsize
+        raw = read_bytes(name, headers[name], start, stop)
+        parts[end] = raw.view(DTYPES[dtype]).view(sizes)
+    return parts
 
 
 def whole_module(job: ExportJob, unit: int, reader: str) -> Module:
@@ -313,21 +265,6 @@ def times_power(target: str, values: Tensor, factor: Tensor) -> Tensor:
             "such a matrix out of `include`, or choose another target"
         )
     return stored
-
-
-def _copy(source: Checkpoint, stored: str, name: str, files: _Files) -> None:
-    """Copy a tensor's bytes, or decode those of one that is stored in fewer than 16 bits."""
-    if stored in source.low_bit:
-        at = 0
-        for first, last in slabs(source, stored):
-            data = decode_finite(source, Decoded(stored, first, last))
-            files.write(name, at, data)
-            at += len(data)
-        return
-    info = source.headers[stored]
-    size = info.stop - info.start
-    for start in range(0, size, COPY):
-        files.write(name, start, read_finite(stored, info, start, min(size, start + COPY)))
 
 
 def _firsts(plan: BitPlan) -> Iterator[tuple[np.ndarray, Format]]:

@@ -32,7 +32,7 @@ from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.packed import writer
 from bitknap.quantization.packed.folder import roles_of
-from bitknap.quantization.packed.outline import settings
+from bitknap.quantization.packed.resume import settings
 from bitknap.quantization.rounding.methods import Gptq
 from bitknap.quantization.rounding.rounding import recorded_for, takes_squares
 from bitknap.quantization.source.architecture import config_of, text_config_of

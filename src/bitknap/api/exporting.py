@@ -38,6 +38,9 @@ def export(
 ) -> Exported:
     """Write a plan of a model as the files of another runtime, and verify them.
 
+    Finished pieces of weights are kept in a hidden folder next to `out`: after a kill or an error
+    the same call continues from there and writes the same bytes.
+
     Args:
         plan: A plan made from a table of this model.
         model: A folder, a hub id, "reference:NAME", or a `LiveModel`, which is saved to a temporary
@@ -46,8 +49,8 @@ def export(
         out: File or folder to write; it appears once it is complete.
         calibration: Text, tokens, seed and memory of rounding methods that calibrate. The roles and
             the method come from the plan.
-        resume: `overwrite` replaces an existing `out` that Bitknap wrote; `journal` keeps each
-            layer finished by a layer-by-layer calibration.
+        resume: `overwrite` replaces an existing `out` that Bitknap wrote, and the remains of a run
+            with other inputs; `journal` keeps each layer finished by a layer-by-layer calibration.
         progress: Called with (what, done, of).
 
     Raises:

@@ -259,6 +259,19 @@ def place(part: Path, path: Path, *, overwrite: bool, copied_from: Path | None =
     manifest.remove(aside)
 
 
+def place_file(part: Path, path: Path, *, overwrite: bool) -> None:
+    """Move a finished file to `path`, replacing what is there; called inside `writing`.
+
+    Raises:
+        InputError: what is there may not be replaced; `part` is left as it is.
+    """
+    synced(part)
+    part.chmod(0o644)
+    check_output(path, "file", overwrite=overwrite)
+    part.replace(path)
+    synced(path.absolute().parent)
+
+
 def _discard(part: Path) -> None:
     """Delete an unfinished folder that a killed run left."""
     if not os.path.lexists(part):

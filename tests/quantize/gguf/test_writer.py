@@ -194,7 +194,7 @@ def test_a_weight_that_is_nan_leaves_no_file(tmp_path, llama):
     model.save_pretrained(folder)
     with pytest.raises(ModelError, match=r"output_norm\.weight: NaN"):
         llama.write(folder, tmp_path / "a.gguf")
-    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert not (tmp_path / "a.gguf").exists()
 
 
 def test_an_architecture_that_is_not_known_is_named(tmp_path, llama):

@@ -45,7 +45,9 @@ def test_every_module_has_its_format(wide, mixed, tmp_path):
     assert tensors["model.layers.0.block_sparse_moe.switch_mlp.up_proj.weight"].shape[0] == 4
     assert "model.layers.0.self_attn.q_proj" in block
     assert not any(".experts." in name for name in tensors)
-    assert said.checks[1].startswith("14 of 32 matrices, one of each stack, were read back")
+    assert said.checks[1].startswith(
+        "14 of 32 matrices, one of each stack and format, were read back"
+    )
     assert said.checks[1].endswith("bit for bit")
     assert BitPlan.load(tmp_path / "out" / "bitknap_plan.json").total_bytes == plan.total_bytes
 
@@ -138,16 +140,24 @@ def test_models_that_are_refused(family, changes, why, wide, mixed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_left_of_a_damaged_model(wide, mixed, tmp_path):
-    model = tmp_path / "model"
-    model.mkdir()
-    tensors = load_file(wide("mixtral") / "model.safetensors")
+def test_a_damaged_model_is_exported_once_it_is_repaired(wide, mixed, tmp_path, contents):
+    model, broken = wide("mixtral"), tmp_path / "model"
+    broken.mkdir()
+    tensors = load_file(model / "model.safetensors")
     tensors["model.layers.1.block_sparse_moe.experts.3.w2.weight"][-1, -1] = float("nan")
-    save_file(tensors, model / "model.safetensors", {"format": "pt"})
-    (model / "config.json").write_bytes((wide("mixtral") / "config.json").read_bytes())
-    with pytest.raises(ModelError, match="NaN or infinite"):
-        export(mixed(model, "mlx"), model, tmp_path / "out")
-    assert [file.name for file in tmp_path.iterdir()] == ["model"]
+    save_file(tensors, broken / "model.safetensors", {"format": "pt"})
+    (broken / "config.json").write_bytes((model / "config.json").read_bytes())
+    plan = mixed(model, "mlx")
+    with pytest.raises(ModelError, match=r"NaN or infinite.* pieces are kept"):
+        export(plan, broken, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    (broken / "model.safetensors").write_bytes((model / "model.safetensors").read_bytes())
+    export(plan, broken, tmp_path / "out")
+    export(plan, model, tmp_path / "other")
+    kept = ("model.safetensors", "config.json")
+    out, other = (contents(tmp_path / name) for name in ("out", "other"))
+    assert [out[name] for name in kept] == [other[name] for name in kept]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model", "other", "out"]
 
 
 def test_a_plan_of_another_model(wide, mixed, tmp_path):
