@@ -7,11 +7,10 @@ instead: a trial left running by a dead process of this machine is marked as fai
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +18,7 @@ import numpy as np
 
 from bitknap.allocation.search.trial_database import check_database
 from bitknap.allocation.search.trial_journal import open_journal
-from bitknap.errors import BitknapError, InfeasibleError, InputError
+from bitknap.errors import BitknapError, InputError
 from bitknap.names import check_name
 
 if TYPE_CHECKING:
@@ -80,11 +79,11 @@ def reaching(url: str) -> Iterator[None]:
     try:
         yield
     except ArgumentError as error:
-        raise InputError(f"{where}: {_line(error)}; write one like {_EXAMPLES}") from None
+        raise InputError(f"{where}: {first_line(error)}; write one like {_EXAMPLES}") from None
     except (SQLAlchemyError, StorageInternalError) as error:
         cause = getattr(error, "orig", None) or error.__cause__ or error
         raise InputError(
-            f"{where}: cannot be reached ({_line(cause)}); check that it is running and writable"
+            f"{where}: cannot be reached ({first_line(cause)}); check that it is running and writable"
         ) from None
 
 
@@ -105,12 +104,13 @@ def understanding(url: str) -> Iterator[None]:
     except Exception as error:
         # Optuna builds studies and trials from rows without checking them.
         raise InputError(
-            f"storage {shown(url)}: a study in it is damaged ({_line(error)[:100]}); "
+            f"storage {shown(url)}: a study in it is damaged ({first_line(error)[:100]}); "
             "choose another storage"
         ) from None
 
 
-def _line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's message, or its kind if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
@@ -149,8 +149,8 @@ def open_storage(url: str, *, create: bool = False) -> BaseStorage:
             ) from None
         except RuntimeError as error:
             raise InputError(
-                f"storage {shown(url)}: written by another version of Optuna ({_line(error)}); "
-                "run 'optuna storage upgrade'"
+                f"storage {shown(url)}: written by another version of Optuna "
+                f"({first_line(error)}); run 'optuna storage upgrade'"
             ) from None
 
 
@@ -222,76 +222,6 @@ def _plain_sampler(name: str, seed: int) -> BaseSampler:
         return tpe
     # CMA-ES knows no switches.
     return CmaEsSampler(seed=seed, independent_sampler=tpe, warn_independent_sampling=False)
-
-
-def attempt(
-    study: optuna.Study, evaluate: Callable[[optuna.Trial], Sequence[float]]
-) -> optuna.trial.FrozenTrial:
-    """Ask for a trial, evaluate it, report the result, and return the finished trial.
-
-    A trial without a plan is pruned, and a value that is not a number fails it, with the reason;
-    any other error fails it and is raised again. SQLite does not lock rows, so two workers may take
-    the same waiting trial: the last to sign it owns it, and the other must run another.
-    """
-    from optuna.exceptions import UpdateFinishedTrialError
-    from optuna.trial import TrialState
-
-    trial = study.ask()
-
-    def ours() -> bool:
-        seen = study.get_trials(deepcopy=False)[trial.number]
-        return not seen.state.is_finished() and seen.user_attrs.get(WORKER) == worker()
-
-    try:
-        trial.set_user_attr(WORKER, worker())
-        values = list(evaluate(trial))
-    except UpdateFinishedTrialError:
-        return attempt(study, evaluate)
-    except InfeasibleError as error:
-        if not ours():
-            return attempt(study, evaluate)
-        trial.set_user_attr(REASON, str(error))
-        return study.tell(trial, state=TrialState.PRUNED, skip_if_finished=True)
-    except BaseException as error:
-        if ours():
-            reason = dict.fromkeys([type(error).__name__, _line(error)])
-            trial.set_user_attr(REASON, ": ".join(reason))
-            study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-        raise
-    if not ours():
-        return attempt(study, evaluate)
-    wrong = [value for value in values if not math.isfinite(value)]
-    if wrong:
-        trial.set_user_attr(REASON, f"the objective is {wrong[0]}")
-        return study.tell(trial, state=TrialState.FAIL, skip_if_finished=True)
-    return study.tell(trial, values)
-
-
-def attempts(
-    study: optuna.Study,
-    evaluate: Callable[[optuna.Trial], Sequence[float]],
-    trials: int,
-    *,
-    patience: int = 50,
-) -> Iterator[optuna.trial.FrozenTrial]:
-    """Yield finished trials until `trials` of them are complete.
-
-    Raises:
-        BitknapError: `patience` trials in a row failed.
-    """
-    from optuna.trial import TrialState
-
-    done = failed = 0
-    while done < trials:
-        trial = attempt(study, evaluate)
-        complete = trial.state == TrialState.COMPLETE
-        done, failed = done + complete, 0 if complete else failed + 1
-        yield trial
-        if failed >= patience:
-            raise BitknapError(
-                f"study {study.study_name!r}: {failed} trials in a row failed, the last with "
-                f"{trial.user_attrs.get(REASON, 'no reason')!r}; widen the budget or the knobs"
-            )
 
 
 def known_values(study: optuna.Study) -> dict[str, list[float]]:

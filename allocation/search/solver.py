@@ -14,10 +14,10 @@ import numpy as np
 from bitknap.allocation.plans.solution import Answer, Status
 from bitknap.allocation.problem.arrays import Floats, Ints, Longs
 from bitknap.allocation.problem.problem import Problem
+from bitknap.allocation.search.attempts import attempt
 from bitknap.allocation.search.optuna_trials import (
     PLAN,
     REASON,
-    attempt,
     fail_abandoned,
     known_values,
     make_sampler,

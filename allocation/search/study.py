@@ -22,9 +22,9 @@ from bitknap.allocation.problem.budget import Budget
 from bitknap.allocation.problem.problem import Problem
 from bitknap.allocation.problem.profiles import Profile
 from bitknap.allocation.problem.table import CostTable
+from bitknap.allocation.search.attempts import attempts
 from bitknap.allocation.search.optuna_trials import (
     PLAN,
-    attempts,
     fail_abandoned,
     known_values,
     open_storage,
@@ -228,9 +228,22 @@ def _stored(name: str, storage: str) -> optuna.Study:
     return trials
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Together:
+    """Measures several plans together, which a model larger than memory does faster.
+
+    Attributes:
+        measure: returns the loss of each of some plans, a number.
+        count: maximum number of plans.
+    """
+
+    measure: Callable[[Sequence[BitPlan]], Sequence[float]]
+    count: int
+
+
 def run(
     study: Study,
-    measure: Callable[[BitPlan], float],
+    measure: Callable[[BitPlan], float] | Together,
     trials: int,
     *,
     measured: Mapping[str, Any] | None = None,
@@ -242,7 +255,7 @@ def run(
 
     Args:
         study: from `create` or `load`.
-        measure: returns the loss of a plan, a number.
+        measure: returns the loss of a plan, a number, or measures several plans together.
         trials: number of trials for this process to complete.
         measured: description of what is measured, such as model and text, JSON values; the first
             run records it.
@@ -256,25 +269,38 @@ def run(
     if trials < 1:
         raise InputError(f"trials: {trials} must be at least 1")
 
-    def evaluate(trial: optuna.Trial) -> list[float]:
+    many = measure if isinstance(measure, Together) else Together(measure=_each(measure), count=1)
+
+    def planned(trial: optuna.Trial) -> tuple[str, BitPlan]:
         params = suggest(trial, study.knobs, study.table)
         plan = plan_of(study, params)
         digest = hashlib.sha256(plan.choice.tobytes()).hexdigest()
         facts = {PLAN: digest, "predicted": plan.header["objective"], "bytes": plan.total_bytes}
         for key, value in (facts | {"bpw": plan.totals["bits_per_weight"]}).items():
             trial.set_user_attr(key, value)
-        known = known_values(study.trials)
-        if digest in known:
-            return known[digest]
-        loss = float(measure(plan))
-        return [float(plan.total_bytes), loss] if study.knobs.budget else [loss]
+        return digest, plan
+
+    def values(trials: Sequence[tuple[str, BitPlan]]) -> list[list[float]]:
+        known, plans = known_values(study.trials), dict(trials)
+        left = [digest for digest in plans if digest not in known]
+        losses = many.measure([plans[digest] for digest in left]) if left else []
+        for digest, loss in zip(left, losses, strict=True):
+            size = [float(plans[digest].total_bytes)] if study.knobs.budget else []
+            known[digest] = [*size, float(loss)]
+        return [known[digest] for digest, _ in trials]
 
     with quietly(), reaching(study.storage):
         _claim(study, dict(measured or {}))
         fail_abandoned(study.trials)
-        for trial in attempts(study.trials, evaluate, trials):
+        for trial in attempts(study.trials, planned, values, trials, together=many.count):
             if watch:
                 watch(record_of(trial))
+
+
+def _each(
+    measure: Callable[[BitPlan], float],
+) -> Callable[[Sequence[BitPlan]], Sequence[float]]:
+    return lambda plans: [measure(plan) for plan in plans]
 
 
 def plan_of(study: Study, params: Mapping[str, Any], record: Record | None = None) -> BitPlan:

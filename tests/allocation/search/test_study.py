@@ -12,8 +12,9 @@ import optuna
 import pytest
 
 from bitknap.allocation import BitPlan, Budget
+from bitknap.allocation.search.attempts import attempts
 from bitknap.allocation.search.best_trials import best, front, records
-from bitknap.allocation.search.optuna_trials import attempts, make_sampler
+from bitknap.allocation.search.optuna_trials import make_sampler
 from bitknap.allocation.search.optuna_trials import worker as worker_name
 from bitknap.allocation.search.search_space import Knobs
 from bitknap.allocation.search.study import create, load, plan_of, run
@@ -190,7 +191,7 @@ def test_failing_without_end_is_an_error(table):
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     study = optuna.create_study(study_name="s")
     with pytest.raises(BitknapError) as error:
-        list(attempts(study, lambda trial: [float("nan")], 1, patience=5))
+        list(attempts(study, lambda trial: [float("nan")], list, 1, patience=5))
     assert str(error.value) == (
         "study 's': 5 trials in a row failed, the last with 'the objective is nan'; "
         "widen the budget or the knobs"
