@@ -83,7 +83,8 @@ def reaching(url: str) -> Iterator[None]:
     except (SQLAlchemyError, StorageInternalError) as error:
         cause = getattr(error, "orig", None) or error.__cause__ or error
         raise InputError(
-            f"{where}: cannot be reached ({first_line(cause)}); check that it is running and writable"
+            f"{where}: cannot be reached ({first_line(cause)}); check that it is running and "
+            "writable"
         ) from None
 
 

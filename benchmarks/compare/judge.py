@@ -11,12 +11,11 @@ from torch import Tensor
 
 from bitknap.allocation import BitPlan
 from bitknap.allocation.problem.arrays import Floats
-from bitknap.api.plan_measures import Sample, losses_of
+from bitknap.api.plan_measures import Sample, losses_of, together
 from bitknap.errors import InputError
 from bitknap.estimators.evidence.evidence import Evidence
 from bitknap.estimators.measuring.kl_replay import Losses, Replay
 from bitknap.estimators.sweep.text_stream import losses_between
-from bitknap.estimators.sweep.variant_streams import TOGETHER
 
 # Bootstrap resamples: the relative error of a standard error is then about 2 %.
 _RESAMPLES = 1000
@@ -45,7 +44,7 @@ class Judge:
     @property
     def together(self) -> int:
         """Number of plans that are better measured together than one after another."""
-        return 1 if isinstance(self.sample, Replay) else TOGETHER
+        return together(self.sample)
 
     def original(self) -> Losses:
         """Return the losses of the model as it is."""

@@ -8,17 +8,26 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from bitknap.allocation import ROLES, BitPlan, CostTable
 from bitknap.allocation.problem.arrays import Floats, Ints
 from bitknap.allocation.refinement.loop import Measure
+from bitknap.api.requests import Calibration
 from bitknap.estimators.evidence.evidence import Evidence
+from bitknap.estimators.evidence.of_weights import of_weights
 from bitknap.estimators.evidence.variant_kl import Replayed, changing_of
 from bitknap.estimators.evidence.variants import Variant
+from bitknap.estimators.judging.by_layer import through
+from bitknap.estimators.judging.memory import way_to_measure_plans
 from bitknap.estimators.measuring.kl_replay import Losses, Replay
+from bitknap.estimators.measuring.language_model import loaded
 from bitknap.estimators.measuring.readings import Readings, key_of
-from bitknap.estimators.sweep.variant_streams import VariantStreams
+from bitknap.estimators.measuring.windows import Windows
+from bitknap.estimators.sweep.variant_streams import TOGETHER, VariantStreams
+from bitknap.progress import Progress
+from bitknap.quantization.models.live_model import walk
+from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.stacks.alignment import aligned
 
 # A text that plans are measured on: in a model in memory, or layer by layer.
@@ -40,6 +49,51 @@ class Loop:
     parts: tuple[Sample, ...]
     gate: Sample
     judged: Sample | None = None
+
+
+def on_text(
+    source: Checkpoint,
+    windows: Windows,
+    asked: Calibration,
+    progress: Progress | None = None,
+) -> tuple[Evidence, Sample]:
+    """Return a model's weights, and what measures plans of it on a text.
+
+    Args:
+        source: the model.
+        windows: the text.
+        asked: the roles that are units, the rounding, where to compute, and the memory to use: a
+            model that would take more goes one decoder layer at a time.
+        progress: called with (what, done, of).
+
+    Raises:
+        InputError: no way is within the limit.
+        ModelError: the model cannot be run layer by layer.
+    """
+    evidence = of_weights(source, asked.include, rounding=asked.method)
+    tokens = windows.ids.numel()
+    sample: Sample
+    if way_to_measure_plans(source, evidence.layout, tokens, asked.memory, {"kl"}) == "whole":
+        model = loaded(source.folder, asked.on_device, asked.products)
+        layout = walk(model, asked.include)
+        sample = Replay(model, layout, windows, cache=False)
+    else:
+        sample = through(
+            source,
+            windows,
+            asked.include,
+            varied=True,
+            device=asked.on_device,
+            dtype=asked.products,
+            progress=progress,
+        )
+        layout = sample.run.skeleton.layout
+    return replace(evidence, layout=layout, device=asked.on_device), sample
+
+
+def together(sample: Sample) -> int:
+    """Return the number of plans that are better measured together than one after another."""
+    return 1 if isinstance(sample, Replay) else TOGETHER
 
 
 def losses_of(evidence: Evidence, sample: Sample, plans: Sequence[BitPlan]) -> list[Losses]:

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from bitknap.allocation import BitPlan, Budget, CostTable, formats
+from bitknap.allocation.search.best_trials import records
 from bitknap.allocation.search.study import create, load, run
 from bitknap.allocation.search.study_design import Design
 from bitknap.cli import main
+from bitknap.estimators.sweep.peak_memory import layer_bytes
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
 from bitknap.report.study_page import page
@@ -50,6 +52,27 @@ def test_help_has_an_example(command, capsys):
     assert "--json" in text
     main(["study", "--help"])
     assert command in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_model_larger_than_memory_is_measured_layer_by_layer(made, tmp_path, document, refused):
+    source = Checkpoint.open(made.model)
+    layout = walk_headers(source.config, source.shapes)
+    least = layer_bytes(source, layout, 512, {"kl"})
+    found = []
+    for number, limit in enumerate([(), ("--max-memory", f"{least}B")]):
+        study = ("s", "--storage", f"journal:{tmp_path}/{number}.log")
+        main(["study", "create", *study, "--table", str(made.table), "--budget", "4bpw"])
+        go = ("study", "run", *study, "--model", str(made.model))
+        go += ("--trials", "3", "--tokens", "512")
+        found.append(document(*go, *limit)["trials"])
+        found.append([record.loss for record in records(load(*study[::2]))])
+    whole, losses, layers, of_layers = found
+    assert whole == layers == {"complete": 3}
+    # The first plan is the table's own; the others are asked for before any is measured.
+    assert of_layers[0] == pytest.approx(losses[0], rel=1e-4)
+    line = refused(*go, "--max-memory", "1kB")
+    assert "measuring takes about" in line and "raise --max-memory" in line
 
 
 @pytest.mark.slow

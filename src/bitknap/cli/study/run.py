@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -16,7 +16,8 @@ from bitknap.errors import InputError, MismatchError
 from bitknap.quiet import silence_transformers
 
 if TYPE_CHECKING:
-    from bitknap.allocation.search.study import Study
+    from bitknap.allocation import BitPlan
+    from bitknap.allocation.search.study import Study, Together
 
 # What `run` measures, as the study and its plans say.
 _WHAT = "KL, nats/token"
@@ -28,6 +29,7 @@ _WHAT = "KL, nats/token"
         "bitknap study run s --storage sqlite:///s.db \\\n"
         "             --model reference:mixtral --trials 20",
     ),
+    usual=("name", "storage", "model", "trials", "text", "tokens", "max_memory", "as_json"),
 )
 @stored.name
 @stored.storage
@@ -49,7 +51,9 @@ _WHAT = "KL, nats/token"
 )
 @measuring.text.but(default=None, usual="builtin")
 @measuring.tokens.but(usual="8192, or as before")
+@measuring.max_memory
 @measuring.device
+@measuring.device_memory
 @measuring.dtype
 @stored.moved
 @stored.features
@@ -79,25 +83,29 @@ def run(
 
 def _measurement(
     study: Study, model: str, options: dict[str, Any]
-) -> tuple[Callable[[Any], float], dict[str, Any]]:
-    """Return how a plan is measured on the model, and what identifies the measurement."""
-    import torch
-
-    from bitknap.api import calibration, quantizing
-    from bitknap.estimators.measuring.kl_replay import Replay
-    from bitknap.estimators.measuring.language_model import loaded
+) -> tuple[Together, dict[str, Any]]:
+    """Return how plans are measured on the model, and what identifies the measurement."""
+    from bitknap.allocation.search.study import Together
+    from bitknap.api import calibration, plan_measures, quantizing
+    from bitknap.api.requests import Calibration
+    from bitknap.cli.options.estimating import size_of
     from bitknap.estimators.measuring.text import BUILTIN, read_text
     from bitknap.estimators.sweep.in_memory import digest_of
-    from bitknap.quantization.models.live_model import walk
     from bitknap.quantization.packed import writer
     from bitknap.quantization.packed.buildable import check
     from bitknap.quantization.packed.folder import roles_of
+    from bitknap.quantization.source.architecture import config_of
     from bitknap.quantization.source.checkpoint import Checkpoint, resolve
-    from bitknap.quantization.source.devices import device_of, dtype_name, dtype_of
-    from bitknap.quantization.stacks.apply import applied
+    from bitknap.quantization.source.devices import dtype_name
 
-    text, device = options["text"], device_of(options["device"])
-    dtype = dtype_of(options["dtype"], device)
+    text = options["text"]
+    asked = Calibration(
+        include=roles_of(study.table.units),
+        device=options["device"],
+        dtype=options["dtype"],
+        max_memory=size_of(options["max_memory"]),
+        device_memory=size_of(options["device_memory"], "--device-memory"),
+    )
     silence_transformers()
     source = Checkpoint.open(resolve(model))
     if source.fingerprint != study.about["model"]:
@@ -111,21 +119,21 @@ def _measurement(
     count = given(options["tokens"], study.measured.get("tokens", quantizing.CALIBRATION_TOKENS))
     check(source.folder, reads_text=True)
     writer.check_finite(source)
-    live = loaded(source.folder, device, dtype)
-    layout = walk(live, roles_of(study.table.units))
-    document = calibration.encoded(source.folder, words, live.config)
-    windows = document.windows(count, calibration.longest_of(live.config))
-    replay = Replay(live, layout, windows, cache=False)
+    config = config_of(source.folder)
+    document = calibration.encoded(source.folder, words, config)
+    windows = document.windows(count, calibration.longest_of(config))
+    evidence, sample = plan_measures.on_text(source, windows, asked)
 
-    def measure(plan: Any) -> float:
-        with applied(live, layout, plan):
-            return replay.kl()
+    def measure(plans: Sequence[BitPlan]) -> list[float]:
+        losses = plan_measures.losses_of(evidence, sample, plans)
+        return [float(one.kl.mean()) for one in losses]
 
-    return measure, {
+    dtype = dtype_name(asked.products)
+    return Together(measure=measure, count=plan_measures.together(sample)), {
         "what": _WHAT,
         "model": source.fingerprint,
         "tokens": windows.ids.numel(),
         "text": digest_of(windows.ids),
         # Studies from before there was a choice computed in float32.
-        **({} if dtype == torch.float32 else {"dtype": dtype_name(dtype)}),
+        **({} if dtype == "float32" else {"dtype": dtype}),
     }
