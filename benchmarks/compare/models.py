@@ -203,7 +203,7 @@ def _sets(
         if evidence.replay is not None:
             yield calibrate(evidence.replay.model, evidence.layout, part, seed=asked.seed)
         else:
-            skeleton = Skeleton(source, asked.include, device=asked.on_device, dtype=asked.products)
+            skeleton = Skeleton(source, asked.include, where=asked.computing)
             yield calibrate_by_layer(skeleton, part, seed=asked.seed)
 
 

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-import torch
-
 from bitknap.errors import ModelError
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
 from bitknap.estimators.measuring.windows import Windows
@@ -19,7 +17,7 @@ from bitknap.estimators.sweep.variant_streams import VariantStreams
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
 from bitknap.quantization.models.headers_only import walk_headers
-from bitknap.quantization.source.devices import CPU
+from bitknap.quantization.source.devices import HERE, Computing
 from bitknap.quantization.source.source import Source, Stored
 
 # Roles whose matrices say where the layers of a model without routed experts are.
@@ -32,8 +30,7 @@ def through(
     include: Collection[str] | None = None,
     *,
     varied: bool = False,
-    device: torch.device = CPU,
-    dtype: torch.dtype = torch.float32,
+    where: Computing = HERE,
     progress: Progress | None = None,
 ) -> VariantStreams:
     """Return a text that has passed a checkpoint's layers.
@@ -45,8 +42,7 @@ def through(
             are needed to find the layers.
         varied: keep what variants start from: the output of the layer before the first that holds
             units.
-        device: where layers are loaded and computed.
-        dtype: of matrix products, float32 or bfloat16.
+        where: where layers are loaded and computed, and how.
         progress: called with ("evaluate", done, of).
 
     Raises:
@@ -54,15 +50,8 @@ def through(
         FileError: a tensor is missing or damaged.
         BitknapError: the disk has no room for the activations.
     """
-    return all_through(
-        source,
-        [windows],
-        include,
-        varied=varied,
-        device=device,
-        dtype=dtype,
-        progress=progress,
-    )[0]
+    texts = [windows]
+    return all_through(source, texts, include, varied=varied, where=where, progress=progress)[0]
 
 
 def all_through(
@@ -71,13 +60,12 @@ def all_through(
     include: Collection[str] | None = None,
     *,
     varied: bool = False,
-    device: torch.device = CPU,
-    dtype: torch.dtype = torch.float32,
+    where: Computing = HERE,
     progress: Progress | None = None,
 ) -> list[VariantStreams]:
     """Return several texts that have passed a checkpoint's layers together; see `through`."""
     roles = units_of(source) if include is None else include
-    skeleton = Skeleton(source, roles, "raise `max_memory`", device, dtype)
+    skeleton = Skeleton(source, roles, "raise `max_memory`", where)
     run, last = Streamed(skeleton), len(skeleton.layers) - 1
     batches = [text.batches(BATCH_TOKENS) for text in texts]
     whole, kept = Stream([one for text in batches for one in text]), {last}

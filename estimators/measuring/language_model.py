@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bitknap.errors import ModelError
 from bitknap.estimators.measuring.products import Products
 from bitknap.quantization.source.architecture import text_config_of
+from bitknap.quantization.source.devices import HERE, Computing
 from bitknap.quantization.source.transformers_calls import calling_transformers
 
 # Set on a model whose own forward failed, so that it is not tried again for every batch.
@@ -31,31 +32,25 @@ _AFTER_HEAD = ("final_logit_softcapping", "logits_scaling", "logit_scale", "lm_h
 _PROBE_TOKENS = 8
 
 
-def loaded(
-    folder: Path, device: torch.device, dtype: torch.dtype, *, packed: bool | None = None
-) -> Any:
-    """Return the model in a folder in float32, which computes its matrix products in a dtype.
+def loaded(folder: Path, where: Computing = HERE, *, packed: bool | None = None) -> Any:
+    """Return the model in a folder in float32, ready to compute.
 
     Args:
         folder: the checkpoint.
-        device: where it runs.
-        dtype: of matrix products, float32 or bfloat16.
+        where: where and how it computes.
         packed: keep the weights of a packed checkpoint packed; see `runtime.loading.load`.
     """
     from bitknap.quantization.runtime.loading import load
 
-    model = load(folder, torch.float32, device=device, packed=packed)
-    compute_on(model, device, dtype)
+    model = load(folder, torch.float32, device=where.device, packed=packed)
+    compute_on(model, where)
     return model
 
 
-def compute_on(model: Any, device: torch.device, dtype: torch.dtype = torch.float32) -> None:
-    """Say where a model computes, and the dtype of its matrix products.
-
-    By default they are computed where its parameters are, in their own dtype.
-    """
-    setattr(model, _DEVICE, device)
-    setattr(model, _PRODUCTS, Products(model) if dtype == torch.bfloat16 else None)
+def compute_on(model: Any, where: Computing) -> None:
+    """Say where and how a model computes; by default where its parameters are, in their dtype."""
+    setattr(model, _DEVICE, where.device)
+    setattr(model, _PRODUCTS, Products(model) if where.dtype == torch.bfloat16 else None)
 
 
 def computing(model: Any) -> contextlib.AbstractContextManager[object]:

@@ -23,12 +23,14 @@ from bitknap.estimators.measuring.expert_forward import Experts, experts_at
 from bitknap.estimators.measuring.freed_memory import give_back
 from bitknap.estimators.measuring.language_model import compute_on
 from bitknap.estimators.sweep.disk_tensors import moved
+from bitknap.estimators.sweep.host_layers import HostLayers
+from bitknap.estimators.sweep.peak_memory import read_bytes
 from bitknap.quantization.models.headers_only import walk_headers
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.models.matrix_views import ExpertLayer, Layout
 from bitknap.quantization.packed.buildable import stored_as
 from bitknap.quantization.source.architecture import align_experts, config_of, hollow
-from bitknap.quantization.source.devices import CPU
+from bitknap.quantization.source.devices import CPU, HERE, Computing
 from bitknap.quantization.source.source import Stored
 
 # What to do about a model that cannot be calibrated layer by layer.
@@ -42,14 +44,13 @@ class Skeleton:
         source: the checkpoint, plain or packed.
         include: roles that are units in addition to the routed experts.
         otherwise: what to do about a model that cannot be run layer by layer, for messages.
-        device: where layers are loaded and computed.
-        dtype: of matrix products, float32 or bfloat16.
+        where: where layers are loaded and computed, and how.
 
     Attributes:
         source: the checkpoint.
         otherwise: see above.
-        device: see above.
-        dtype: see above.
+        device: where layers are loaded and computed.
+        dtype: of matrix products.
         model: the model, float32, in evaluation mode; it can run only layers that are `loaded`.
         layout: its units.
         on_disk: the same units in the checkpoint, in the same order.
@@ -65,12 +66,12 @@ class Skeleton:
         source: Stored,
         include: Collection[str] = (),
         otherwise: str = OTHERWISE,
-        device: torch.device = CPU,
-        dtype: torch.dtype = torch.float32,
+        where: Computing = HERE,
     ) -> None:
-        self.source, self.otherwise, self.device, self.dtype = source, otherwise, device, dtype
-        self.model = _hollow(source, otherwise, device)
-        compute_on(self.model, device, dtype)
+        self.source, self.otherwise = source, otherwise
+        self.device, self.dtype = where.device, where.dtype
+        self.model = _hollow(source, otherwise, where.device)
+        compute_on(self.model, where)
         self.layout = walk(self.model, include)
         self.on_disk = walk_headers(source.config, source.shapes, include)
         self._list = _list_of_layers(self.model, self.layout, otherwise)
@@ -84,6 +85,10 @@ class Skeleton:
         others = [name for name in source.shapes if name not in routed]
         self._sources = stored_as(self.model, self._state, others)
         self._before = -1  # the layer that was loaded last
+        self._waiting: HostLayers | None = None  # on the CPU, the system's cache keeps files
+        if where.device != CPU:
+            keep = where.keeps(self._stored_bytes())
+            self._waiting = HostLayers(where.device, self._read, keep=keep)
         for name, module in self.model.named_modules():
             if not f"{name}.".startswith(f"{self._list}."):
                 module.register_forward_pre_hook(partial(self._fill_on_use, name))
@@ -92,20 +97,63 @@ class Skeleton:
     def loaded(self, place: int) -> Iterator[None]:
         """Load the weights of one decoder layer while the block runs.
 
-        Meanwhile the system reads the next one's, in the direction in which layers are loaded.
+        Meanwhile the next one's travel to the device, if they wait in memory, or the system reads
+        them: the next in the direction in which layers are loaded.
 
         Raises:
             FileError: a tensor is missing or damaged.
         """
         names = self._in_layer(place)
         try:
-            self._fill(names)
-            self.source.read_ahead(self._stored_in(2 * place - self._before))
-            self._before = place
+            self._place(place, names)
+            following, self._before = 2 * place - self._before, place
+            if self._waiting is None or not self._waiting.send(following):
+                self.source.read_ahead(self._stored_in(following))
             yield
         finally:
             self._drop(names)
             give_back()
+
+    def _place(self, place: int, names: Collection[str]) -> None:
+        """Put the tensors of a decoder layer into the model."""
+        if self._waiting is None:
+            self._fill(names)
+            return
+        for name, tensor in self._waiting.take(place).items():
+            _put(self.model, name, tensor.to(self._state[name].dtype))
+        for name in names:
+            if _at(self.model, name).is_meta:
+                self._tie(name)
+
+    def _read(self, place: int) -> dict[str, Tensor]:
+        """Return the tensors of a decoder layer on the CPU, as they are stored."""
+        tensors: dict[str, Tensor] = {}
+        for name in self._in_layer(place):
+            if name in self._experts:
+                tensors[name] = self._stack(name)
+            else:
+                tensors |= self._converted(name)
+        return tensors
+
+    def _stack(self, name: str) -> Tensor:
+        """Return a tensor of routed experts in the dtype of their matrices."""
+        views, stored = self.layout.views, self.on_disk.views
+        stack: Tensor | None = None
+        for unit in self._experts[name]:
+            matrix = self.source.read_matrix(stored[unit])
+            if stack is None:
+                stack = torch.zeros(self._state[name].shape, dtype=matrix.dtype)
+            kind = torch.promote_types(stack.dtype, matrix.dtype)
+            stack = stack.to(kind)
+            views[unit].of(stack).copy_(matrix)
+        assert stack is not None
+        return stack
+
+    def _stored_bytes(self) -> int:
+        """Return how many bytes all decoder layers take as they are stored."""
+        sizes = read_bytes(self.source)
+        layers = range(len(self.layers))
+        return sum(sizes.get(name, 0) for place in layers for name in self._stored_in(place))
 
     def _in_layer(self, place: int) -> list[str]:
         """Return the model's tensors in a decoder layer; none if there is no such layer."""

@@ -95,7 +95,8 @@ class Remembered:
 
 
 def _key(weights: Tensor, format: Format, inputs: Inputs | None, at: int) -> bytes:
-    digest = hashlib.blake2b(format.name.encode(), digest_size=16)
+    # What was rounded on one device cannot be put together with what was on another.
+    digest = hashlib.blake2b(f"{format.name} {weights.device}".encode(), digest_size=16)
     for part in (weights, *(() if inputs is None else (inputs.moments, inputs.tokens))):
         matrix = part[at].detach().contiguous().cpu().numpy()
         digest.update(np.ascontiguousarray(matrix).data)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+
 import torch
 
 from bitknap.allocation.problem.budget import human
@@ -9,6 +12,31 @@ from bitknap.errors import InputError
 
 AUTO = "auto"
 CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computing:
+    """Where and how a model computes.
+
+    Attributes:
+        device: where it computes.
+        dtype: of matrix products, float32 or bfloat16.
+        host: bytes of this machine's memory that decoder layers may take while they wait for
+            another device; None for half of it.
+    """
+
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    host: int | None = None
+
+    def keeps(self, nbytes: int) -> bool:
+        """Return whether layers of a number of bytes wait in this machine's memory."""
+        room = _physical() // 2 if self.host is None else self.host
+        return self.device != CPU and nbytes <= room
+
+
+# On the CPU, in float32.
+HERE = Computing()
 
 
 def device_of(name: str | torch.device) -> torch.device:
@@ -74,6 +102,13 @@ def memory_limit(device: torch.device, host: int | None, own: int | None) -> int
         return host
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else None
     return min((limit for limit in (own, free) if limit is not None), default=None)
+
+
+def _physical() -> int:
+    """Return this machine's memory in bytes; 0 if the system does not say."""
+    names = ("SC_PAGE_SIZE", "SC_PHYS_PAGES")
+    known = all(name in getattr(os, "sysconf_names", {}) for name in names)
+    return os.sysconf(names[0]) * os.sysconf(names[1]) if known else 0
 
 
 def _total(number: int) -> int:

@@ -24,6 +24,7 @@ from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.estimators.tables.monotone import isotonic
 from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.devices import Computing
 from bitknap.testing import tiny_model
 from bitknap.testing.pretend_device import NAME, install, pretending
 
@@ -55,12 +56,18 @@ def estimated(model, name, device, **more):
     return bitknap.estimate(model, made, MENU, calibration=given)
 
 
-def by_layer(model, name):
-    """Return the costs from a pass over one layer at a time on the device."""
+def by_layer(model, name, host=None):
+    """Return the costs from a pass over one layer at a time on the device.
+
+    Args:
+        model: folder of the model.
+        name: name of the estimator.
+        host: bytes of memory in which layers may wait; None for half of the machine's.
+    """
     made, source = named([name], Settings(routers=None)), Checkpoint.open(model)
     given = asked(NAME) if name == "calibrated" else bitknap.Calibration(text=TEXT, tokens=128)
     evidence = calibrate_by_layer(
-        Skeleton(source, given.include, device=torch.device(NAME, 0)),
+        Skeleton(source, given.include, where=Computing(device=torch.device(NAME, 0), host=host)),
         calibration_windows(source, given),
         Recorded.of(made.needs),
     )
@@ -113,7 +120,10 @@ def differences(folder, family):
         here = estimated(model, name, "cpu").cost
         yield name, apart(estimated(model, name, NAME).cost, here)
         if name in ("calibrated", "fisher"):
-            yield f"{name}, layer by layer", apart(by_layer(model, name), here)
+            waiting = by_layer(model, name)
+            yield f"{name}, layer by layer", apart(waiting, here)
+            read_each_time = by_layer(model, name, host=0)
+            yield f"{name}, from the disk", float(not np.array_equal(waiting, read_each_time))
     for rounding in ("rtn", "hqq", "gptq") if every else ("rtn",):
         wrote = [packed(model, on, rounding, folder / f"{rounding}-{on}") for on in ("cpu", NAME)]
         yield f"quantize, {rounding}", float(wrote[0] != wrote[1])

@@ -25,7 +25,7 @@ def test_no_tensor_is_left_behind(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     families = Counter(name.partition(":")[0] for name in found)
-    assert families == {"mixtral": 14, "deepseek_v2": 4, "gpt_oss": 4}
+    assert families == {"mixtral": 16, "deepseek_v2": 5, "gpt_oss": 5}
     # Gains come from small differences of distributions.
     assert {name: far for name, far in found.items() if far > 1e-3} == {}
 

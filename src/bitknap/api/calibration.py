@@ -121,7 +121,7 @@ def _pass(
     writer.check_finite(source)
     if way == "layers":
         return calibrate_by_layer(
-            Skeleton(source, asked.include, device=asked.on_device, dtype=asked.products),
+            Skeleton(source, asked.include, where=asked.computing),
             windows,
             recorded,
             seed=asked.seed,
@@ -129,7 +129,7 @@ def _pass(
             progress=progress,
         )
     with saying_what_fits(lambda: layer_bytes(source, layout, asked.tokens, needs)):
-        model = loaded(source.folder, asked.on_device, asked.products)
+        model = loaded(source.folder, asked.computing)
         return calibrate(
             model,
             walk(model, asked.include),

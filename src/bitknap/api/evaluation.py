@@ -36,7 +36,14 @@ from bitknap.quantization.packed.buildable import check
 from bitknap.quantization.packed.folder import PLAN, roles_of
 from bitknap.quantization.packed.opened import open_weights
 from bitknap.quantization.source.checkpoint import Checkpoint, resolve
-from bitknap.quantization.source.devices import AUTO, CPU, device_of, dtype_of, memory_limit
+from bitknap.quantization.source.devices import (
+    AUTO,
+    HERE,
+    Computing,
+    device_of,
+    dtype_of,
+    memory_limit,
+)
 from bitknap.quantization.source.source import Stored
 
 EVALUATION_TOKENS = 32_768
@@ -89,8 +96,7 @@ class _Asked:
         model: the model to measure.
         reference: the model that it is compared with; the same one if there is none.
         windows: the text.
-        device: where models in folders run.
-        dtype: of their matrix products, float32 or bfloat16.
+        where: where and how models in folders compute.
         most: maximum bytes of the CPU; None sets no bound.
         own: maximum bytes of another device; None stands for what is free there.
     """
@@ -98,8 +104,7 @@ class _Asked:
     model: Path | LiveModel
     reference: Path | LiveModel
     windows: Windows
-    device: torch.device
-    dtype: torch.dtype
+    where: Computing
     most: int | None
     own: int | None
 
@@ -134,8 +139,7 @@ class _Asked:
             model=asked,
             reference=other,
             windows=windows,
-            device=device,
-            dtype=dtype,
+            where=Computing(device=device, dtype=dtype, host=on.max_memory),
             most=on.max_memory,
             own=on.device_memory,
         )
@@ -146,7 +150,7 @@ class _Asked:
         Raises:
             InputError: neither is within `max_memory`.
         """
-        limit = memory_limit(self.device, self.most, self.own)
+        limit = memory_limit(self.where.device, self.most, self.own)
         live = isinstance(self.model, LiveModel) or isinstance(self.reference, LiveModel)
         if live and self.most is not None:
             raise InputError(
@@ -273,14 +277,7 @@ def _all_in_memory(asked: _Asked, size: BitPlan | None, progress: Progress | Non
     uniform = None
     if size is not None:
         assert isinstance(asked.reference, Path)
-        uniform = best_uniform_of(
-            asked.reference,
-            size,
-            asked.windows,
-            device=asked.device,
-            dtype=asked.dtype,
-            progress=progress,
-        )
+        uniform = best_uniform_of(asked.reference, size, asked.windows, asked.where, progress)
     return Judged(ours=ours, original=_in_memory(original), uniform=uniform)
 
 
@@ -293,18 +290,13 @@ def _by_layer(asked: _Asked, size: BitPlan | None, progress: Progress | None) ->
         asked.windows,
         None if size is None else roles_of(size.units),
         varied=size is not None,
-        device=asked.device,
-        dtype=asked.dtype,
+        where=asked.where,
         progress=progress,
     )
     ours = original
     if asked.model != asked.reference:
         ours = through(
-            open_weights(asked.model),
-            asked.windows,
-            device=asked.device,
-            dtype=asked.dtype,
-            progress=progress,
+            open_weights(asked.model), asked.windows, where=asked.where, progress=progress
         )
     known, measured = losses_between(original.reference, [original.reference, ours.reference])
     uniform = None
@@ -318,13 +310,11 @@ def best_uniform_of(
     reference: str | Path,
     plan: BitPlan,
     windows: Windows,
-    *,
-    device: torch.device = CPU,
-    dtype: torch.dtype = torch.float32,
+    where: Computing = HERE,
     progress: Progress | None = None,
 ) -> tuple[str, BitPlan, Losses]:
     """Return the best uniform recipe for a model at a plan's bytes: name, plan, losses."""
-    live = loaded(resolve(reference), device, dtype)
+    live = loaded(resolve(reference), where)
     layout = walk(live, roles_of(plan.units))
     replay = Replay(live, layout, windows, cache=False)
     return best_uniform(Replayed(replay), layout, plan.total_bytes, progress)
@@ -368,7 +358,7 @@ def _running(asked: _Asked, model: Path | LiveModel) -> contextlib.AbstractConte
     """Return a context that yields the model to run: loaded in float32, or live."""
     if isinstance(model, LiveModel):
         return model.evaluating()
-    return contextlib.nullcontext(loaded(model, asked.device, asked.dtype, packed=False))
+    return contextlib.nullcontext(loaded(model, asked.where, packed=False))
 
 
 def _named(model: Model) -> str:

@@ -74,18 +74,13 @@ def on_text(
     tokens = windows.ids.numel()
     sample: Sample
     if way_to_measure_plans(source, evidence.layout, tokens, asked.memory, {"kl"}) == "whole":
-        model = loaded(source.folder, asked.on_device, asked.products)
+        model = loaded(source.folder, asked.computing)
         layout = walk(model, asked.include)
         sample = Replay(model, layout, windows, cache=False)
     else:
+        where = asked.computing
         sample = through(
-            source,
-            windows,
-            asked.include,
-            varied=True,
-            device=asked.on_device,
-            dtype=asked.products,
-            progress=progress,
+            source, windows, asked.include, varied=True, where=where, progress=progress
         )
         layout = sample.run.skeleton.layout
     return replace(evidence, layout=layout, device=asked.on_device), sample

@@ -162,8 +162,7 @@ def open_loop(
             [*parts, *others],
             asked.include,
             varied=True,
-            device=asked.on_device,
-            dtype=asked.products,
+            where=asked.computing,
             progress=progress,
         )
         evidence = replace(evidence, layout=streams[0].run.skeleton.layout)

@@ -35,7 +35,7 @@ from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.rounding.methods import method as method_of
 from bitknap.quantization.rounding.rounding import Rounding
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.source.devices import AUTO, device_of, dtype_of, memory_limit
+from bitknap.quantization.source.devices import AUTO, Computing, device_of, dtype_of, memory_limit
 from bitknap.quantization.stacks.row_blocks import split_rows
 from bitknap.quantization.targets.catalog import target_of
 from bitknap.quantization.targets.target import Target
@@ -149,6 +149,11 @@ class Calibration:
     def products(self) -> torch.dtype:
         """Dtype of matrix products, as a value."""
         return dtype_of(self.dtype, self.on_device)
+
+    @property
+    def computing(self) -> Computing:
+        """Where and how models compute, as a value."""
+        return Computing(device=self.on_device, dtype=self.products, host=self.max_memory)
 
     @property
     def memory(self) -> int | None:

@@ -17,12 +17,13 @@ from bitknap.estimators.sweep.recorded import Recorded
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.quantization.models.live_model import walk
 from bitknap.quantization.source.checkpoint import Checkpoint
-from bitknap.quantization.source.devices import CPU
+from bitknap.quantization.source.devices import HERE, Computing
 from bitknap.testing import FAMILIES, tiny_model
 from bitknap.testing.comparing import logits
 from bitknap.testing.evidence import random_windows
 
 OPTIONS = formats((2, 4), "row")
+ROUNDED = Computing(dtype=torch.bfloat16)
 TEXT = random_windows()
 
 
@@ -91,9 +92,9 @@ def test_routers_and_the_head_are_exact(model):
 def test_a_model_computes_so_until_it_is_told_otherwise():
     one, windows = tiny_model("mixtral"), TEXT
     exact = calibrate(one, walk(one), windows)
-    compute_on(one, CPU, torch.bfloat16)
+    compute_on(one, ROUNDED)
     rounded = calibrate(one, walk(one), windows)
-    compute_on(one, CPU)
+    compute_on(one, HERE)
     again = calibrate(one, walk(one), windows)
     first = min(exact.layers)
     assert again.layers[first].gain == exact.layers[first].gain != rounded.layers[first].gain
@@ -108,9 +109,9 @@ def test_costs_are_about_the_same_in_both_ways(family, tmp_path):
     everything = Recorded(full=True, curvature=True, streams=True)
     exact, rounded = (
         calibrate(one, walk(one), TEXT, everything)
-        for one in (loaded(tmp_path, CPU, dtype) for dtype in (torch.float32, torch.bfloat16))
+        for one in (loaded(tmp_path, where) for where in (HERE, ROUNDED))
     )
-    skeleton = Skeleton(Checkpoint.open(tmp_path), dtype=torch.bfloat16)
+    skeleton = Skeleton(Checkpoint.open(tmp_path), where=ROUNDED)
     layered = calibrate_by_layer(skeleton, TEXT, everything)
     for made in (SecondMoments(), Fisher(), Calibrated()):
         ours, others, expected = (made.estimate(x, OPTIONS) for x in (rounded, layered, exact))
@@ -122,7 +123,7 @@ def test_costs_are_about_the_same_in_both_ways(family, tmp_path):
 
 def test_logits_are_near_those_in_float32(tmp_path):
     tiny_model("mixtral").save_pretrained(tmp_path)
-    one = loaded(tmp_path, CPU, torch.bfloat16)
+    one = loaded(tmp_path, ROUNDED)
     exact = logits(one)
     with Products(one):
         rounded = logits(one)

@@ -4,12 +4,14 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import bitknap
 from bitknap.allocation import BitPlan, Format
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.quantization.packed.opened import open_packed
 from bitknap.quantization.source.checkpoint import Checkpoint
+from bitknap.quantization.source.devices import Computing
 from bitknap.testing import tiny_model
 
 
@@ -43,6 +45,41 @@ def test_the_next_layer_is_read_ahead_in_both_directions(tmp_path, asked):
         with skeleton.loaded(place):
             pass
         assert set(asked) == (set() if ahead is None else in_layer(source, ahead))
+
+
+@pytest.mark.parametrize("host", [None, 0])
+def test_layers_wait_in_memory_if_they_fit(host, tmp_path, asked, monkeypatch):
+    tiny_model("mixtral", num_hidden_layers=3).bfloat16().save_pretrained(tmp_path)
+    source = Checkpoint.open(tmp_path)
+    # The CPU under another name is a device of its own.
+    where = Computing(device=torch.device("cpu", 0), host=host)
+    skeleton, plain, expected = Skeleton(source, where=where), Skeleton(source), []
+    for place in range(3):
+        with plain.loaded(place):
+            expected.append(plain.layers[place].state_dict())
+    read: list[object] = []
+    for name in ("read", "read_matrix"):
+        real = getattr(Checkpoint, name)
+
+        def counted(self, what, real=real):
+            read.append(what)
+            return real(self, what)
+
+        monkeypatch.setattr(Checkpoint, name, counted)
+
+    def load(*places):
+        for place in places:
+            with skeleton.loaded(place):
+                torch.testing.assert_close(
+                    skeleton.layers[place].state_dict(), expected[place], rtol=0, atol=0
+                )
+        return len(read)
+
+    once = load(0, 1, 2)
+    asked.clear()
+    again = load(1, 0)
+    assert again == (once if host is None else once * 5 // 3)
+    assert bool(asked) == (host == 0)  # the system need not read what waits in memory
 
 
 def test_streams_of_a_packed_checkpoint_are_read_ahead(tmp_path, asked):
