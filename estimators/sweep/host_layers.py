@@ -7,7 +7,6 @@ is widened to the model's dtype when its turn comes.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 
 import torch
@@ -30,6 +29,7 @@ class HostLayers:
         self._device, self._read, self._keep = device, read, keep
         self._kept: dict[int, Tensors] = {}
         self._sent: tuple[int, Tensors] | None = None
+        self._largest = 0  # bytes of the largest layer that went ahead
         # A copy in the stream that computes would wait for what computes.
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -56,8 +56,20 @@ class HostLayers:
         """
         if place not in self._kept:
             return False
-        with contextlib.suppress(torch.OutOfMemoryError):
+        if self._has_room(sum(tensor.nbytes for tensor in self._kept[place].values())):
             self._sent = place, self._copied(place)
+        return True
+
+    def _has_room(self, nbytes: int) -> bool:
+        """Return whether a layer may be on the device beside the one that computes.
+
+        torch holds on to what earlier layers took at their peak, so what is free then was not
+        needed by any of them. What a layer took on its way is there for the next one.
+        """
+        if self._stream is not None and nbytes > self._largest:
+            if torch.cuda.mem_get_info(self._device)[0] < nbytes:
+                return False
+            self._largest = nbytes
         return True
 
     def _copied(self, place: int) -> Tensors:

@@ -13,6 +13,8 @@ GPU = torch.device("cuda", 0)
 class Pretended:
     """A tensor that says what is done with it."""
 
+    nbytes = 8
+
     def __init__(self, name, events):
         self.name, self.events = name, events
 
@@ -59,6 +61,14 @@ def computing(monkeypatch):
     return stream
 
 
+@pytest.fixture
+def free(monkeypatch):
+    """Return a list whose last entry is how many bytes are free on the GPU."""
+    sizes = [1 << 30]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (sizes[-1], 1 << 30))
+    return sizes
+
+
 def layers_on(keep):
     events: list[str] = []
 
@@ -69,7 +79,7 @@ def layers_on(keep):
     return HostLayers(GPU, read, keep=keep), events
 
 
-def test_a_layer_is_read_once_and_sent_ahead(computing):
+def test_a_layer_is_read_once_and_sent_ahead(computing, free):
     layers, events = layers_on(keep=True)
     assert not layers.send(0)  # none is read before its turn
     layers.take(0)
@@ -94,19 +104,18 @@ def test_layers_that_do_not_fit_in_memory_are_read_each_time(computing):
     assert events == 2 * ["read 0", "copy in own 0", "used by computing 0"]
 
 
-def test_a_full_device_gets_the_layer_in_its_turn(computing, monkeypatch):
+def test_a_full_device_gets_the_layer_in_its_turn(computing, free):
     layers, events = layers_on(keep=True)
     layers.take(0)
-    real = Pretended.to
-    full = [True]
-
-    def to(self, device, *, non_blocking):
-        if full.pop():
-            raise torch.OutOfMemoryError
-        return real(self, device, non_blocking=non_blocking)
-
-    monkeypatch.setattr(Pretended, "to", to)
+    free.append(7)
     assert layers.send(0)
-    full.append(False)
     layers.take(0)
     assert events[-2:] == ["copy in own 0", "used by computing 0"]
+    free.append(8)
+    assert layers.send(0)
+    assert events[-1] == "copy in own 0"
+    layers.take(0)
+    free.append(0)  # torch holds on to what it had
+    events.clear()
+    assert layers.send(0)
+    assert events == ["copy in own 0"]

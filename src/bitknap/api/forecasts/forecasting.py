@@ -150,6 +150,7 @@ class _Job:
 
     def _gains(self, whole: bool) -> float:
         parts = [self._left(layer.layer) for layer in self.layout.layers]
+        parts += parts[:1]  # the noise floor of KL, from the first layer on
         seconds = sum(self._pass(min(self.tokens, GAIN_TOKENS), part) for part in parts)
         if whole:
             return seconds
