@@ -18,9 +18,10 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 # Functions whose tensors are factors; of an addend, such as a bias, little is lost either.
-_WITH_WEIGHTS: frozenset[Callable[..., Any]] = frozenset(
-    (functional.linear, functional.grouped_mm, torch._grouped_mm)
-)
+_WITH_WEIGHTS: frozenset[Callable[..., Any]] = frozenset((functional.linear,))
+# These take only matrices whose rows begin at multiples of 16 bytes.
+_ALIGNED: frozenset[Callable[..., Any]] = frozenset((functional.grouped_mm, torch._grouped_mm))
+_BYTES = 16
 _OF_ATTENTION: frozenset[Callable[..., Any]] = frozenset((functional.scaled_dot_product_attention,))
 # Products with a weight only if one factor is one: they compute positions and states, too.
 _PERHAPS: frozenset[Callable[..., Any]] = frozenset(
@@ -80,7 +81,16 @@ def exact_modules(model: Any) -> list[nn.Module]:
 def _is_product(func: Any, args: Any) -> bool:
     if func in _WITH_WEIGHTS or func in _OF_ATTENTION:
         return True
+    if func in _ALIGNED:
+        return all(_aligned(one) for one in args if isinstance(one, Tensor) and one.ndim > 1)
     return func in _PERHAPS and any(isinstance(one, nn.Parameter) for one in args)
+
+
+def _aligned(factor: Tensor) -> bool:
+    """Return whether a factor's rows, in bfloat16, begin where a grouped product needs them to."""
+    return all(
+        step == 1 or step * torch.bfloat16.itemsize % _BYTES == 0 for step in factor.stride()
+    )
 
 
 def _narrowed(value: Any) -> Any:

@@ -54,6 +54,14 @@ def test_factors_are_rounded_and_results_are_not(product, model):
     assert torch.equal(found, expected.float())
 
 
+def test_grouped_products_of_odd_sizes_stay_exact(model):
+    """torch refuses them in bfloat16; no real model has experts of such sizes."""
+    x, stack = torch.randn(16, 12), torch.randn(2, 12, 16)
+    with Products(model):
+        found = grouped(x, stack)
+    assert torch.equal(found, grouped(x, stack))
+
+
 def test_float64_stays(model):
     x = torch.randn(4, 4, dtype=torch.float64)
     with Products(model):
@@ -70,9 +78,14 @@ def test_products_without_weights_are_exact(model):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("family", [name for name in FAMILIES if name not in ("llama", "jetmoe")])
-def test_routers_and_the_head_are_found(family):
+def test_families_run(family):
     one = tiny_model(family)
-    assert len(exact_modules(one)) == 1 + len(walk(one).layers)
+    assert len(exact_modules(one)) == 1 + len(walk(one).layers)  # routers and the head
+    exact = logits(one)
+    with Products(one):
+        rounded = logits(one)
+    # Experts that a router chooses otherwise change more than roundings do.
+    assert 0 < (rounded - exact).abs().max() < 0.2 * exact.abs().max()
 
 
 def test_routers_and_the_head_are_exact(model):
