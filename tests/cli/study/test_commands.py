@@ -63,8 +63,8 @@ def test_a_model_larger_than_memory_is_measured_layer_by_layer(made, tmp_path, d
     for number, limit in enumerate([(), ("--max-memory", f"{least}B")]):
         study = ("s", "--storage", f"journal:{tmp_path}/{number}.log")
         main(["study", "create", *study, "--table", str(made.table), "--budget", "4bpw"])
-        go = ("study", "run", *study, "--model", str(made.model))
-        go += ("--trials", "3", "--tokens", "512")
+        go = ["study", "run", *study, "--model", str(made.model)]
+        go += ["--trials", "3", "--tokens", "512"]
         found.append(document(*go, *limit)["trials"])
         found.append([record.loss for record in records(load(*study[::2]))])
     whole, losses, layers, of_layers = found
