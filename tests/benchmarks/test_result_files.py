@@ -30,6 +30,7 @@ PROGRAMS = {
     "questions.uniform": "uniform.md",
     "robustness.__main__": "robustness.json",
     "runtimes.__main__": "runtimes.md",
+    "runtimes.rates": "rounding_rates.md",
     "solvers.__main__": "solvers.svg",
 }
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from transformers import HunYuanMoEV1Config, HunYuanMoEV1ForCausalLM
 
-from bitknap.allocation import Units
+from bitknap.allocation import Format, Units
+from bitknap.allocation.codecs.ggml import TYPES
 from bitknap.api.forecasts.forecasting import STEPS, active_weights
 from bitknap.api.forecasts.machine import TYPICAL
 from bitknap.api.inspection import inspect, report
@@ -91,6 +92,26 @@ def test_steps_take_more_the_more_they_do(tmp_path):
     assert seconds[0] < seconds[2] < seconds[4] < seconds[3]
     read = 2 * 6_442_450_944 / TYPICAL.reads
     assert seconds[2] == round(6_442_450_944 / TYPICAL.rtn + read) + 5
+
+
+@pytest.mark.slow
+def test_writing_takes_longest_where_ggml_rounds(tmp_path):
+    exports = report(seen("OLMoE-1B-7B", tmp_path))["exports"]
+    for part in ("estimate_seconds", "write_seconds"):
+        seconds = {name: one[part] for name, one in exports.items()}
+        assert seconds["mlx"] < seconds["compressed-tensors"] < seconds["gguf"]
+        tools = ("gptqmodel", "autoround", "llm-compressor", "modelopt", "torchao")
+        assert all(seconds[name] is None for name in tools)
+
+
+def test_rates_of_rounding_are_those_of_the_method_and_of_the_type():
+    one = 1 / TYPICAL.rtn
+    assert TYPICAL.rounding("rtn", Format(3, 64)) == pytest.approx(one)
+    assert TYPICAL.rounding("hqq", Format(3, 64)) == pytest.approx(1 / TYPICAL.hqq)
+    assert 5 * one < TYPICAL.rounding("midtread", Format(3, 64, symmetric=True)) < 8 * one
+    fast, slow = (TYPICAL.rounding("ggml", Format.ggml(name)) for name in ("q8_0", "iq2_xs"))
+    assert fast < one < 20 * one < slow
+    assert all(TYPICAL.rounding("ggml", Format.ggml(name)) for name in TYPES if name != "f16")
 
 
 def units(rows, cols):

@@ -22,9 +22,11 @@ from bitknap.quantization.models.matrix_views import Layout
 from bitknap.quantization.packed.buildable import check_source
 from bitknap.quantization.packed.config import architectures
 from bitknap.quantization.packed.writer import fixed_bytes
+from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.runtime.serving_needs import serving_of
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.targets.catalog import fits
+from bitknap.quantization.targets.target import Fit
 
 # Formats in the table of uniform sizes: every width, in a common and in the smallest form.
 _SHOWN = formats(range(1, 9), (64, "row"), True, "fp16")
@@ -120,7 +122,8 @@ def report(
         Counts, the feasible range in bits per weight and in bytes of the whole checkpoint, the
         weights missing from the last groups of rows, "uniform_bytes" of all units in some
         formats, the "steps" with their memory and time, a "forecast" of the parts of the main job
-        in each residency, the rates of the "machine", and which "exports" the shapes allow.
+        in each residency, the rates of the "machine", and which "exports" the shapes allow, with
+        the seconds of an estimate layer by layer and of writing, where weights are written.
     """
     layout = walk_headers(source.config, source.shapes, include)
     units = layout.units
@@ -162,6 +165,7 @@ def report(
                 "groups": list(fit.groups),
                 "profile": fit.target.profile,
                 "reason": fit.reason,
+                **_times(source, layout, machine, fit),
             }
             for fit in fits(units)
         },
@@ -200,6 +204,19 @@ def steps(source: Checkpoint, layout: Layout, machine: Machine = TYPICAL) -> lis
             )
         )
     return needed
+
+
+def _times(source: Checkpoint, layout: Layout, machine: Machine, fit: Fit) -> dict[str, int | None]:
+    """Return the seconds of estimating layer by layer for a target, and of writing its weights."""
+    target, needed = fit.target, ("estimate_seconds", "write_seconds")
+    if not (fit.possible and target.reads_weights):
+        return dict.fromkeys(needed)
+    method = target.rounding or RTN.name
+    menu = target.menu(layout.units)
+    parts = forecast(source, layout, machine, options=menu, method=method)
+    (writing,) = {one.seconds for one in parts if one.step == "pack"}
+    _, estimate = estimating(parts, "by layer")
+    return dict(zip(needed, (round(estimate), round(writing)), strict=True))
 
 
 def _step(name: str, memory: int, seconds: float) -> Step:

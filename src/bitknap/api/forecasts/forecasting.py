@@ -19,7 +19,7 @@ from bitknap.api.evaluation import EVALUATION_TOKENS
 from bitknap.api.forecasts.machine import Machine
 from bitknap.api.requests import CALIBRATION_TOKENS, default_formats
 from bitknap.estimators.costs.sampled_rows import ROWS
-from bitknap.estimators.costs.weighed_errors import stored_alike
+from bitknap.estimators.costs.weighed_errors import plainest, stored_alike
 from bitknap.estimators.group_kl.calibrated import READ_TOKENS, Calibrated, anchors
 from bitknap.estimators.group_kl.chosen_readings import Groups, by_worth
 from bitknap.estimators.sweep.layer_gains import GAIN_TOKENS
@@ -27,6 +27,7 @@ from bitknap.estimators.sweep.peak_memory import layer_bytes, peak_bytes, vocabu
 from bitknap.estimators.sweep.variant_streams import TOGETHER
 from bitknap.quantization.models.headers_only import count_of, experts_per_token, text_config
 from bitknap.quantization.models.matrix_views import Layout
+from bitknap.quantization.rounding.methods import RTN
 from bitknap.quantization.source.checkpoint import Checkpoint
 from bitknap.quantization.source.safetensors_header import DTYPES
 from bitknap.quantization.stacks.grouping import stacks
@@ -65,6 +66,7 @@ def forecast(
     tokens: int = CALIBRATION_TOKENS,
     judged: int = EVALUATION_TOKENS,
     options: Sequence[Format] | None = None,
+    method: str = RTN.name,
 ) -> list[Forecast]:
     """Return what each step takes, first with the whole model in memory, then by layer.
 
@@ -75,10 +77,11 @@ def forecast(
         tokens: number of tokens of the calibration text.
         judged: number of tokens of the evaluation text.
         options: formats that units may have; the default ones when not given.
+        method: name of the rounding method.
     """
     ways: tuple[Residency, ...] = ("whole", "by layer")
     chosen = tuple(default_formats(layout.units) if options is None else options)
-    job = _Job(source, layout, machine, tokens, judged, chosen)
+    job = _Job(source, layout, machine, tokens, judged, chosen, method)
     return [one for way in ways for one in job.steps(way)]
 
 
@@ -90,6 +93,7 @@ class _Job:
     tokens: int
     judged: int
     options: tuple[Format, ...]
+    method: str
 
     def steps(self, way: Residency) -> Iterator[Forecast]:
         """Yield the steps in one residency."""
@@ -106,7 +110,7 @@ class _Job:
             "gains": self._gains(whole),
             "group readings": self._readings(whole),
             "round rows": self._rows(),
-            "pack": _START + self._packed(self.machine.rtn),
+            "pack": _START + self._packed(),
             "evaluate": 2 * (_START + self._read(1) + self._pass(self.judged, 1.0)),
         }
         for name in STEPS:
@@ -160,13 +164,14 @@ class _Job:
         """Return the seconds of all readings of groups, with rounding and putting back."""
         units, tokens = self.layout.units, min(self.tokens, READ_TOKENS)
         groups = Groups.of(units, stacks(units))
-        bits = [self.options[i].bits for i in anchors(self.options, storage(units, self.options))]
-        wanted = by_worth(groups, bits, thorough=False)
+        read = [self.options[i] for i in anchors(self.options, storage(units, self.options))]
+        wanted = by_worth(groups, [one.bits for one in read], thorough=False)
         first = [min(groups.layer[group] for group in one.groups) for one in wanted]
         parts = sorted(map(self._left, first), reverse=True)
         seconds = sum(self._pass(tokens, part) for part in parts)
         sizes = [int(units.numel[run].sum()) for run in groups.runs]
-        seconds += sum(sizes[g] for one in wanted for g in one.groups) / self.machine.rtn
+        each = list(map(self._each, read))
+        seconds += sum(each[one.width] * sizes[g] for one in wanted for g in one.groups)
         if whole:  # the part of the text that is read has a reference of its own
             return seconds + self._pass(tokens, 1.0)
         sweeps = sum(parts[start] for start in range(0, len(parts), TOGETHER))
@@ -175,16 +180,34 @@ class _Job:
 
     def _rows(self) -> float:
         """Return the seconds of rounding rows to all formats, and of reading all weights once."""
-        units = self.layout.units
+        units, nearest = self.layout.units, 1 / self.machine.rtn
         lengths = np.unique(units.cols).tolist()
-        grids = {cols: len(stored_alike(self.options, cols)) for cols in lengths}
-        rows = np.minimum(units.rows, ROWS * _SAMPLES)
-        formats = np.array([grids[cols] for cols in units.cols.tolist()])
-        rounded = float((rows * units.cols * formats).sum())
-        return rounded / self.machine.rtn + self._read(1)
+        grids = {cols: [*stored_alike(self.options, cols)] for cols in lengths}
+        # Charging errors takes as long however rows are rounded.
+        charged = {cols: nearest * len(some) for cols, some in grids.items()}
+        more = {cols: sum(map(self._each, some)) - charged[cols] for cols, some in grids.items()}
+        one, other = (
+            float((np.minimum(units.rows, rows) * units.cols * _of(known, units.cols)).sum())
+            for rows, known in ((ROWS * _SAMPLES, charged), (ROWS, more))
+        )
+        return one + other + self._read(1)
 
-    def _packed(self, rate: float) -> float:
-        return int(self.layout.units.numel.sum()) / rate + self._read(1)
+    def _each(self, format: Format) -> float:
+        """Return the seconds of rounding a weight to a format."""
+        return self.machine.rounding(self.method, format)
+
+    def _packed(self) -> float:
+        """Return the seconds of rounding all weights once, to the formats in equal parts."""
+        units, seconds = self.layout.units, 0.0
+        for cols in np.unique(units.cols).tolist():
+            stored = [plainest(format, cols) for format in self.options]
+            weights = int(units.numel[units.cols == cols].sum())
+            seconds += weights * sum(map(self._each, stored)) / len(stored)
+        return seconds + self._read(1)
+
+
+def _of(known: dict[int, float], cols: np.ndarray) -> np.ndarray:
+    return np.array([known[size] for size in cols.tolist()])
 
 
 def active_weights(source: Checkpoint, layout: Layout) -> int:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from bitknap.allocation.problem.format import Format
 from bitknap.api.requests import default_formats
 from bitknap.estimators.costs.weighed_errors import stored_alike
 from bitknap.estimators.measuring.kl_replay import BATCH_TOKENS
@@ -23,6 +24,32 @@ from bitknap.quantization.source.checkpoint import Checkpoint
 _PRODUCTS, _ROUNDING, _HQQ = 6.0, 8.0, 2.0
 # Bytes written and read to measure a disk, and weights rounded at a time.
 _FILE, _WEIGHTS = 1 << 27, 1 << 20
+
+# How many times as long as rounding to nearest other rounding takes: to types of ggml, and to grids
+# with a code for zero (benchmarks/results/rounding_rates.md).
+_GGML = {
+    "q8_0": 0.22,
+    "q6_k": 2,
+    "q5_1": 6.6,
+    "q5_k": 7,
+    "q5_0": 1.7,
+    "q4_1": 6.5,
+    "q4_k": 6.6,
+    "q4_0": 1.7,
+    "iq4_nl": 20,
+    "iq4_xs": 21,
+    "mxfp4": 0.33,
+    "q3_k": 2.4,
+    "iq3_s": 19,
+    "iq3_xxs": 24,
+    "q2_k": 7.8,
+    "iq2_s": 12,
+    "iq2_xs": 36,
+    "iq2_xxs": 18,
+    "iq1_m": 8.9,
+    "iq1_s": 11,
+}
+_MIDTREAD = 6.6
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +90,18 @@ class Machine:
             cores=self.cores if cores is None else cores,
             memory=self.memory if memory is None else memory,
         )
+
+    def rounding(self, method: str, format: Format) -> float:
+        """Return the seconds that a method takes to round a weight to a format.
+
+        Args:
+            method: name of a rounding method; of one that is not known, to nearest.
+            format: the format, of ggml the type that rows are stored as.
+        """
+        if format.kind == "ggml":
+            return _GGML.get(format.source, 0.0) / self.rtn
+        rates = {"hqq": self.hqq, "gptq": self.gptq, "midtread": self.rtn / _MIDTREAD}
+        return 1 / rates.get(method, self.rtn)
 
 
 # Two cores: rates of rounding and packing are in the middle of the range measured in

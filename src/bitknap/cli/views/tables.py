@@ -225,14 +225,16 @@ def steps_table(steps: Sequence[Mapping[str, Any]], cores: int) -> Table:
 
 def exports_table(exports: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return which runtimes could hold the model, one per row, and what prevents the others."""
-    table = Table(title="what other runtimes' shapes allow")
-    for head in ("export to", "", "bits", "group sizes", "profile", "why"):
-        table.add_column(head)
+    table = Table(title="what other runtimes' shapes allow, and about the least that it takes")
+    for head in ("export to", "", "bits", "group sizes", "profile", "estimate", "write", "why"):
+        table.add_column(head, no_wrap=head == "export to")
     for name, fit in exports.items():
         bits = ", ".join(map(str, fit["bits"]))
         groups = ", ".join(map(str, fit["groups"])) or "–"
         possible = "yes" if fit["possible"] else "no"
-        table.add_row(name, possible, bits, groups, fit["profile"], fit["reason"])
+        times = [fit[f"{part}_seconds"] for part in ("estimate", "write")]
+        spent = ["–" if seconds is None else _time(seconds) for seconds in times]
+        table.add_row(name, possible, bits, groups, fit["profile"], *spent, fit["reason"])
     return table
 
 
