@@ -1,11 +1,7 @@
 """Fixtures of the command line's tests; what they import is loaded only where they are used."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import time
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -120,26 +116,8 @@ def document(capsys):
     return run
 
 
-# Runs the command line, slowed down before each call of a method, so that kills fall anywhere.
-_SLOWED = """
-import functools, importlib, sys, time
-def slowed(name, seconds):
-    module, kind, method = name.rsplit(".", 2)
-    owner = getattr(importlib.import_module(module), kind)
-    real = getattr(owner, method)
-    @functools.wraps(real)
-    def slow(*args, **kwargs):
-        time.sleep(seconds)
-        return real(*args, **kwargs)
-    setattr(owner, method, slow)
-{setup}
-from bitknap.cli import main
-main(sys.argv[1:])
-"""
-
-
 @pytest.fixture
-def background():
+def background(tmp_path_factory):
     """Start a command in another process; returns it once its journal has enough lines.
 
     Both have the same number of threads, on which the last digits of sums depend.
@@ -148,35 +126,18 @@ def background():
 
     def start(words, journal, lines, *, slowed=(), setup=""):
         import torch
+        from tests.background import Command
 
-        import bitknap
-
-        calls = "\n".join(f"slowed({name!r}, {seconds})" for name, seconds in slowed)
-        script = _SLOWED.replace("{setup}", f"{setup}\n{calls}")
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(Path(bitknap.__file__).parent.parent),
-            "OMP_NUM_THREADS": str(torch.get_num_threads()),
-        }
-        process = subprocess.Popen(
-            [sys.executable, "-c", script, *map(str, words)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        running.append(process)
-        deadline = time.monotonic() + 120
-        while not (journal.exists() and journal.read_bytes().count(b"\n") > lines):
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        return process
+        folder = tmp_path_factory.mktemp("background")
+        command = Command(words, folder, slowed, setup, torch.get_num_threads())
+        running.append(command)
+        command.runs_until(journal, lines)
+        return command
 
     yield start
-    for process in running:
-        process.kill()
-        process.communicate()
+    for command in running:
+        command.kill()
+        command.wait()
 
 
 @pytest.fixture(scope="session")
