@@ -184,7 +184,7 @@ class Format:
             return cls.ggml(name.removeprefix("ggml-"))
         if match := re.fullmatch(r"option-(\d+)", name):
             return cls.made_up(int(match[1]))
-        near = guess(name, [one.name for one in (*menu(), *ggml_types())])
+        near = guess(name, [one.name for one in (*menu(), *gptq_grids(), *ggml_types())])
         raise InputError(f"format {name!r} is unknown; examples: {_EXAMPLES}{near}")
 
     def groups(self, cols: npt.ArrayLike) -> Longs:
@@ -280,6 +280,11 @@ def menu() -> tuple[Format, ...]:
 def ggml_types() -> tuple[Format, ...]:
     """Return the formats of all block types of ggml, from wide to narrow."""
     return tuple(map(Format.ggml, ggml.TYPES))
+
+
+def gptq_grids() -> tuple[Format, ...]:
+    """Return the formats of GPTQ's files, in the widths and groups that GPTQModel packs."""
+    return formats((2, 3, 4, 8), (32, 64, 128), (False, True), "gptq")
 
 
 def _group(size: int | str) -> int:

@@ -89,9 +89,9 @@ def _entries(place: str) -> Iterator[Row]:
 
 
 def _formats() -> Iterator[Row]:
-    from bitknap.allocation.problem.format import ggml_types, menu
+    from bitknap.allocation.problem.format import ggml_types, gptq_grids, menu
 
-    for one in (*menu(), *ggml_types()):
+    for one in (*menu(), *gptq_grids(), *ggml_types()):
         size = int(one.nbytes(SIDE, SIDE)) / SIDE**2
         yield _row(one.name, one.about, bytes_per_weight=round(size, 6))
 
