@@ -49,7 +49,8 @@ def markdown(rows: Sequence[Mapping[str, Any]], about: Mapping[str, Any]) -> str
         "and transformers with the decoded weights give the tokens of a text of "
         f"{about['asked']}, in nats, for the plan of 3 bits, or the first above that a target "
         "reaches. llama.cpp rounds activations to 8 bits where weights are quantized, so it "
-        "differs by more than arithmetic; the others run in float32.",
+        "differs by more than arithmetic; the others run in float32. vLLM's build for CPUs decodes "
+        "experts when it loads them.",
         "",
         "## What was checked when they were written",
         "",
