@@ -181,12 +181,15 @@ def unit_losses(evidence: Evidence, formats: Sequence[Format]) -> Measure:
         InputError: the evidence has no means to measure.
     """
     check_measurable(evidence)
+    used = token_share(evidence) > 0
 
     def measure(units: Longs, columns: Longs) -> Iterator[tuple[int, float]]:
-        pairs = zip(units.tolist(), columns.tolist(), strict=True)
-        yield from finite_kls(
-            evidence, [Variant.group(np.array([u]), formats[c]) for u, c in pairs]
-        )
+        # What no token uses changes nothing, whatever its format.
+        yield from ((int(place), 0.0) for place in np.flatnonzero(~used[units]))
+        places = np.flatnonzero(used[units]).tolist()
+        cells = [Variant.group(units[i : i + 1], formats[int(columns[i])]) for i in places]
+        for number, kl in finite_kls(evidence, cells):
+            yield places[number], kl
 
     return measure
 

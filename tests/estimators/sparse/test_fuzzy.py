@@ -16,7 +16,7 @@ from bitknap.estimators.sparse.fuzzy import Fuzzy, features, measured
 from bitknap.estimators.sparse.fuzzy_rules import FuzzyRules
 from bitknap.estimators.sparse.measured_cells import LossSamples
 from bitknap.estimators.sparse.predictors import Residual
-from bitknap.testing.evidence import lopsided_case
+from bitknap.testing.evidence import UNSEEN, lopsided_case
 
 ORIGIN = {"model": "m", "method": "rtn", "text": "t", "tokens": 1, "seed": 0}
 FORMATS = formats((1, 2, 4), (8, "row"), False, "fp16")
@@ -140,3 +140,17 @@ def test_nats_of_logarithms():
     loss, spread = nats(np.array([0.0, 1.0]), np.array([np.log(2), 0.0]))
     assert loss == pytest.approx([1, np.e])
     assert spread == pytest.approx([1, 0])
+
+
+def test_what_no_token_uses_is_not_measured(monkeypatch):
+    evidence, alone = lopsided_case(windows=4).evidence, []
+
+    def counted(evidence, variants):
+        alone.extend(int(one.units[0]) for one in variants)
+        return enumerate([1e-3] * len(variants))
+
+    monkeypatch.setattr("bitknap.estimators.sparse.fuzzy.finite_kls", counted)
+    loss = measured(evidence, formats((2, 4), 0, True), np.arange(2 * len(evidence.units)))
+    unseen = np.repeat(evidence.units.expert == UNSEEN, 2)
+    np.testing.assert_array_equal(loss == 0, unseen)
+    assert len(alone) == (~unseen).sum()
