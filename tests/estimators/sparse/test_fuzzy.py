@@ -143,7 +143,7 @@ def test_nats_of_logarithms():
 
 
 def test_what_no_token_uses_is_not_measured(monkeypatch):
-    evidence, alone = lopsided_case(windows=4).evidence, []
+    evidence, alone = lopsided_case(windows=4).evidence, list[int]()
 
     def counted(evidence, variants):
         alone.extend(int(one.units[0]) for one in variants)
