@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parent / "compiled.py"
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_variants_keep_to_their_limits():
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

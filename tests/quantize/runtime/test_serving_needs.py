@@ -63,7 +63,7 @@ def test_the_needs_of_a_bundled_model():
     assert needs.cache_bytes(100) == 100 * 2 * 4 * 128
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads /proc")
 def test_a_real_process_takes_what_is_forecast(tmp_path):
     whole = shape_of("OLMoE-1B-7B")

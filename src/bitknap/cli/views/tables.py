@@ -215,7 +215,7 @@ def forecast_table(rows: Sequence[Mapping[str, Any]], machine: Mapping[str, Any]
 
 def steps_table(steps: Sequence[Mapping[str, Any]], cores: int) -> Table:
     """Return the resources of each step of the work, one per row."""
-    table = Table(title=f"about the least that it takes, on {cores} cores")
+    table = Table(title=f"what each step takes at least, about, on {cores} cores")
     for head in ("step", "memory", "time"):
         table.add_column(head, justify="left" if head == "step" else "right")
     for step in steps:
@@ -225,7 +225,7 @@ def steps_table(steps: Sequence[Mapping[str, Any]], cores: int) -> Table:
 
 def exports_table(exports: Mapping[str, Mapping[str, Any]]) -> Table:
     """Return which runtimes could hold the model, one per row, and what prevents the others."""
-    table = Table(title="what other runtimes' shapes allow, and about the least that it takes")
+    table = Table(title="what other runtimes allow, and the time to plan and write for them")
     for head in ("export to", "", "bits", "group sizes", "profile", "estimate", "write", "why"):
         table.add_column(head, no_wrap=head == "export to")
     for name, fit in exports.items():
