@@ -16,18 +16,20 @@ _SINCE_5_20 = ("aria", "test_a_token_beyond_the_capacity")
 # Files that take longest. They begin first, so that no process is left alone with one at the end.
 _LONGEST = (
     "docs/test_blocks.py",
-    "benchmarks/compare/test_run.py",
     "devices/test_devices.py",
-    "benchmarks/test_robustness.py",
+    "benchmarks/compare/test_run.py",
     "kernels/test_interpreted.py",
+    "cli/test_estimate_command.py",
     "cli/test_journal_of_estimate.py",
-    "quantize/runtime/test_serving_needs.py",
-    "benchmarks/scale/test_main.py",
-    "tests/test_packaging.py",
-    "benchmarks/reference/test_reference.py",
-    "api/test_refining.py",
     "quantize/runtime/test_transformers_plugin.py",
+    "api/test_refining.py",
+    "ggml/test_library.py",
+    "disk/test_outputs.py",
+    "sweep/test_backward_sweep.py",
+    "gguf/test_writer.py",
     "quantize/runtime/test_kernel_experts.py",
+    "tests/test_overwriting.py",
+    "quantize/runtime/test_architectures.py",
 )
 
 
