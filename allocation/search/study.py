@@ -251,7 +251,7 @@ def run(
 ) -> None:
     """Measure `trials` more plans; several processes may do so at once.
 
-    A killed process loses at most its running trial. Equal plans are measured once.
+    A killed process loses at most its running trials. Equal plans are measured once.
 
     Args:
         study: from `create` or `load`.

@@ -48,8 +48,8 @@ from bitknap.estimators.sweep.variant_streams import VariantStreams
 from bitknap.estimators.sweep.weightless_model import Skeleton
 from bitknap.progress import Progress
 
-# Labels of streams: the first sweep's, and the second sweep's unchanged one, and the one that
-# differs from it by a few roundings.
+# Labels of streams: the first sweep's, the second sweep's unchanged one, and the one that differs
+# from it by a few roundings.
 _FIRST, _PLAIN, _ROUNDED = "first", "plain", "rounded"
 
 

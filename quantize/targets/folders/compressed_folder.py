@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from bitknap.allocation.problem.format import Format
-from bitknap.errors import ModelError
-from bitknap.kernels.layout.exponents import power
 from bitknap.kernels.layout.plain_codes import pack_bits
 from bitknap.quantization.packed.outline import kept_tensors
 from bitknap.quantization.rounding.grid import Quantized
@@ -31,8 +29,8 @@ from bitknap.quantization.targets.folders.folder_work import Module
 from bitknap.quantization.targets.folders.tensor_folder import (
     Folder,
     codes_of,
-    times_power,
-    whole_module,
+    stored_scales,
+    whole_modules,
 )
 from bitknap.quantization.targets.target import Exported, ExportJob
 
@@ -47,7 +45,7 @@ def write(job: ExportJob) -> Exported:
         MismatchError: a unit is a part of a tensor.
         InputError: the output may not be written, or the disk has no room.
     """
-    modules = _modules(job)
+    modules = whole_modules(job, _NAME)
     names = Modules.of(job)
     made = _rules(job)
     covered = [one for one in made if one.format is not None]
@@ -70,11 +68,8 @@ class _Packed:
 
     def parts(self, matrix: Quantized) -> dict[str, Tensor]:
         """Return the tensors of one matrix."""
-        scale = matrix.grid.scale
-        if matrix.grid.exponent is not None:
-            scale = times_power(_NAME, scale, power(matrix.grid.exponent))
         packed = pack_bits(matrix.codes, matrix.format.bits)
-        return {"weight_packed": packed, "weight_scale": scale}
+        return {"weight_packed": packed, "weight_scale": stored_scales(_NAME, matrix.grid)}
 
     def values(self, parts: Mapping[str, Tensor], format: Format) -> Tensor:
         """Return the weights that the tensors stand for, float32 [rows, cols]."""
@@ -82,17 +77,6 @@ class _Packed:
         codes = codes_of(parts["weight_packed"], format, scale)
         weights = (codes - (1 << format.bits - 1)) * scale.float()[..., None]
         return weights.flatten(1)
-
-
-def _modules(job: ExportJob) -> list[Module]:
-    """Return the module of each unit, as the source's tensors are named."""
-    for layer in job.layout.layers:
-        if layer.kind != "modules":
-            raise ModelError(
-                f"{_NAME}: {layer.module} stacks its experts in one tensor, and the format has one "
-                "module an expert; choose another target"
-            )
-    return [whole_module(job, unit, _NAME) for unit in range(len(job.layout.views))]
 
 
 def _rules(job: ExportJob) -> list[Pattern]:

@@ -18,8 +18,6 @@ import torch
 from torch import Tensor
 
 from bitknap.allocation.problem.format import Format
-from bitknap.errors import ModelError
-from bitknap.kernels.layout.exponents import power
 from bitknap.kernels.layout.plain_codes import pack_bits, unpack_bits
 from bitknap.quantization.packed.outline import kept_tensors
 from bitknap.quantization.rounding.grid import Quantized
@@ -28,8 +26,8 @@ from bitknap.quantization.targets.configs.module_names import Modules, present, 
 from bitknap.quantization.targets.folders.folder_work import Module
 from bitknap.quantization.targets.folders.tensor_folder import (
     Folder,
-    times_power,
-    whole_module,
+    stored_scales,
+    whole_modules,
 )
 from bitknap.quantization.targets.target import Exported, ExportJob
 
@@ -78,9 +76,7 @@ class _Gptq:
     def parts(self, matrix: Quantized) -> dict[str, Tensor]:
         """Return the tensors of one matrix."""
         format, grid = matrix.format, matrix.grid
-        scale, rows = grid.scale, len(matrix.codes)
-        if grid.exponent is not None:
-            scale = times_power(_NAME, scale, power(grid.exponent))
+        scale, rows = stored_scales(_NAME, grid), len(matrix.codes)
         zero = grid.zero
         if zero is None:
             zero = torch.full_like(scale, format.middle, dtype=torch.uint8)
@@ -110,12 +106,5 @@ def _bytes(words: Tensor) -> Tensor:
 
 def _modules(job: ExportJob) -> list[Module]:
     """Return the module of each unit, by transformers 5's names, as GPTQModel calls it."""
-    for layer in job.layout.layers:
-        if layer.kind != "modules":
-            raise ModelError(
-                f"{_NAME}: {layer.module} stacks its experts in one tensor, and the format has one "
-                "module an expert; choose another target"
-            )
-    for unit in range(len(job.layout.views)):
-        whole_module(job, unit, _NAME)
+    whole_modules(job, _NAME)  # refuses what the format does not hold
     return [Module(name=name) for name in unit_names(job.layout)]

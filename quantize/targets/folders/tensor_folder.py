@@ -25,6 +25,7 @@ from bitknap.disk.atomic import check_space, folder_bytes, write_whole
 from bitknap.disk.manifest import names_in, sign
 from bitknap.disk.outputs import check_output
 from bitknap.errors import MismatchError, ModelError
+from bitknap.kernels.layout.exponents import power
 from bitknap.kernels.layout.plain_codes import unpack_bits
 from bitknap.quantization.packed.folder import PLAN
 from bitknap.quantization.packed.pipeline import write_at
@@ -32,6 +33,7 @@ from bitknap.quantization.packed.resume import Task, digest_of, identity
 from bitknap.quantization.packed.shards import Entry, Shards, lay_out
 from bitknap.quantization.packed.work_pieces import Piece
 from bitknap.quantization.packed.writer import BY_RTN
+from bitknap.quantization.rounding.grid import Grid
 from bitknap.quantization.source.checkpoint import PLAIN
 from bitknap.quantization.source.partial_reads import read_bytes
 from bitknap.quantization.source.safetensors_header import DTYPES, TensorInfo, read_header
@@ -236,6 +238,26 @@ def whole_module(job: ExportJob, unit: int, reader: str) -> Module:
     return Module(name=view.tensor.removesuffix(".weight"))
 
 
+def whole_modules(job: ExportJob, reader: str) -> list[Module]:
+    """Return the module of each unit of a model whose experts are modules of their own.
+
+    Args:
+        job: what is to be written.
+        reader: the runtime, or its format, for messages.
+
+    Raises:
+        ModelError: experts are stacked in one tensor.
+        MismatchError: a unit is a part of a tensor.
+    """
+    for layer in job.layout.layers:
+        if layer.kind != "modules":
+            raise ModelError(
+                f"{reader}: {layer.module} stacks its experts in one tensor, and the format has "
+                "one module an expert; choose another target"
+            )
+    return [whole_module(job, unit, reader) for unit in range(len(job.layout.views))]
+
+
 def codes_of(words: Tensor, format: Format, scales: Tensor) -> Tensor:
     """Return the codes of a matrix, float32 [rows, groups, size], from words of dense codes.
 
@@ -248,6 +270,17 @@ def codes_of(words: Tensor, format: Format, scales: Tensor) -> Tensor:
     stream = words.contiguous().view(torch.uint8).reshape(-1)
     codes = unpack_bits(stream, format.bits, rows * groups * format.group_size)
     return codes.view(rows, groups, -1).float()
+
+
+def stored_scales(target: str, grid: Grid) -> Tensor:
+    """Return the scales of a grid as a format without powers of two for whole matrices holds them.
+
+    Raises:
+        ModelError: as `times_power`.
+    """
+    if grid.exponent is None:
+        return grid.scale
+    return times_power(target, grid.scale, power(grid.exponent))
 
 
 def times_power(target: str, values: Tensor, factor: Tensor) -> Tensor:
